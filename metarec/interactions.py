@@ -1,0 +1,226 @@
+"""Plain types for who rated what: `Catalog`, `Interactions`, `Ratings`.
+
+Identifiers are strings at the edge and row numbers (codes) inside, so that ``"007"`` stays ``"007"`` and arrays
+stay small. Knows nothing of files, splits or models.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metarec.errors import DataError, RatingError, UnknownItemError, suggest
+
+Codes = NDArray[np.int64]
+Values = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The items there are and the text fields that describe them.
+
+    Args:
+        ids: One string per item; the position is the item's code.
+        fields: Field name to one string per item; missing values are empty strings. ``title`` is required.
+    """
+
+    ids: tuple[str, ...]
+    fields: Mapping[str, tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        if "title" not in self.fields:
+            raise DataError("the catalog has no 'title' field", "Name the column that holds the item's title")
+        for name, column in self.fields.items():
+            if len(column) != len(self.ids):
+                raise DataError(f"catalog field '{name}' has {len(column)} values for {len(self.ids)} items")
+        if len(self._code_of_id) != len(self.ids):
+            raise DataError("the catalog holds an item id twice", "Give every item one row")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def _code_of_id(self) -> dict[str, int]:
+        return {item: code for code, item in enumerate(self.ids)}
+
+    @cached_property
+    def _codes_of_title(self) -> dict[str, list[int]]:
+        codes: dict[str, list[int]] = {}
+        years = self.fields.get("year", ("",) * len(self))
+        for code, (title, year) in enumerate(zip(self.fields["title"], years, strict=True)):
+            for key in {_fold(title), _fold(f"{title} ({year})")}:
+                if key:
+                    codes.setdefault(key, []).append(code)
+        return codes
+
+    def row(self, code: int) -> dict[str, str]:
+        """Returns the text fields of one item, plus its ``id``."""
+        return {"id": self.ids[code], **{name: column[code] for name, column in self.fields.items()}}
+
+    def title(self, code: int) -> str:
+        """Returns the title of one item with its year, where there is one."""
+        row = self.row(code)
+        year = row.get("year", "")
+        return f"{row['title']} ({year})" if year and f"({year})" not in row["title"] else row["title"]
+
+    def find(self, name: str) -> int:
+        """Finds an item by id, by title or by ``title (year)``.
+
+        Args:
+            name: An item id (tried first, exactly) or a title (case and accents do not matter).
+
+        Returns:
+            The item's code.
+
+        Raises:
+            UnknownItemError: No item has that id or title, or several items share the title.
+        """
+        if not isinstance(name, str):
+            raise UnknownItemError(f"item {name!r} is a {type(name).__name__}", "Ids and titles are strings")
+        if name in self._code_of_id:
+            return self._code_of_id[name]
+        codes = self._codes_of_title.get(_fold(name), [])
+        if len(codes) == 1:
+            return codes[0]
+        if codes:
+            found = ", ".join(f"'{self.title(code)}' (id {self.ids[code]})" for code in codes[:5])
+            raise UnknownItemError(f"{len(codes)} items are titled '{name}': {found}", "Name one by its id")
+        cure = suggest(name, [*self.fields["title"], *(self.title(code) for code in range(len(self)))])
+        raise UnknownItemError(f"no item has the id or title '{name}'", cure)
+
+
+def _fold(text: str) -> str:
+    decomposed = unicodedata.normalize("NFKD", text.casefold())
+    return " ".join("".join(char for char in decomposed if not unicodedata.combining(char)).split())
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """Some items and the ratings that one user gave them.
+
+    Args:
+        items: Item codes, shape (ratings,).
+        values: Ratings on the dataset's scale, shape (ratings,).
+    """
+
+    items: Codes
+    values: Values
+
+    def __post_init__(self) -> None:
+        if self.items.shape != self.values.shape or self.items.ndim != 1:
+            raise DataError(f"{self.items.shape} items do not match {self.values.shape} ratings")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def head(self, count: int) -> Ratings:
+        """Returns the first `count` ratings."""
+        return Ratings(self.items[:count], self.values[:count])
+
+    @classmethod
+    def empty(cls) -> Ratings:
+        """Returns no ratings at all: what is known of a brand-new user."""
+        return cls(np.zeros(0, np.int64), np.zeros(0, np.float32))
+
+
+@dataclass(frozen=True)
+class RatingScale:
+    """The lowest and highest rating that a dataset allows."""
+
+    low: float
+    high: float
+
+    def check(self, value: float, where: str) -> float:
+        """Returns `value` as a float.
+
+        Raises:
+            RatingError: `value` is not a finite number on the scale.
+        """
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise RatingError(f"rating {value!r} of {where} is not a number", f"Rate {self}") from None
+        if not np.isfinite(number):
+            raise RatingError(f"rating {number} of {where} is not finite", f"Rate {self}")
+        if not self.low <= number <= self.high:
+            raise RatingError(f"rating {number:g} of {where} is off the scale", f"Rate {self}")
+        return number
+
+    def __str__(self) -> str:
+        return f"from {self.low:g} to {self.high:g}"
+
+
+def read_ratings(pairs: Sequence[tuple[str, float]], catalog: Catalog, scale: RatingScale) -> Ratings:
+    """Turns what a user said into `Ratings`, refusing what cannot be meant.
+
+    Args:
+        pairs: ``(title or id, rating)`` pairs; none at all is fine.
+        catalog: Where items are looked up.
+        scale: What ratings are allowed.
+
+    Returns:
+        The ratings in the given order.
+
+    Raises:
+        UnknownItemError: An item is not in the catalog.
+        RatingError: A rating is not finite, is off the scale, or an item is rated twice.
+    """
+    seen: dict[int, str] = {}
+    values: list[float] = []
+    for position, pair in enumerate(pairs, start=1):
+        try:
+            name, value = pair
+        except (TypeError, ValueError):
+            raise RatingError(f"rating number {position} is {pair!r}", "Give (title or id, rating) pairs") from None
+        code = catalog.find(name)
+        if code in seen:
+            raise RatingError(
+                f"'{catalog.title(code)}' is rated twice (as '{seen[code]}' and as '{name}')", "Keep one of the two"
+            )
+        seen[code] = name
+        values.append(scale.check(value, f"'{name}'"))
+    return Ratings(np.array(list(seen), np.int64), np.array(values, np.float32))
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """A dataset: one row per rating, plus the catalog the items come from.
+
+    Args:
+        users: User ids; the position is the user's code.
+        user: User code of each row, shape (rows,).
+        item: Item code of each row, shape (rows,).
+        rating: Rating of each row, shape (rows,).
+        timestamp: Seconds since the epoch of each row, or None where the dataset has no time.
+        catalog: The items.
+        scale: The rating scale.
+        dropped: How many source rows were left out, by reason.
+    """
+
+    users: tuple[str, ...]
+    user: Codes
+    item: Codes
+    rating: Values
+    timestamp: Codes | None
+    catalog: Catalog
+    scale: RatingScale
+    dropped: Mapping[str, int]
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @cached_property
+    def rows_of_user(self) -> tuple[Codes, ...]:
+        """Row numbers of each user, in the dataset's order."""
+        order = np.argsort(self.user, kind="stable")
+        bounds = np.searchsorted(self.user[order], np.arange(1, len(self.users)))
+        return tuple(np.split(order, bounds))
+
+    def ratings(self, rows: Codes) -> Ratings:
+        """Returns the items and ratings of some rows."""
+        return Ratings(self.item[rows], self.rating[rows])

@@ -1,0 +1,92 @@
+"""Ranking metrics of one user, by well-kept libraries, with honest ties.
+
+AUC counts a tie as one half; nDCG breaks ties by a seeded hash of the item, so that a constant score gets what chance
+gets and no method gains from the order of its input. A score that is not a finite number is an error, never a rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import ir_measures
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from metarec.errors import EvaluationError
+
+
+def check_scores(scores: NDArray[np.floating], where: str) -> None:
+    """Refuses scores that cannot be ranked.
+
+    Raises:
+        EvaluationError: A score is NaN or infinite.
+    """
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if len(bad):
+        raise EvaluationError(f"{where}: score {scores[bad[0]]} of candidate {bad[0]} is not a finite number")
+
+
+def auc(scores: NDArray[np.floating], labels: NDArray[np.bool_]) -> float | None:
+    """Area under the ROC curve of one user: the chance that a liked item scores above a disliked one.
+
+    Args:
+        scores: Finite scores, shape (candidates,).
+        labels: True where the user liked the item, shape (candidates,).
+
+    Returns:
+        The area, or None where all labels are the same.
+    """
+    if labels.all() or not labels.any():
+        return None
+    return float(roc_auc_score(labels, scores))
+
+
+def ndcg(
+    scores: NDArray[np.floating], labels: NDArray[np.bool_], items: Sequence[str], cutoff: int, seed: int
+) -> float | None:
+    """Normalized discounted cumulative gain of one user (Jarvelin and Kekalainen 2002), binary gains.
+
+    Args:
+        scores: Finite scores, shape (candidates,).
+        labels: True where the user liked the item, shape (candidates,).
+        items: Item ids, for breaking ties.
+        cutoff: Ranks that count.
+        seed: Another seed breaks ties in another order.
+
+    Returns:
+        The gain, or None where all labels are the same.
+    """
+    if labels.all() or not labels.any():
+        return None
+    ranks = np.empty(len(scores), np.int64)
+    ranks[rank_order(scores, items, seed)] = np.arange(len(scores), 0, -1)
+    # Ranks, not scores, go to the library: it would break ties by document name.
+    qrels = {"user": {str(code): int(label) for code, label in enumerate(labels)}}
+    run = {"user": {str(code): float(rank) for code, rank in enumerate(ranks)}}
+    return float(ir_measures.calc_aggregate([ir_measures.nDCG @ cutoff], qrels, run)[ir_measures.nDCG @ cutoff])
+
+
+def rank_order(scores: NDArray[np.floating], items: Sequence[str], seed: int) -> NDArray[np.int64]:
+    """Returns positions from best to worst, ties in the order of a seeded hash of the item id."""
+    ties = [hashlib.blake2b(f"{seed}\0{item}".encode(), digest_size=8).hexdigest() for item in items]
+    return np.lexsort((np.array(ties), -np.asarray(scores, np.float64)))
+
+
+def bootstrap_interval(values: NDArray[np.floating], seed: int) -> tuple[float, float]:
+    """95% percentile bootstrap interval of a mean (Efron 1979); over paired differences, a paired bootstrap.
+
+    Args:
+        values: One number per user.
+        seed: Seed of the 9,999 resamples.
+
+    Returns:
+        The lower and the upper end; both are the mean itself where all values are the same.
+    """
+    if len(values) < 2 or np.ptp(values) == 0:
+        mean = float(np.mean(values)) if len(values) else float("nan")
+        return mean, mean
+    result = stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(seed))
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)

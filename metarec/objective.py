@@ -1,0 +1,172 @@
+"""Episodes become losses: what the score is made of, and what inner and outer loops minimize.
+
+The score of user u for item i is
+
+    score(u, i) = prior_weight_u prior(i) + prompt_weight frozen(i) + llm_weight (log_odds(i; adapter_u) - frozen(i))
+
+in units of the rating's standard deviation: what the item's raters say, what the frozen language model says, and what
+the adapter has learned that neither knew. A fresh adapter adds exactly nothing. Knows nothing of
+files, optimizers or statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from metarec.interactions import Codes, Ratings, Values
+from metarec.lora import AdapterState, init_lora
+from metarec.meta import Loss, MetaState, initial_meta_state
+from metarec.priors import ItemPrior
+from metarec.reader import Reader
+from metarec.trunk import Gathered
+
+PRIOR_WEIGHT = "score.prior_weight"
+PROMPT_WEIGHT = "score.prompt_weight"
+LLM_WEIGHT = "score.llm_weight"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rated items of several users, padded to the longest.
+
+    Args:
+        gathered: The items, ready for the language model, shape (users, items).
+        prior: Item priors, shape (users, items).
+        frozen: Log-odds of the items under the frozen model, around the catalog's mean, shape (users, items).
+        target: Standardized ratings, shape (users, items).
+        liked: Whether the label rule calls the rating a like, shape (users, items).
+        real: False at padding, shape (users, items).
+    """
+
+    gathered: Gathered
+    prior: Tensor
+    frozen: Tensor
+    target: Tensor
+    liked: Tensor
+    real: Tensor
+
+
+def collate(ratings: Sequence[Ratings], prior: ItemPrior, reader: Reader, threshold: float, *, seen: bool) -> Batch:
+    """Pads several users' ratings into one batch.
+
+    Args:
+        ratings: One entry per user.
+        prior: The item prior.
+        reader: The language model.
+        threshold: Ratings from here on are likes.
+        seen: Whether `prior` was fitted on these very ratings; then each is taken out of its own item's mean.
+    """
+    width = max((len(rating) for rating in ratings), default=0)
+
+    def pad(rows: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
+        padded = torch.zeros(len(rows), width, dtype=dtype)
+        for row, values in enumerate(rows):
+            padded[row, : len(values)] = torch.from_numpy(values)
+        return padded.to(reader.backbone.device)
+
+    items = pad([rating.items for rating in ratings], torch.long)
+    frozen = reader.frozen_log_odds - reader.frozen_log_odds.mean()
+    return Batch(
+        gathered=reader.gather(items.cpu()),
+        prior=pad([_prior_of(rating, prior, seen) for rating in ratings], torch.float32),
+        frozen=frozen[items],
+        target=pad([prior.standardize(rating.values) for rating in ratings], torch.float32),
+        liked=pad([rating.values >= threshold for rating in ratings], torch.bool),
+        real=pad([np.ones(len(rating), bool) for rating in ratings], torch.bool),
+    )
+
+
+def _prior_of(rating: Ratings, prior: ItemPrior, seen: bool) -> Values:
+    return prior.values_without(rating) if seen else prior.values(rating.items)
+
+
+def candidates(items: Sequence[Codes], prior: ItemPrior, reader: Reader) -> Batch:
+    """Pads several users' unlabelled candidates; targets are zero and mean nothing."""
+    return collate(
+        [Ratings(codes, np.zeros(len(codes), np.float32)) for codes in items], prior, reader, np.inf, seen=False
+    )
+
+
+def initial_state(reader: Reader, *, inner_lr: float, llm_weight: float, seed: int) -> MetaState:
+    """Returns the meta-parameters before any training: a fresh adapter and the score's weights.
+
+    Args:
+        reader: Says which adapters there are.
+        inner_lr: Inner rate that every adapted tensor starts with.
+        llm_weight: Weight of the adapter's log-odds at the start; the prior's is one, the frozen model's zero.
+        seed: Seed of the adapter's A.
+    """
+    adapter = init_lora(reader.spec, torch.Generator().manual_seed(seed))
+    weights = {PRIOR_WEIGHT: 1.0, PROMPT_WEIGHT: 0.0, LLM_WEIGHT: llm_weight}
+    fresh = adapter | {name: torch.tensor(value) for name, value in weights.items()}
+    init = {name: value.to(reader.backbone.device) for name, value in fresh.items()}
+    return initial_meta_state(init, [*adapter, PRIOR_WEIGHT], inner_lr)
+
+
+def score(state: Mapping[str, Tensor], batch: Batch, reader: Reader) -> Tensor:
+    """Scores every item of a batch under every user's state, shape (users, items)."""
+    adapters = {name: value for name, value in state.items() if not name.startswith("score.")}
+    frozen = batch.frozen + reader.frozen_log_odds.mean()
+    learned = reader.log_odds(batch.gathered, adapters) - frozen
+    parts = ((PRIOR_WEIGHT, batch.prior), (PROMPT_WEIGHT, batch.frozen), (LLM_WEIGHT, learned))
+    return torch.stack([state[name][:, None] * part for name, part in parts]).sum(0)
+
+
+def support_loss(batch: Batch, reader: Reader, *, shrinkage: float, bias_strength: float) -> Loss:
+    """Squared error on a user's ratings around the user's own level.
+
+    The level is fitted in closed form, shrunk as if `bias_strength` ratings had been exactly as predicted. Dividing
+    by the number of ratings plus `shrinkage` lets more ratings take longer steps, as a posterior would.
+
+    Args:
+        batch: The support sets.
+        reader: The language model.
+        shrinkage: Ratings that the initialization counts for.
+        bias_strength: Ratings that the level zero counts for.
+
+    Returns:
+        A loss with one number per user; zero for a user without ratings.
+    """
+    real = batch.real.float()
+    count = real.sum(1)
+
+    def loss(state: AdapterState) -> Tensor:
+        error = (batch.target - score(state, batch, reader)) * real
+        level = error.sum(1, keepdim=True) / (count + bias_strength)[:, None]
+        return ((error - level).square() * real).sum(1) / (count + shrinkage)
+
+    return loss
+
+
+def pairwise_loss(batch: Batch, reader: Reader, *, sharpness: float) -> Loss:
+    """Logistic loss on every pair of a liked and a disliked item of a user: a smooth bound on 1 - AUC.
+
+    Args:
+        batch: The query sets.
+        reader: The language model.
+        sharpness: Factor on the score's differences.
+
+    Returns:
+        A loss with one number per user; zero for a user who likes all or none.
+
+    Source: Rendle et al. 2009, "BPR", eq. 4.
+    """
+    liked, disliked = batch.liked & batch.real, ~batch.liked & batch.real
+    pairs = (liked[:, :, None] & disliked[:, None, :]).float()
+
+    def loss(state: AdapterState) -> Tensor:
+        scores = score(state, batch, reader)
+        difference = scores[:, :, None] - scores[:, None, :]
+        total = (functional.softplus(-sharpness * difference) * pairs).sum((1, 2))
+        return total / pairs.sum((1, 2)).clamp(min=1)
+
+    return loss
+
+
+Objective = Callable[[Batch, Reader], Loss]

@@ -1,0 +1,78 @@
+"""Progress bars with an ETA on standard error, so that standard output stays the result alone."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Advance(Protocol):
+    """Tells a progress bar how far the work is."""
+
+    def __call__(self, done: float, note: str = "") -> None:
+        """Shows that `done` of the total are done, with a short note such as a loss."""
+        ...
+
+
+@contextmanager
+def progress(description: str, total: float, *, after: float = 0.0) -> Iterator[Advance]:
+    """Shows a bar with elapsed and remaining time while the body runs.
+
+    Args:
+        description: What is being done.
+        total: Units of work in all.
+        after: Seconds before a bar appears; work that is done by then shows none.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    console = Console(file=sys.stderr)
+    bars = Progress(*columns, console=console, refresh_per_second=4)
+    task = bars.add_task(description, total=total, note="")
+    started = said = time.monotonic()
+    shown = False
+
+    def show_when_due(now: float) -> None:
+        nonlocal shown
+        if not shown and now - started >= after:
+            bars.start()
+            shown = True
+
+    def advance(done: float, note: str = "") -> None:
+        nonlocal said
+        now = time.monotonic()
+        show_when_due(now)
+        bars.update(task, completed=done, note=note)
+        # A log file shows no moving bar: it gets a line every few seconds.
+        if not console.is_terminal and now - said > _SECONDS_BETWEEN_LINES and 0 < done < total:
+            said = now
+            left = (now - started) * (total - done) / done
+            console.print(f"{description}: {done / total:.0%}, {left:.0f} s left  {note}", highlight=False)
+
+    show_when_due(started)
+    try:
+        yield advance
+    finally:
+        if shown:
+            bars.stop()

@@ -1,0 +1,142 @@
+"""Item text and answer words: the prompt is a Jinja2 template, the answers are single tokens found at its end.
+
+Item fields are cleaned before they enter a prompt: control characters and texts that a tokenizer would read as its
+own control tokens become spaces, so that no title can end a turn or add one. Knows nothing of users, scores or layers.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from metarec.artifacts import content_hash
+from metarec.backbone import Backbone
+from metarec.errors import ConfigError
+from metarec.interactions import Catalog
+
+MAX_FIELD_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The text that describes one item and asks for an answer.
+
+    Args:
+        text: Jinja2 template over the catalog's fields, and ``mask`` where the model fills in a blank.
+        positive: The answer word that counts for the item.
+        negative: The answer word that counts against it.
+    """
+
+    text: str
+    positive: str
+    negative: str
+
+    @cached_property
+    def _compiled(self) -> jinja2.Template:
+        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
+        try:
+            return environment.from_string(self.text)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"the prompt template does not parse: {error}", "Repair 'prompt.text'") from None
+
+    def render(self, catalog: Catalog, code: int, special_tokens: Sequence[str] = (), mask: str = "") -> str:
+        """Returns the prompt of one item.
+
+        Args:
+            catalog: Where its fields are.
+            code: The item.
+            special_tokens: The tokenizer's control texts, removed from the fields.
+            mask: What ``{{ mask }}`` stands for.
+
+        Raises:
+            ConfigError: The template names a field that the catalog does not have, or fails.
+        """
+        fields = {name: clean_field(value, special_tokens) for name, value in catalog.row(code).items()}
+        try:
+            return self._compiled.render(**fields, mask=mask)
+        except jinja2.TemplateError as error:
+            raise ConfigError(
+                f"the prompt template fails on item '{catalog.ids[code]}': {error}",
+                f"Fields there are: {', '.join(sorted(fields))}",
+            ) from None
+
+
+def clean_field(value: str, special_tokens: Sequence[str] = ()) -> str:
+    """Returns a field's text without control characters or control tokens, on one line, of bounded length."""
+    visible = "".join(" " if unicodedata.category(char).startswith("C") else char for char in value)
+    for token in special_tokens:
+        visible = visible.replace(token, " ")
+    return " ".join(visible.split())[:MAX_FIELD_CHARACTERS]
+
+
+@dataclass(frozen=True)
+class CatalogPrompts:
+    """Every item's prompt as token ids, and what all prompts share.
+
+    Args:
+        tokens: Token ids per item.
+        prefix: How many leading tokens all prompts have in common.
+        suffix: How many trailing tokens all prompts have in common, beyond the prefix.
+        answers: Token ids of the yes and the no word; None for encoders.
+        mask_token: Token id of the blank to fill in; None where the answer follows the prompt.
+        answer_texts: The two texts an encoder compares items with.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    prefix: int
+    suffix: int
+    answers: tuple[int, int] | None
+    mask_token: int | None
+    answer_texts: tuple[tuple[int, ...], tuple[int, ...]]
+
+    @property
+    def digest(self) -> str:
+        """Names the prompts by their content."""
+        return content_hash([self.tokens, self.answers, self.answer_texts])
+
+
+def tokenize_catalog(backbone: Backbone, template: PromptTemplate, catalog: Catalog) -> CatalogPrompts:
+    """Renders and tokenizes every item's prompt.
+
+    Raises:
+        ConfigError: A masked LM's template has no ``{{ mask }}``.
+        BackboneError: An answer word is not one token.
+    """
+    mask = backbone.tokenizer.mask_token if backbone.kind == "masked" else ""
+    special = backbone.special_tokens
+    texts = [template.render(catalog, code, special, mask) for code in range(len(catalog))]
+    if backbone.kind == "masked" and mask not in texts[0]:
+        raise ConfigError(
+            f"the prompt leaves '{backbone.name}' no blank to fill in", "Put {{ mask }} where the answer goes"
+        )
+    tokens = tuple(map(tuple, backbone.tokenize(texts)))
+    answers = None
+    if backbone.kind != "encoder":
+        answers = (
+            backbone.answer_token(texts[0], template.positive),
+            backbone.answer_token(texts[0], template.negative),
+        )
+    shortest = min(map(len, tokens))
+    prefix = min(_common_start(tokens), shortest - 1)
+    suffix = min(_common_start([ids[::-1] for ids in tokens]), shortest - prefix)
+    yes_text, no_text = backbone.tokenize([template.positive, template.negative])
+    return CatalogPrompts(
+        tokens=tokens,
+        prefix=prefix,
+        suffix=suffix,
+        answers=answers,
+        mask_token=backbone.tokenizer.mask_token_id if backbone.kind == "masked" else None,
+        answer_texts=(tuple(yes_text), tuple(no_text)),
+    )
+
+
+def _common_start(sequences: Sequence[tuple[int, ...]]) -> int:
+    # The least and the greatest sequence differ wherever any two do.
+    least, greatest = min(sequences), max(sequences)
+    differ = (place for place, (a, b) in enumerate(zip(least, greatest, strict=False)) if a != b)
+    return next(differ, min(len(least), len(greatest)))

@@ -1,0 +1,208 @@
+"""The language model's opinion of a catalog: every item's answer log-odds, under every user's adapter.
+
+Knows where adapters may sit and how an answer is read from a state; nothing of ratings, losses or users' histories.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from metarec.backbone import Backbone
+from metarec.errors import ConfigError, suggest
+from metarec.lora import LoraSpec
+from metarec.prompts import CatalogPrompts
+from metarec.transformer import Adapters
+from metarec.trunk import (
+    CachedTrunk,
+    Gathered,
+    Placement,
+    PlainTrunk,
+    Trunk,
+    is_target,
+    linear_shapes,
+    lora_spec,
+    pool,
+)
+
+_LOG = logging.getLogger(__name__)
+# An encoder has no answer words of its own: its log-odds are a difference of cosines, sharpened like CLIP's.
+_ENCODER_SHARPNESS = 20.0
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Gives every item's answer log-odds under every user's adapter.
+
+    Args:
+        backbone: The model.
+        prompts: The catalog's prompts.
+        placement: Where the adapters sit.
+        trunk: What runs the model.
+    """
+
+    backbone: Backbone
+    prompts: CatalogPrompts
+    placement: Placement
+    trunk: Trunk
+
+    @cached_property
+    def spec(self) -> LoraSpec:
+        """The adapters it takes."""
+        return lora_spec(self.backbone, self.placement)
+
+    @property
+    def invocation_tokens(self) -> tuple[int, ...] | None:
+        """Token ids from whose start the adapter is active, or None where it is active everywhere."""
+        count = self.placement.active_tokens
+        return None if count is None else self.prompts.tokens[0][-count:]
+
+    def gather(self, items: Tensor) -> Gathered:
+        """Collects what reading some items needs, once for all the steps that read them.
+
+        Args:
+            items: Item codes, shape (users, items).
+        """
+        return self.trunk.gather(items)
+
+    def log_odds(self, gathered: Gathered, state: Mapping[str, Tensor] | None) -> Tensor:
+        """Reads items.
+
+        Args:
+            gathered: The items.
+            state: Adapters with a user dimension; None reads with the frozen model.
+
+        Returns:
+            log p(yes) - log p(no), shape (users, items).
+        """
+        adapters = None if state is None else Adapters(state, self.spec.scaling)
+        return self._answer(self.trunk.last_states(gathered, adapters))
+
+    @cached_property
+    def states(self) -> Tensor:
+        """Every item's state under the frozen model, shape (catalog, hidden)."""
+        return self.trunk.frozen_states()
+
+    @cached_property
+    def frozen_log_odds(self) -> Tensor:
+        """Every item's log-odds under the frozen model, shape (catalog,)."""
+        return self._answer(self.states)
+
+    @cached_property
+    def _answer_axis(self) -> tuple[Tensor, Tensor]:
+        if self.prompts.answers is None:
+            yes, no = (_encode(self.backbone, ids) for ids in self.prompts.answer_texts)
+            return (yes - no) * _ENCODER_SHARPNESS, yes.new_zeros(())
+        return self.backbone.answer_direction(*self.prompts.answers)
+
+    def _answer(self, state: Tensor) -> Tensor:
+        direction, offset = self._answer_axis
+        return state.to(direction.dtype) @ direction + offset
+
+
+@torch.no_grad()
+def _encode(backbone: Backbone, ids: tuple[int, ...]) -> Tensor:
+    tokens = torch.tensor([ids], device=backbone.device)
+    hidden: Tensor = backbone.model(input_ids=tokens).last_hidden_state
+    return pool(hidden, torch.ones_like(tokens))[0]
+
+
+def open_reader(backbone: Backbone, prompts: CatalogPrompts, placement: Placement) -> Reader:
+    """Returns a reader over the fastest trunk that is exact for the model.
+
+    Raises:
+        ConfigError: The placement does not fit the model or the prompts.
+    """
+    check_placement(backbone, prompts, placement)
+    if backbone.weights is None:
+        _LOG.warning(
+            "the structure of '%s' (%s) is not one metarec can take apart; reading it whole, which is slower",
+            backbone.name,
+            backbone.model.config.model_type,
+        )
+        return Reader(backbone, prompts, placement, PlainTrunk(backbone, prompts, placement))
+    return Reader(backbone, prompts, placement, CachedTrunk(backbone, prompts, placement))
+
+
+# Where adapters go when nobody says: what attention looks at, what it writes, and what the MLP writes.
+_DEFAULT_TARGETS = (
+    ("q_proj", "v_proj", "o_proj", "down_proj"),
+    ("query", "value", "dense"),
+    ("c_attn", "c_proj"),
+)
+
+
+def default_placement(
+    backbone: Backbone,
+    prompts: CatalogPrompts,
+    *,
+    layers: int,
+    targets: tuple[str, ...] | None,
+    rank: int,
+    alpha: float,
+    active_tokens: int | Literal["auto"] | None,
+) -> Placement:
+    """Fills in what a configuration leaves open.
+
+    Args:
+        backbone: The model.
+        prompts: The catalog's prompts.
+        layers: See `Placement`.
+        targets: See `Placement`; None takes the usual ones of the architecture.
+        rank: See `Placement`.
+        alpha: See `Placement`.
+        active_tokens: See `Placement`; ``auto`` is the last token of a causal LM, and all tokens of other models.
+
+    Raises:
+        ConfigError: The architecture has no usual targets.
+    """
+    if targets is None:
+        names = {name.rsplit(".", 1)[-1] for name in linear_shapes(backbone, backbone.layer_path)}
+        targets = next((usual for usual in _DEFAULT_TARGETS if names.issuperset(usual)), None)
+        if targets is None:
+            raise ConfigError(
+                f"no usual adapter targets are known for '{backbone.name}'",
+                f"Set adapter.targets to some of {', '.join(sorted(names))}",
+            )
+    if active_tokens == "auto":
+        active_tokens = 1 if backbone.kind == "causal" and prompts.suffix else None
+    return Placement(layers, targets, rank, alpha, active_tokens)
+
+
+def check_placement(backbone: Backbone, prompts: CatalogPrompts, placement: Placement) -> None:
+    """Refuses adapters that the model or the prompts have no place for.
+
+    Raises:
+        ConfigError: There are fewer blocks, no such linear layer, or fewer common last tokens.
+    """
+    layers = backbone.model.config.num_hidden_layers
+    if not 1 <= placement.layers <= layers:
+        raise ConfigError(f"adapter.layers is {placement.layers}", f"'{backbone.name}' has 1 to {layers}")
+    if placement.rank < 1:
+        raise ConfigError(f"adapter.rank is {placement.rank}", "Choose 1 or more")
+    known = linear_shapes(backbone, backbone.layer_path + f".{layers - 1}")
+    for target in placement.targets:
+        if not any(is_target(name, (target,)) for name in known):
+            raise ConfigError(
+                f"adapter.targets names '{target}', which no block of '{backbone.name}' has",
+                suggest(target, sorted({name.rsplit(".", 1)[-1] for name in known})),
+            )
+    if placement.active_tokens is None:
+        return
+    if backbone.kind != "causal":
+        raise ConfigError(
+            f"adapter.active_tokens is {placement.active_tokens}, but '{backbone.name}' is not a causal LM",
+            "Set it to null: where tokens see those after them, no token's state is independent of the adapter",
+        )
+    if not 1 <= placement.active_tokens <= prompts.suffix:
+        raise ConfigError(
+            f"adapter.active_tokens is {placement.active_tokens}, but all prompts share only their last "
+            f"{prompts.suffix} tokens",
+            "Lower it, or end the prompt template with a fixed text",
+        )

@@ -1,0 +1,524 @@
+"""`MetaRecommender`: fit on a task, evaluate, adapt to a person, recommend, save and load.
+
+The one object that a program embeds. It ties a backbone, an item prior and meta-parameters to a catalog; the work is
+done by the layers below. Knows nothing of the command line.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
+from metarec.backbone import Backbone, load_backbone
+from metarec.config import RunConfig, validated
+from metarec.episodes import training_batch
+from metarec.errors import ArtifactError, ConfigError, MetarecError
+from metarec.evaluate import Report, evaluate, mean_auc
+from metarec.interactions import Catalog, Ratings, RatingScale, read_ratings
+from metarec.lora import AdapterState, expand_users, load_adapter, read_tensors, save_adapter, select_user
+from metarec.meta import ALGORITHMS, MetaGradient, MetaState
+from metarec.metrics import rank_order
+from metarec.objective import candidates, collate, initial_state, pairwise_loss, score, support_loss
+from metarec.priors import ItemPrior, fit_item_mean, smooth_by_text
+from metarec.progress import progress
+from metarec.prompts import PromptTemplate, tokenize_catalog
+from metarec.reader import Reader, default_placement, open_reader
+from metarec.scorer import Scorer
+from metarec.scorers.adapted import InnerLoop, MetaScorer
+from metarec.scorers.prompted import ZeroShot
+from metarec.scorers.trivial import ItemMean
+from metarec.task import Task, TaskData, load_task, load_task_data
+from metarec.train import Trained, train
+
+BASELINE = "item mean"
+_ITEMS_AT_ONCE = 512
+_PRIOR_COLUMNS = ("total", "count", "centre")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What fitting a task leaves behind: everything a recommender needs to serve without the dataset.
+
+    Args:
+        task: The task, with its prompt and label rule.
+        catalog: The items.
+        scale: The rating scale.
+        prior: Shrunk item means smoothed by text: an input of the score.
+        meta: The meta-parameters.
+        reader: The language model, reading this catalog.
+        training: A JSON-able summary of the training.
+    """
+
+    task: Task
+    catalog: Catalog
+    scale: RatingScale
+    prior: ItemPrior
+    meta: MetaState
+    reader: Reader
+    training: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One recommended item: its id, its title and its score (higher is better, comparable within one user)."""
+
+    item: str
+    title: str
+    score: float
+
+
+class MetaRecommender:
+    """A few-shot recommender: a language model whose adapter was meta-learned to fit new users in a few steps.
+
+    Example:
+        >>> recommender = MetaRecommender.from_pretrained("smollm2-135m-instruct")
+        >>> recommender.fit("movielens/user-cold")
+        >>> user = recommender.adapt([("Toy Story", 5), ("Heat", 2)])
+        >>> user.recommend(10)
+    """
+
+    def __init__(self, backbone: Backbone, config: RunConfig, fitted: Fitted | None = None) -> None:
+        self.backbone = backbone
+        self.config = config
+        self._fitted = fitted
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, config: RunConfig | None = None) -> MetaRecommender:
+        """Loads a saved recommender, or a backbone to fit one on.
+
+        Args:
+            name: A directory written by `save_pretrained`; or a backbone: an embedded name, a directory or a
+                Hugging Face name.
+            config: Settings for fitting; a saved recommender brings its own.
+
+        Raises:
+            BackboneError: The backbone cannot be loaded.
+            ArtifactError: The saved recommender is damaged, or the backbone is not the one it was made with.
+            ConfigError: `config` is given for a saved recommender.
+        """
+        path = Path(name)
+        if (path / "recommender.json").exists():
+            if config is not None:
+                raise ConfigError(f"'{path}' brings its own settings", "Leave 'config' out")
+            return _load(path)
+        config = (config or RunConfig()).model_copy(update={"backbone": str(name)})
+        return cls(_backbone(config), config)
+
+    @property
+    def fitted(self) -> Fitted:
+        """What fitting left behind.
+
+        Raises:
+            ConfigError: The recommender has not been fitted.
+        """
+        if self._fitted is None:
+            raise ConfigError("the recommender has not been fitted", "Call fit(task), or load a saved one")
+        return self._fitted
+
+    def fit(
+        self,
+        task: str | Task | TaskData | None = None,
+        *,
+        checkpoint: str | Path | None = None,
+        resume: bool = False,
+    ) -> MetaRecommender:
+        """Meta-trains on a task's meta-training users; hyper-parameters stop early on its validation users.
+
+        Args:
+            task: A task's name, a YAML file's path, or a loaded task; None takes the configuration's.
+            checkpoint: Where the training state is kept; None keeps it in a temporary directory.
+            resume: Goes on from `checkpoint` if it is there.
+
+        Returns:
+            Itself, fitted.
+
+        Raises:
+            MetarecError: The task or its data are not usable, or the checkpoint is of another run.
+        """
+        data = self.task_data(task)
+        prepared = self._prepare(data)
+        if checkpoint is None:
+            import tempfile
+
+            with tempfile.TemporaryDirectory() as scratch:
+                return self._fit(data, prepared, Path(scratch) / "checkpoint", resume)
+        return self._fit(data, prepared, Path(checkpoint), resume)
+
+    def _fit(self, data: TaskData, prepared: Fitted, checkpoint: Path, resume: bool) -> MetaRecommender:
+        trained = _meta_train(data, prepared, self.config, self._identity(data), checkpoint, resume)
+        training = {
+            "best_step": trained.best_step,
+            "best_validation_auc": trained.best_value,
+            "steps": trained.steps,
+            "diverged_inner_loops": trained.diverged,
+            "history": [
+                {"step": step, "query_loss": loss, "validation_auc": value} for step, loss, value in trained.history
+            ],
+        }
+        self._fitted = replace(prepared, meta=trained.best, training=training)
+        return self
+
+    def task_data(self, task: str | Task | TaskData | None = None) -> TaskData:
+        """Loads a task's data, split by the configuration's seed; None takes the fitted or configured task."""
+        if isinstance(task, TaskData):
+            return task
+        if task is None:
+            task = self._fitted.task if self._fitted else self.config.task
+        return load_task_data(load_task(task) if isinstance(task, str) else task, self.config.seed)
+
+    def _identity(self, data: TaskData) -> dict[str, Any]:
+        return {
+            "config": self.config.model_dump(mode="json", exclude={"task": True, "device": True}),
+            "task": data.task.digest,
+            "backbone": self.backbone.fingerprint,
+        }
+
+    def _prepare(self, data: TaskData) -> Fitted:
+        reader = _reader(self.backbone, self.config, data.task.template, data.interactions.catalog)
+        item_mean = fit_item_mean(data.interactions, data.parts["train"])
+        return Fitted(
+            task=data.task,
+            catalog=data.interactions.catalog,
+            scale=data.interactions.scale,
+            prior=smooth_by_text(item_mean, reader.states.cpu().numpy(), self.config.seed),
+            meta=initial_state(
+                reader,
+                inner_lr=self.config.meta.inner_lr,
+                llm_weight=self.config.train.llm_weight,
+                seed=self.config.seed,
+            ),
+            reader=reader,
+            training={},
+        )
+
+    def scorer(
+        self, *, rate_scale: float = 1.0, steps: int | None = None, name: str = "metarec, adapted"
+    ) -> MetaScorer:
+        """Returns the recommender as a `Scorer`.
+
+        Args:
+            rate_scale: Factor on every learned inner rate; 0 gives exactly the scores before adaptation.
+            steps: Inner steps; None takes the configuration's.
+            name: How it is called in tables.
+        """
+        return _scorer(self.fitted, self.config, rate_scale=rate_scale, steps=steps, name=name)
+
+    def scorers(self) -> list[Scorer]:
+        """Returns the rows of the default table: item mean, zero-shot prompt, before and after adaptation."""
+        fitted = self.fitted
+        return [
+            ItemMean(fitted.prior.without_text(), name=BASELINE),
+            ZeroShot(fitted.reader),
+            self.scorer(steps=0, name="metarec, before adaptation"),
+            self.scorer(),
+        ]
+
+    def evaluate(self, task: str | Task | TaskData | None = None, scorers: Sequence[Scorer] | None = None) -> Report:
+        """Scores the test users of a task.
+
+        Args:
+            task: None takes the task it was fitted on. Another task must have the same catalog.
+            scorers: The methods to compare; None takes `scorers()`. One of them is called ``item mean``.
+
+        Raises:
+            ConfigError: The task has another catalog.
+            EvaluationError: A score cannot be ranked.
+        """
+        data = self.task_data(task)
+        if data.interactions.catalog.ids != self.fitted.catalog.ids:
+            raise ConfigError(
+                f"task '{data.task.name}' has another catalog than '{self.fitted.task.name}'", "Fit on that task"
+            )
+        episodes, too_few = data.episodes("test")
+        return evaluate(
+            self.scorers() if scorers is None else scorers,
+            episodes,
+            data.task.shots,
+            data.interactions.catalog,
+            threshold=data.task.like_threshold,
+            seed=self.config.seed,
+            baseline=BASELINE,
+            left_out={"too few ratings": too_few} if too_few else {},
+        )
+
+    def adapt(self, ratings: Sequence[tuple[str, float]]) -> AdaptedUser:
+        """Adapts to one person.
+
+        Args:
+            ratings: ``(title or id, rating)`` pairs; with none, the person gets the unadapted ranking.
+
+        Raises:
+            UnknownItemError: An item is not in the catalog.
+            RatingError: A rating is not finite, off the scale, or an item is rated twice.
+        """
+        support = read_ratings(ratings, self.fitted.catalog, self.fitted.scale)
+        started = time.perf_counter()
+        adapted = self.scorer().adapt([support])
+        seconds = time.perf_counter() - started
+        return AdaptedUser(self, support, select_user(adapted.state, 0), bool(adapted.diverged[0]), seconds)
+
+    def load_user(self, path: str | Path) -> AdaptedUser:
+        """Loads a person saved with `AdaptedUser.save`; their scores are those they had.
+
+        Raises:
+            ArtifactError: The files are damaged, or belong to another recommender.
+        """
+        state, user = load_adapter(Path(path), self.fitted.reader.spec, self.config.device)
+        if user["recommender"] != self.digest:
+            raise ArtifactError(f"'{path}' was adapted from another recommender", "Load it with the one that made it")
+        support = read_ratings(
+            [(item, rating) for item, rating in user["ratings"]], self.fitted.catalog, self.fitted.scale
+        )
+        return AdaptedUser(self, support, state, bool(user["diverged"]), float(user["seconds"]))
+
+    @property
+    def digest(self) -> str:
+        """Names the recommender by the content of its meta-parameters and its backbone."""
+        import hashlib
+
+        digest = hashlib.sha256(self.backbone.fingerprint.encode())
+        for name, tensor in sorted(self.fitted.meta.tensors().items()):
+            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes everything that recommending needs, but neither the backbone's weights nor anybody's ratings.
+
+        Raises:
+            ConfigError: The recommender has not been fitted.
+            ArtifactError: The directory exists and holds something else.
+        """
+        fitted = self.fitted
+        columns = {name: torch.from_numpy(getattr(fitted.prior, name)) for name in _PRIOR_COLUMNS}
+        facts = {
+            "metarec": version("metarec"),
+            "backbone_fingerprint": self.backbone.fingerprint,
+            "config": self.config.model_dump(mode="json"),
+            "task": fitted.task.model_dump(mode="json"),
+            "scale": [fitted.scale.low, fitted.scale.high],
+            "prior": {name: getattr(fitted.prior, name) for name in ("mean", "scale", "strength")},
+            "training": fitted.training,
+        }
+        catalog = {"ids": fitted.catalog.ids, "fields": dict(fitted.catalog.fields)}
+        with replace_dir(Path(path), "recommender") as directory:
+            save_file(fitted.meta.tensors(), directory / "meta.safetensors")
+            save_file(columns, directory / "prior.safetensors")
+            (directory / "catalog.json").write_text(dump_json(catalog), encoding="utf-8")
+            (directory / "recommender.json").write_text(dump_json(facts), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class AdaptedUser:
+    """One person's adapter over a recommender.
+
+    Args:
+        recommender: Where it came from.
+        support: What the person rated.
+        state: The person's tensors, without a user dimension.
+        diverged: Whether adapting met a non-finite number, so that the unadapted ranking is served.
+        seconds: How long adapting took.
+    """
+
+    recommender: MetaRecommender
+    support: Ratings
+    state: AdapterState
+    diverged: bool
+    seconds: float
+
+    def score(self, items: Sequence[str]) -> list[float]:
+        """Scores items by id or title; higher is better.
+
+        Raises:
+            UnknownItemError: An item is not in the catalog.
+        """
+        catalog = self.recommender.fitted.catalog
+        codes = np.array([catalog.find(item) for item in items], np.int64)
+        return [float(value) for value in self._scores(codes)]
+
+    def recommend(self, k: int = 10, *, exclude: Sequence[str] = ()) -> list[Recommendation]:
+        """Ranks the whole catalog and returns its best items that the person has not rated.
+
+        Args:
+            k: How many items.
+            exclude: More items to leave out, by id or title.
+
+        Raises:
+            ConfigError: `k` is not positive or exceeds what is left of the catalog.
+        """
+        catalog = self.recommender.fitted.catalog
+        left_out = {*self.support.items.tolist(), *(catalog.find(item) for item in exclude)}
+        codes = np.array([code for code in range(len(catalog)) if code not in left_out], np.int64)
+        if not 1 <= k <= len(codes):
+            raise ConfigError(f"k is {k}", f"There are {len(codes)} items to recommend: choose 1 to {len(codes)}")
+        scores = self._scores(codes).numpy()
+        order = rank_order(scores, [catalog.ids[code] for code in codes], self.recommender.config.seed)
+        return [
+            Recommendation(catalog.ids[codes[row]], catalog.title(int(codes[row])), float(scores[row]))
+            for row in order[:k]
+        ]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the adapter as a PEFT directory, with the person's ratings beside it.
+
+        Raises:
+            ArtifactError: The directory exists and holds something else.
+        """
+        recommender = self.recommender
+        catalog = recommender.fitted.catalog
+        rated = zip(self.support.items.tolist(), self.support.values.tolist(), strict=True)
+        save_adapter(
+            Path(path),
+            self.state,
+            recommender.fitted.reader.spec,
+            base_model=recommender.backbone.location,
+            task_type=recommender.backbone.task_type,
+            invocation_tokens=recommender.fitted.reader.invocation_tokens,
+            user={
+                "recommender": recommender.digest,
+                "ratings": [[catalog.ids[code], rating] for code, rating in rated],
+                "diverged": self.diverged,
+                "seconds": self.seconds,
+            },
+        )
+
+    @torch.no_grad()
+    def _scores(self, codes: np.ndarray) -> Tensor:
+        fitted = self.recommender.fitted
+        state = expand_users(self.state, 1)
+        blocks = np.array_split(codes, max(1, -(-len(codes) // _ITEMS_AT_ONCE)))
+        values = []
+        with progress("ranking", len(blocks), after=2.0) as advance:
+            for done, block in enumerate(blocks, start=1):
+                batch = candidates([block], fitted.prior, fitted.reader)
+                values.append(score(state, batch, fitted.reader)[0].cpu())
+                advance(done)
+        return torch.cat(values)
+
+
+def _meta_train(
+    data: TaskData, prepared: Fitted, config: RunConfig, identity: dict[str, Any], checkpoint: Path, resume: bool
+) -> Trained:
+    algorithm = ALGORITHMS[config.meta.algorithm]
+    reader, prior = prepared.reader, prepared.prior
+    threshold = data.task.like_threshold
+    episodes, _ = data.episodes("validation")
+
+    def gradient_at(meta: MetaState, step: int) -> MetaGradient:
+        batch = training_batch(
+            data.interactions,
+            data.parts["train"],
+            batch_users=config.train.users,
+            shots=config.train.shots,
+            max_query=config.train.max_query,
+            min_query=config.train.min_query,
+            seed=config.seed,
+            step=step,
+        )
+        support = collate([episode.support for episode in batch], prior, reader, threshold, seen=True)
+        query = collate([episode.query for episode in batch], prior, reader, threshold, seen=True)
+        inner = support_loss(support, reader, shrinkage=config.meta.shrinkage, bias_strength=config.meta.bias_strength)
+        outer = pairwise_loss(query, reader, sharpness=config.train.sharpness)
+        return algorithm(meta, inner, outer, len(batch), config.meta.inner_steps)
+
+    def validate(meta: MetaState) -> float:
+        scorer = _scorer(replace(prepared, meta=meta), config)
+        shots = [count for count in data.task.shots if count > 0] or list(data.task.shots)
+        report = evaluate(
+            [scorer],
+            episodes,
+            shots,
+            data.interactions.catalog,
+            threshold=threshold,
+            seed=config.seed,
+            baseline=scorer.name,
+            left_out={},
+        )
+        return mean_auc(report, scorer.name, shots)
+
+    return train(
+        prepared.meta,
+        gradient_at,
+        validate,
+        config.train,
+        checkpoint=checkpoint,
+        identity=identity,
+        resume=resume,
+    )
+
+
+def _scorer(
+    fitted: Fitted,
+    config: RunConfig,
+    *,
+    rate_scale: float = 1.0,
+    steps: int | None = None,
+    name: str = "metarec, adapted",
+) -> MetaScorer:
+    inner = InnerLoop(
+        steps=config.meta.inner_steps if steps is None else steps,
+        shrinkage=config.meta.shrinkage,
+        bias_strength=config.meta.bias_strength,
+    )
+    return MetaScorer(
+        fitted.meta, fitted.reader, fitted.prior, inner, fitted.task.like_threshold, rate_scale=rate_scale, name=name
+    )
+
+
+def _backbone(config: RunConfig) -> Backbone:
+    return load_backbone(config.backbone, device=config.device, dtype=getattr(torch, config.dtype))
+
+
+def _reader(backbone: Backbone, config: RunConfig, template: PromptTemplate, catalog: Catalog) -> Reader:
+    prompts = tokenize_catalog(backbone, template, catalog)
+    adapter = config.adapter
+    placement = default_placement(
+        backbone,
+        prompts,
+        layers=adapter.layers,
+        targets=adapter.targets,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        active_tokens=adapter.active_tokens,
+    )
+    return open_reader(backbone, prompts, placement)
+
+
+def _load(path: Path) -> MetaRecommender:
+    verify_dir(path, "recommender")
+    facts = load_json(path / "recommender.json")
+    where = str(path / "recommender.json")
+    config = validated(RunConfig, facts["config"], where)
+    task = validated(Task, facts["task"], where)
+    backbone = _backbone(config)
+    if backbone.fingerprint != facts["backbone_fingerprint"]:
+        raise ArtifactError(
+            f"'{path}' was made with other weights of '{config.backbone}'", "Install the backbone it was made with"
+        )
+    listed = load_json(path / "catalog.json")
+    fields = {name: tuple(column) for name, column in listed["fields"].items()}
+    catalog = Catalog(tuple(listed["ids"]), fields)
+    tensors = read_tensors(path / "prior.safetensors")
+    columns: dict[str, Any] = {name: tensors[name].numpy() for name in _PRIOR_COLUMNS}
+    fitted = Fitted(
+        task=task,
+        catalog=catalog,
+        scale=RatingScale(*facts["scale"]),
+        prior=ItemPrior(**facts["prior"], **columns),
+        meta=MetaState.from_tensors(read_tensors(path / "meta.safetensors", config.device)),
+        reader=_reader(backbone, config, task.template, catalog),
+        training=facts["training"],
+    )
+    return MetaRecommender(backbone, config, fitted)
+
+
+__all__ = ["AdaptedUser", "MetaRecommender", "MetarecError", "Recommendation"]

@@ -1,0 +1,1 @@
+"""Every method there is, behind the `Scorer` protocol."""

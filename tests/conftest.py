@@ -1,0 +1,202 @@
+"""Small worlds for tests: a tiny random Llama, BERT and GPT-2 on disk, and ratings whose answer is known."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from metarec.backbone import Backbone, load_backbone
+from metarec.interactions import Catalog, Interactions, RatingScale
+from metarec.prompts import CatalogPrompts, PromptTemplate, tokenize_catalog
+
+WORDS = (
+    "the a of night day love war star road man woman king dead blue red city river house game dream "
+    "is this good movie answer drama comedy action horror music Yes No : , . ( ) ?"
+).split()
+GENRES = ("drama", "comedy", "action", "horror")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Trunk caches of tests stay out of the user's; the embedded model, costly to unpack, is shared."""
+    real = Path(os.environ.get("METAREC_CACHE") or Path.home() / ".cache" / "metarec")
+    own = tmp_path_factory.mktemp("cache")
+    for shared in ("models", "data"):
+        (real / shared).mkdir(parents=True, exist_ok=True)
+        (own / shared).symlink_to(real / shared)
+    os.environ["METAREC_CACHE"] = str(own)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _tokenizer(special: dict[str, str]) -> object:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: code for code, word in enumerate([*special.values(), *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def _save(path: Path, model: object, tokenizer: object) -> Path:
+    model.save_pretrained(path)  # type: ignore[attr-defined]
+    tokenizer.save_pretrained(path)  # type: ignore[attr-defined]
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns the directory of a tiny random model of a family: ``llama``, ``mistral``, ``bert``, ...."""
+    root = tmp_path_factory.mktemp("models")
+
+    def make(family: str) -> Path:
+        path = root / family
+        if path.exists():
+            return path
+        import transformers
+
+        torch.manual_seed(7)
+        tokenizer = _tokenizer({"unk_token": "<unk>", "pad_token": "<pad>"})
+        size = len(tokenizer)  # type: ignore[arg-type]
+        decoder = {
+            "vocab_size": size,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.4,
+            "pad_token_id": 1,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+        encoder = {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "initializer_range": 0.4,
+            "max_position_embeddings": 64,
+        }
+        if family == "llama":
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**decoder))
+        elif family == "llama-bias":
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**decoder, attention_bias=True, mlp_bias=True))
+        elif family == "mistral":
+            model = transformers.MistralForCausalLM(transformers.MistralConfig(**decoder))
+        elif family == "gpt2":
+            config = transformers.GPT2Config(
+                vocab_size=size, n_embd=16, n_layer=3, n_head=4, initializer_range=0.4, bos_token_id=0, eos_token_id=0
+            )
+            model = transformers.GPT2LMHeadModel(config)
+        else:
+            special = {
+                "unk_token": "[UNK]",
+                "pad_token": "[PAD]",
+                "mask_token": "[MASK]",
+                "cls_token": "[CLS]",
+                "sep_token": "[SEP]",
+            }
+            tokenizer = _tokenizer(special)
+            config = transformers.BertConfig(vocab_size=len(tokenizer), **encoder)  # type: ignore[arg-type]
+            model = transformers.BertForMaskedLM(config) if family == "bert" else transformers.BertModel(config)
+        return _save(path, model, tokenizer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def backbone(model_dir: Callable[[str], Path]) -> Callable[..., Backbone]:
+    """Returns a loaded tiny model of a family, once per session and precision."""
+    loaded: dict[tuple[str, torch.dtype], Backbone] = {}
+
+    def load(family: str, dtype: torch.dtype = torch.float32) -> Backbone:
+        key = (family, dtype)
+        if key not in loaded:
+            loaded[key] = load_backbone(str(model_dir(family)), dtype=dtype)
+        return loaded[key]
+
+    return load
+
+
+TEMPLATES = {
+    "causal": PromptTemplate("is this a good movie ? {{ title }} , {{ genres }} answer :", " Yes", " No"),
+    "masked": PromptTemplate("is this a good movie ? {{ title }} , {{ genres }} answer : {{ mask }} .", "Yes", "No"),
+    "encoder": PromptTemplate("{{ title }} , {{ genres }}", "a good movie", "a dead movie"),
+}
+
+
+def small_catalog(items: int = 40, seed: int = 0) -> Catalog:
+    """Titles of one to six words, one genre each; item i has genre i mod 4."""
+    generator = np.random.default_rng(seed)
+    titles = [f"{' '.join(generator.choice(WORDS[:20], generator.integers(1, 6)))}" for _ in range(items)]
+    return Catalog(
+        ids=tuple(f"m{code}" for code in range(items)),
+        fields={
+            "title": tuple(f"{title} {WORDS[code % 20]}" for code, title in enumerate(titles)),
+            "genres": tuple(GENRES[code % 4] for code in range(items)),
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def catalog() -> Catalog:
+    """Forty small items."""
+    return small_catalog()
+
+
+@pytest.fixture
+def prompts(backbone: Callable[..., Backbone], catalog: Catalog) -> Callable[[str], CatalogPrompts]:
+    """Returns the small catalog's prompts as a family's tokenizer reads them."""
+
+    def tokenize(family: str) -> CatalogPrompts:
+        model = backbone(family)
+        return tokenize_catalog(model, TEMPLATES[model.kind], catalog)
+
+    return tokenize
+
+
+def known_interactions(users: int = 60, items: int = 40, seed: int = 0) -> Interactions:
+    """Every user rates 24 items; half the users like two genres and hate the others, the other half the reverse.
+
+    An item mean knows almost nothing here, a few ratings tell everything.
+    """
+    generator = np.random.default_rng(seed)
+    catalog = small_catalog(items)
+    user, item, rating = [], [], []
+    for code in range(users):
+        for chosen in generator.choice(items, 24, replace=False):
+            liked = (chosen % 4 < 2) == (code % 2 == 0)
+            value = (4.5 if liked else 2.0) + generator.choice([-0.5, 0.0, 0.5])
+            user.append(code)
+            item.append(chosen)
+            rating.append(value)
+    return Interactions(
+        users=tuple(f"u{code}" for code in range(users)),
+        user=np.array(user, np.int64),
+        item=np.array(item, np.int64),
+        rating=np.array(rating, np.float32),
+        timestamp=np.arange(len(user), dtype=np.int64),
+        catalog=catalog,
+        scale=RatingScale(0.5, 5.0),
+        dropped={},
+    )
+
+
+@pytest.fixture(scope="session")
+def interactions() -> Interactions:
+    """Sixty users of two opposite tastes."""
+    return known_interactions()

@@ -1,0 +1,127 @@
+"""One user's slice is a standard PEFT adapter: same scores in PEFT, same bits when read back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from metarec.backbone import Backbone, load_backbone
+from metarec.errors import ArtifactError
+from metarec.lora import LORA_B, LoraSpec, init_lora, load_adapter, lora_linear, save_adapter, select_user
+from metarec.prompts import CatalogPrompts
+from metarec.reader import Reader
+from metarec.trunk import CachedTrunk
+from test_trunk import placement_of, random_state, some_items
+
+Backbones = Callable[..., Backbone]
+Prompts = Callable[[str], CatalogPrompts]
+SPEC = LoraSpec(2, 4.0, {"block.q": (6, 5), "block.v": (3, 5)})
+
+
+def test_a_fresh_adapter_changes_nothing() -> None:
+    state = init_lora(SPEC, torch.Generator().manual_seed(0))
+    users = {name: tensor.expand(2, *tensor.shape) for name, tensor in state.items()}
+    inputs, weight = torch.randn(2, 3, 4, 5), torch.randn(6, 5)
+    assert torch.equal(
+        lora_linear(inputs, weight, None, users, "block.q", SPEC.scaling),
+        lora_linear(inputs, weight, None, None, "block.q", SPEC.scaling),
+    )
+
+
+def test_every_user_gets_their_own_update() -> None:
+    state = random_state(SPEC, 3)
+    inputs, weight, bias = torch.randn(3, 2, 4, 5), torch.randn(6, 5), torch.randn(6)
+    together = lora_linear(inputs, weight, bias, state, "block.q", SPEC.scaling)
+    for user in range(3):
+        a, b = state["block.q.lora_A"][user], state["block.q.lora_B"][user]
+        merged = weight + SPEC.scaling * b @ a
+        torch.testing.assert_close(together[user], inputs[user] @ merged.T + bias)
+
+
+@pytest.mark.parametrize(("family", "active"), [("llama", None), ("llama", 2), ("mistral", 1)])
+def test_peft_gives_a_saved_adapter_the_same_scores(
+    family: str, active: int | None, backbone: Backbones, prompts: Prompts, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    model, texts = backbone(family), prompts(family)
+    placed = placement_of(model, texts, active)
+    reader = Reader(model, texts, placed, CachedTrunk(model, texts, placed))
+    state = random_state(reader.spec, 2)
+    items = some_items(2, 6)
+    ours = reader.log_odds(reader.gather(items), state)
+    for user in range(2):
+        save_adapter(
+            tmp_path / str(user),
+            select_user(state, user),
+            reader.spec,
+            base_model=model.location,
+            task_type=model.task_type,
+            user={},
+            invocation_tokens=reader.invocation_tokens,
+        )
+        wrapped = PeftModel.from_pretrained(copy.deepcopy(model.model), tmp_path / str(user))
+        for item, expected in zip(items[user].tolist(), ours[user], strict=True):
+            tokens = torch.tensor([texts.tokens[item]])
+            with torch.no_grad():
+                logits = wrapped(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, -1]
+            yes, no = texts.answers or (0, 0)
+            torch.testing.assert_close(logits[yes] - logits[no], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_is_read_back_bit_for_bit(tmp_path: Path) -> None:
+    state = select_user(random_state(SPEC, 1), 0) | {"score.prior_weight": torch.tensor(0.7)}
+    save_adapter(tmp_path / "a", state, SPEC, base_model="x", task_type=None, user={"ratings": [["7", 4.0]]})
+    loaded, user = load_adapter(tmp_path / "a", SPEC)
+    assert user == {"ratings": [["7", 4.0]]}
+    assert loaded.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_every_corrupted_byte_of_an_adapter_is_noticed(tmp_path: Path) -> None:
+    small = LoraSpec(1, 1.0, {"q": (2, 2)})
+    state = select_user(random_state(small, 1), 0)
+    save_adapter(tmp_path / "a", state, small, base_model="x", task_type=None, user={})
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    for position in range(len(whole)):
+        broken = bytearray(whole)
+        broken[position] ^= 0xFF
+        weights.write_bytes(bytes(broken))
+        with pytest.raises(ArtifactError, match="altered"):
+            load_adapter(tmp_path / "a", small)
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(ArtifactError, match="truncated"):
+        load_adapter(tmp_path / "a", small)
+
+
+def test_an_adapter_of_another_shape_is_refused(tmp_path: Path) -> None:
+    state = select_user(random_state(SPEC, 1), 0)
+    save_adapter(tmp_path / "a", state, SPEC, base_model="x", task_type=None, user={})
+    with pytest.raises(ArtifactError, match="rank 2 on 2 modules, the recommender rank 3 on 2"):
+        load_adapter(tmp_path / "a", LoraSpec(3, 4.0, SPEC.shapes))
+
+
+def test_saving_never_replaces_a_directory_of_something_else(tmp_path: Path) -> None:
+    precious = tmp_path / "thesis"
+    precious.mkdir()
+    (precious / "draft.txt").write_text("years of work")
+    state = select_user(random_state(SPEC, 1), 0)
+    with pytest.raises(ArtifactError, match="not a metarec adapter"):
+        save_adapter(precious, state, SPEC, base_model="x", task_type=None, user={})
+    assert (precious / "draft.txt").read_text() == "years of work"
+
+
+def test_lora_b_starts_at_zero_and_a_does_not() -> None:
+    state = init_lora(SPEC, torch.Generator().manual_seed(0))
+    assert all(bool(tensor.any()) != name.endswith(LORA_B) for name, tensor in state.items())
+
+
+def test_loading_a_backbone_gives_frozen_weights(model_dir: Callable[[str], Path]) -> None:
+    model = load_backbone(str(model_dir("llama")))
+    assert not any(parameter.requires_grad for parameter in model.model.parameters())

@@ -1,0 +1,75 @@
+"""Metrics on answers that can be worked out by hand, and on scores that must not win anything."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metarec.errors import EvaluationError
+from metarec.metrics import auc, bootstrap_interval, check_scores, ndcg, rank_order
+
+LABELS = np.array([True, False, True, False])
+ITEMS = ["a", "b", "c", "d"]
+
+
+def test_auc_counts_pairs() -> None:
+    assert auc(np.array([3.0, 2.0, 1.0, 0.0]), LABELS) == 0.75
+    assert auc(np.array([1.0, 0.0, 1.0, 0.0]), LABELS) == 1.0
+
+
+def test_ndcg_matches_the_formula() -> None:
+    gain = ndcg(np.array([3.0, 2.0, 1.0, 0.0]), LABELS, ITEMS, 10, 0)
+    assert gain == pytest.approx((1 + 1 / math.log2(4)) / (1 + 1 / math.log2(3)))
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=40), st.floats(-10, 10))
+def test_a_constant_score_gets_exactly_chance(labels: list[bool], constant: float) -> None:
+    liked = np.array(labels)
+    expected = None if liked.all() or not liked.any() else 0.5
+    assert auc(np.full(len(liked), constant), liked) == expected
+
+
+def test_a_constant_score_ranks_like_chance() -> None:
+    # Likes come first in every list: a method that leaked the input's order would get 1.
+    labels = np.arange(20) < 5
+    gains = [ndcg(np.zeros(20), labels, [f"{user}-{item}" for item in range(20)], 10, 0) for user in range(400)]
+    generator = np.random.default_rng(0)
+    chance = [ndcg(generator.random(20), labels, [str(item) for item in range(20)], 10, 0) for _ in range(400)]
+    error = np.std(chance) / math.sqrt(400)
+    assert abs(np.mean(gains) - np.mean(chance)) < 4 * error
+
+
+def test_ties_do_not_follow_the_input_order() -> None:
+    order = rank_order(np.zeros(4), ITEMS, 0)
+    turned = rank_order(np.zeros(4), ITEMS[::-1], 0)
+    assert [ITEMS[place] for place in order] == [ITEMS[::-1][place] for place in turned]
+    assert any(not np.array_equal(rank_order(np.zeros(4), ITEMS, seed), order) for seed in range(20))
+
+
+@pytest.mark.parametrize("labels", [[True, True], [False, False]])
+def test_one_class_has_no_value(labels: list[bool]) -> None:
+    assert auc(np.array([1.0, 2.0]), np.array(labels)) is None
+    assert ndcg(np.array([1.0, 2.0]), np.array(labels), ["a", "b"], 10, 0) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_numbers_are_refused(value: float) -> None:
+    with pytest.raises(EvaluationError, match="method 'x', K = 5: score .* of candidate 1 is not a finite number"):
+        check_scores(np.array([0.0, value]), "method 'x', K = 5")
+
+
+def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        low, high = bootstrap_interval(generator.normal(0.3, 1.0, 60), trial)
+        covered += low <= 0.3 <= high
+    assert 175 <= covered <= 198
+
+
+def test_equal_values_have_an_interval_of_no_width() -> None:
+    assert bootstrap_interval(np.full(5, 0.25), 0) == (0.25, 0.25)

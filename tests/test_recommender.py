@@ -1,0 +1,343 @@
+"""The whole thing on a small world whose answer is known, and every scorer's conformance."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import known_interactions
+from metarec.config import RunConfig, validated
+from metarec.errors import ArtifactError, ConfigError, EvaluationError, RatingError, UnknownItemError
+from metarec.evaluate import evaluate
+from metarec.interactions import Ratings
+from metarec.recommender import MetaRecommender
+from metarec.scorer import Request, Scorer
+from metarec.task import Task, TaskData
+from metarec.episodes import split_users
+
+SETTINGS = {
+    "adapter": {"layers": 2, "rank": 2, "alpha": 4.0},
+    "meta": {"inner_steps": 3, "inner_lr": 0.3, "shrinkage": 1.0},
+    "train": {"steps": 40, "users": 8, "shots": [5, 10], "max_query": 10, "validate_every": 20, "lr": 0.01},
+}
+TASK = {
+    "name": "test/known",
+    "version": 1,
+    "description": "Two opposite tastes.",
+    "licence": "none",
+    "dataset": {"source": "embedded-movielens"},
+    "split": {"fractions": [0.6, 0.2, 0.2]},
+    "shots": [0, 5, 10],
+    "query": {"max": 14, "min": 5},
+    "like_threshold": 3.5,
+    "prompt": {
+        "text": "is this a good movie ? {{ title }} , {{ genres }} answer :",
+        "positive": " Yes",
+        "negative": " No",
+    },
+}
+
+
+def known_task(seed: int = 0) -> TaskData:
+    data = known_interactions()
+    task = validated(Task, TASK, "test")
+    return TaskData(task, data, split_users(data, task.split.fractions, seed), seed)
+
+
+@pytest.fixture(scope="module")
+def fitted(model_dir: Callable[[str], Path]) -> MetaRecommender:
+    config = validated(RunConfig, SETTINGS, "test")
+    return MetaRecommender.from_pretrained(model_dir("llama"), config).fit(known_task())
+
+
+def test_adapting_beats_the_item_mean_and_the_unadapted_model_where_taste_is_all(fitted: MetaRecommender) -> None:
+    report = fitted.evaluate(known_task())
+    means = {(cell.method, cell.shots): cell.means["auc"] for cell in report.cells()}
+    assert means["item mean", 10] < 0.65
+    assert means["metarec, adapted", 10] > 0.8
+    for other, shots in (("metarec, adapted", 0), ("metarec, before adaptation", 10), ("item mean", 10)):
+        gain, (low, _) = report.difference("metarec, adapted", 10, other, shots)
+        assert low > 0, (other, gain)
+
+
+def test_inner_rate_zero_gives_exactly_the_unadapted_scores(fitted: MetaRecommender) -> None:
+    requests = some_requests()
+    frozen = fitted.scorer(rate_scale=0.0).score(requests)
+    unadapted = fitted.scorer(steps=0).score(requests)
+    adapted = fitted.scorer().score(requests)
+    for asked, zero, none, some in zip(requests, frozen, unadapted, adapted, strict=True):
+        assert torch.equal(zero, none)
+        assert torch.equal(zero, some) == (len(asked.support) == 0)
+
+
+def test_the_same_seed_gives_the_same_table(fitted: MetaRecommender, model_dir: Callable[[str], Path]) -> None:
+    config = validated(RunConfig, SETTINGS, "test")
+    again = MetaRecommender.from_pretrained(model_dir("llama"), config).fit(known_task())
+    first, second = (model.evaluate(known_task()).per_user for model in (fitted, again))
+    assert first.equals(second)
+    other = validated(RunConfig, SETTINGS | {"seed": 1}, "test")
+    third = MetaRecommender.from_pretrained(model_dir("llama"), other).fit(known_task(1)).evaluate(known_task(1))
+    assert not first.equals(third.per_user)
+
+
+def test_a_saved_recommender_scores_as_before(fitted: MetaRecommender, tmp_path: Path) -> None:
+    fitted.save_pretrained(tmp_path / "model")
+    loaded = MetaRecommender.from_pretrained(tmp_path / "model")
+    assert loaded.digest == fitted.digest
+    ratings = [("m1", 5.0), ("m2", 1.0)]
+    assert loaded.adapt(ratings).score(["m5", "m6"]) == fitted.adapt(ratings).score(["m5", "m6"])
+
+
+def test_an_unread_query_label_changes_no_score(fitted: MetaRecommender) -> None:
+    data = known_task()
+    turned = data.interactions.rating.copy()
+    test_rows = np.isin(data.interactions.user, data.parts["test"])
+    turned[test_rows] = 5.5 - turned[test_rows]
+    other = replace(data, interactions=replace(data.interactions, rating=turned))
+    prepared = fitted._prepare(data)
+    assert np.array_equal(prepared.prior.values(np.arange(40)), fitted._prepare(other).prior.values(np.arange(40)))
+
+
+@pytest.mark.parametrize("part", ["meta.safetensors", "prior.safetensors", "catalog.json", "recommender.json"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_a_damaged_recommender_is_refused(part: str, damage: str, fitted: MetaRecommender, tmp_path: Path) -> None:
+    fitted.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / part
+    content = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(bytes(content[:-7]) if damage == "truncate" else bytes(content))
+    with pytest.raises((ArtifactError, Exception)) as caught:
+        MetaRecommender.from_pretrained(tmp_path / "model")
+    assert type(caught.value).__module__ == "metarec.errors"
+
+
+def test_a_recommender_refuses_another_backbone(
+    fitted: MetaRecommender, model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    fitted.save_pretrained(tmp_path / "model")
+    facts = json.loads((tmp_path / "model" / "recommender.json").read_text())
+    facts["config"]["backbone"] = str(model_dir("mistral"))
+    from metarec.artifacts import dump_json, replace_dir
+
+    copied = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir() if file.name != "manifest.json"}
+    with replace_dir(tmp_path / "other", "recommender") as directory:
+        for name, content in copied.items():
+            (directory / name).write_bytes(content)
+        (directory / "recommender.json").write_text(dump_json(facts))
+    with pytest.raises(ArtifactError, match="made with other weights"):
+        MetaRecommender.from_pretrained(tmp_path / "other")
+
+
+def test_a_new_user_sees_the_ranking_move_towards_their_taste(fitted: MetaRecommender) -> None:
+    titles = fitted.fitted.catalog.fields["genres"]
+    rated = [(f"m{code}", 5.0 if code % 4 < 2 else 1.0) for code in range(12)]
+    before, after = fitted.adapt([]).recommend(10), fitted.adapt(rated).recommend(10)
+    liked = [sum(titles[int(entry.item[1:])] in ("drama", "comedy") for entry in ranked) for ranked in (before, after)]
+    assert liked[1] > liked[0]
+    assert not {entry.item for entry in after} & {item for item, _ in rated}
+    assert [entry.score for entry in after] == sorted((entry.score for entry in after), reverse=True)
+
+
+def test_a_saved_user_keeps_scores_ratings_and_exclusions(fitted: MetaRecommender, tmp_path: Path) -> None:
+    user = fitted.adapt([("m1", 5.0), ("m2", 1.0)])
+    user.save(tmp_path / "user")
+    again = fitted.load_user(tmp_path / "user")
+    assert again.recommend(5) == user.recommend(5)
+    assert again.support.items.tolist() == [1, 2]
+
+
+def test_a_user_of_another_recommender_is_refused(
+    fitted: MetaRecommender, model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    fitted.adapt([("m1", 5.0)]).save(tmp_path / "user")
+    quick = validated(RunConfig, SETTINGS | {"train": {"steps": 1, "users": 2, "shots": [5]}}, "test")
+    other = MetaRecommender.from_pretrained(model_dir("llama"), quick).fit(known_task())
+    with pytest.raises(ArtifactError, match="another recommender"):
+        other.load_user(tmp_path / "user")
+
+
+def test_an_empty_support_is_the_prior(fitted: MetaRecommender) -> None:
+    unadapted = fitted.scorer(steps=0).score([Request("x", Ratings.empty(), np.arange(40))])[0]
+    assert fitted.adapt([]).score([f"m{code}" for code in range(40)]) == unadapted.tolist()
+
+
+def test_a_support_of_one_class_still_adapts(fitted: MetaRecommender) -> None:
+    all_loved = fitted.adapt([(f"m{code}", 5.0) for code in (0, 1, 4, 5, 8)])
+    assert all(math.isfinite(score) for score in all_loved.score(["m2", "m9"]))
+    assert all_loved.score(["m2", "m9"]) != fitted.adapt([]).score(["m2", "m9"])
+    assert not all_loved.diverged
+
+
+def test_a_diverging_adaptation_serves_the_prior_and_says_so(fitted: MetaRecommender) -> None:
+    wild = replace(fitted.scorer(), rate_scale=1e30)
+    support = known_interactions().ratings(np.arange(5))
+    adapted = wild.adapt([support, Ratings.empty()])
+    assert adapted.diverged.tolist() == [True, False]
+    for name, tensor in adapted.state.items():
+        assert torch.equal(tensor[0], fitted.fitted.meta.init[name])
+
+
+@pytest.mark.parametrize(
+    ("ratings", "error"),
+    [
+        ([("nothing", 4.0)], UnknownItemError),
+        ([("m1", math.nan)], RatingError),
+        ([("m1", 4.0), ("m1", 4.0)], RatingError),
+        ([("m1", 9.0)], RatingError),
+    ],
+)
+def test_bad_ratings_get_a_typed_error(
+    ratings: list[tuple[str, float]], error: type[Exception], fitted: MetaRecommender
+) -> None:
+    with pytest.raises(error):
+        fitted.adapt(ratings)
+
+
+@pytest.mark.parametrize("k", [0, -1, 40])
+def test_k_beyond_the_catalog_is_refused(k: int, fitted: MetaRecommender) -> None:
+    with pytest.raises(ConfigError, match="items to recommend"):
+        fitted.adapt([("m1", 4.0)]).recommend(k)
+
+
+def test_an_unfitted_recommender_says_so(model_dir: Callable[[str], Path]) -> None:
+    fresh = MetaRecommender.from_pretrained(model_dir("llama"))
+    with pytest.raises(ConfigError, match="Call fit"):
+        fresh.adapt([])
+
+
+@pytest.mark.parametrize("family", ["bert", "encoder", "gpt2"])
+def test_other_backbones_learn_the_same_task(family: str, model_dir: Callable[[str], Path]) -> None:
+    from conftest import TEMPLATES
+
+    template = TEMPLATES[{"bert": "masked", "encoder": "encoder"}.get(family, "causal")]
+    prompt = {"text": template.text, "positive": template.positive, "negative": template.negative}
+    data = known_task()
+    data = replace(data, task=validated(Task, TASK | {"prompt": prompt}, "test"))
+    config = validated(RunConfig, SETTINGS, "test")
+    report = MetaRecommender.from_pretrained(model_dir(family), config).fit(data).evaluate(data)
+    gain, (low, _) = report.difference("metarec, adapted", 10, "metarec, before adaptation", 10)
+    assert low > 0, gain
+
+
+# Conformance: what every scorer has to hold.
+
+
+def some_requests() -> list[Request]:
+    data = known_task()
+    episodes, _ = data.episodes("test")
+    return [
+        Request(episode.user, episode.support.head(count), episode.query.items)
+        for episode, count in zip(episodes, (5, 10, 0, 3, 1), strict=False)
+    ]
+
+
+SCORERS = ["item mean", "zero-shot prompt", "metarec, before adaptation", "metarec, adapted"]
+
+
+@pytest.fixture(params=SCORERS)
+def scorer(request: pytest.FixtureRequest, fitted: MetaRecommender) -> Scorer:
+    return next(scorer for scorer in fitted.scorers() if scorer.name == request.param)
+
+
+def test_the_conformance_suite_covers_the_default_table(fitted: MetaRecommender) -> None:
+    assert [scorer.name for scorer in fitted.scorers()] == SCORERS
+
+
+def test_a_score_for_every_candidate(scorer: Scorer) -> None:
+    for asked, scores in zip(some_requests(), scorer.score(some_requests()), strict=True):
+        assert scores.shape == asked.candidates.shape
+        assert scores.dtype == torch.float32
+        assert scores.isfinite().all()
+    assert scorer.score([]) == []
+
+
+def test_a_batch_scores_as_one_by_one(scorer: Scorer) -> None:
+    together = scorer.score(some_requests())
+    for asked, scores in zip(some_requests(), together, strict=True):
+        torch.testing.assert_close(scorer.score([asked])[0], scores, atol=1e-5, rtol=1e-4)
+
+
+def test_scores_follow_the_item_not_its_place(scorer: Scorer) -> None:
+    asked = some_requests()[0]
+    turned = replace(asked, candidates=asked.candidates[::-1].copy())
+    torch.testing.assert_close(scorer.score([turned])[0].flip(0), scorer.score([asked])[0], atol=1e-5, rtol=1e-4)
+
+
+def test_the_users_name_does_not_matter(scorer: Scorer) -> None:
+    asked = some_requests()[0]
+    for name in ("nobody", "../x", ""):
+        assert torch.equal(scorer.score([replace(asked, user=name)])[0], scorer.score([asked])[0])
+
+
+def test_the_order_of_the_support_does_not_matter(scorer: Scorer) -> None:
+    asked = some_requests()[1]
+    turned = replace(asked, support=Ratings(asked.support.items[::-1].copy(), asked.support.values[::-1].copy()))
+    torch.testing.assert_close(scorer.score([turned])[0], scorer.score([asked])[0], atol=1e-4, rtol=1e-3)
+
+
+# The evaluation itself, on scorers made to catch it out.
+
+
+@dataclass(frozen=True)
+class Fixed:
+    name: str
+    give: Callable[[Request], Tensor]
+    bytes_per_user: int = 0
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        return [self.give(asked) for asked in requests]
+
+
+def report_on(*scorers: Scorer) -> dict[str, float]:
+    data = known_task()
+    episodes, _ = data.episodes("test")
+    report = evaluate(
+        scorers,
+        episodes,
+        [5],
+        data.interactions.catalog,
+        threshold=3.5,
+        seed=0,
+        baseline=scorers[0].name,
+        left_out={},
+    )
+    return {cell.method: cell.means["auc"] for cell in report.cells()}
+
+
+def test_a_constant_score_is_chance_and_an_oracle_is_perfect() -> None:
+    data = known_task()
+    truth = {
+        (data.interactions.users[user], item): rating
+        for user, item, rating in zip(
+            data.interactions.user, data.interactions.item, data.interactions.rating, strict=True
+        )
+    }
+    constant = Fixed("constant", lambda asked: torch.zeros(len(asked.candidates)))
+    oracle = Fixed(
+        "oracle", lambda asked: torch.tensor([truth[asked.user, int(item)] for item in asked.candidates])
+    )
+    assert report_on(constant, oracle) == {"constant": 0.5, "oracle": 1.0}
+
+
+def test_a_score_that_is_not_a_number_stops_the_evaluation() -> None:
+    broken = Fixed("broken", lambda asked: torch.full((len(asked.candidates),), math.nan))
+    with pytest.raises(EvaluationError, match="method 'broken', K = 5: score nan"):
+        report_on(broken)
+
+
+def test_the_paired_difference_is_the_mean_of_the_users_differences(fitted: MetaRecommender) -> None:
+    report = fitted.evaluate(known_task())
+    ours, base = (report.values(name, 10) for name in ("metarec, adapted", "item mean"))
+    assert report.difference("metarec, adapted", 10, "item mean", 10)[0] == pytest.approx((ours - base).mean())
+    assert ours.index.tolist() == base.index.tolist()

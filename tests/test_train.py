@@ -1,0 +1,141 @@
+"""The outer loop resumes exactly, stops early, and keeps its state through a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from metarec.config import TrainConfig
+from metarec.errors import ArtifactError
+from metarec.lora import AdapterState
+from metarec.meta import MetaGradient, MetaState, fomaml, initial_meta_state
+from metarec.train import Trained, train
+
+CONFIG = TrainConfig(steps=30, validate_every=10, warmup=3, patience=99)
+
+
+def start() -> MetaState:
+    init = {"w": torch.linspace(-1, 1, 6).view(2, 3), "bias": torch.tensor(0.3)}
+    return initial_meta_state(init, ["w"], 0.1)
+
+
+def gradient_at(meta: MetaState, step: int) -> MetaGradient:
+    target = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(step))
+
+    def loss(state: AdapterState) -> Tensor:
+        return (state["w"] + state["bias"][:, None, None] - target).square().sum((1, 2))
+
+    return fomaml(meta, loss, loss, 4, 2)
+
+
+def validate(meta: MetaState) -> float:
+    return -float(meta.init["w"].square().sum())
+
+
+def run(path: Path, *, resume: bool = False, at: Callable[[int], None] = lambda _: None) -> Trained:
+    def gradient(meta: MetaState, step: int) -> MetaGradient:
+        at(step)
+        return gradient_at(meta, step)
+
+    return train(start(), gradient, validate, CONFIG, checkpoint=path, identity={"seed": 0}, resume=resume)
+
+
+def same(first: Trained, second: Trained) -> bool:
+    tensors = first.best.tensors()
+    return first.history == second.history and all(
+        torch.equal(tensors[name], value) for name, value in second.best.tensors().items()
+    )
+
+
+@pytest.mark.parametrize("stop", [1, 10, 17, 29])
+def test_ctrl_c_loses_nothing_and_resume_gives_the_same_weights(stop: int, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+
+    def press(step: int) -> None:
+        if step == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "part", at=press)
+    steps: list[int] = []
+    resumed = run(tmp_path / "part", resume=True, at=steps.append)
+    assert steps == list(range(stop + 1, 30)), "no finished step is repeated"
+    assert same(whole, resumed)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    script = textwrap.dedent(
+        f"""
+        import os, signal, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        import torch
+        torch.set_num_threads(1)
+        from test_train import run
+        run(Path({str(tmp_path / "part")!r}), at=lambda step: step == 17 and os.kill(os.getpid(), signal.SIGKILL))
+        """
+    )
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    steps: list[int] = []
+    assert same(whole, run(tmp_path / "part", resume=True, at=steps.append))
+    assert steps[0] == 10, "it went on from the last checkpoint"
+
+
+def test_resuming_a_finished_run_takes_no_step(tmp_path: Path) -> None:
+    whole = run(tmp_path / "run")
+    steps: list[int] = []
+    assert same(whole, run(tmp_path / "run", resume=True, at=steps.append))
+    assert steps == []
+
+
+def test_training_stops_when_validation_gets_no_better(tmp_path: Path) -> None:
+    impatient = CONFIG.model_copy(update={"patience": 2})
+    values = iter([1.0, 3.0, 2.0, 2.5])
+    result = train(
+        start(), gradient_at, lambda _: next(values), impatient, checkpoint=tmp_path, identity={}, resume=False
+    )
+    assert (result.best_step, result.best_value, result.steps) == (10, 3.0, 30)
+    values = iter([3.0, 1.0, 2.0])
+    result = train(
+        start(), gradient_at, lambda _: next(values), impatient, checkpoint=tmp_path, identity={}, resume=False
+    )
+    assert (result.best_step, result.steps) == (0, 20)
+    assert torch.equal(result.best.init["w"], start().init["w"]), "the best is kept, not the last"
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    with pytest.raises(ArtifactError, match="its seed is 0, not 1"):
+        train(start(), gradient_at, validate, CONFIG, checkpoint=tmp_path / "run", identity={"seed": 1}, resume=True)
+
+
+@pytest.mark.parametrize("name", ["meta.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_a_truncated_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    file = tmp_path / "run" / name
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ArtifactError):
+        run(tmp_path / "run", resume=True)
+
+
+def test_users_that_diverge_are_counted_and_left_out(tmp_path: Path) -> None:
+    def half_diverged(meta: MetaState, step: int) -> MetaGradient:
+        gradient = gradient_at(meta, step)
+        flags = torch.tensor([True, False, True, False])
+        return replace(gradient, diverged=flags, loss=gradient.loss.masked_fill(flags, float("nan")))
+
+    result = train(start(), half_diverged, validate, CONFIG, checkpoint=tmp_path, identity={}, resume=False)
+    assert result.diverged == 60
+    assert all(loss == loss for _, loss, _ in result.history)

@@ -1,0 +1,194 @@
+"""The fast path equals the plain one, for every family, placement and number of active tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from metarec.backbone import Backbone
+from metarec.errors import ConfigError
+from metarec.lora import LORA_A, LORA_B, AdapterState, LoraSpec, select_user
+from metarec.prompts import CatalogPrompts
+from metarec.reader import Reader, check_placement, default_placement, open_reader
+from metarec.trunk import CachedTrunk, Placement, PlainTrunk
+
+FAMILIES = {
+    "llama": [None, 1, 2],
+    "llama-bias": [None, 2],
+    "mistral": [1],
+    "bert": [None],
+    "encoder": [None],
+}
+CASES = [(family, active) for family, actives in FAMILIES.items() for active in actives]
+Backbones = Callable[..., Backbone]
+Prompts = Callable[[str], CatalogPrompts]
+
+
+def placement_of(backbone: Backbone, prompts: CatalogPrompts, active: int | None, layers: int = 2) -> Placement:
+    placed = default_placement(
+        backbone, prompts, layers=layers, targets=None, rank=2, alpha=4.0, active_tokens=active
+    )
+    check_placement(backbone, prompts, placed)
+    return placed
+
+
+def random_state(spec: LoraSpec, users: int, seed: int = 0) -> AdapterState:
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, (rows, columns) in spec.shapes.items():
+        state[name + LORA_A] = torch.randn(users, spec.rank, columns, generator=generator) * 0.3
+        state[name + LORA_B] = torch.randn(users, rows, spec.rank, generator=generator) * 0.3
+    return state
+
+
+def both(backbone: Backbone, prompts: CatalogPrompts, placed: Placement) -> tuple[Reader, Reader]:
+    fast = Reader(backbone, prompts, placed, CachedTrunk(backbone, prompts, placed))
+    plain = Reader(backbone, prompts, placed, PlainTrunk(backbone, prompts, placed))
+    return fast, plain
+
+
+def some_items(users: int = 3, items: int = 5) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(1).integers(0, 40, (users, items)))
+
+
+@pytest.mark.parametrize(("family", "active"), CASES)
+@pytest.mark.parametrize("layers", [1, 3])
+def test_cached_trunk_matches_the_whole_model(
+    family: str, active: int | None, layers: int, backbone: Backbones, prompts: Prompts
+) -> None:
+    model = backbone(family)
+    fast, plain = both(model, prompts(family), placement_of(model, prompts(family), active, layers))
+    items = some_items()
+    state = random_state(fast.spec, 3)
+    frozen = plain.log_odds(plain.gather(items), None)
+    adapted = plain.log_odds(plain.gather(items), state)
+    assert (adapted - frozen).abs().max() > 1e-3, "the adapter must matter, or the test says nothing"
+    torch.testing.assert_close(fast.log_odds(fast.gather(items), None), frozen, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fast.log_odds(fast.gather(items), state), adapted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fast.frozen_log_odds[items], frozen, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "active"), CASES)
+def test_batched_adapters_match_one_user_at_a_time(
+    family: str, active: int | None, backbone: Backbones, prompts: Prompts
+) -> None:
+    model = backbone(family)
+    fast, _ = both(model, prompts(family), placement_of(model, prompts(family), active))
+    items = some_items()
+    state = random_state(fast.spec, 3)
+    together = fast.log_odds(fast.gather(items), state)
+    for user in range(3):
+        alone = {name: tensor[None] for name, tensor in select_user(state, user).items()}
+        torch.testing.assert_close(
+            fast.log_odds(fast.gather(items[user : user + 1]), alone)[0], together[user], atol=1e-5, rtol=1e-4
+        )
+
+
+def test_gradients_through_the_cache_match_those_through_the_whole_model(
+    backbone: Backbones, prompts: Prompts
+) -> None:
+    model = backbone("llama")
+    fast, plain = both(model, prompts("llama"), placement_of(model, prompts("llama"), 2))
+    gradients = []
+    for reader in (fast, plain):
+        state = {name: value.requires_grad_() for name, value in random_state(reader.spec, 3).items()}
+        reader.log_odds(reader.gather(some_items()), state).square().sum().backward()
+        gradients.append({name: value.grad for name, value in state.items()})
+    for name, expected in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], expected, atol=1e-4, rtol=1e-3)
+
+
+def test_unknown_structures_are_read_whole_with_a_warning(
+    backbone: Backbones, prompts: Prompts, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = backbone("gpt2")
+    placed = placement_of(model, prompts("gpt2"), None)
+    reader = open_reader(model, prompts("gpt2"), placed)
+    assert isinstance(reader.trunk, PlainTrunk)
+    assert "gpt2" in caplog.text
+    items = some_items()
+    state = random_state(reader.spec, 3)
+    frozen, adapted = (reader.log_odds(reader.gather(items), adapters) for adapters in (None, state))
+    assert (adapted - frozen).abs().max() > 1e-3
+
+
+def test_gpt2_adapters_have_the_shape_that_peft_gives_them(backbone: Backbones, prompts: Prompts) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = backbone("gpt2")
+    reader = open_reader(model, prompts("gpt2"), placement_of(model, prompts("gpt2"), None, layers=1))
+    config = LoraConfig(r=2, target_modules=sorted(reader.spec.shapes), fan_in_fan_out=True, task_type="CAUSAL_LM")
+    import copy
+
+    wrapped = dict(get_peft_model(copy.deepcopy(model.model), config).named_parameters())
+    for name, (rows, columns) in reader.spec.shapes.items():
+        assert wrapped[f"base_model.model.{name}.lora_A.default.weight"].shape == (2, columns)
+        assert wrapped[f"base_model.model.{name}.lora_B.default.weight"].shape == (rows, 2)
+
+
+def test_an_interrupted_cache_build_goes_on_where_it_stopped(
+    backbone: Backbones, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("METAREC_CACHE", str(tmp_path))
+    monkeypatch.setattr("metarec.trunk._BLOCK_ITEMS", 2)
+    model, texts = backbone("llama"), prompts("llama")
+    placed = placement_of(model, texts, 2)
+    whole = CachedTrunk(model, texts, placed).frozen_states()
+    monkeypatch.setenv("METAREC_CACHE", str(tmp_path / "second"))
+    build_block = CachedTrunk._build_block
+    built: list[int] = []
+
+    def interrupted(trunk: CachedTrunk, items: np.ndarray, *into: object) -> None:
+        if len(built) == 36:
+            raise KeyboardInterrupt
+        built.extend(items.tolist())
+        build_block(trunk, items, *into)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CachedTrunk, "_build_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        CachedTrunk(model, texts, placed).frozen_states()
+    before = list(built)
+    built.clear()
+    torch.testing.assert_close(CachedTrunk(model, texts, placed).frozen_states(), whole)
+    assert set(before[:32]).isdisjoint(built), "blocks that were marked as done are not computed again"
+
+
+def test_a_damaged_cache_is_built_again(backbone: Backbones, prompts: Prompts) -> None:
+    model, texts = backbone("llama"), prompts("llama")
+    placed = replace(placement_of(model, texts, 1), rank=3)
+    trunk = CachedTrunk(model, texts, placed)
+    whole = trunk.frozen_states()
+    file = trunk.path / "frozen.npy"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    torch.testing.assert_close(CachedTrunk(model, texts, placed).frozen_states(), whole, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "cure"),
+    [
+        ({"layers": 4}, "has 1 to 3"),
+        ({"targets": ("q_prj",)}, "Did you mean 'q_proj'"),
+        ({"active_tokens": 9}, "all prompts share only their last"),
+        ({"rank": 0}, "Choose 1 or more"),
+    ],
+)
+def test_placements_that_do_not_fit_are_refused(
+    change: dict[str, object], cure: str, backbone: Backbones, prompts: Prompts
+) -> None:
+    model, texts = backbone("llama"), prompts("llama")
+    with pytest.raises(ConfigError, match=cure):
+        check_placement(model, texts, replace(placement_of(model, texts, 1), **change))  # type: ignore[arg-type]
+
+
+def test_activated_lora_is_refused_where_tokens_see_the_future(backbone: Backbones, prompts: Prompts) -> None:
+    model, texts = backbone("bert"), prompts("bert")
+    with pytest.raises(ConfigError, match="not a causal LM"):
+        check_placement(model, texts, replace(placement_of(model, texts, None), active_tokens=1))
