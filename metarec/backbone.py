@@ -233,7 +233,7 @@ def prepare_backbone(name: str) -> str:
 
 def _missing_model_cure(name: str) -> str:
     near = suggest(name, (SMOLLM2, MINILM))
-    return f"{near} A directory or a Hugging Face name with safetensors weights also works"
+    return f"A directory or a Hugging Face name with safetensors weights works. {near}"
 
 
 def _wheel_file(package: str, file: str, install: str) -> Path:

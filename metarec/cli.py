@@ -226,12 +226,14 @@ def _train(
     values |= {key: value for key, value in named.items() if value is not None}
     settings = validated(RunConfig, override(values, overrides or []), str(config) if config else "settings")
     from metarec.recommender import MetaRecommender
+    from metarec.task import load_task
 
+    chosen = load_task(settings.task)
     recommender = MetaRecommender.from_pretrained(settings.backbone, settings)
     text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
     replace_file(run / "config.yaml", lambda target: target.write_text(text, encoding="utf-8"))
     try:
-        recommender.fit(settings.task, checkpoint=run / "checkpoint", resume=resume)
+        recommender.fit(chosen, checkpoint=run / "checkpoint", resume=resume)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; nothing is lost: run the same command with --resume (run '{run}')", err=True)
         raise

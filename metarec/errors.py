@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_CLOSE = 0.7
+
 
 class MetarecError(ValueError):
     """Base of every error that a user's input or environment can cause.
@@ -63,9 +65,19 @@ def suggest(name: str, known: Iterable[str]) -> str:
         A sentence such as ``Did you mean 'steps'?``, or a list of a few known names when nothing is close.
     """
     candidates = list(dict.fromkeys(known))
-    folded = {candidate.casefold(): candidate for candidate in candidates}
-    close = difflib.get_close_matches(name.casefold(), list(folded), n=3, cutoff=0.6)
-    if close:
-        return "Did you mean " + " or ".join(f"'{folded[match]}'" for match in close) + "?"
+    likeness = {candidate: _likeness(name.casefold(), candidate.casefold()) for candidate in candidates}
+    best = max(likeness.values(), default=0.0)
+    if best >= _CLOSE:
+        close = [candidate for candidate in candidates if likeness[candidate] > best - 0.05][:3]
+        return "Did you mean " + " or ".join(f"'{candidate}'" for candidate in close) + "?"
     listed = ", ".join(f"'{candidate}'" for candidate in candidates[:8])
     return f"Known: {listed}" + (", ..." if len(candidates) > 8 else "") if candidates else ""
+
+
+def _likeness(name: str, known: str) -> float:
+    """Compares with the whole and, a little less, with as long a start: people leave ends out."""
+    matcher = difflib.SequenceMatcher(None, b=name, autojunk=False)
+    matcher.set_seq1(known)
+    whole = matcher.ratio()
+    matcher.set_seq1(known[: len(name) + 1])
+    return max(whole, 0.95 * matcher.ratio())

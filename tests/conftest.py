@@ -16,10 +16,10 @@ from metarec.backbone import Backbone, load_backbone
 from metarec.interactions import Catalog, Interactions, RatingScale
 from metarec.prompts import CatalogPrompts, PromptTemplate, tokenize_catalog
 
-WORDS = (
-    "the a of night day love war star road man woman king dead blue red city river house game dream "
-    "is this good movie answer drama comedy action horror music Yes No : , . ( ) ?"
-).split()
+WORDS = """
+the a of night day love war star road man woman king dead blue red city river house game dream
+is this good movie answer drama comedy action horror music Yes No : , . ( ) ?
+""".split()  # noqa: SIM905 - forty quoted words are harder to read
 GENRES = ("drama", "comedy", "action", "horror")
 
 
@@ -94,7 +94,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         if family == "llama":
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**decoder))
         elif family == "llama-bias":
-            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**decoder, attention_bias=True, mlp_bias=True))
+            model = transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(**decoder, attention_bias=True, mlp_bias=True)
+            )
         elif family == "mistral":
             model = transformers.MistralForCausalLM(transformers.MistralConfig(**decoder))
         elif family == "gpt2":

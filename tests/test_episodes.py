@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import known_interactions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import known_interactions
 from metarec.episodes import Episode, evaluation_episodes, split_users, training_batch
 from metarec.errors import ConfigError, DataError
 from metarec.evaluate import request

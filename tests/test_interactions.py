@@ -133,7 +133,7 @@ def recbole_files(path: Path, inter: str, item: str) -> Path:
 
 
 HEADER = "user_id:token\titem_id:token\trating:float\n"
-ITEM_FILE = "item_id:token\tmovie_title:token_seq\n007\tBond\nNA\tAn \"open quote\n"
+ITEM_FILE = 'item_id:token\tmovie_title:token_seq\n007\tBond\nNA\tAn "open quote\n'
 
 
 def test_recbole_ids_stay_strings(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def test_every_module_says_what_it_does() -> None:
 
 @pytest.mark.parametrize("code", ["import metarec", "from metarec.cli import app"])
 def test_importing_loads_nothing_heavy(code: str) -> None:
-    check = f"import sys; {code}; print(*sorted({{'torch', 'transformers', 'pandas', 'sklearn', 'peft'}} & set(sys.modules)))"
+    heavy = {"torch", "transformers", "pandas", "sklearn", "peft"}
+    check = f"import sys; {code}; print(*sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

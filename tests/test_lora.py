@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_trunk import placement_of, random_state, some_items
 
 from metarec.backbone import Backbone, load_backbone
 from metarec.errors import ArtifactError
@@ -15,7 +16,6 @@ from metarec.lora import LORA_B, LoraSpec, init_lora, load_adapter, lora_linear,
 from metarec.prompts import CatalogPrompts
 from metarec.reader import Reader
 from metarec.trunk import CachedTrunk
-from test_trunk import placement_of, random_state, some_items
 
 Backbones = Callable[..., Backbone]
 Prompts = Callable[[str], CatalogPrompts]

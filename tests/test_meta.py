@@ -78,9 +78,7 @@ def test_tensors_that_are_not_adapted_get_their_plain_gradient() -> None:
     meta = meta_state()
     result = fomaml(meta, quadratic(TARGETS), quadratic(QUERIES), USERS, 2)
     adapted = adapt(meta, quadratic(TARGETS), USERS, 2).state["w"].detach()
-    torch.testing.assert_close(
-        result.gradients["init/c"], (1.5 * (adapted - QUERIES).square().sum(1)).mean()
-    )
+    torch.testing.assert_close(result.gradients["init/c"], (1.5 * (adapted - QUERIES).square().sum(1)).mean())
 
 
 def test_reptile_points_from_the_adapted_parameters_to_the_initialization() -> None:

@@ -58,7 +58,7 @@ def test_one_class_has_no_value(labels: list[bool]) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_scores_that_are_not_numbers_are_refused(value: float) -> None:
-    with pytest.raises(EvaluationError, match="method 'x', K = 5: score .* of candidate 1 is not a finite number"):
+    with pytest.raises(EvaluationError, match=r"method 'x', K = 5: score .* of candidate 1 is not a finite number"):
         check_scores(np.array([0.0, value]), "method 'x', K = 5")
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
 from conftest import known_interactions
+
 from metarec.errors import DataError
 from metarec.interactions import Interactions, Ratings
 from metarec.priors import fit_item_mean, smooth_by_text
@@ -58,9 +58,7 @@ def tilted(noise: float) -> tuple[Interactions, np.ndarray]:
     item = np.concatenate([generator.choice(290, 40, replace=False) for _ in range(60)])
     rating = 3 + 0.8 * text[item] @ [1.0, -0.5] + noise * generator.normal(size=len(item))
     base = known_interactions()
-    catalog = replace(
-        base.catalog, ids=tuple(map(str, range(300))), fields={"title": tuple(map(str, range(300)))}
-    )
+    catalog = replace(base.catalog, ids=tuple(map(str, range(300))), fields={"title": tuple(map(str, range(300)))})
     data = replace(base, user=user, item=item, rating=rating.astype(np.float32), catalog=catalog)
     return data, text
 

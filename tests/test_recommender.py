@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import known_interactions
 from torch import Tensor
 
-from conftest import known_interactions
 from metarec.config import RunConfig, validated
+from metarec.episodes import split_users
 from metarec.errors import ArtifactError, ConfigError, EvaluationError, RatingError, UnknownItemError
 from metarec.evaluate import evaluate
 from metarec.interactions import Ratings
 from metarec.recommender import MetaRecommender
 from metarec.scorer import Request, Scorer
 from metarec.task import Task, TaskData
-from metarec.episodes import split_users
 
 SETTINGS = {
     "adapter": {"layers": 2, "rank": 2, "alpha": 4.0},
@@ -324,9 +324,7 @@ def test_a_constant_score_is_chance_and_an_oracle_is_perfect() -> None:
         )
     }
     constant = Fixed("constant", lambda asked: torch.zeros(len(asked.candidates)))
-    oracle = Fixed(
-        "oracle", lambda asked: torch.tensor([truth[asked.user, int(item)] for item in asked.candidates])
-    )
+    oracle = Fixed("oracle", lambda asked: torch.tensor([truth[asked.user, int(item)] for item in asked.candidates]))
     assert report_on(constant, oracle) == {"constant": 0.5, "oracle": 1.0}
 
 

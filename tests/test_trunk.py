@@ -31,9 +31,7 @@ Prompts = Callable[[str], CatalogPrompts]
 
 
 def placement_of(backbone: Backbone, prompts: CatalogPrompts, active: int | None, layers: int = 2) -> Placement:
-    placed = default_placement(
-        backbone, prompts, layers=layers, targets=None, rank=2, alpha=4.0, active_tokens=active
-    )
+    placed = default_placement(backbone, prompts, layers=layers, targets=None, rank=2, alpha=4.0, active_tokens=active)
     check_placement(backbone, prompts, placed)
     return placed
 
@@ -90,9 +88,7 @@ def test_batched_adapters_match_one_user_at_a_time(
         )
 
 
-def test_gradients_through_the_cache_match_those_through_the_whole_model(
-    backbone: Backbones, prompts: Prompts
-) -> None:
+def test_gradients_through_the_cache_match_those_through_the_whole_model(backbone: Backbones, prompts: Prompts) -> None:
     model = backbone("llama")
     fast, plain = both(model, prompts("llama"), placement_of(model, prompts("llama"), 2))
     gradients = []

@@ -1,0 +1,99 @@
+"""Models are found, taken apart and refused as promised."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from metarec.backbone import Backbone, BertWeights, LlamaWeights, load_backbone, prepare_backbone
+from metarec.errors import BackboneError, ConfigError
+from metarec.interactions import Catalog
+from metarec.prompts import PromptTemplate, tokenize_catalog
+
+Backbones = Callable[..., Backbone]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "weights"),
+    [
+        ("llama", "causal", LlamaWeights),
+        ("llama-bias", "causal", LlamaWeights),
+        ("mistral", "causal", LlamaWeights),
+        ("gpt2", "causal", type(None)),
+        ("bert", "masked", BertWeights),
+        ("encoder", "encoder", BertWeights),
+    ],
+)
+def test_models_are_recognised(family: str, kind: str, weights: type, backbone: Backbones) -> None:
+    model = backbone(family)
+    assert model.kind == kind
+    assert isinstance(model.weights, weights)
+
+
+def test_a_repository_with_its_own_code_is_refused(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tmp_path / "remote"
+    shutil.copytree(model_dir("llama"), path)
+    config = json.loads((path / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "evil.Model"}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "evil.py").write_text("raise SystemExit('the code ran')")
+    with pytest.raises(BackboneError, match="asks to run code from its repository"):
+        load_backbone(str(path))
+
+
+def test_pickled_weights_are_refused(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tmp_path / "pickled"
+    shutil.copytree(model_dir("llama"), path)
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    with pytest.raises(BackboneError, match="cannot be loaded"):
+        load_backbone(str(path))
+
+
+@pytest.mark.parametrize("name", ["nothing-of-this-name", "/nowhere/at/all", "./nowhere", "nobody/nothing"])
+def test_a_missing_model_says_which_there_are(name: str) -> None:
+    with pytest.raises(BackboneError, match="smollm2-135m-instruct"):
+        load_backbone(name)
+
+
+def test_an_answer_of_several_tokens_is_refused(backbone: Backbones, catalog: Catalog) -> None:
+    template = PromptTemplate("{{ title }} answer :", " Yes love", " No")
+    with pytest.raises(BackboneError, match="' Yes love' is not one token"):
+        tokenize_catalog(backbone("llama"), template, catalog)
+
+
+def test_a_masked_model_needs_a_blank(backbone: Backbones, catalog: Catalog) -> None:
+    with pytest.raises(ConfigError, match=r"Put \{\{ mask \}\}"):
+        tokenize_catalog(backbone("bert"), PromptTemplate("{{ title }}", "Yes", "No"), catalog)
+
+
+def test_prompts_know_what_they_share(backbone: Backbones, catalog: Catalog) -> None:
+    template = PromptTemplate("is this good ? {{ title }} answer :", " Yes", " No")
+    prompts = tokenize_catalog(backbone("llama"), template, catalog)
+    assert prompts.prefix >= 4
+    assert prompts.suffix >= 2
+    for tokens in prompts.tokens:
+        assert tokens[: prompts.prefix] == prompts.tokens[0][: prompts.prefix]
+        assert tokens[-prompts.suffix :] == prompts.tokens[0][-prompts.suffix :]
+        assert len(tokens) >= prompts.prefix + prompts.suffix
+
+
+def test_the_embedded_llm_is_unpacked_once_and_answers() -> None:
+    first, second = prepare_backbone("smollm2-135m-instruct"), prepare_backbone("smollm2-135m-instruct")
+    assert first == second
+    model = load_backbone("smollm2-135m-instruct")
+    assert model.kind == "causal"
+    tokens = torch.tensor(model.tokenize(["The capital of France is"]))
+    with torch.no_grad():
+        best = model.model(input_ids=tokens).logits[0, -1].argmax()
+    assert model.tokenizer.decode([int(best)]) == " Paris"
+
+
+def test_the_embedded_encoder_loads() -> None:
+    model = load_backbone("minilm-l6-v2")
+    assert (model.kind, model.hidden_size) == ("encoder", 384)
+    assert isinstance(model.weights, BertWeights)
