@@ -11,7 +11,7 @@ files, optimizers or statistics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,6 +167,3 @@ def pairwise_loss(batch: Batch, reader: Reader, *, sharpness: float) -> Loss:
         return total / pairs.sum((1, 2)).clamp(min=1)
 
     return loss
-
-
-Objective = Callable[[Batch, Reader], Loss]

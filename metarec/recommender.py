@@ -6,6 +6,8 @@ done by the layers below. Knows nothing of the command line.
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +24,7 @@ from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
 from metarec.backbone import Backbone, load_backbone
 from metarec.config import RunConfig, validated
 from metarec.episodes import training_batch
-from metarec.errors import ArtifactError, ConfigError, MetarecError
+from metarec.errors import ArtifactError, ConfigError
 from metarec.evaluate import Report, evaluate, mean_auc
 from metarec.interactions import Catalog, Ratings, RatingScale, read_ratings
 from metarec.lora import AdapterState, expand_users, load_adapter, read_tensors, save_adapter, select_user
@@ -148,8 +150,6 @@ class MetaRecommender:
         data = self.task_data(task)
         prepared = self._prepare(data)
         if checkpoint is None:
-            import tempfile
-
             with tempfile.TemporaryDirectory() as scratch:
                 return self._fit(data, prepared, Path(scratch) / "checkpoint", resume)
         return self._fit(data, prepared, Path(checkpoint), resume)
@@ -284,8 +284,6 @@ class MetaRecommender:
     @property
     def digest(self) -> str:
         """Names the recommender by the content of its meta-parameters and its backbone."""
-        import hashlib
-
         digest = hashlib.sha256(self.backbone.fingerprint.encode())
         for name, tensor in sorted(self.fitted.meta.tensors().items()):
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
@@ -519,6 +517,3 @@ def _load(path: Path) -> MetaRecommender:
         training=facts["training"],
     )
     return MetaRecommender(backbone, config, fitted)
-
-
-__all__ = ["AdaptedUser", "MetaRecommender", "MetarecError", "Recommendation"]
