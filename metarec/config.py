@@ -42,7 +42,11 @@ class AdapterConfig(Section):
 class MetaConfig(Section):
     """The meta-learning algorithm and its inner loop."""
 
-    algorithm: Literal["fomaml", "reptile"] = "fomaml"
+    algorithm: Literal["fomaml", "maml", "maml++", "imaml", "reptile"] = "fomaml"
+    adapt: Literal["all", "top"] = Field("all", description="top: the topmost block alone, as in ANIL")
+    rates: Literal["tensor", "step", "number"] = Field(
+        "tensor", description="one learned inner rate per tensor; per tensor and step (MAML++); per number (Meta-SGD)"
+    )
     inner_steps: int = Field(3, ge=0, le=100)
     inner_lr: float = Field(0.3, gt=0, description="where every learned inner rate starts")
     shrinkage: float = Field(5.0, ge=0, description="ratings that the initialization counts for")

@@ -4,14 +4,18 @@ An inner loop adapts every user's own copy of the initialization to the user's s
 the initialization and the inner rates. A loss maps a state with a leading user dimension to one number per user, so
 the gradient of their sum holds each user's own gradient and no loop over users is needed.
 
+The exact meta-gradient needs no unrolled graph: the adjoint walks back over the stored trajectory, one Hessian-vector
+product a step, so memory does not grow with the number of steps.
+
 Knows nothing of text, ratings or language models.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,12 +31,19 @@ class MetaState:
 
     Args:
         init: The initialization, without a user dimension.
-        log_rate: Natural logarithm of the inner learning rate of each tensor that the inner loop adapts; tensors
-            of `init` without one are shared by all users and learned by the outer loop alone.
+        log_rate: Natural logarithm of the inner learning rate of each tensor that the inner loop adapts. The first
+            dimension is the step, of size one where all steps share a rate; the rest is empty (one rate per tensor)
+            or the tensor's own shape (one rate per number, as in Meta-SGD). Tensors of `init` without a rate are
+            shared by all users and learned by the outer loop alone.
     """
 
     init: AdapterState
     log_rate: AdapterState
+
+    def rate(self, name: str, step: int) -> Tensor:
+        """Returns the inner rate of a tensor at a step; steps beyond the learned ones use the last."""
+        rates = self.log_rate[name]
+        return rates[min(step, len(rates) - 1)].exp()
 
     def tensors(self) -> AdapterState:
         """Returns every meta-parameter under a flat name, for optimizers and files."""
@@ -50,15 +61,28 @@ class MetaState:
         return cls(**parts)
 
 
-def initial_meta_state(init: AdapterState, adapted: Iterable[str], inner_lr: float) -> MetaState:
+def initial_meta_state(
+    init: AdapterState, adapted: Iterable[str], inner_lr: float, *, steps: int = 1, elementwise: bool = False
+) -> MetaState:
     """Returns meta-parameters in which the tensors named `adapted` start with the same inner rate.
+
+    Args:
+        init: The initialization.
+        adapted: Names of the tensors that the inner loop adapts.
+        inner_lr: The rate.
+        steps: Learn a rate for each of so many steps; 1 shares one.
+        elementwise: Learn a rate for every number instead of one per tensor.
 
     Raises:
         ValueError: `inner_lr` is not positive.
     """
     if not inner_lr > 0:
         raise ValueError(f"inner_lr is {inner_lr}; the learned rate starts from a positive one")
-    return MetaState(init, {name: init[name].new_tensor(math.log(inner_lr)) for name in adapted})
+    rates = {}
+    for name in adapted:
+        shape = init[name].shape if elementwise else ()
+        rates[name] = init[name].new_full((steps, *shape), math.log(inner_lr))
+    return MetaState(init, rates)
 
 
 @dataclass(frozen=True)
@@ -70,11 +94,13 @@ class Adapted:
         losses: Support loss before each step, shape (steps, users).
         diverged: True for users whose inner loop met a non-finite loss or gradient and who therefore keep the
             initialization, shape (users,).
+        path: The adapted tensors and the support gradients before each step, where they were asked for.
     """
 
     state: AdapterState
     losses: Tensor
     diverged: Tensor
+    path: tuple[tuple[AdapterState, AdapterState], ...]
 
 
 def adapt(
@@ -84,11 +110,10 @@ def adapt(
     steps: int,
     *,
     rate_scale: float = 1.0,
+    pull: float = 0.0,
+    keep_path: bool = False,
 ) -> Adapted:
     """Takes `steps` gradient steps per user from the initialization.
-
-    The support gradients are constants of the result, its dependence on `meta` is not: backpropagating through
-    ``state`` gives the first-order meta-gradient, including that of the learned rates.
 
     Args:
         meta: Initialization and inner rates.
@@ -96,34 +121,49 @@ def adapt(
         users: How many users `support_loss` is about.
         steps: Gradient steps; 0 returns the initialization.
         rate_scale: Multiplies every inner rate; 0 returns the initialization exactly.
+        pull: Strength of a proximal term ``pull / 2 * |state - init|^2`` (iMAML).
+        keep_path: Keeps the tensors and gradients of every step, which an outer gradient needs.
 
     Returns:
-        The adapted states, the support losses and which users diverged.
+        The adapted states, the support losses and which users diverged; nothing in it carries a graph.
 
     Source: Finn, Abbeel and Levine 2017, "Model-Agnostic Meta-Learning", eq. 1; learned rates per tensor after
     Antoniou et al. 2019, "How to train your MAML", section 4.
     """
-    start = expand_users(meta.init, users)
-    state = dict(start)
-    device = next(iter(meta.init.values())).device
-    diverged = torch.zeros(users, dtype=torch.bool, device=device)
+    start = {name: value.detach() for name, value in expand_users(meta.init, users).items()}
+    shared = {name: value for name, value in start.items() if name not in meta.log_rate}
+    current = {name: start[name] for name in meta.log_rate}
+    path: list[tuple[AdapterState, AdapterState]] = []
+    diverged = torch.zeros(users, dtype=torch.bool, device=next(iter(start.values())).device)
     losses: list[Tensor] = []
-    for _ in range(steps):
-        leaves = {name: state[name].detach().requires_grad_() for name in meta.log_rate}
-        with torch.enable_grad():
-            loss = support_loss({**{name: value.detach() for name, value in state.items()}, **leaves})
-            gradients = dict(zip(leaves, torch.autograd.grad(loss.sum(), list(leaves.values())), strict=True))
-        finite = loss.detach().isfinite()
+    for step in range(steps):
+        loss, gradients = _support_gradient(support_loss, current, shared)
+        finite = loss.isfinite()
         for gradient in gradients.values():
             finite = finite & gradient.reshape(users, -1).isfinite().all(1)
         diverged = diverged | ~finite
-        losses.append(loss.detach())
+        losses.append(loss)
+        if keep_path:
+            path.append((current, gradients))
+        moved = {}
         for name, gradient in gradients.items():
-            step = rate_scale * meta.log_rate[name].exp() * gradient.nan_to_num(0.0, 0.0, 0.0)
-            state[name] = state[name] - step
+            clean = gradient.nan_to_num(0.0, 0.0, 0.0) + pull * (current[name] - start[name])
+            moved[name] = current[name] - rate_scale * meta.rate(name, step).detach() * clean
+        current = moved
+    for value in current.values():
+        diverged = diverged | ~value.reshape(users, -1).isfinite().all(1)
     if diverged.any():
-        state = {name: torch.where(_per_user(diverged, value), start[name], value) for name, value in state.items()}
-    return Adapted(state, torch.stack(losses) if losses else torch.zeros(0, users, device=device), diverged)
+        current = {name: torch.where(_per_user(diverged, value), start[name], value) for name, value in current.items()}
+    none = torch.zeros(0, users, device=diverged.device)
+    return Adapted(shared | current, torch.stack(losses) if losses else none, diverged, tuple(path))
+
+
+def _support_gradient(loss: Loss, adapted: AdapterState, shared: AdapterState) -> tuple[Tensor, AdapterState]:
+    leaves = {name: value.detach().requires_grad_() for name, value in adapted.items()}
+    with torch.enable_grad():
+        value = loss({**shared, **leaves})
+        gradients = torch.autograd.grad(value.sum(), list(leaves.values()))
+    return value.detach(), dict(zip(leaves, gradients, strict=True))
 
 
 def _per_user(flags: Tensor, like: Tensor) -> Tensor:
@@ -137,7 +177,7 @@ class MetaGradient:
     Args:
         loss: Query loss of each user after adapting, shape (users,).
         gradients: Gradient of the mean over users that did not diverge, by flat meta-parameter name.
-        diverged: Which users' inner loop diverged; they add nothing to the gradient, shape (users,).
+        diverged: Which users' inner loop or query loss diverged; they add nothing to the gradient, shape (users,).
     """
 
     loss: Tensor
@@ -148,19 +188,219 @@ class MetaGradient:
 Algorithm = Callable[[MetaState, Loss, Loss, int, int], MetaGradient]
 
 
+def maml(
+    meta: MetaState,
+    support_loss: Loss,
+    query_loss: Loss,
+    users: int,
+    steps: int,
+    *,
+    second_order: bool = True,
+    step_weights: Sequence[float] | None = None,
+) -> MetaGradient:
+    """The exact meta-gradient of the query loss after adapting, by Hessian-vector products.
+
+    With a = rate, g_t = grad of the support loss at state_t and u the gradient of the query loss at the last state,
+    the adjoint goes back by ``u <- u - H_t (a * u)``; the rates collect ``-a * g_t * u`` on the way.
+
+    Args:
+        meta: The meta-parameters.
+        support_loss: What the inner loop minimizes.
+        query_loss: What the outer loop minimizes.
+        users: How many users the losses are about.
+        steps: Inner steps.
+        second_order: False leaves the Hessian out (first-order MAML).
+        step_weights: Weight of the query loss after 0, 1, ..., `steps` steps; None weighs the last alone.
+
+    Source: Finn, Abbeel and Levine 2017, algorithm 1; the adjoint is reverse differentiation of their eq. 1 by hand.
+    """
+    weights = [*[0.0] * steps, 1.0] if step_weights is None else list(step_weights)
+    adapted = adapt(meta, support_loss, users, steps, keep_path=True)
+    last, shared = _split(adapted.state, meta)
+    states = [*(state for state, _ in adapted.path), last]
+    queries = {step: _query(query_loss, states[step], shared) for step in range(steps + 1) if weights[step]}
+    loss = torch.stack([weights[step] * query.loss for step, query in queries.items()]).sum(0)
+    kept = ~adapted.diverged & loss.isfinite()
+    for query in queries.values():
+        for gradient in (*query.adapted.values(), *query.shared.values()):
+            kept = kept & gradient.reshape(users, -1).isfinite().all(1)
+    adjoint = {name: torch.zeros_like(value) for name, value in last.items()}
+    outer = {name: torch.zeros_like(value) for name, value in shared.items()}
+    rates = {name: torch.zeros_like(value) for name, value in meta.log_rate.items()}
+    for step in range(steps, -1, -1):
+        if step in queries:
+            adjoint = _sum(adjoint, _mean_over(kept, queries[step].adapted), weights[step])
+            outer = _sum(outer, _mean_over(kept, queries[step].shared), weights[step])
+        if step == 0:
+            break
+        before, gradients = adapted.path[step - 1]
+        pulled = {name: meta.rate(name, step - 1).detach() * value for name, value in adjoint.items()}
+        for name, gradient in gradients.items():
+            moved = torch.where(_per_user(kept, gradient), pulled[name] * gradient, 0.0)
+            at = min(step - 1, len(rates[name]) - 1)
+            rates[name][at] -= moved.sum_to_size(1, *rates[name][at].shape).view(rates[name][at].shape)
+        if second_order:
+            bent, bent_shared = _hessian_product(support_loss, before, shared, pulled)
+            adjoint = _sum(adjoint, bent, -1.0)
+            outer = _sum(outer, bent_shared, -1.0)
+    found = {f"init/{name}": value.sum(0) for name, value in {**outer, **adjoint}.items()}
+    found |= {f"log_rate/{name}": value for name, value in rates.items()}
+    return MetaGradient(loss, {name: found[name].detach() for name in meta.tensors()}, ~kept)
+
+
+@dataclass(frozen=True)
+class _Query:
+    loss: Tensor
+    adapted: AdapterState
+    shared: AdapterState
+
+
+def _query(query_loss: Loss, adapted: AdapterState, shared: AdapterState) -> _Query:
+    """The query loss and its gradients, each user's own."""
+    leaves = {name: value.detach().requires_grad_() for name, value in {**shared, **adapted}.items()}
+    with torch.enable_grad():
+        loss = query_loss(leaves)
+        gradients = _gradients(loss.sum(), leaves)
+    split = [{name: gradients[name] for name in part} for part in (adapted, shared)]
+    return _Query(loss.detach(), *split)
+
+
+def _split(state: AdapterState, meta: MetaState) -> tuple[AdapterState, AdapterState]:
+    """Divides a state into the tensors that the inner loop adapts and those that all users share."""
+    adapted = {name: state[name] for name in meta.log_rate}
+    return adapted, {name: value for name, value in state.items() if name not in meta.log_rate}
+
+
+def _mean_over(kept: Tensor, gradients: AdapterState) -> AdapterState:
+    """Weighs every user's gradient for a mean over the users that are kept; the others' become zero."""
+    count = kept.sum().clamp(min=1)
+    return {
+        name: torch.where(_per_user(kept, value), value / count, torch.zeros_like(value))
+        for name, value in gradients.items()
+    }
+
+
+def _hessian_product(
+    loss: Loss, adapted: AdapterState, shared: AdapterState, direction: AdapterState
+) -> tuple[AdapterState, AdapterState]:
+    """Products of `direction` with the support loss's second derivatives: adapted-adapted, and adapted-shared.
+
+    Users whose products are not finite get zero; they are the ones that diverged and count for nothing.
+    """
+    leaves = {name: value.detach().requires_grad_() for name, value in {**shared, **adapted}.items()}
+    with torch.enable_grad():
+        inner = [leaves[name] for name in adapted]
+        gradients = torch.autograd.grad(loss(leaves).sum(), inner, create_graph=True)
+        total = sum((gradient * direction[name]).sum() for name, gradient in zip(adapted, gradients, strict=True))
+        # A support loss that is linear in the adapted tensors has no second derivative to follow.
+        products = _gradients(total, leaves) if isinstance(total, Tensor) and total.requires_grad else {}
+    clean = {name: value.nan_to_num(0.0, 0.0, 0.0) for name, value in products.items()}
+    return {name: clean[name] for name in adapted if clean}, {name: clean[name] for name in shared if clean}
+
+
+def _gradients(total: Tensor, leaves: AdapterState) -> AdapterState:
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if gradient is None else gradient.detach()
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
+    }
+
+
+def _sum(left: AdapterState, right: AdapterState, factor: float = 1.0) -> AdapterState:
+    return {name: value + factor * right[name] if name in right else value for name, value in left.items()}
+
+
 def fomaml(meta: MetaState, support_loss: Loss, query_loss: Loss, users: int, steps: int) -> MetaGradient:
     """First-order MAML with learned inner rates.
 
     Source: Finn, Abbeel and Levine 2017, section 5.2: the query gradient at the adapted parameters, taken as the
-    gradient at the initialization. The rate's gradient is exact up to the same first-order approximation.
+    gradient at the initialization.
     """
-    leaves = {name: value.detach().requires_grad_() for name, value in meta.tensors().items()}
-    adapted = adapt(MetaState.from_tensors(leaves), support_loss, users, steps)
-    loss = query_loss(adapted.state)
-    kept = ~adapted.diverged & loss.detach().isfinite()
-    total = torch.where(kept, loss, torch.zeros_like(loss)).sum() / kept.sum().clamp(min=1)
-    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return MetaGradient(loss.detach(), _filled(leaves, gradients), ~kept)
+    return maml(meta, support_loss, query_loss, users, steps, second_order=False)
+
+
+def maml_plus_plus(meta: MetaState, support_loss: Loss, query_loss: Loss, users: int, steps: int) -> MetaGradient:
+    """MAML++: the query loss counts after every step, later steps more; rates are learned per tensor and per step.
+
+    Source: Antoniou et al. 2019, eq. 4. Their weights move to the last step while training goes on; here they stay in
+    the proportion 1 : 2 : ... : `steps`.
+    """
+    total = steps * (steps + 1) / 2
+    weights = [step / total for step in range(steps + 1)] if steps else [1.0]
+    return maml(meta, support_loss, query_loss, users, steps, step_weights=weights)
+
+
+def imaml(
+    meta: MetaState,
+    support_loss: Loss,
+    query_loss: Loss,
+    users: int,
+    steps: int,
+    *,
+    pull: float = 1.0,
+    solver_steps: int = 5,
+) -> MetaGradient:
+    """iMAML: the gradient through the minimum of ``support_loss + pull / 2 * |state - init|^2``, not through the path.
+
+    ``(H + pull)^-1`` is applied by conjugate gradient, all users at once. Inner rates shape the path only, so their
+    gradient is zero.
+
+    Args:
+        meta: The meta-parameters.
+        support_loss: What the inner loop minimizes, beside the pull.
+        query_loss: What the outer loop minimizes.
+        users: How many users the losses are about.
+        steps: Inner steps; the gradient is exact where they reach the minimum.
+        pull: Strength of the pull to the initialization.
+        solver_steps: Conjugate gradient steps.
+
+    Source: Rajeswaran et al. 2019, "Meta-Learning with Implicit Gradients", eq. 6 and algorithm 2.
+    """
+    adapted = adapt(meta, support_loss, users, steps, pull=pull)
+    last, shared = _split(adapted.state, meta)
+    query = _query(query_loss, last, shared)
+    kept = ~adapted.diverged & query.loss.isfinite()
+
+    def operator(direction: AdapterState) -> AdapterState:
+        bent, _ = _hessian_product(support_loss, last, shared, direction)
+        return _sum({name: pull * value for name, value in direction.items()}, bent)
+
+    target = _mean_over(kept, query.adapted)
+    solution = _conjugate_gradient(operator, target, solver_steps)
+    _, bent_shared = _hessian_product(support_loss, last, shared, solution)
+    outer = _mean_over(kept, query.shared)
+    found = {f"init/{name}": pull * value.sum(0) for name, value in solution.items()}
+    found |= {f"init/{name}": value.sum(0) for name, value in _sum(outer, bent_shared, -1.0).items()}
+    found |= {f"log_rate/{name}": torch.zeros_like(value) for name, value in meta.log_rate.items()}
+    return MetaGradient(query.loss, {name: found[name].detach() for name in meta.tensors()}, ~kept)
+
+
+def _conjugate_gradient(
+    operator: Callable[[AdapterState], AdapterState], target: AdapterState, steps: int
+) -> AdapterState:
+    """Solves ``operator(x) = target`` for every user on their own (Hestenes and Stiefel 1952)."""
+
+    def dot(left: AdapterState, right: AdapterState) -> Tensor:
+        return torch.stack([(left[name] * right[name]).flatten(1).sum(1) for name in left]).sum(0)
+
+    def move(start: AdapterState, factor: Tensor, way: AdapterState) -> AdapterState:
+        return {name: value + _per_user(factor, value) * way[name] for name, value in start.items()}
+
+    solution = {name: torch.zeros_like(value) for name, value in target.items()}
+    residual = direction = target
+    norm = dot(residual, residual)
+    for _ in range(steps):
+        image = operator(direction)
+        curvature = dot(direction, image)
+        # Users who are done, and directions of no or negative curvature, stand still.
+        size = torch.where(curvature > 0, norm / curvature.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
+        solution = move(solution, size, direction)
+        residual = move(residual, -size, image)
+        new_norm = dot(residual, residual)
+        turn = torch.where(norm > 0, new_norm / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
+        direction = move(residual, turn, direction)
+        norm = new_norm
+    return solution
 
 
 def reptile(meta: MetaState, support_loss: Loss, query_loss: Loss, users: int, steps: int) -> MetaGradient:
@@ -176,25 +416,21 @@ def reptile(meta: MetaState, support_loss: Loss, query_loss: Loss, users: int, s
     def joint(state: AdapterState) -> Tensor:
         return (support_loss(state) + query_loss(state)) / 2
 
-    leaves = {name: value.detach().requires_grad_() for name, value in meta.tensors().items()}
-    traced = MetaState.from_tensors(leaves)
-    adapted = adapt(traced, joint, users, steps)
-    loss = joint(adapted.state)
-    kept = ~adapted.diverged & loss.detach().isfinite()
-    count = kept.sum().clamp(min=1)
-    total = torch.where(kept, loss, torch.zeros_like(loss)).sum() / count
-    gradients = _filled(leaves, torch.autograd.grad(total, list(leaves.values()), allow_unused=True))
-    for name, log_rate in meta.log_rate.items():
-        moved = (meta.init[name] - adapted.state[name].detach()) * _per_user(kept, adapted.state[name])
-        gradients[f"init/{name}"] = moved.sum(0) / (count * log_rate.exp() * max(steps, 1))
-    return MetaGradient(loss.detach(), gradients, ~kept)
+    first_order = fomaml(meta, joint, joint, users, steps)
+    adapted = adapt(meta, joint, users, steps)
+    kept = ~first_order.diverged
+    gradients = dict(first_order.gradients)
+    for name in meta.log_rate if steps else ():
+        moved = (meta.init[name] - adapted.state[name]) * _per_user(kept, adapted.state[name])
+        rate = torch.stack([meta.rate(name, step) for step in range(steps)]).sum(0)
+        gradients[f"init/{name}"] = (moved.sum(0) / (kept.sum().clamp(min=1) * rate)).detach()
+    return MetaGradient(first_order.loss, gradients, first_order.diverged)
 
 
-def _filled(leaves: Mapping[str, Tensor], gradients: Iterable[Tensor | None]) -> AdapterState:
-    return {
-        name: torch.zeros_like(leaf) if gradient is None else gradient.detach()
-        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
-    }
-
-
-ALGORITHMS: dict[str, Algorithm] = {"fomaml": fomaml, "reptile": reptile}
+ALGORITHMS: dict[str, Algorithm] = {
+    "fomaml": fomaml,
+    "maml": partial(maml, second_order=True),
+    "maml++": maml_plus_plus,
+    "imaml": imaml,
+    "reptile": reptile,
+}

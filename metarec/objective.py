@@ -93,7 +93,16 @@ def candidates(items: Sequence[Codes], prior: ItemPrior, reader: Reader) -> Batc
     )
 
 
-def initial_state(reader: Reader, *, inner_lr: float, llm_weight: float, seed: int) -> MetaState:
+def initial_state(
+    reader: Reader,
+    *,
+    inner_lr: float,
+    llm_weight: float,
+    seed: int,
+    top_only: bool = False,
+    steps_with_rates: int = 1,
+    elementwise_rates: bool = False,
+) -> MetaState:
     """Returns the meta-parameters before any training: a fresh adapter and the score's weights.
 
     Args:
@@ -101,12 +110,21 @@ def initial_state(reader: Reader, *, inner_lr: float, llm_weight: float, seed: i
         inner_lr: Inner rate that every adapted tensor starts with.
         llm_weight: Weight of the adapter's log-odds at the start; the prior's is one, the frozen model's zero.
         seed: Seed of the adapter's A.
+        top_only: The inner loop adapts the topmost block alone; the others learn in the outer loop (ANIL, Raghu et
+            al. 2020).
+        steps_with_rates: Learn inner rates for each of so many steps.
+        elementwise_rates: Learn an inner rate for every number (Meta-SGD, Li et al. 2017, eq. 2; there a rate may be
+            negative, here it is positive).
     """
     adapter = init_lora(reader.spec, torch.Generator().manual_seed(seed))
     weights = {PRIOR_WEIGHT: 1.0, PROMPT_WEIGHT: 0.0, LLM_WEIGHT: llm_weight}
     fresh = adapter | {name: torch.tensor(value) for name, value in weights.items()}
     init = {name: value.to(reader.backbone.device) for name, value in fresh.items()}
-    return initial_meta_state(init, [*adapter, PRIOR_WEIGHT], inner_lr)
+    top = f"{reader.backbone.layer_path}.{reader.backbone.model.config.num_hidden_layers - 1}."
+    adapted = [name for name in adapter if name.startswith(top) or not top_only]
+    return initial_meta_state(
+        init, [*adapted, PRIOR_WEIGHT], inner_lr, steps=steps_with_rates, elementwise=elementwise_rates
+    )
 
 
 def score(state: Mapping[str, Tensor], batch: Batch, reader: Reader) -> Tensor:

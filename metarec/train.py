@@ -166,11 +166,11 @@ def _stale(at: _Progress, config: TrainConfig) -> bool:
 def _optimizer(tensors: Mapping[str, Tensor], config: TrainConfig) -> tuple[torch.optim.AdamW, Callable[[int], float]]:
     """Returns AdamW over two groups (adapters; score weights and inner rates) and the schedule's factor by step."""
 
-    def is_scalar(name: str) -> bool:
-        return tensors[name].ndim == 0
+    def is_adapter(name: str) -> bool:
+        return tensors[name].numel() > 1 and not name.startswith("log_rate/")
 
-    adapters = [tensors[name] for name in tensors if not is_scalar(name)]
-    scalars = [tensors[name] for name in tensors if is_scalar(name)]
+    adapters = [tensors[name] for name in tensors if is_adapter(name)]
+    scalars = [tensors[name] for name in tensors if not is_adapter(name)]
     groups = [
         {"params": adapters, "lr": config.lr, "base_lr": config.lr, "weight_decay": config.weight_decay},
         {"params": scalars, "lr": config.score_lr, "base_lr": config.score_lr, "weight_decay": 0.0},

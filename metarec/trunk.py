@@ -123,7 +123,8 @@ def pool(hidden: Tensor, mask: Tensor) -> Tensor:
 def _all_frozen_states(trunk: Trunk, items: int) -> Tensor:
     with torch.no_grad():
         blocks = torch.arange(items).split(_BLOCK_ITEMS)
-        return torch.cat([trunk.last_states(trunk.gather(block[None]), None)[0].float() for block in blocks])
+        states = torch.cat([trunk.last_states(trunk.gather(block[None]), None)[0] for block in blocks])
+        return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,11 @@ class CachedTrunk:
     placement: Placement
 
     @property
+    def _dtype(self) -> torch.dtype:
+        # What is learned on top is never of lower precision than float32, whatever the frozen weights are.
+        return torch.float64 if self.backbone.dtype == torch.float64 else torch.float32
+
+    @property
     def _first(self) -> int:
         return int(self.backbone.model.config.num_hidden_layers) - self.placement.layers
 
@@ -278,8 +284,8 @@ class CachedTrunk:
             width = block.kv_heads * block.head_dim
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / MANIFEST).unlink(missing_ok=True)
-        active = _open_array(self.path / "active.npy", (active_rows, self.backbone.hidden_size))
-        frozen = _open_array(self.path / "frozen.npy", (frozen_rows, layers, 2, width))
+        active = _open_array(self.path / "active.npy", (active_rows, self.backbone.hidden_size), self._dtype)
+        frozen = _open_array(self.path / "frozen.npy", (frozen_rows, layers, 2, width), self._dtype)
         into = (
             _Ragged(active, self._active_lengths),
             _Ragged(frozen, self._lengths - self._shared - self._active_lengths),
@@ -326,17 +332,17 @@ class CachedTrunk:
         for row, item in enumerate(items):
             length, count = lengths[row], self._active_lengths[item]
             begin = active.offsets[item]
-            active.flat[begin : begin + count] = entering[row, length - count : length].float().cpu().numpy()
+            active.flat[begin : begin + count] = entering[row, length - count : length].cpu().numpy()
             kept, begin = frozen.lengths[item], frozen.offsets[item]
             for layer, (keys, values) in enumerate(caches):
                 for kind, source in enumerate((keys, values)):
                     flat = source[row].transpose(0, 1)[:kept].flatten(1)
-                    frozen.flat[begin : begin + kept, layer, kind] = flat.float().cpu().numpy()
+                    frozen.flat[begin : begin + kept, layer, kind] = flat.cpu().numpy()
 
     def _run_decoder(self, weights: LlamaWeights, tokens: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Returns the states that enter the adapted layers and, for activated LoRA, those layers' keys and values."""
         width = tokens.shape[1]
-        hidden = weights.embeddings[tokens][None].float()
+        hidden = weights.embeddings[tokens][None].to(self._dtype)
         positions = torch.arange(self._shared, self._shared + width, device=tokens.device)
         rope = _shaped(weights.rope(positions))
         causal = _causal(width, tokens.device)
@@ -361,7 +367,7 @@ class CachedTrunk:
         assert isinstance(weights, LlamaWeights)
         with torch.no_grad():
             tokens = torch.tensor(self.prompts.tokens[0][: self._shared], dtype=torch.long, device=self.backbone.device)
-            hidden = weights.embeddings[tokens][None, None].float()
+            hidden = weights.embeddings[tokens][None, None].to(self._dtype)
             rope = _shaped(weights.rope(torch.arange(self._shared, device=tokens.device)))
             causal = _causal(self._shared, tokens.device)
             caches: list[tuple[Tensor, Tensor]] = []
@@ -438,10 +444,10 @@ class CachedTrunk:
         return self.backbone.before_head(flat[torch.arange(len(flat)), blanks]).view(users, count, -1)
 
 
-def _open_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
+def _open_array(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> np.memmap:
     if path.exists():
         return np.load(path, mmap_mode="r+", allow_pickle=False)  # type: ignore[no-any-return]
-    return np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    return np.lib.format.open_memmap(path, "w+", np.float64 if dtype == torch.float64 else np.float32, shape)
 
 
 def _shaped(rope: tuple[Tensor, Tensor], shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:

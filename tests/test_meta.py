@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+from test_trunk import placement_of, random_state, some_items
 from torch import Tensor
 
-from metarec.lora import AdapterState
-from metarec.meta import ALGORITHMS, Loss, MetaState, adapt, fomaml, initial_meta_state, reptile
+from metarec.backbone import Backbone
+from metarec.lora import AdapterState, select_user
+from metarec.meta import (
+    ALGORITHMS,
+    Loss,
+    MetaState,
+    adapt,
+    fomaml,
+    imaml,
+    initial_meta_state,
+    maml,
+    maml_plus_plus,
+    reptile,
+)
+from metarec.prompts import CatalogPrompts
+from metarec.reader import Reader
+from metarec.trunk import CachedTrunk
 
 USERS = 3
 TARGETS = torch.tensor([[1.0, -2.0], [0.5, 0.0], [3.0, 1.0]], dtype=torch.float64)
@@ -60,18 +77,126 @@ def test_first_order_maml_is_the_query_gradient_at_the_adapted_parameters() -> N
     torch.testing.assert_close(result.loss, 0.5 * 1.5**2 * (adapted - QUERIES).square().sum(1))
 
 
-def test_the_rate_gradient_matches_finite_differences() -> None:
-    # With one step the first-order gradient of the rate is exact.
+def bent(targets: Tensor) -> Loss:
+    """A loss with curvature of its own everywhere, in which adapted and shared tensors meet."""
+
+    def loss(state: AdapterState) -> Tensor:
+        distance = state["w"] - targets
+        return (state["c"][:, None] * distance).tanh().square().sum(1) + 0.1 * distance.pow(4).sum(1)
+
+    return loss
+
+
+def numeric_gradients(
+    meta: MetaState, value: Callable[[MetaState], Tensor], names: Iterable[str], step: float = 1e-6
+) -> AdapterState:
+    """Central differences of a scalar function of the meta-parameters."""
+    found = {}
+    for name in names:
+        tensor = meta.tensors()[name]
+        flat = torch.zeros(tensor.numel(), dtype=tensor.dtype)
+        for place in range(tensor.numel()):
+            ends = []
+            for sign in (1, -1):
+                moved = meta.tensors()
+                shifted = tensor.clone().view(-1)
+                shifted[place] += sign * step
+                moved[name] = shifted.view(tensor.shape)
+                ends.append(value(MetaState.from_tensors(moved)))
+            flat[place] = (ends[0] - ends[1]) / (2 * step)
+        found[name] = flat.view(tensor.shape)
+    return found
+
+
+RATES = {"tensor": {}, "step": {"steps": 3}, "number": {"elementwise": True}}
+
+
+@pytest.mark.parametrize("rates", sorted(RATES))
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_mamls_gradient_matches_finite_differences(steps: int, rates: str) -> None:
+    meta = initial_meta_state(meta_state().init, ["w"], 0.1, **RATES[rates])
+    support, query = bent(TARGETS), bent(QUERIES)
+    result = maml(meta, support, query, USERS, steps)
+    expected = numeric_gradients(
+        meta, lambda moved: query(adapt(moved, support, USERS, steps).state).mean(), meta.tensors()
+    )
+    for name, gradient in expected.items():
+        torch.testing.assert_close(result.gradients[name], gradient, rtol=1e-6, atol=1e-8)
+
+
+def test_maml_plus_plus_gradient_matches_finite_differences() -> None:
+    meta = initial_meta_state(meta_state().init, ["w"], 0.1, steps=3)
+    support, query = bent(TARGETS), bent(QUERIES)
+
+    def value(moved: MetaState) -> Tensor:
+        after = [query(adapt(moved, support, USERS, step).state).mean() for step in (1, 2, 3)]
+        return (after[0] + 2 * after[1] + 3 * after[2]) / 6
+
+    result = maml_plus_plus(meta, support, query, USERS, 3)
+    for name, gradient in numeric_gradients(meta, value, meta.tensors()).items():
+        torch.testing.assert_close(result.gradients[name], gradient, rtol=1e-6, atol=1e-8)
+
+
+def test_imamls_gradient_matches_finite_differences_at_the_inner_minimum() -> None:
+    meta = meta_state(0.15)
+    support, query = bent(TARGETS), bent(QUERIES)
+    result = imaml(meta, support, query, USERS, 400, pull=1.5)
+    expected = numeric_gradients(
+        meta,
+        lambda moved: query(adapt(moved, support, USERS, 400, pull=1.5).state).mean(),
+        ["init/w", "init/c"],
+    )
+    for name, gradient in expected.items():
+        torch.testing.assert_close(result.gradients[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_second_order_differs_from_first_order() -> None:
     meta = meta_state()
-    result = fomaml(meta, quadratic(TARGETS), quadratic(QUERIES), USERS, 1)
+    exact, first = (algorithm(meta, bent(TARGETS), bent(QUERIES), USERS, 3) for algorithm in (maml, fomaml))
+    assert (exact.gradients["init/w"] - first.gradients["init/w"]).abs().max() > 1e-3
+    torch.testing.assert_close(exact.loss, first.loss)
 
-    def loss_at(log_rate: Tensor) -> Tensor:
-        moved = MetaState(meta.init, {"w": log_rate})
-        return quadratic(QUERIES)(adapt(moved, quadratic(TARGETS), USERS, 1).state).mean()
 
-    step = 1e-6
-    numeric = (loss_at(meta.log_rate["w"] + step) - loss_at(meta.log_rate["w"] - step)) / (2 * step)
-    torch.testing.assert_close(result.gradients["log_rate/w"], numeric.detach(), rtol=1e-6, atol=1e-9)
+def test_first_order_rates_are_exact_with_one_step() -> None:
+    meta = meta_state()
+    exact, first = (algorithm(meta, bent(TARGETS), bent(QUERIES), USERS, 1) for algorithm in (maml, fomaml))
+    torch.testing.assert_close(exact.gradients["log_rate/w"], first.gradients["log_rate/w"])
+
+
+@pytest.mark.parametrize("algorithm", ["fomaml", "maml", "maml++", "imaml", "reptile"])
+def test_a_language_models_meta_gradient_is_what_it_says(
+    algorithm: str, backbone: Callable[..., Backbone], prompts: Callable[[str], CatalogPrompts]
+) -> None:
+    # In float64, along one random direction: exact algorithms match finite differences, first-order ones do not.
+    model = backbone("llama", torch.float64)
+    texts = prompts("llama")
+    placed = placement_of(model, texts, 2)
+    reader = Reader(model, texts, placed, CachedTrunk(model, texts, placed))
+    adapter = select_user(random_state(reader.spec, 1), 0)
+    meta = initial_meta_state({name: value.double() for name, value in adapter.items()}, adapter, 0.02)
+    support, query = (reader.gather(some_items(2, 4)), reader.gather(some_items(2, 6).flip(0)))
+    wanted = torch.tensor([[1.0, -1.0, 0.5, 0.0], [0.3, 0.2, -1.0, 1.0]], dtype=torch.float64)
+
+    def support_loss(state: AdapterState) -> Tensor:
+        return (reader.log_odds(support, state) - wanted).square().mean(1)
+
+    def query_loss(state: AdapterState) -> Tensor:
+        return reader.log_odds(query, state).tanh().mean(1)
+
+    result = ALGORITHMS[algorithm](meta, support_loss, query_loss, 2, 2)
+    generator = torch.Generator().manual_seed(3)
+    way = {name: torch.randn(value.shape, generator=generator, dtype=value.dtype) for name, value in meta.init.items()}
+    ends = []
+    for sign in (1, -1):
+        moved = MetaState({name: value + sign * 1e-5 * way[name] for name, value in meta.init.items()}, meta.log_rate)
+        if algorithm == "maml++":
+            first, second = (query_loss(adapt(moved, support_loss, 2, steps).state).mean() for steps in (1, 2))
+            ends.append((first + 2 * second) / 3)
+        else:
+            ends.append(query_loss(adapt(moved, support_loss, 2, 2).state).mean())
+    numeric = float(ends[0] - ends[1]) / 2e-5
+    found = float(sum((result.gradients[f"init/{name}"] * value).sum() for name, value in way.items()))
+    assert (abs(found - numeric) < 1e-5 * abs(numeric)) == (algorithm in ("maml", "maml++"))
 
 
 def test_tensors_that_are_not_adapted_get_their_plain_gradient() -> None:
@@ -114,11 +239,12 @@ def test_a_diverging_user_falls_back_alone_and_poisons_nothing() -> None:
     assert adapted.diverged.tolist() == [False, True, False]
     assert torch.equal(adapted.state["w"][1], meta.init["w"])
     assert torch.equal(adapted.state["w"][[0, 2]], healthy.state["w"][[0, 2]])
-    result = fomaml(meta, exploding, quadratic(QUERIES), USERS, 3)
-    two = fomaml(meta, quadratic(TARGETS[[0, 2]]), quadratic(QUERIES[[0, 2]]), 2, 3)
-    assert result.diverged.tolist() == [False, True, False]
-    for name, gradient in two.gradients.items():
-        torch.testing.assert_close(result.gradients[name], gradient)
+    for algorithm in ALGORITHMS.values():
+        result = algorithm(meta, exploding, quadratic(QUERIES), USERS, 3)
+        two = algorithm(meta, quadratic(TARGETS[[0, 2]]), quadratic(QUERIES[[0, 2]]), 2, 3)
+        assert result.diverged.tolist() == [False, True, False]
+        for name, gradient in two.gradients.items():
+            torch.testing.assert_close(result.gradients[name], gradient)
 
 
 def test_a_users_result_does_not_depend_on_the_others() -> None:

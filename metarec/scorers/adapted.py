@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from metarec.interactions import Ratings
-from metarec.lora import AdapterState
 from metarec.meta import Adapted, MetaState, adapt
 from metarec.objective import candidates, collate, score, support_loss
 from metarec.priors import ItemPrior
@@ -83,11 +82,9 @@ class MetaScorer:
             supports: One entry per user; an empty one keeps the initialization.
 
         Returns:
-            Every user's state, detached from the meta-parameters.
+            Every user's state.
         """
         batch = collate(supports, self.prior, self.reader, self.threshold, seen=False)
         loss = support_loss(batch, self.reader, shrinkage=self.inner.shrinkage, bias_strength=self.inner.bias_strength)
         steps = self.inner.steps if batch.real.shape[1] else 0
-        adapted = adapt(self.meta, loss, len(supports), steps, rate_scale=self.rate_scale)
-        state: AdapterState = {name: tensor.detach() for name, tensor in adapted.state.items()}
-        return Adapted(state, adapted.losses, adapted.diverged)
+        return adapt(self.meta, loss, len(supports), steps, rate_scale=self.rate_scale)
