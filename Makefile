@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help setup quickstart test lint clean
+.PHONY: help setup quickstart learn2learn test lint clean
 
 help:  ## say what there is
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/'
@@ -22,6 +22,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 quickstart: setup  ## meta-train, evaluate and adapt to a new user, on real ratings, in ten minutes
 	@$(BIN)/metarec quickstart
+
+learn2learn: setup  ## the library that tests compare with; its own set-up fails on current Pythons
+	$(PIP) Cython setuptools wheel
+	CYTHON_FORCE_REGEN=1 $(PIP) --no-deps --no-build-isolation --config-settings=--build-option=build_ext learn2learn==0.2.0
 
 lint: setup  ## style and types
 	$(BIN)/ruff check .

@@ -43,6 +43,9 @@ class MetaConfig(Section):
     """The meta-learning algorithm and its inner loop."""
 
     algorithm: Literal["fomaml", "maml", "maml++", "imaml", "reptile"] = "fomaml"
+    engine: Literal["batched", "learn2learn"] = Field(
+        "batched", description="learn2learn: fomaml and maml through that library, one user after another"
+    )
     adapt: Literal["all", "top"] = Field("all", description="top: the topmost block alone, as in ANIL")
     rates: Literal["tensor", "step", "number"] = Field(
         "tensor", description="one learned inner rate per tensor; per tensor and step (MAML++); per number (Meta-SGD)"

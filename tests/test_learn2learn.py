@@ -1,0 +1,67 @@
+"""Our meta-gradients are learn2learn's. Skips, and says so, where learn2learn is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_meta import QUERIES, RATES, TARGETS, USERS, bent, meta_state
+from test_recommender import SETTINGS, known_task
+
+from metarec.config import RunConfig, validated
+from metarec.errors import ConfigError
+from metarec.learn2learn import meta_gradient
+from metarec.meta import initial_meta_state, maml
+from metarec.recommender import MetaRecommender
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("learn2learn") is None, reason="learn2learn is not installed: make learn2learn"
+)
+
+ONE_BY_ONE = [(bent(TARGETS[user : user + 1]), bent(QUERIES[user : user + 1])) for user in range(USERS)]
+
+
+@pytest.mark.parametrize("second_order", [False, True], ids=["first order", "second order"])
+@pytest.mark.parametrize("rates", ["tensor", "number"])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_maml_and_meta_sgd_are_learn2learns(steps: int, rates: str, second_order: bool) -> None:
+    meta = initial_meta_state(meta_state().init, ["w"], 0.1, **RATES[rates])
+    theirs = meta_gradient(meta, ONE_BY_ONE, steps, second_order=second_order)
+    ours = maml(meta, bent(TARGETS), bent(QUERIES), USERS, steps, second_order=second_order)
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    for name, gradient in theirs.gradients.items():
+        torch.testing.assert_close(ours.gradients[name], gradient)
+
+
+def test_rates_per_step_are_refused() -> None:
+    meta = initial_meta_state(meta_state().init, ["w"], 0.1, steps=3)
+    with pytest.raises(ConfigError, match="no rates per step"):
+        meta_gradient(meta, ONE_BY_ONE, 3, second_order=True)
+
+
+@pytest.mark.parametrize("algorithm", ["fomaml", "maml"])
+def test_training_through_learn2learn_ends_at_the_same_weights(
+    algorithm: str, model_dir: Callable[[str], Path]
+) -> None:
+    trained = []
+    for engine in ("batched", "learn2learn"):
+        settings = {
+            **SETTINGS,
+            "meta": SETTINGS["meta"] | {"engine": engine, "algorithm": algorithm},
+            "train": SETTINGS["train"] | {"steps": 3, "users": 3, "validate_every": 3},
+        }
+        model = MetaRecommender.from_pretrained(model_dir("llama"), validated(RunConfig, settings, "test"))
+        trained.append(model.fit(known_task()))
+    ours, theirs = (model.scorer().meta.tensors() for model in trained)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=2e-4, rtol=1e-3)
+
+
+def test_algorithms_that_learn2learn_lacks_are_refused(model_dir: Callable[[str], Path]) -> None:
+    settings = {**SETTINGS, "meta": SETTINGS["meta"] | {"engine": "learn2learn", "algorithm": "reptile"}}
+    model = MetaRecommender.from_pretrained(model_dir("llama"), validated(RunConfig, settings, "test"))
+    with pytest.raises(ConfigError, match="'reptile' is not one learn2learn has"):
+        model.fit(known_task())
