@@ -11,6 +11,7 @@ writes ``benchmarks/results/headline.json``.
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -45,18 +46,17 @@ def main() -> None:
             report = recommender.evaluate()
             replace_file(run / "per_user.parquet", report.per_user.to_parquet)
             replace_file(run / "costs.parquet", report.costs.to_parquet)
-            left_out = dict(report.left_out)
-            write_json(run / "done.json", {"seconds": fit_seconds, "left_out": left_out, **provenance(recommender)})
+            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+            done = {"seconds": fit_seconds, "left_out": dict(report.left_out), "commit": commit.stdout.strip()}
+            write_json(run / "done.json", {**done, **provenance(recommender)})
         facts = load_json(run / "done.json")
         seconds.append(facts.pop("seconds"))
         users = pd.read_parquet(run / "per_user.parquet").assign(seed=seed)
         reports.append((users, pd.read_parquet(run / "costs.parquet"), facts.pop("left_out")))
     pooled = pool(reports)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     result = {
         "command": f"python benchmarks/headline.py --seeds {arguments.seeds}"
         + "".join(f" --set {assignment}" for assignment in arguments.set),
-        "commit": commit,
         "seeds": list(range(arguments.seeds)),
         "fit_seconds": seconds,
         "findings": findings(pooled, "metarec, adapted", "metarec, before adaptation"),
@@ -64,8 +64,38 @@ def main() -> None:
         **pooled.to_json(),
     }
     write_json(ROOT / "results" / f"{arguments.name}.json", result)
+    print(markdown(pooled))
     for line in result["findings"]:
-        print(line)
+        print("-", line)
+
+
+def markdown(report: Report) -> str:
+    """Returns the README's table: AUC, then the paired difference to the baseline with its 95% interval."""
+    cells = list(report.cells())
+    shots = sorted({cell.shots for cell in cells})
+    lines = [
+        f"| AUC (difference to {BASELINE}) | " + " | ".join(f"K = {count}" for count in shots) + " | s/user | B/user |",
+        "|---" * (len(shots) + 3) + "|",
+    ]
+    for method in dict.fromkeys(cell.method for cell in cells):
+        row = {cell.shots: cell for cell in cells if cell.method == method}
+        texts = []
+        for count in shots:
+            cell = row[count]
+            text = short(f"{cell.means['auc']:.4f}")
+            if method != BASELINE:
+                low, high = cell.interval
+                text += short(f" {cell.gain:+.4f} [{low:+.4f} {high:+.4f}]")
+            texts.append(text)
+        last = row[shots[-1]]
+        cost = f"{last.seconds_per_user:.3f} | {last.bytes_per_user:,}"
+        lines.append(f"| {method} | " + " | ".join(texts) + f" | {cost} |")
+    return "\n".join(lines)
+
+
+def short(text: str) -> str:
+    """Drops the zero before the point."""
+    return re.sub(r"0(?=[.])", "", text)
 
 
 def pool(reports: list[tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]]) -> Report:

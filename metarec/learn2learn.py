@@ -45,7 +45,7 @@ def meta_gradient(
     """
     if any(len(rate) > 1 for rate in meta.log_rate.values()):
         raise ConfigError("learn2learn knows no rates per step", "Set meta.rates to 'tensor' or 'number'")
-    meta_sgd = _load("learn2learn.algorithms.meta_sgd").MetaSGD
+    meta_sgd = load_module("learn2learn.algorithms.meta_sgd").MetaSGD
     leaves = {name: value.detach().requires_grad_() for name, value in meta.tensors().items()}
     traced = MetaState.from_tensors(leaves)
     shared = {name: value for name, value in traced.init.items() if name not in traced.log_rate}
@@ -99,7 +99,7 @@ def _as_one_user(state: AdapterState) -> dict[str, Tensor]:
     return {name: tensor[None] for name, tensor in state.items()}
 
 
-def _load(name: str) -> Any:
+def load_module(name: str) -> Any:
     """Imports one module of learn2learn without its package's own imports, which want torchvision and gym."""
     spec = importlib.util.find_spec("learn2learn")
     if spec is None or not spec.submodule_search_locations:
