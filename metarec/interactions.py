@@ -6,6 +6,7 @@ stay small. Knows nothing of files, splits or models.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,14 +50,17 @@ class Catalog:
         return {item: code for code, item in enumerate(self.ids)}
 
     @cached_property
-    def _codes_of_title(self) -> dict[str, list[int]]:
-        codes: dict[str, list[int]] = {}
+    def _codes_of_title(self) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+        """Items by title as it is written, and by the other ways in which people write it."""
+        written: dict[str, list[int]] = {}
+        spoken: dict[str, list[int]] = {}
         years = self.fields.get("year", ("",) * len(self))
         for code, (title, year) in enumerate(zip(self.fields["title"], years, strict=True)):
-            for key in {_fold(title), _fold(f"{title} ({year})")}:
-                if key:
-                    codes.setdefault(key, []).append(code)
-        return codes
+            for known, forms in ((written, {title}), (spoken, _other_forms(title))):
+                for key in {_fold(form) for form in forms} | {_fold(f"{form} ({year})") for form in forms}:
+                    if key:
+                        known.setdefault(key, []).append(code)
+        return written, spoken
 
     def row(self, code: int) -> dict[str, str]:
         """Returns the text fields of one item, plus its ``id``."""
@@ -72,7 +76,8 @@ class Catalog:
         """Finds an item by id, by title or by ``title (year)``.
 
         Args:
-            name: An item id (tried first, exactly) or a title (case and accents do not matter).
+            name: An item id (tried first, exactly) or a title. Case and accents do not matter; ``The Matrix`` finds
+                ``Matrix, The``, and a title is found without what it carries in brackets.
 
         Returns:
             The item's code.
@@ -84,14 +89,30 @@ class Catalog:
             raise UnknownItemError(f"item {name!r} is a {type(name).__name__}", "Ids and titles are strings")
         if name in self._code_of_id:
             return self._code_of_id[name]
-        codes = self._codes_of_title.get(_fold(name), [])
+        written, spoken = self._codes_of_title
+        codes = written.get(_fold(name)) or spoken.get(_fold(name), [])
         if len(codes) == 1:
             return codes[0]
         if codes:
             found = ", ".join(f"'{self.title(code)}' (id {self.ids[code]})" for code in codes[:5])
             raise UnknownItemError(f"{len(codes)} items are titled '{name}': {found}", "Name one by its id")
-        cure = suggest(name, [*self.fields["title"], *(self.title(code) for code in range(len(self)))])
+        cure = suggest(name, self.fields["title"])
         raise UnknownItemError(f"no item has the id or title '{name}'", cure)
+
+
+_BRACKETS = re.compile(r"\s*\([^()]*\)$")
+_LAST_ARTICLE = re.compile(r"^(.*), (the|an?|les?|la|l'|il|el|die|der|das)$", re.IGNORECASE)
+
+
+def _other_forms(title: str) -> set[str]:
+    """Returns a title without its brackets, and with an article at its end put in front."""
+    bare = _BRACKETS.sub("", title)
+    forms = {title, bare}
+    for form in (title, bare):
+        if match := _LAST_ARTICLE.match(form):
+            rest, article = match.groups()
+            forms.add(f"{article}{'' if article.endswith(chr(39)) else ' '}{rest}")
+    return forms
 
 
 def _fold(text: str) -> str:

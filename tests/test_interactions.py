@@ -31,6 +31,23 @@ def test_items_are_found_by_id_or_title(name: str, code: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("The Matrix", 0),
+        ("matrix, the (1999)", 0),
+        ("Amelie", 1),
+        ("Amelie (2001)", 1),
+        ("L'Avventura", 2),
+        ("Solaris", 3),
+    ],
+)
+def test_titles_are_found_as_people_say_them(name: str, code: int) -> None:
+    titles = ("Matrix, The", "Amelie (Fabuleux destin, Le)", "Avventura, L'", "Solaris", "Solaris (Solyaris)")
+    catalog = Catalog(ids=tuple("abcde"), fields={"title": titles, "year": ("1999", "2001", "1960", "2002", "1972")})
+    assert catalog.find(name) == code
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("Heat", "2 items are titled 'Heat'"),
