@@ -11,7 +11,7 @@ import ctypes
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -143,8 +143,26 @@ class Backbone:
         offset = torch.zeros(()) if bias is None else (bias[yes] - bias[no]).detach()
         return weight[yes] - weight[no], offset.to(weight.dtype)
 
+    def before_any_head(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Runs a whole masked LM of any architecture and returns what its vocabulary head multiplies.
+
+        Args:
+            inputs: What the model takes, such as ``input_ids`` and ``attention_mask``, shape (rows, tokens).
+
+        Returns:
+            Shape (rows, tokens, hidden).
+        """
+        caught: list[Tensor] = []
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
+        try:
+            self.model(**inputs)
+        finally:
+            hook.remove()
+        return caught[0]
+
     def before_head(self, hidden: Tensor) -> Tensor:
-        """Turns the last block's state of a masked LM into what its vocabulary head multiplies."""
+        """Turns the last block's state of a BERT into what its vocabulary head multiplies."""
         return self.model.cls.predictions.transform(hidden)  # type: ignore[union-attr,operator,no-any-return]
 
     @cached_property

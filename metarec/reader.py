@@ -134,6 +134,7 @@ def open_reader(backbone: Backbone, prompts: CatalogPrompts, placement: Placemen
 _DEFAULT_TARGETS = (
     ("q_proj", "v_proj", "o_proj", "down_proj"),
     ("query", "value", "dense"),
+    ("q_lin", "v_lin", "out_lin", "lin2"),
     ("c_attn", "c_proj"),
 )
 

@@ -161,14 +161,17 @@ class PlainTrunk:
                 hook = partial(_add_update, adapters=adapters, name=name, active=active, users=users)
                 module = self.backbone.model.get_submodule(name)
                 hooks.callback(module.register_forward_hook(hook).remove)
-            base = self.backbone.model.base_model
-            hidden = base(input_ids=tokens, attention_mask=mask.long(), **self._no_cache()).last_hidden_state
+            inputs = {"input_ids": tokens, "attention_mask": mask.long()}
+            if self.backbone.kind == "masked":
+                hidden = self.backbone.before_any_head(inputs)
+            else:
+                hidden = self.backbone.model.base_model(**inputs, **self._no_cache()).last_hidden_state
         last = torch.arange(rows, device=lengths.device)
         if self.backbone.kind == "encoder":
             read = pool(hidden, mask)
         elif self.backbone.kind == "masked":
             blank = (tokens == self.prompts.mask_token).int().argmax(1)
-            read = self.backbone.before_head(hidden[last, blank])
+            read = hidden[last, blank]
         else:
             read = hidden[last, lengths - 1]
         return read.view(users, count, -1)

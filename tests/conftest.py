@@ -113,7 +113,15 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
                 "sep_token": "[SEP]",
             }
             tokenizer = _tokenizer(special)
-            config = transformers.BertConfig(vocab_size=len(tokenizer), **encoder)  # type: ignore[arg-type]
+            if family == "distilbert":
+                config = transformers.DistilBertConfig(
+                    vocab_size=len(tokenizer), dim=16, hidden_dim=24, n_layers=3, n_heads=4, initializer_range=0.4
+                )
+                return _save(path, transformers.DistilBertForMaskedLM(config), tokenizer)
+            if family == "roberta":
+                config = transformers.RobertaConfig(vocab_size=len(tokenizer), pad_token_id=1, **encoder)
+                return _save(path, transformers.RobertaForMaskedLM(config), tokenizer)
+            config = transformers.BertConfig(vocab_size=len(tokenizer), **encoder)
             model = transformers.BertForMaskedLM(config) if family == "bert" else transformers.BertModel(config)
         return _save(path, model, tokenizer)
 

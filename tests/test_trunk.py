@@ -100,18 +100,26 @@ def test_gradients_through_the_cache_match_those_through_the_whole_model(backbon
         torch.testing.assert_close(gradients[0][name], expected, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "roberta", "distilbert"])
 def test_unknown_structures_are_read_whole_with_a_warning(
-    backbone: Backbones, prompts: Prompts, caplog: pytest.LogCaptureFixture
+    family: str, backbone: Backbones, prompts: Prompts, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = backbone("gpt2")
-    placed = placement_of(model, prompts("gpt2"), None)
-    reader = open_reader(model, prompts("gpt2"), placed)
+    model = backbone(family)
+    placed = placement_of(model, prompts(family), None)
+    reader = open_reader(model, prompts(family), placed)
     assert isinstance(reader.trunk, PlainTrunk)
-    assert "gpt2" in caplog.text
+    assert family in caplog.text
     items = some_items()
     state = random_state(reader.spec, 3)
     frozen, adapted = (reader.log_odds(reader.gather(items), adapters) for adapters in (None, state))
     assert (adapted - frozen).abs().max() > 1e-3
+    yes, no = prompts(family).answers or (0, 0)
+    for item, expected in zip(items[0].tolist(), frozen[0], strict=True):
+        tokens = torch.tensor([prompts(family).tokens[item]])
+        place = tokens[0].tolist().index(prompts(family).mask_token) if model.kind == "masked" else -1
+        with torch.no_grad():
+            logits = model.model(input_ids=tokens).logits[0, place]
+        torch.testing.assert_close(expected, logits[yes] - logits[no], atol=1e-5, rtol=1e-4)
 
 
 def test_gpt2_adapters_have_the_shape_that_peft_gives_them(backbone: Backbones, prompts: Prompts) -> None:
