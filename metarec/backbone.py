@@ -141,7 +141,8 @@ class Backbone:
         weight = head.weight.detach()
         bias = getattr(head, "bias", None)
         offset = torch.zeros(()) if bias is None else (bias[yes] - bias[no]).detach()
-        return weight[yes] - weight[no], offset.to(weight.dtype)
+        precise = _at_least_float32(weight.dtype)
+        return weight[yes].to(precise) - weight[no].to(precise), offset.to(precise)
 
     def before_any_head(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Runs a whole masked LM of any architecture and returns what its vocabulary head multiplies.
@@ -163,7 +164,7 @@ class Backbone:
 
     def before_head(self, hidden: Tensor) -> Tensor:
         """Turns the last block's state of a BERT into what its vocabulary head multiplies."""
-        return self.model.cls.predictions.transform(hidden)  # type: ignore[union-attr,operator,no-any-return]
+        return self.model.cls.predictions.transform(hidden.to(self.dtype))  # type: ignore[union-attr,operator,no-any-return]
 
     @cached_property
     def weights(self) -> LlamaWeights | BertWeights | None:
@@ -378,7 +379,9 @@ def _llama_weights(model: Any) -> LlamaWeights | None:
         )
 
     def rope(positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = model.model.rotary_emb(model.model.embed_tokens.weight, positions[None])
+        # The angles come in the type of the first argument; bfloat16 would blur them.
+        like = model.model.embed_tokens.weight.new_zeros(1, dtype=_at_least_float32(model.dtype))
+        cos, sin = model.model.rotary_emb(like, positions[None])
         return cos[0], sin[0]
 
     return LlamaWeights(
@@ -415,6 +418,10 @@ def _bert_weights(model: Any) -> BertWeights:
             )
         )
     return BertWeights(lambda tokens: encoder.embeddings(input_ids=tokens), tuple(blocks))
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def final_state(weights: LlamaWeights, hidden: Tensor) -> Tensor:

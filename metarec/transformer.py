@@ -163,7 +163,8 @@ class BertBlock:
         return self._norm(hidden + _project(raised, self.down, adapters), self.output_norm)
 
     def _norm(self, hidden: Tensor, parameters: tuple[Tensor, Tensor]) -> Tensor:
-        return functional.layer_norm(hidden, hidden.shape[-1:], *parameters, eps=self.eps)
+        weight, bias = (parameter.to(hidden.dtype) for parameter in parameters)
+        return functional.layer_norm(hidden, hidden.shape[-1:], weight, bias, eps=self.eps)
 
 
 def attend(query: Tensor, sources: Sequence[KeyValues]) -> Tensor:

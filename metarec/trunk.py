@@ -187,10 +187,11 @@ class PlainTrunk:
 def _add_update(
     module: Any, args: Any, output: Tensor, *, adapters: Adapters, name: str, active: Tensor, users: int
 ) -> Tensor:
-    inputs = args[0].reshape(users, -1, args[0].shape[-1])
-    update = (inputs @ adapters.state[name + LORA_A].transpose(1, 2)) @ adapters.state[name + LORA_B].transpose(1, 2)
+    a, b = adapters.state[name + LORA_A], adapters.state[name + LORA_B]
+    inputs = args[0].reshape(users, -1, args[0].shape[-1]).to(a.dtype)
+    update = (inputs @ a.transpose(1, 2)) @ b.transpose(1, 2)
     masked: Tensor = update.view(output.shape) * active.unsqueeze(-1)
-    return output + adapters.scaling * masked
+    return output + (adapters.scaling * masked).to(output.dtype)
 
 
 class _Ragged:
@@ -325,7 +326,7 @@ class CachedTrunk:
         caches: list[tuple[Tensor, Tensor]] = []
         if isinstance(weights, BertWeights):
             mask = torch.arange(width, device=padded.device) < torch.from_numpy(lengths).to(padded.device)[:, None]
-            hidden = weights.embed(padded)[None]
+            hidden = weights.embed(padded)[None].to(self._dtype)
             for bert_block in weights.blocks[: self._first]:
                 hidden = bert_block(hidden, mask[:, None])
             entering = hidden[0]

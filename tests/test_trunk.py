@@ -88,6 +88,23 @@ def test_batched_adapters_match_one_user_at_a_time(
         )
 
 
+@pytest.mark.parametrize(("family", "active"), [("llama", None), ("llama", 1), ("bert", None)])
+def test_bfloat16_weights_move_log_odds_by_less_than_a_tenth_of_their_spread(
+    family: str, active: int | None, backbone: Backbones, prompts: Prompts
+) -> None:
+    exact_model, coarse_model = backbone(family), backbone(family, torch.bfloat16)
+    placed = placement_of(exact_model, prompts(family), active)
+    state = random_state(both(exact_model, prompts(family), placed)[0].spec, 3)
+    items = some_items()
+    exact, _ = both(exact_model, prompts(family), placed)
+    expected = exact.log_odds(exact.gather(items), state)
+    for coarse in both(coarse_model, prompts(family), placed):
+        found = coarse.log_odds(coarse.gather(items), state)
+        assert found.dtype == torch.float32
+        error = (found - expected).square().mean().sqrt() / expected.std()
+        assert 0 < error < 0.1
+
+
 def test_gradients_through_the_cache_match_those_through_the_whole_model(backbone: Backbones, prompts: Prompts) -> None:
     model = backbone("llama")
     fast, plain = both(model, prompts("llama"), placement_of(model, prompts("llama"), 2))
