@@ -38,6 +38,7 @@ from metarec.lora import LORA_A, AdapterState, init_lora
 from metarec.meta import MetaGradient, adapt, initial_meta_state, maml
 from metarec.prompts import CatalogPrompts, tokenize_catalog
 from metarec.reader import Reader
+from metarec.scorers.adapted import USERS_AT_ONCE
 from metarec.sources import read_source
 from metarec.task import load_task
 from metarec.trunk import CachedTrunk, Placement
@@ -233,11 +234,11 @@ def adapting() -> dict[str, Any]:
     meta = initial_meta_state(adapter, adapter, RATE)
     reader.trunk.frozen_states()
 
-    def run(users: int, at_once: int = 50) -> None:
+    def run(users: int) -> None:
         generator = torch.Generator().manual_seed(1)
         items = torch.randint(0, ITEMS, (users, SUPPORT), generator=generator)
         targets = torch.randn(users, SUPPORT, generator=generator)
-        for block in torch.arange(users).split(at_once):
+        for block in torch.arange(users).split(USERS_AT_ONCE):
             adapt(meta, squared_error(reader, items[block], targets[block]), len(block), STEPS)
 
     run(1)

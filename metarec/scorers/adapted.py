@@ -15,7 +15,8 @@ from metarec.priors import ItemPrior
 from metarec.reader import Reader
 from metarec.scorer import Request
 
-_USERS_AT_ONCE = 16
+# Larger batches only cost memory: the work per user is the same.
+USERS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class MetaScorer:
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
         scores: list[Tensor] = []
-        for start in range(0, len(requests), _USERS_AT_ONCE):
-            block = requests[start : start + _USERS_AT_ONCE]
+        for start in range(0, len(requests), USERS_AT_ONCE):
+            block = requests[start : start + USERS_AT_ONCE]
             state = self.adapt([request.support for request in block]).state
             batch = candidates([request.candidates for request in block], self.prior, self.reader)
             with torch.no_grad():
