@@ -123,7 +123,7 @@ def train(
 ) -> None:
     """Meta-train a recommender and keep it in RUNS/NAME."""
     run = _run_dir(runs, name)
-    recommender = _train(run, config, task, backbone, seed, overrides, resume)
+    recommender = _train(run, config, task, backbone, seed, overrides, resume, go_on="with --resume")
     fitted = recommender.fitted
     _show({"run": str(run), **{key: value for key, value in fitted.training.items() if key != "history"}}, json)
 
@@ -198,7 +198,8 @@ def quickstart(
 ) -> None:
     """Train, evaluate and adapt to one person never seen: the whole thing, on real users, in minutes."""
     run = _run_dir(runs, name)
-    recommender = _train(run, config, task, backbone, seed, overrides, resume=not fresh)
+    go_on = "without --fresh" if fresh else "again"
+    recommender = _train(run, config, task, backbone, seed, overrides, resume=not fresh, go_on=go_on)
     table = _evaluate(recommender, run, json=False, quiet=json)
     story = _one_user(recommender, run, quiet=json)
     if json:
@@ -215,6 +216,7 @@ def _train(
     seed: int | None,
     overrides: list[str] | None,
     resume: bool,
+    go_on: str,
 ) -> MetaRecommender:
     import yaml
 
@@ -231,12 +233,13 @@ def _train(
     chosen = load_task(settings.task)
     recommender = MetaRecommender.from_pretrained(settings.backbone, settings)
     text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-    replace_file(run / "config.yaml", lambda target: target.write_text(text, encoding="utf-8"))
     try:
         recommender.fit(chosen, checkpoint=run / "checkpoint", resume=resume)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; nothing is lost: run the same command with --resume (run '{run}')", err=True)
+        typer.echo(f"interrupted; nothing is lost: run the same command {go_on} (run '{run}')", err=True)
         raise
+    # Only now: settings that a checkpoint refuses must not replace those it was made with.
+    replace_file(run / "config.yaml", lambda target: target.write_text(text, encoding="utf-8"))
     recommender.save_pretrained(run / "model")
     return recommender
 

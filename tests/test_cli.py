@@ -140,6 +140,7 @@ def test_train_resumes_and_refuses_other_settings(
     other = metarec("train", *common, "--resume", "--seed", 3)
     assert other.status == 2
     assert "is of another run: its config" in other.err
+    assert yaml.safe_load((tmp_path / "default" / "config.yaml").read_text())["seed"] == 0
 
 
 def test_settings_come_from_yaml_and_the_command_line_wins(
