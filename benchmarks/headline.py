@@ -59,6 +59,7 @@ def main() -> None:
         + "".join(f" --set {assignment}" for assignment in arguments.set),
         "seeds": list(range(arguments.seeds)),
         "fit_seconds": seconds,
+        "gain_by_seed": gain_by_seed(reports),
         "findings": findings(pooled, "metarec, adapted", "metarec, before adaptation"),
         **facts,
         **pooled.to_json(),
@@ -96,6 +97,16 @@ def markdown(report: Report) -> str:
 def short(text: str) -> str:
     """Drops the zero before the point."""
     return re.sub(r"0(?=[.])", "", text)
+
+
+def gain_by_seed(reports: list[tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]]) -> list[dict[str, float]]:
+    """Returns, for every seed, the number of users and the mean gain over the baseline at each K."""
+    gains = []
+    for users, _, _ in reports:
+        table = users.pivot(index="user", columns=["method", "shots"], values="auc")
+        ours, baseline = table["metarec, adapted"], table[BASELINE]
+        gains.append({"users": len(table), **{f"K={count}": float((ours - baseline)[count].mean()) for count in ours}})
+    return gains
 
 
 def pool(reports: list[tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]]) -> Report:
