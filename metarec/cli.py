@@ -36,15 +36,15 @@ SetOption = Annotated[
     typer.Option("--set", help="Override one setting, e.g. train.steps=100; may be repeated.", show_default=False),
 ]
 SeedOption = Annotated[
-    int | None, typer.Option(help="Seed of split, training and tie-breaking [default: 0].", show_default=False)
+    int | None, typer.Option(help="Seed of split, training and tie-breaking (default: 0).", show_default=False)
 ]
 TaskOption = Annotated[
-    str | None, typer.Option(help="Task name or YAML file [default: movielens/user-cold].", show_default=False)
+    str | None, typer.Option(help="Task name or YAML file (default: movielens/user-cold).", show_default=False)
 ]
 BackboneOption = Annotated[
     str | None,
     typer.Option(
-        help="Embedded name, directory or Hugging Face name [default: smollm2-135m-instruct].", show_default=False
+        help="Embedded name, directory or Hugging Face name (default: smollm2-135m-instruct).", show_default=False
     ),
 ]
 NameOption = Annotated[str, typer.Option(help="Name of the run; its files go to RUNS/NAME.")]

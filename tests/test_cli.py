@@ -262,6 +262,15 @@ def test_help_shows_an_example_and_loads_nothing_heavy(command: list[str]) -> No
     assert "Example: metarec" in ran.stdout
 
 
+def test_help_names_the_defaults() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "metarec.cli", "train", "--help"], capture_output=True, text=True, check=True
+    )
+    shown = " ".join(ran.stdout.replace("│", " ").split())
+    for default in ("(default: 0)", "(default: movielens/user-cold)", "(default: smollm2-135m-instruct)"):
+        assert default in shown
+
+
 def test_ctrl_c_says_how_to_go_on(task_file: Path, model_dir: Callable[[str], Path], tmp_path: Path) -> None:
     import signal
 
