@@ -214,8 +214,21 @@ def maml(
 
     Source: Finn, Abbeel and Levine 2017, algorithm 1; the adjoint is reverse differentiation of their eq. 1 by hand.
     """
-    weights = [*[0.0] * steps, 1.0] if step_weights is None else list(step_weights)
     adapted = adapt(meta, support_loss, users, steps, keep_path=True)
+    weights = [*[0.0] * steps, 1.0] if step_weights is None else list(step_weights)
+    return _walk_back(meta, adapted, support_loss, query_loss, second_order, weights)
+
+
+def _walk_back(
+    meta: MetaState,
+    adapted: Adapted,
+    support_loss: Loss,
+    query_loss: Loss,
+    second_order: bool,
+    weights: Sequence[float],
+) -> MetaGradient:
+    """Carries the query gradients of an inner loop that kept its path back to the meta-parameters."""
+    steps, users = len(adapted.path), len(adapted.diverged)
     last, shared = _split(adapted.state, meta)
     states = [*(state for state, _ in adapted.path), last]
     queries = {step: _query(query_loss, states[step], shared) for step in range(steps + 1) if weights[step]}
@@ -416,8 +429,8 @@ def reptile(meta: MetaState, support_loss: Loss, query_loss: Loss, users: int, s
     def joint(state: AdapterState) -> Tensor:
         return (support_loss(state) + query_loss(state)) / 2
 
-    first_order = fomaml(meta, joint, joint, users, steps)
-    adapted = adapt(meta, joint, users, steps)
+    adapted = adapt(meta, joint, users, steps, keep_path=True)
+    first_order = _walk_back(meta, adapted, joint, joint, False, [*[0.0] * steps, 1.0])
     kept = ~first_order.diverged
     gradients = dict(first_order.gradients)
     for name in meta.log_rate if steps else ():
