@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from metarec.artifacts import load_json, replace_file, write_json
-from metarec.cli import provenance
+from metarec.cli.runs import provenance
 from metarec.config import RunConfig, override, validated
 from metarec.evaluate import Report
 from metarec.recommender import BASELINE, MetaRecommender

@@ -24,7 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_package_its_tasks_and_its_types(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"metarec/py.typed", "metarec/tasks/movielens/user-cold.yaml", "metarec/cli.py"} <= names
+    assert {"metarec/py.typed", "metarec/tasks/movielens/user-cold.yaml", "metarec/cli/runs.py"} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -1,73 +1,35 @@
-"""The command line: ``metarec doctor | model prepare | train | evaluate | adapt | recommend | quickstart``.
-
-Results go to standard output (with ``--json`` as JSON alone), progress and errors to standard error. A user's mistake
-ends with one line and status 2, Ctrl-C with status 130 and a checkpoint. Heavy imports happen inside the commands, so
-that ``--help`` answers at once. Knows nothing that the Python API does not.
-"""
+"""The verbs of a run: ``doctor | model prepare | train | evaluate | adapt | recommend | quickstart``."""
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metarec.errors import ConfigError, DataError, MetarecError
+from metarec.cli.options import (
+    BackboneOption,
+    ConfigOption,
+    JsonOption,
+    NameOption,
+    RatingOption,
+    RatingsOption,
+    RunsOption,
+    SeedOption,
+    SetOption,
+    TaskOption,
+    print_json,
+    show,
+)
+from metarec.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from metarec.recommender import AdaptedUser, MetaRecommender
 
-app = typer.Typer(
-    name="metarec",
-    help="Meta-learning few-shot recommendation: adapt a language model to a new user in a few gradient steps.",
-    epilog="Example: metarec train --name mine && metarec evaluate runs/mine",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
+app = typer.Typer()
 model_app = typer.Typer(help="Backbones.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
-
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.", show_default=False)]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override one setting, e.g. train.steps=100; may be repeated.", show_default=False),
-]
-SeedOption = Annotated[
-    int | None, typer.Option(help="Seed of split, training and tie-breaking (default: 0).", show_default=False)
-]
-TaskOption = Annotated[
-    str | None, typer.Option(help="Task name or YAML file (default: movielens/user-cold).", show_default=False)
-]
-BackboneOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Embedded name, directory or Hugging Face name (default: smollm2-135m-instruct).", show_default=False
-    ),
-]
-NameOption = Annotated[str, typer.Option(help="Name of the run; its files go to RUNS/NAME.")]
-RunsOption = Annotated[Path, typer.Option("--runs", help="Directory of all runs.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-RatingOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--rating", help="ITEM=RATING by title or id, e.g. 'Toy Story=5'; may be repeated.", show_default=False
-    ),
-]
-RatingsOption = Annotated[
-    Path | None, typer.Option("--ratings", help="CSV file with the columns item,rating.", show_default=False)
-]
-
-
-@app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(installed("metarec"))
-        raise typer.Exit
 
 
 @app.command(epilog="Example: metarec doctor --json")
@@ -77,7 +39,7 @@ def doctor(json: JsonOption = False) -> None:
 
     findings = examine()
     if json:
-        _print_json({"checks": [vars(finding) for finding in findings]})
+        print_json({"checks": [vars(finding) for finding in findings]})
     else:
         for finding in findings:
             mark = {"ok": "ok     ", "optional": "absent ", "missing": "MISSING"}[finding.status]
@@ -106,7 +68,7 @@ def model_prepare(
         "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
         "fast_path": backbone.weights is not None,
     }
-    _show(facts, json)
+    show(facts, json)
 
 
 @app.command(epilog="Example: metarec train --name mine --set train.steps=100 --set meta.inner_steps=5")
@@ -122,10 +84,10 @@ def train(
     json: JsonOption = False,
 ) -> None:
     """Meta-train a recommender and keep it in RUNS/NAME."""
-    run = _run_dir(runs, name)
+    run = run_dir(runs, name)
     recommender = _train(run, config, task, backbone, seed, overrides, resume, go_on="with --resume")
     fitted = recommender.fitted
-    _show({"run": str(run), **{key: value for key, value in fitted.training.items() if key != "history"}}, json)
+    show({"run": str(run), **{key: value for key, value in fitted.training.items() if key != "history"}}, json)
 
 
 @app.command(epilog="Example: metarec evaluate runs/mine")
@@ -134,7 +96,7 @@ def evaluate(
     json: JsonOption = False,
 ) -> None:
     """Score the test users of the run's task and print the table; per-user results go into the run."""
-    _evaluate(_load(run), run, json)
+    _evaluate(load_run(run), run, json)
 
 
 @app.command(epilog="Example: metarec adapt runs/mine --rating 'Toy Story=5' --rating 'Heat=2' --out runs/mine/me")
@@ -148,7 +110,7 @@ def adapt(
     json: JsonOption = False,
 ) -> None:
     """Adapt to one person's ratings and keep the adapter."""
-    user = _adapted(_load(run), rating, ratings)
+    user = _adapted(load_run(run), rating, ratings)
     if out is not None:
         user.save(out)
     facts = {
@@ -157,7 +119,7 @@ def adapt(
         "diverged": user.diverged,
         "saved": str(out) if out else None,
     }
-    _show(facts, json)
+    show(facts, json)
 
 
 @app.command(epilog="Example: metarec recommend runs/mine --user runs/mine/me -k 10")
@@ -174,11 +136,11 @@ def recommend(
     """Rank the catalog for a saved person, or for the ratings given here; with neither, as for anybody."""
     if user is not None and (rating or ratings):
         raise ConfigError("--user and ratings are both given", "A saved person brings their own ratings")
-    recommender = _load(run)
+    recommender = load_run(run)
     person = recommender.load_user(user) if user else _adapted(recommender, rating, ratings)
     ranked = person.recommend(k)
     if json:
-        _print_json([vars(entry) for entry in ranked])
+        print_json([vars(entry) for entry in ranked])
         return
     for place, entry in enumerate(ranked, start=1):
         typer.echo(f"{place:3d}  {entry.score:+.3f}  {entry.title}")
@@ -197,13 +159,13 @@ def quickstart(
     json: JsonOption = False,
 ) -> None:
     """Train, evaluate and adapt to one person never seen: the whole thing, on real users, in minutes."""
-    run = _run_dir(runs, name)
+    run = run_dir(runs, name)
     go_on = "without --fresh" if fresh else "again"
     recommender = _train(run, config, task, backbone, seed, overrides, resume=not fresh, go_on=go_on)
     table = _evaluate(recommender, run, json=False, quiet=json)
     story = _one_user(recommender, run, quiet=json)
     if json:
-        _print_json({"table": table, "user": story})
+        print_json({"table": table, "user": story})
     else:
         typer.echo(f"\nEverything is in {run}; go on with: metarec recommend {run} --rating 'Toy Story=5'")
 
@@ -253,7 +215,7 @@ def _evaluate(recommender: MetaRecommender, run: Path, json: bool, quiet: bool =
     write_json(run / "table.json", result)
     replace_file(run / "per_user.parquet", lambda target: report.per_user.to_parquet(target, index=False))
     if json:
-        _print_json(result)
+        print_json(result)
     elif not quiet:
         from rich.console import Console
 
@@ -315,7 +277,8 @@ def _one_user(recommender: MetaRecommender, run: Path, quiet: bool) -> dict[str,
     return story
 
 
-def _run_dir(runs: Path, name: str) -> Path:
+def run_dir(runs: Path, name: str) -> Path:
+    """Returns a run's directory, refusing names that are paths."""
     import re
 
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -323,7 +286,8 @@ def _run_dir(runs: Path, name: str) -> Path:
     return runs / name
 
 
-def _load(run: Path) -> MetaRecommender:
+def load_run(run: Path) -> MetaRecommender:
+    """Loads the recommender of a run's directory."""
     from metarec.recommender import MetaRecommender
 
     model = run / "model" if (run / "model").is_dir() else run
@@ -356,36 +320,3 @@ def _read_ratings_file(file: Path) -> list[tuple[str, str]]:
         if row.get("item") is None or row.get("rating") is None:
             raise DataError(f"'{file}' row {number} has no item and rating", "Start the file with: item,rating")
     return [(row["item"], row["rating"]) for row in rows]
-
-
-def _show(facts: dict[str, Any], json: bool) -> None:
-    if json:
-        _print_json(facts)
-        return
-    for key, value in facts.items():
-        typer.echo(f"{key.replace('_', ' ')}: {value}")
-
-
-def _print_json(value: Any) -> None:
-    from metarec.artifacts import dump_json
-
-    typer.echo(dump_json(value), nl=False)
-
-
-def main() -> None:
-    """Entry point of the ``metarec`` command."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    try:
-        app(standalone_mode=True)
-    except MetarecError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except OSError as error:
-        typer.echo(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,51 @@
+"""The command line: ``metarec doctor | model | train | evaluate | adapt | recommend | quickstart``.
+
+Results go to standard output (with ``--json`` as JSON alone), progress and errors to standard error. A user's mistake
+ends with one line and status 2, Ctrl-C with status 130 and a checkpoint. Heavy imports happen inside the commands, so
+that ``--help`` answers at once. Knows nothing that the Python API does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from metarec.cli import runs
+from metarec.errors import MetarecError
+
+app = typer.Typer(
+    name="metarec",
+    help="Meta-learning few-shot recommendation: adapt a language model to a new user in a few gradient steps.",
+    epilog="Example: metarec train --name mine && metarec evaluate runs/mine",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(runs.app)
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("metarec"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the ``metarec`` command."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        app(standalone_mode=True)
+    except MetarecError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        typer.echo(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
