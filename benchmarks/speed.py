@@ -34,7 +34,7 @@ from metarec.artifacts import dump_json, write_json
 from metarec.backbone import Backbone, load_backbone
 from metarec.interactions import Catalog
 from metarec.learn2learn import load_module
-from metarec.lora import LORA_A, AdapterState, init_lora
+from metarec.lora import LORA_A, AdapterState, init_adapter
 from metarec.meta import MetaGradient, adapt, initial_meta_state, maml
 from metarec.prompts import CatalogPrompts, tokenize_catalog
 from metarec.reader import Reader
@@ -118,7 +118,7 @@ def compare(case: Case, backbone: Backbone, prompts: CatalogPrompts, rounds: int
     cache_seconds = time.perf_counter() - started
     reader = Reader(backbone, prompts, placed, trunk)
     generator = torch.Generator().manual_seed(0)
-    adapter = init_lora(reader.spec, generator)
+    adapter = init_adapter(reader.spec, generator)
     adapter = {name: value if name.endswith(LORA_A) else value + 0.02 for name, value in adapter.items()}
     meta = initial_meta_state(adapter, adapter, RATE)
     items = torch.randint(0, ITEMS, (USERS, SUPPORT + QUERY), generator=generator)
@@ -230,7 +230,7 @@ def adapting() -> dict[str, Any]:
     prompts = small_prompts(backbone)
     placed = Placement(4, ("q_proj", "v_proj"), RANK, ALPHA, 1)
     reader = Reader(backbone, prompts, placed, CachedTrunk(backbone, prompts, placed))
-    adapter = init_lora(reader.spec, torch.Generator().manual_seed(0))
+    adapter = init_adapter(reader.spec, torch.Generator().manual_seed(0))
     meta = initial_meta_state(adapter, adapter, RATE)
     reader.trunk.frozen_states()
 

@@ -367,6 +367,7 @@ def _llama_weights(model: Any) -> LlamaWeights | None:
         mlp = {name: _linear(model, f"{path}.mlp.{name}_proj") for name in ("gate", "up", "down")}
         blocks.append(
             LlamaBlock(
+                path=path,
                 input_norm=layer.input_layernorm.weight.detach(),
                 post_norm=layer.post_attention_layernorm.weight.detach(),
                 **attention,

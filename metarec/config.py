@@ -28,12 +28,18 @@ class Section(BaseModel):
 class AdapterConfig(Section):
     """Where the adapters sit; see `metarec.reader.Placement`."""
 
+    kind: Literal["lora", "bias", "prefix"] = Field(
+        "lora", description="low-rank updates, biases, or virtual tokens that attention sees in front of the prompt"
+    )
     layers: int = Field(4, ge=1, description="how many topmost blocks carry adapters")
     targets: tuple[str, ...] | None = Field(
-        None, description="linear layers that carry one; null takes attention's and the MLP's outputs"
+        None, description="linear layers that carry one; null: attention's and the MLP's outputs, for biases all"
     )
     rank: int = Field(4, ge=1)
     alpha: float = Field(8.0, gt=0)
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
+    virtual_tokens: int = Field(8, ge=1, description="length of a prefix")
+    storage: Literal["float16", "float32"] = Field("float16", description="type that users' adapters are kept in")
     active_tokens: int | Literal["auto"] | None = Field(
         "auto", description="last tokens that carry the adapter; null for all; auto takes what the prompts share"
     )
@@ -42,7 +48,9 @@ class AdapterConfig(Section):
 class MetaConfig(Section):
     """The meta-learning algorithm and its inner loop."""
 
-    algorithm: Literal["fomaml", "maml", "maml++", "imaml", "reptile"] = "fomaml"
+    algorithm: Literal["fomaml", "maml", "maml++", "imaml", "reptile", "ridge", "prototypes"] = Field(
+        "fomaml", description="ridge and prototypes fit a head in closed form instead of taking inner steps"
+    )
     engine: Literal["batched", "learn2learn"] = Field(
         "batched", description="learn2learn: fomaml and maml through that library, one user after another"
     )
@@ -51,7 +59,9 @@ class MetaConfig(Section):
         "tensor", description="one learned inner rate per tensor; per tensor and step (MAML++); per number (Meta-SGD)"
     )
     inner_steps: int = Field(3, ge=0, le=100)
-    inner_lr: float = Field(0.3, gt=0, description="where every learned inner rate starts")
+    inner_lr: float | None = Field(
+        None, gt=0, description="where every learned inner rate starts; null: 0.3 for lora, 3 for bias and prefix"
+    )
     shrinkage: float = Field(5.0, ge=0, description="ratings that the initialization counts for")
     bias_strength: float = Field(1.0, gt=0, description="ratings that a user's level of zero counts for")
 
@@ -82,10 +92,17 @@ class RunConfig(Section):
     backbone: str = "smollm2-135m-instruct"
     seed: int = Field(0, ge=0)
     device: str = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "mixed", "bfloat16"] = Field(
+        "float32", description="of frozen weights; mixed: caches by float32 weights, the adapted blocks bfloat16"
+    )
     adapter: AdapterConfig = AdapterConfig()
     meta: MetaConfig = MetaConfig()
     train: TrainConfig = TrainConfig()
+
+    @property
+    def inner_lr(self) -> float:
+        """Where inner rates start: biases and prefixes have smaller gradients than low-rank updates."""
+        return self.meta.inner_lr or (0.3 if self.adapter.kind == "lora" else 3.0)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

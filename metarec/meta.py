@@ -23,6 +23,7 @@ from torch import Tensor
 from metarec.lora import AdapterState, expand_users
 
 Loss = Callable[[AdapterState], Tensor]
+Solve = Callable[[AdapterState], AdapterState]
 
 
 @dataclass(frozen=True)
@@ -138,20 +139,19 @@ def adapt(
     losses: list[Tensor] = []
     for step in range(steps):
         loss, gradients = _support_gradient(support_loss, current, shared)
-        finite = loss.isfinite()
-        for gradient in gradients.values():
-            finite = finite & gradient.reshape(users, -1).isfinite().all(1)
-        diverged = diverged | ~finite
+        diverged = diverged | ~loss.isfinite() | ~_finite_users(gradients)
         losses.append(loss)
         if keep_path:
             path.append((current, gradients))
+        if diverged.any():
+            gradients = {name: gradient.nan_to_num(0.0, 0.0, 0.0) for name, gradient in gradients.items()}
         moved = {}
         for name, gradient in gradients.items():
-            clean = gradient.nan_to_num(0.0, 0.0, 0.0) + pull * (current[name] - start[name])
-            moved[name] = current[name] - rate_scale * meta.rate(name, step).detach() * clean
+            drawn = gradient + pull * (current[name] - start[name]) if pull else gradient
+            moved[name] = current[name] - rate_scale * meta.rate(name, step).detach() * drawn
         current = moved
-    for value in current.values():
-        diverged = diverged | ~value.reshape(users, -1).isfinite().all(1)
+    if steps:
+        diverged = diverged | ~_finite_users(current)
     if diverged.any():
         current = {name: torch.where(_per_user(diverged, value), start[name], value) for name, value in current.items()}
     none = torch.zeros(0, users, device=diverged.device)
@@ -164,6 +164,12 @@ def _support_gradient(loss: Loss, adapted: AdapterState, shared: AdapterState) -
         value = loss({**shared, **leaves})
         gradients = torch.autograd.grad(value.sum(), list(leaves.values()))
     return value.detach(), dict(zip(leaves, gradients, strict=True))
+
+
+def _finite_users(state: Mapping[str, Tensor]) -> Tensor:
+    """Says which users' tensors are all finite, shape (users,); a norm beyond the type's range counts as not."""
+    norms = [torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1) for value in state.values()]
+    return torch.stack(norms).isfinite().all(0)
 
 
 def _per_user(flags: Tensor, like: Tensor) -> Tensor:
@@ -228,15 +234,14 @@ def _walk_back(
     weights: Sequence[float],
 ) -> MetaGradient:
     """Carries the query gradients of an inner loop that kept its path back to the meta-parameters."""
-    steps, users = len(adapted.path), len(adapted.diverged)
+    steps = len(adapted.path)
     last, shared = _split(adapted.state, meta)
     states = [*(state for state, _ in adapted.path), last]
     queries = {step: _query(query_loss, states[step], shared) for step in range(steps + 1) if weights[step]}
     loss = torch.stack([weights[step] * query.loss for step, query in queries.items()]).sum(0)
     kept = ~adapted.diverged & loss.isfinite()
     for query in queries.values():
-        for gradient in (*query.adapted.values(), *query.shared.values()):
-            kept = kept & gradient.reshape(users, -1).isfinite().all(1)
+        kept = kept & _finite_users({**query.adapted, **query.shared})
     adjoint = {name: torch.zeros_like(value) for name, value in last.items()}
     outer = {name: torch.zeros_like(value) for name, value in shared.items()}
     rates = {name: torch.zeros_like(value) for name, value in meta.log_rate.items()}
@@ -438,6 +443,26 @@ def reptile(meta: MetaState, support_loss: Loss, query_loss: Loss, users: int, s
         rate = torch.stack([meta.rate(name, step) for step in range(steps)]).sum(0)
         gradients[f"init/{name}"] = (moved.sum(0) / (kept.sum().clamp(min=1) * rate)).detach()
     return MetaGradient(first_order.loss, gradients, first_order.diverged)
+
+
+def closed_form(meta: MetaState, solve: Solve, query_loss: Loss, users: int) -> MetaGradient:
+    """The exact meta-gradient where the inner problem has a solution in closed form, such as a ridge regression head.
+
+    Args:
+        meta: The meta-parameters; there are no inner rates.
+        solve: Maps the shared state of all users to every user's adapted state; differentiable.
+        query_loss: What the outer loop minimizes.
+        users: How many users the losses are about.
+
+    Source: Bertinetto et al. 2019, "Meta-learning with differentiable closed-form solvers", algorithm 1.
+    """
+    leaves = {name: value.detach().requires_grad_() for name, value in expand_users(meta.init, users).items()}
+    with torch.enable_grad():
+        loss = query_loss(solve(leaves))
+        gradients = _gradients(loss.sum(), leaves)
+    kept = loss.detach().isfinite() & _finite_users(gradients)
+    found = {f"init/{name}": value.sum(0) for name, value in _mean_over(kept, gradients).items()}
+    return MetaGradient(loss.detach(), found, ~kept)
 
 
 ALGORITHMS: dict[str, Algorithm] = {

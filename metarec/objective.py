@@ -5,23 +5,25 @@ The score of user u for item i is
     score(u, i) = prior_weight_u prior(i) + prompt_weight frozen(i) + llm_weight (log_odds(i; adapter_u) - frozen(i))
 
 in units of the rating's standard deviation: what the item's raters say, what the frozen language model says, and what
-the adapter has learned that neither knew. A fresh adapter adds exactly nothing. Knows nothing of
-files, optimizers or statistics.
+the adapter has learned that neither knew. A fresh adapter adds exactly nothing. Where a head is fitted in closed form
+(`metarec.heads`), its product with the item's features is added. Knows nothing of files, optimizers or statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from metarec.heads import prototype_head, ridge_head
 from metarec.interactions import Codes, Ratings, Values
-from metarec.lora import AdapterState, init_lora
-from metarec.meta import Loss, MetaState, initial_meta_state
+from metarec.lora import AdapterState, init_adapter
+from metarec.meta import Loss, MetaState, Solve, initial_meta_state
 from metarec.priors import ItemPrior
 from metarec.reader import Reader
 from metarec.trunk import Gathered
@@ -29,6 +31,10 @@ from metarec.trunk import Gathered
 PRIOR_WEIGHT = "score.prior_weight"
 PROMPT_WEIGHT = "score.prompt_weight"
 LLM_WEIGHT = "score.llm_weight"
+HEAD = "score.head"
+LOG_PENALTY = "score.log_penalty"
+LOG_SCALE = "score.log_scale"
+Head = Literal["ridge", "prototypes"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,7 @@ def initial_state(
     top_only: bool = False,
     steps_with_rates: int = 1,
     elementwise_rates: bool = False,
+    head: Head | None = None,
 ) -> MetaState:
     """Returns the meta-parameters before any training: a fresh adapter and the score's weights.
 
@@ -115,11 +122,15 @@ def initial_state(
         steps_with_rates: Learn inner rates for each of so many steps.
         elementwise_rates: Learn an inner rate for every number (Meta-SGD, Li et al. 2017, eq. 2; there a rate may be
             negative, here it is positive).
+        head: Fit users by such a head in closed form, and nothing by gradient steps.
     """
-    adapter = init_lora(reader.spec, torch.Generator().manual_seed(seed))
+    adapter = init_adapter(reader.spec, torch.Generator().manual_seed(seed))
     weights = {PRIOR_WEIGHT: 1.0, PROMPT_WEIGHT: 0.0, LLM_WEIGHT: llm_weight}
+    weights |= {} if head is None else {LOG_PENALTY: 0.0} if head == "ridge" else {LOG_SCALE: -1.0}
     fresh = adapter | {name: torch.tensor(value) for name, value in weights.items()}
     init = {name: value.to(reader.backbone.device) for name, value in fresh.items()}
+    if head is not None:
+        return MetaState(init, {})
     top = f"{reader.backbone.layer_path}.{reader.backbone.model.config.num_hidden_layers - 1}."
     adapted = [name for name in adapter if name.startswith(top) or not top_only]
     return initial_meta_state(
@@ -129,11 +140,48 @@ def initial_state(
 
 def score(state: Mapping[str, Tensor], batch: Batch, reader: Reader) -> Tensor:
     """Scores every item of a batch under every user's state, shape (users, items)."""
+    return _score_and_features(state, batch, reader)[0]
+
+
+def _score_and_features(state: Mapping[str, Tensor], batch: Batch, reader: Reader) -> tuple[Tensor, Tensor]:
     adapters = {name: value for name, value in state.items() if not name.startswith("score.")}
+    states = reader.last_states(batch.gathered, adapters)
     frozen = batch.frozen + reader.frozen_log_odds.mean()
-    learned = reader.log_odds(batch.gathered, adapters) - frozen
+    learned = reader.answer(states) - frozen
     parts = ((PRIOR_WEIGHT, batch.prior), (PROMPT_WEIGHT, batch.frozen), (LLM_WEIGHT, learned))
-    return torch.stack([state[name][:, None] * part for name, part in parts]).sum(0)
+    total = torch.stack([state[name][:, None] * part for name, part in parts]).sum(0)
+    features = reader.features(states)
+    if HEAD in state:
+        total = total + (features @ state[HEAD].unsqueeze(-1)).squeeze(-1)
+    return total, features
+
+
+def head_solver(batch: Batch, reader: Reader, head: Head, *, bias_strength: float) -> Solve:
+    """Returns what fits every user's head to their ratings, given a state that all share.
+
+    Args:
+        batch: The support sets.
+        reader: The language model; its features move with the shared adapter, so the outer loop can shape them.
+        head: Which head.
+        bias_strength: Ratings that the level zero counts for; see `support_loss`.
+    """
+
+    def solve(state: AdapterState) -> AdapterState:
+        scores, features = _score_and_features(state, batch, reader)
+        if head == "prototypes":
+            fitted = prototype_head(features, batch.liked, batch.real, state[LOG_SCALE].exp())
+        else:
+            error = _around_level(batch.target - scores, batch.real, bias_strength)
+            fitted = ridge_head(features, error, batch.real, state[LOG_PENALTY].exp())
+        return {**state, HEAD: fitted}
+
+    return solve
+
+
+def _around_level(error: Tensor, real: Tensor, bias_strength: float) -> Tensor:
+    """Takes each user's own level, shrunk towards zero, out of their errors; padding becomes zero."""
+    kept = error * real
+    return (kept - kept.sum(1, keepdim=True) / (real.sum(1) + bias_strength)[:, None]) * real
 
 
 def support_loss(batch: Batch, reader: Reader, *, shrinkage: float, bias_strength: float) -> Loss:
@@ -151,13 +199,10 @@ def support_loss(batch: Batch, reader: Reader, *, shrinkage: float, bias_strengt
     Returns:
         A loss with one number per user; zero for a user without ratings.
     """
-    real = batch.real.float()
-    count = real.sum(1)
 
     def loss(state: AdapterState) -> Tensor:
-        error = (batch.target - score(state, batch, reader)) * real
-        level = error.sum(1, keepdim=True) / (count + bias_strength)[:, None]
-        return ((error - level).square() * real).sum(1) / (count + shrinkage)
+        error = _around_level(batch.target - score(state, batch, reader), batch.real, bias_strength)
+        return error.square().sum(1) / (batch.real.sum(1) + shrinkage)
 
     return loss
 

@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metarec.backbone import Backbone
+from metarec.backbone import Backbone, LlamaWeights
 from metarec.errors import ConfigError, suggest
-from metarec.lora import LoraSpec
+from metarec.lora import AdapterKind, AdapterSpec
 from metarec.prompts import CatalogPrompts
 from metarec.transformer import Adapters
 from metarec.trunk import (
@@ -25,9 +25,9 @@ from metarec.trunk import (
     Placement,
     PlainTrunk,
     Trunk,
+    adapter_spec,
     is_target,
     linear_shapes,
-    lora_spec,
     pool,
 )
 
@@ -53,9 +53,9 @@ class Reader:
     trunk: Trunk
 
     @cached_property
-    def spec(self) -> LoraSpec:
+    def spec(self) -> AdapterSpec:
         """The adapters it takes."""
-        return lora_spec(self.backbone, self.placement)
+        return adapter_spec(self.backbone, self.placement)
 
     @property
     def invocation_tokens(self) -> tuple[int, ...] | None:
@@ -81,8 +81,22 @@ class Reader:
         Returns:
             log p(yes) - log p(no), shape (users, items).
         """
+        return self.answer(self.last_states(gathered, state))
+
+    def last_states(self, gathered: Gathered, state: Mapping[str, Tensor] | None) -> Tensor:
+        """Reads items as `log_odds` does; returns the states behind the answers, shape (users, items, hidden)."""
         adapters = None if state is None else Adapters(state, self.spec.scaling)
-        return self._answer(self.trunk.last_states(gathered, adapters))
+        return self.trunk.last_states(gathered, adapters)
+
+    def features(self, states: Tensor) -> Tensor:
+        """Returns states around the catalog's frozen mean, so that a frozen item has length one on average."""
+        centre, length = self._frozen_moments
+        return (states - centre) / length
+
+    @cached_property
+    def _frozen_moments(self) -> tuple[Tensor, Tensor]:
+        centre = self.states.mean(0)
+        return centre, (self.states - centre).square().sum(1).mean().sqrt()
 
     @cached_property
     def states(self) -> Tensor:
@@ -92,7 +106,7 @@ class Reader:
     @cached_property
     def frozen_log_odds(self) -> Tensor:
         """Every item's log-odds under the frozen model, shape (catalog,)."""
-        return self._answer(self.states)
+        return self.answer(self.states)
 
     @cached_property
     def _answer_axis(self) -> tuple[Tensor, Tensor]:
@@ -101,7 +115,8 @@ class Reader:
             return (yes - no) * _ENCODER_SHARPNESS, yes.new_zeros(())
         return self.backbone.answer_direction(*self.prompts.answers)
 
-    def _answer(self, state: Tensor) -> Tensor:
+    def answer(self, state: Tensor) -> Tensor:
+        """Turns states into log p(yes) - log p(no)."""
         direction, offset = self._answer_axis
         return state.to(direction.dtype) @ direction + offset
 
@@ -110,11 +125,19 @@ class Reader:
 def _encode(backbone: Backbone, ids: tuple[int, ...]) -> Tensor:
     tokens = torch.tensor([ids], device=backbone.device)
     hidden: Tensor = backbone.model(input_ids=tokens).last_hidden_state
-    return pool(hidden, torch.ones_like(tokens))[0]
+    return pool(hidden, torch.ones_like(tokens)[:, None])[0, 0]
 
 
-def open_reader(backbone: Backbone, prompts: CatalogPrompts, placement: Placement) -> Reader:
+def open_reader(
+    backbone: Backbone, prompts: CatalogPrompts, placement: Placement, block_dtype: torch.dtype | None = None
+) -> Reader:
     """Returns a reader over the fastest trunk that is exact for the model.
+
+    Args:
+        backbone: The model.
+        prompts: The catalog's prompts.
+        placement: Where the adapters sit.
+        block_dtype: Precision of the adapted blocks' frozen weights, where they can be told apart from the others.
 
     Raises:
         ConfigError: The placement does not fit the model or the prompts.
@@ -127,7 +150,7 @@ def open_reader(backbone: Backbone, prompts: CatalogPrompts, placement: Placemen
             backbone.model.config.model_type,
         )
         return Reader(backbone, prompts, placement, PlainTrunk(backbone, prompts, placement))
-    return Reader(backbone, prompts, placement, CachedTrunk(backbone, prompts, placement))
+    return Reader(backbone, prompts, placement, CachedTrunk(backbone, prompts, placement, block_dtype))
 
 
 # Where adapters go when nobody says: what attention looks at, what it writes, and what the MLP writes.
@@ -148,6 +171,9 @@ def default_placement(
     rank: int,
     alpha: float,
     active_tokens: int | Literal["auto"] | None,
+    kind: AdapterKind = "lora",
+    rslora: bool = False,
+    virtual_tokens: int = 0,
 ) -> Placement:
     """Fills in what a configuration leaves open.
 
@@ -159,13 +185,22 @@ def default_placement(
         rank: See `Placement`.
         alpha: See `Placement`.
         active_tokens: See `Placement`; ``auto`` is the last token of a causal LM, and all tokens of other models.
+        kind: See `Placement`.
+        rslora: See `Placement`.
+        virtual_tokens: See `Placement`; counts for prefixes alone.
 
     Raises:
         ConfigError: The architecture has no usual targets.
     """
+    if kind == "prefix":
+        targets = ()
     if targets is None:
         names = {name.rsplit(".", 1)[-1] for name in linear_shapes(backbone, backbone.layer_path)}
-        targets = next((usual for usual in _DEFAULT_TARGETS if names.issuperset(usual)), None)
+        targets = (
+            tuple(sorted(names))
+            if kind == "bias"
+            else next((usual for usual in _DEFAULT_TARGETS if names.issuperset(usual)), None)
+        )
         if targets is None:
             raise ConfigError(
                 f"no usual adapter targets are known for '{backbone.name}'",
@@ -173,7 +208,8 @@ def default_placement(
             )
     if active_tokens == "auto":
         active_tokens = 1 if backbone.kind == "causal" and prompts.suffix else None
-    return Placement(layers, targets, rank, alpha, active_tokens)
+    virtual_tokens = virtual_tokens if kind == "prefix" else 0
+    return Placement(layers, targets, rank, alpha, active_tokens, kind, rslora, virtual_tokens)
 
 
 def check_placement(backbone: Backbone, prompts: CatalogPrompts, placement: Placement) -> None:
@@ -187,6 +223,13 @@ def check_placement(backbone: Backbone, prompts: CatalogPrompts, placement: Plac
         raise ConfigError(f"adapter.layers is {placement.layers}", f"'{backbone.name}' has 1 to {layers}")
     if placement.rank < 1:
         raise ConfigError(f"adapter.rank is {placement.rank}", "Choose 1 or more")
+    if placement.kind == "prefix":
+        if not isinstance(backbone.weights, LlamaWeights):
+            raise ConfigError(
+                f"adapter.kind is 'prefix', but '{backbone.name}' is not a Llama-like causal LM", "Choose lora or bias"
+            )
+        if placement.virtual_tokens < 1:
+            raise ConfigError(f"adapter.virtual_tokens is {placement.virtual_tokens}", "Choose 1 or more")
     known = linear_shapes(backbone, backbone.layer_path + f".{layers - 1}")
     for target in placement.targets:
         if not any(is_target(name, (target,)) for name in known):

@@ -29,9 +29,19 @@ from metarec.errors import ArtifactError, ConfigError
 from metarec.evaluate import Report, evaluate, mean_auc
 from metarec.interactions import Catalog, Ratings, RatingScale, read_ratings
 from metarec.lora import AdapterState, expand_users, load_adapter, read_tensors, save_adapter, select_user
-from metarec.meta import ALGORITHMS, Loss, MetaGradient, MetaState
+from metarec.meta import ALGORITHMS, Loss, MetaGradient, MetaState, closed_form
 from metarec.metrics import rank_order
-from metarec.objective import candidates, collate, initial_state, pairwise_loss, score, support_loss
+from metarec.objective import (
+    Batch,
+    Head,
+    candidates,
+    collate,
+    head_solver,
+    initial_state,
+    pairwise_loss,
+    score,
+    support_loss,
+)
 from metarec.priors import ItemPrior, fit_item_mean, smooth_by_text
 from metarec.progress import progress
 from metarec.prompts import PromptTemplate, tokenize_catalog
@@ -194,12 +204,13 @@ class MetaRecommender:
             prior=smooth_by_text(item_mean, reader.states.cpu().numpy(), self.config.seed),
             meta=initial_state(
                 reader,
-                inner_lr=self.config.meta.inner_lr,
+                inner_lr=self.config.inner_lr,
                 llm_weight=self.config.train.llm_weight,
                 seed=self.config.seed,
                 top_only=self.config.meta.adapt == "top",
                 steps_with_rates=max(self.config.meta.inner_steps, 1) if self.config.meta.rates == "step" else 1,
                 elementwise_rates=self.config.meta.rates == "number",
+                head=_head(self.config),
             ),
             reader=reader,
             training={},
@@ -391,6 +402,7 @@ class AdaptedUser:
                 "diverged": self.diverged,
                 "seconds": self.seconds,
             },
+            dtype=getattr(torch, recommender.config.adapter.storage),
         )
 
     @torch.no_grad()
@@ -419,11 +431,17 @@ def _meta_train(
             f"meta.algorithm '{config.meta.algorithm}' is not one learn2learn has", "Set meta.engine to 'batched'"
         )
 
-    def losses(batch: Sequence[Episode]) -> tuple[Loss, Loss]:
-        support = collate([episode.support for episode in batch], prior, reader, threshold, seen=True)
+    def support_of(batch: Sequence[Episode]) -> Batch:
+        return collate([episode.support for episode in batch], prior, reader, threshold, seen=True)
+
+    def inner(batch: Sequence[Episode]) -> Loss:
+        return support_loss(
+            support_of(batch), reader, shrinkage=config.meta.shrinkage, bias_strength=config.meta.bias_strength
+        )
+
+    def outer(batch: Sequence[Episode]) -> Loss:
         query = collate([episode.query for episode in batch], prior, reader, threshold, seen=True)
-        inner = support_loss(support, reader, shrinkage=config.meta.shrinkage, bias_strength=config.meta.bias_strength)
-        return inner, pairwise_loss(query, reader, sharpness=config.train.sharpness)
+        return pairwise_loss(query, reader, sharpness=config.train.sharpness)
 
     def gradient_at(meta: MetaState, step: int) -> MetaGradient:
         batch = training_batch(
@@ -437,12 +455,14 @@ def _meta_train(
             step=step,
         )
         steps = config.meta.inner_steps
+        head = _head(config)
+        if head is not None:
+            solve = head_solver(support_of(batch), reader, head, bias_strength=config.meta.bias_strength)
+            return closed_form(meta, solve, outer(batch), len(batch))
         if one_by_one:
-            second_order = config.meta.algorithm == "maml"
-            return learn2learn.meta_gradient(
-                meta, [losses([episode]) for episode in batch], steps, second_order=second_order
-            )
-        return ALGORITHMS[config.meta.algorithm](meta, *losses(batch), len(batch), steps)
+            losses = [(inner([episode]), outer([episode])) for episode in batch]
+            return learn2learn.meta_gradient(meta, losses, steps, second_order=config.meta.algorithm == "maml")
+        return ALGORITHMS[config.meta.algorithm](meta, inner(batch), outer(batch), len(batch), steps)
 
     def validate(meta: MetaState) -> float:
         scorer = _scorer(replace(prepared, meta=meta), config)
@@ -482,14 +502,23 @@ def _scorer(
         steps=config.meta.inner_steps if steps is None else steps,
         shrinkage=config.meta.shrinkage,
         bias_strength=config.meta.bias_strength,
+        head=_head(config),
+        storage=getattr(torch, config.adapter.storage),
     )
     return MetaScorer(
         fitted.meta, fitted.reader, fitted.prior, inner, fitted.task.like_threshold, rate_scale=rate_scale, name=name
     )
 
 
+def _head(config: RunConfig) -> Head | None:
+    algorithm = config.meta.algorithm
+    return algorithm if algorithm == "ridge" or algorithm == "prototypes" else None
+
+
 def _backbone(config: RunConfig) -> Backbone:
-    return load_backbone(config.backbone, device=config.device, dtype=getattr(torch, config.dtype))
+    return load_backbone(
+        config.backbone, device=config.device, dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    )
 
 
 def _reader(backbone: Backbone, config: RunConfig, template: PromptTemplate, catalog: Catalog) -> Reader:
@@ -503,8 +532,11 @@ def _reader(backbone: Backbone, config: RunConfig, template: PromptTemplate, cat
         rank=adapter.rank,
         alpha=adapter.alpha,
         active_tokens=adapter.active_tokens,
+        kind=adapter.kind,
+        rslora=adapter.rslora,
+        virtual_tokens=adapter.virtual_tokens,
     )
-    return open_reader(backbone, prompts, placement)
+    return open_reader(backbone, prompts, placement, torch.bfloat16 if config.dtype == "mixed" else None)
 
 
 def _load(path: Path) -> MetaRecommender:

@@ -11,14 +11,15 @@ Sources: Touvron et al. 2023 (Llama), Devlin et al. 2019 (BERT), Su et al. 2021 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metarec.lora import lora_linear
+from metarec.lora import PREFIX_KEYS, PREFIX_VALUES, adapted_linear
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,14 @@ class Linear:
     weight: Tensor
     bias: Tensor | None
 
+    def to(self, dtype: torch.dtype) -> Linear:
+        """Returns the layer in another precision."""
+        return Linear(self.name, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
 
 @dataclass(frozen=True)
 class Adapters:
-    """Every user's adapters as a block sees them: the state with a user dimension, and ``alpha / rank``."""
+    """Every user's adapters as a block sees them: the state with a user dimension, and low-rank updates' factor."""
 
     state: Mapping[str, Tensor]
     scaling: float
@@ -54,8 +59,9 @@ class KeyValues(NamedTuple):
 
 @dataclass(frozen=True)
 class LlamaBlock:
-    """One decoder block: attention and gated MLP, each behind an RMSNorm."""
+    """One decoder block: attention and gated MLP, each behind an RMSNorm; `path` is its module path."""
 
+    path: str
     input_norm: Tensor
     q: Linear
     k: Linear
@@ -92,7 +98,7 @@ class LlamaBlock:
         mask: Tensor | None,
         adapters: Adapters | None = None,
         own: tuple[Tensor, Tensor] | None = None,
-        last_only: bool = False,
+        only: Tensor | None = None,
     ) -> Tensor:
         """Runs the block over the active tokens.
 
@@ -100,23 +106,24 @@ class LlamaBlock:
             hidden: Active tokens, shape (users, items, tokens, hidden).
             rope: Cosines and sines at the active tokens' positions, each broadcastable to
                 (users x items, 1, tokens, head).
-            past: Keys and values of the tokens that are not active.
+            past: Keys and values of the tokens that are not active; every user's own prefix comes before them.
             mask: Which active token sees which, shape (1 or rows, tokens, tokens); None allows all.
             adapters: Every user's adapters, or None for the frozen block.
             own: The active tokens' keys and values where the caller already has them.
-            last_only: Only the last active token attends and passes the MLP.
+            only: Positions of the tokens that attend and pass the MLP, shape (rows, kept); None for all.
 
         Returns:
-            Active tokens after the block, shape (users, items, tokens or 1, hidden).
+            Active tokens after the block, shape (users, items, tokens or kept, hidden).
         """
         keys, values = own or self.key_values(hidden, rope, adapters)
-        if last_only:
-            hidden = hidden[:, :, -1:]
-            rope = (rope[0][..., -1:, :], rope[1][..., -1:, :])
-            mask = None if mask is None else mask[..., -1:, :]
+        virtual = _virtual_tokens(adapters, self.path, hidden.shape[1], self.head_dim)
+        if only is not None:
+            rope = (pick(rope[0], only), pick(rope[1], only))
+            mask = None if mask is None else pick(mask, only)
+            hidden = pick(hidden.flatten(0, 1), only).view(*hidden.shape[:2], only.shape[1], hidden.shape[-1])
         query = _heads(_project(rms_norm(hidden, self.input_norm, self.eps), self.q, adapters), self.head_dim)
-        attended = attend(rotate(query, rope), [*past, KeyValues(keys, values, mask)])
-        hidden = hidden + _project(attended.view(*hidden.shape[:-1], -1), self.o, adapters)
+        attended = attend(rotate(query, rope), [*virtual, *past, KeyValues(keys, values, mask)])
+        hidden = hidden + _project(attended.view(*hidden.shape[:-1], attended.shape[-1]), self.o, adapters)
         normed = rms_norm(hidden, self.post_norm, self.eps)
         gated = self.activation(_project(normed, self.gate, adapters)) * _project(normed, self.up, adapters)
         return hidden + _project(gated, self.down, adapters)
@@ -143,20 +150,25 @@ class BertBlock:
         """The layers that can carry an adapter."""
         return (self.q, self.k, self.v, self.attention_out, self.up, self.down)
 
-    def __call__(self, hidden: Tensor, mask: Tensor, adapters: Adapters | None = None) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, mask: Tensor, adapters: Adapters | None = None, only: Tensor | None = None
+    ) -> Tensor:
         """Runs the block.
 
         Args:
             hidden: All tokens, shape (users, items, tokens, hidden).
-            mask: True at real tokens, shape (users x items, 1, tokens).
+            mask: Which token sees which, shape (users x items, tokens or 1, tokens).
             adapters: Every user's adapters, or None for the frozen block.
+            only: Positions of the tokens that attend and pass the MLP, shape (rows, kept); None for all.
 
         Returns:
-            All tokens after the block, same shape as `hidden`.
+            Tokens after the block, shape (users, items, tokens or kept, hidden).
         """
-        query, keys, values = (
-            _heads(_project(hidden, linear, adapters), self.head_dim) for linear in (self.q, self.k, self.v)
-        )
+        keys, values = (_heads(_project(hidden, linear, adapters), self.head_dim) for linear in (self.k, self.v))
+        if only is not None:
+            mask = pick(mask, only)
+            hidden = pick(hidden.flatten(0, 1), only).view(*hidden.shape[:2], only.shape[1], hidden.shape[-1])
+        query = _heads(_project(hidden, self.q, adapters), self.head_dim)
         attended = attend(query, [KeyValues(keys, values, mask)]).view(hidden.shape)
         hidden = self._norm(hidden + _project(attended, self.attention_out, adapters), self.attention_norm)
         raised = self.activation(_project(hidden, self.up, adapters))
@@ -165,6 +177,13 @@ class BertBlock:
     def _norm(self, hidden: Tensor, parameters: tuple[Tensor, Tensor]) -> Tensor:
         weight, bias = (parameter.to(hidden.dtype) for parameter in parameters)
         return functional.layer_norm(hidden, hidden.shape[-1:], weight, bias, eps=self.eps)
+
+
+def cast_block(block: LlamaBlock | BertBlock, dtype: torch.dtype) -> LlamaBlock | BertBlock:
+    """Returns a block whose matrix products run in another precision; norms keep theirs."""
+    parts = {field.name: getattr(block, field.name) for field in fields(block)}
+    cast: dict[str, Any] = {name: part.to(dtype) for name, part in parts.items() if isinstance(part, Linear)}
+    return replace(block, **cast)
 
 
 def attend(query: Tensor, sources: Sequence[KeyValues]) -> Tensor:
@@ -184,15 +203,40 @@ def attend(query: Tensor, sources: Sequence[KeyValues]) -> Tensor:
     for source in sources:
         scores = _matmul_rows(grouped, source.keys.transpose(-1, -2))
         if source.mask is not None:
-            allowed = source.mask[:, None, None].expand(-1, 1, heads // groups, -1, -1)
-            allowed = allowed.expand(-1, -1, -1, queries, -1).flatten(2, 3)
-            scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+            split = scores.view(rows, groups, heads // groups, queries, scores.shape[-1])
+            hidden = ~source.mask[:, None, None]
+            scores = split.masked_fill(hidden, torch.finfo(scores.dtype).min).view(scores.shape)
         logits.append(scores)
-    weights = torch.cat(logits, -1).softmax(-1).split([source.keys.shape[2] for source in sources], -1)
-    mixed = torch.stack(
-        [_matmul_rows(weight, source.values) for weight, source in zip(weights, sources, strict=True)]
-    ).sum(0)
-    return mixed.view(rows, heads, queries, width).transpose(1, 2).reshape(rows, queries, heads * width)
+    if len(sources) == 1:
+        mixed = _matmul_rows(logits[0].softmax(-1), sources[0].values)
+    else:
+        weights = torch.cat(logits, -1).softmax(-1).split([source.keys.shape[2] for source in sources], -1)
+        parts = [_matmul_rows(weight, source.values) for weight, source in zip(weights, sources, strict=True)]
+        mixed = reduce(torch.add, parts)
+    return mixed.reshape(rows, heads, queries, width).transpose(1, 2).reshape(rows, queries, heads * width)
+
+
+def pick(tokens: Tensor, only: Tensor) -> Tensor:
+    """Picks some of every row's tokens.
+
+    Args:
+        tokens: Shape (rows or 1, ..., tokens, width), with at most one dimension of size one between.
+        only: Positions, shape (rows, kept).
+
+    Returns:
+        Shape (rows, ..., kept, width).
+    """
+    places = only.view(only.shape[0], *[1] * (tokens.ndim - 3), only.shape[1], 1)
+    return tokens.expand(only.shape[0], *tokens.shape[1:]).take_along_dim(places, -2)
+
+
+def _virtual_tokens(adapters: Adapters | None, path: str, items: int, head_dim: int) -> list[KeyValues]:
+    """Returns every user's own prefix of a block as attention sees it, once per row."""
+    if adapters is None or path + PREFIX_KEYS not in adapters.state:
+        return []
+    prefix = (adapters.state[path + part] for part in (PREFIX_KEYS, PREFIX_VALUES))
+    keys, values = (_heads(part[:, None].expand(-1, items, -1, -1), head_dim) for part in prefix)
+    return [KeyValues(keys, values, None)]
 
 
 def _matmul_rows(left: Tensor, right: Tensor) -> Tensor:
@@ -223,4 +267,4 @@ def _heads(projected: Tensor, head_dim: int) -> Tensor:
 
 def _project(inputs: Tensor, linear: Linear, adapters: Adapters | None) -> Tensor:
     state, scaling = (None, 0.0) if adapters is None else (adapters.state, adapters.scaling)
-    return lora_linear(inputs, linear.weight, linear.bias, state, linear.name, scaling)
+    return adapted_linear(inputs, linear.weight, linear.bias, state, linear.name, scaling)

@@ -23,25 +23,29 @@ from torch import Tensor
 from metarec.artifacts import MANIFEST, cache_dir, content_hash, dump_json, load_json, verify_dir, write_manifest
 from metarec.backbone import Backbone, BertWeights, LlamaWeights, final_state
 from metarec.errors import ArtifactError
-from metarec.lora import LORA_A, LORA_B, LoraSpec
+from metarec.lora import AdapterKind, AdapterSpec, user_update
+from metarec.packing import PREFIX, Packed, pack
 from metarec.progress import progress
 from metarec.prompts import CatalogPrompts
-from metarec.transformer import Adapters, KeyValues
+from metarec.transformer import Adapters, BertBlock, KeyValues, LlamaBlock, cast_block, pick
 
 _BLOCK_ITEMS = 64
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the adapters sit.
+    """Where the adapters sit and of what kind they are.
 
     Args:
         layers: How many of the topmost blocks carry adapters.
-        targets: Names of the linear layers within a block, such as ``q_proj``.
-        rank: Rank of every adapter.
-        alpha: Adapters are scaled by ``alpha / rank``.
+        targets: Names of the linear layers within a block, such as ``q_proj``; a prefix has none.
+        rank: Rank of every low-rank adapter.
+        alpha: See `metarec.lora.AdapterSpec`.
         active_tokens: Only the last so many tokens of the prompt carry the adapter (activated LoRA, Greenewald et
             al. 2025); None means all tokens (plain LoRA).
+        kind: See `metarec.lora`.
+        rslora: See `metarec.lora.AdapterSpec`.
+        virtual_tokens: Length of a prefix.
     """
 
     layers: int
@@ -49,6 +53,9 @@ class Placement:
     rank: int
     alpha: float
     active_tokens: int | None
+    kind: AdapterKind = "lora"
+    rslora: bool = False
+    virtual_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,14 +94,22 @@ class Trunk(Protocol):
         ...
 
 
-def lora_spec(backbone: Backbone, placement: Placement) -> LoraSpec:
+def adapter_spec(backbone: Backbone, placement: Placement) -> AdapterSpec:
     """Returns the shapes of the adapters that a placement asks for."""
     layers = backbone.model.config.num_hidden_layers
     shapes: dict[str, tuple[int, int]] = {}
     for index in range(layers - placement.layers, layers):
-        linears = linear_shapes(backbone, f"{backbone.layer_path}.{index}")
-        shapes |= {name: shape for name, shape in linears.items() if is_target(name, placement.targets)}
-    return LoraSpec(placement.rank, placement.alpha, shapes)
+        path = f"{backbone.layer_path}.{index}"
+        if placement.kind == "prefix":
+            assert isinstance(backbone.weights, LlamaWeights)
+            block = backbone.weights.blocks[index]
+            shapes[path] = (placement.virtual_tokens, block.kv_heads * block.head_dim)
+        else:
+            linears = linear_shapes(backbone, path)
+            shapes |= {name: shape for name, shape in linears.items() if is_target(name, placement.targets)}
+    if placement.kind == "lora":
+        return AdapterSpec(shapes, "lora", placement.rank, placement.alpha, placement.rslora)
+    return AdapterSpec(shapes, placement.kind)
 
 
 def is_target(module: str, targets: Sequence[str]) -> bool:
@@ -115,9 +130,17 @@ def linear_shapes(backbone: Backbone, below: str) -> dict[str, tuple[int, int]]:
 
 
 def pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Averages real tokens and scales to unit length, as sentence encoders do."""
-    weights = mask.unsqueeze(-1).to(hidden.dtype)
-    return torch.nn.functional.normalize((hidden * weights).sum(-2) / weights.sum(-2), dim=-1)
+    """Averages tokens and scales to unit length, as sentence encoders do.
+
+    Args:
+        hidden: States, shape (rows, tokens, hidden).
+        mask: Which tokens are averaged, shape (rows, averages, tokens).
+
+    Returns:
+        Shape (rows, averages, hidden); zero where there is nothing to average.
+    """
+    weights = mask.to(hidden.dtype)
+    return torch.nn.functional.normalize((weights @ hidden) / weights.sum(-1, keepdim=True).clamp(min=1), dim=-1)
 
 
 def _all_frozen_states(trunk: Trunk, items: int) -> Tensor:
@@ -156,7 +179,7 @@ class PlainTrunk:
         if self.placement.active_tokens is not None:
             active = mask & (places >= lengths[:, None] - self.placement.active_tokens)
         with ExitStack() as hooks:
-            for name in lora_spec(self.backbone, self.placement).shapes if adapters else ():
+            for name in adapter_spec(self.backbone, self.placement).shapes if adapters else ():
                 assert adapters is not None
                 hook = partial(_add_update, adapters=adapters, name=name, active=active, users=users)
                 module = self.backbone.model.get_submodule(name)
@@ -168,7 +191,7 @@ class PlainTrunk:
                 hidden = self.backbone.model.base_model(**inputs, **self._no_cache()).last_hidden_state
         last = torch.arange(rows, device=lengths.device)
         if self.backbone.kind == "encoder":
-            read = pool(hidden, mask)
+            read = pool(hidden, mask[:, None])[:, 0]
         elif self.backbone.kind == "masked":
             blank = (tokens == self.prompts.mask_token).int().argmax(1)
             read = hidden[last, blank]
@@ -187,11 +210,11 @@ class PlainTrunk:
 def _add_update(
     module: Any, args: Any, output: Tensor, *, adapters: Adapters, name: str, active: Tensor, users: int
 ) -> Tensor:
-    a, b = adapters.state[name + LORA_A], adapters.state[name + LORA_B]
-    inputs = args[0].reshape(users, -1, args[0].shape[-1]).to(a.dtype)
-    update = (inputs @ a.transpose(1, 2)) @ b.transpose(1, 2)
-    masked: Tensor = update.view(output.shape) * active.unsqueeze(-1)
-    return output + (adapters.scaling * masked).to(output.dtype)
+    inputs = args[0].reshape(users, -1, args[0].shape[-1])
+    update = user_update(inputs.to(next(iter(adapters.state.values())).dtype), adapters.state, name, adapters.scaling)
+    assert update is not None
+    masked: Tensor = update.expand(users, inputs.shape[1], -1).reshape(output.shape) * active.unsqueeze(-1)
+    return output + masked.to(output.dtype)
 
 
 class _Ragged:
@@ -202,7 +225,7 @@ class _Ragged:
         self.lengths = lengths
         self.offsets = np.concatenate([[0], np.cumsum(lengths)])
 
-    def gather(self, items: np.ndarray) -> tuple[Tensor, Tensor]:
+    def padded(self, items: np.ndarray) -> tuple[Tensor, Tensor]:
         """Returns padded rows, shape (items, longest, ...), and True where a row is real."""
         lengths = self.lengths[items]
         steps = np.arange(max(int(lengths.max(initial=0)), 1))
@@ -210,14 +233,38 @@ class _Ragged:
         rows = np.where(real, self.offsets[items][:, None] + steps, 0)
         return torch.from_numpy(self.flat[rows]), torch.from_numpy(real)
 
+    def packed(self, items: np.ndarray, prefix: int) -> tuple[Tensor, Packed]:
+        """Returns items side by side, shape (rows, places, ...), and where they are; the prefix's places mean nothing.
+
+        Args:
+            items: Item codes, shape (users, items).
+            prefix: Places to leave free at the start of every row.
+        """
+        layout = pack(self.lengths[items], prefix)
+        rows_each = len(layout.owner) // len(items)
+        per_row = layout.last.shape[1]
+        begins = np.zeros((len(items), rows_each * per_row), np.int64)
+        begins[:, : items.shape[1]] = self.offsets[items]
+        begins = begins.reshape(len(layout.owner), per_row)
+        rows = np.take_along_axis(begins, np.maximum(layout.owner, 0), 1) + layout.offset
+        return torch.from_numpy(self.flat[np.where(layout.owner >= 0, rows, 0)]), layout
+
 
 @dataclass(frozen=True)
 class CachedTrunk:
-    """Reads from a cache; only the adapted layers, and in activated LoRA only their last tokens, run."""
+    """Reads from a cache; only the adapted layers, and in activated LoRA only their last tokens, run.
+
+    Args:
+        backbone: The model; it computes the cache.
+        prompts: The catalog's prompts.
+        placement: Where the adapters sit.
+        block_dtype: Precision of the adapted blocks' frozen weights; None keeps the backbone's.
+    """
 
     backbone: Backbone
     prompts: CatalogPrompts
     placement: Placement
+    block_dtype: torch.dtype | None = None
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -365,6 +412,13 @@ class CachedTrunk:
         return entering[0], caches
 
     @cached_property
+    def _blocks(self) -> Sequence[LlamaBlock | BertBlock]:
+        """The adapted blocks."""
+        assert self.backbone.weights is not None
+        blocks: Sequence[LlamaBlock | BertBlock] = self.backbone.weights.blocks[self._first :]
+        return blocks if self.block_dtype is None else [cast_block(block, self.block_dtype) for block in blocks]
+
+    @cached_property
     def _prefix_run(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """The common prefix through the frozen model: every layer's keys and values, and the states at the top."""
         weights = self.backbone.weights
@@ -389,63 +443,96 @@ class CachedTrunk:
 
     def gather(self, items: Tensor) -> Gathered:
         """See `Trunk.gather`."""
+        return Gathered(items, self._gather_tail(items) if self._frozen_tail else self._gather_packed(items))
+
+    def _gather_tail(self, items: Tensor) -> tuple[Any, ...]:
+        """The last tokens' states, and the frozen keys and values of all tokens before them."""
         users, count = items.shape
         codes = items.flatten().numpy()
         active, frozen = self._cache
         device = self.backbone.device
-        hidden, real = (part.to(device) for part in active.gather(codes))
-        hidden = hidden.view(users, count, *hidden.shape[1:])
         weights = self.backbone.weights
-        if isinstance(weights, BertWeights):
-            return Gathered(items, (hidden, real))
         assert isinstance(weights, LlamaWeights)
+        hidden = active.padded(codes)[0].to(device)
+        width = hidden.shape[1]
+        flat, real = (part.to(device) for part in frozen.padded(codes))
+        block = weights.blocks[0]
+        # (layers, keys and values, rows, kv heads, tokens, head)
+        heads = flat.unflatten(-1, (block.kv_heads, block.head_dim)).permute(2, 3, 0, 4, 1, 5).contiguous()
+        past = [
+            [*self._prefix(self._first + layer), KeyValues(keys, values, real[:, None])]
+            for layer, (keys, values) in enumerate(heads)
+        ]
         lengths = torch.from_numpy(self._lengths[codes]).to(device)
-        past: list[list[KeyValues]] = [[] for _ in range(self.placement.layers)]
-        if self._frozen_tail:
-            width = hidden.shape[2]
-            flat, past_real = (part.to(device) for part in frozen.gather(codes))
-            block = weights.blocks[0]
-            # (layers, keys and values, rows, kv heads, tokens, head)
-            heads = flat.unflatten(-1, (block.kv_heads, block.head_dim)).permute(2, 3, 0, 4, 1, 5).contiguous()
-            for layer, (keys, values) in enumerate(heads):
-                past[layer] = [*self._prefix(self._first + layer), KeyValues(keys, values, past_real[:, None])]
-            positions = lengths[:, None] - width + torch.arange(width, device=device)
-        else:
-            # The prefix is active too, so every user's own prefix runs in front of every item.
-            prefix = self._prefix_run[1].expand(users, count, -1, -1)
-            hidden = torch.cat([prefix, hidden], 2)
-            positions = torch.arange(hidden.shape[2], device=device)[None]
+        positions = lengths[:, None] - width + torch.arange(width, device=device)
         rope = _shaped(weights.rope(positions.flatten()), tuple(positions.shape))
-        return Gathered(items, (hidden, rope, past, lengths))
+        last = torch.full((len(codes), 1), width - 1, device=device)
+        causal = _causal(width, device) if width > 1 else None
+        return hidden.view(users, count, *hidden.shape[1:]), rope, past, causal, last
+
+    def _gather_packed(self, items: Tensor) -> tuple[Any, ...]:
+        """All tokens of several items side by side behind one copy of the common prefix, which is active too."""
+        users = len(items)
+        device = self.backbone.device
+        flat, layout = self._cache[0].packed(items.numpy(), self._shared)
+        hidden = flat.to(device)
+        rope = None
+        weights = self.backbone.weights
+        if isinstance(weights, LlamaWeights):
+            if self._shared:
+                hidden[:, : self._shared] = self._prefix_run[1][0]
+            # PEFT counts a prefix of virtual tokens as positions; its keys themselves are not rotated.
+            before = np.where(layout.owner == PREFIX, 0, self._shared) + self.placement.virtual_tokens
+            positions = torch.from_numpy(layout.offset + before).to(device)
+            rope = _shaped(weights.rope(positions.flatten()), tuple(positions.shape))
+        visible = torch.from_numpy(layout.visible(causal=rope is not None)).to(device)
+        hidden = hidden.view(users, -1, *hidden.shape[1:])
+        read = self._places_read(items, layout).to(device)
+        return hidden, rope, [()] * self.placement.layers, visible, read
+
+    def _places_read(self, items: Tensor, layout: Packed) -> Tensor:
+        """Where the answer is read: at the last token, at the mask token, or for encoders averaged over each item.
+
+        Returns:
+            Positions, shape (rows, items per row), or which places belong to an item, shape (rows, items, places).
+        """
+        if self.backbone.kind == "causal":
+            return torch.from_numpy(layout.last)
+        if self.backbone.kind == "encoder":
+            return torch.from_numpy(layout.owner[:, None, :] == np.arange(layout.last.shape[1])[:, None])
+        before = np.zeros(layout.last.size, np.int64).reshape(len(items), -1)
+        before[:, : items.shape[1]] = self._after_blank[items.numpy()]
+        return torch.from_numpy(layout.last - before.reshape(layout.last.shape)).clamp(min=0)
+
+    @cached_property
+    def _after_blank(self) -> np.ndarray:
+        mask_token = self.prompts.mask_token
+        return np.array([len(ids) - 1 - ids.index(mask_token) for ids in self.prompts.tokens])
 
     def last_states(self, gathered: Gathered, adapters: Adapters | None) -> Tensor:
         """See `Trunk.last_states`."""
         users, count = gathered.items.shape
+        hidden, rope, past, mask, read = gathered.inputs
+        pooled = self.backbone.kind == "encoder"
         weights = self.backbone.weights
+        assert weights is not None
+        for layer, block in enumerate(self._blocks):
+            # Of the topmost layer nothing but what the answer is read from is needed.
+            top = layer == self.placement.layers - 1 and not pooled and hidden.shape[2] > 1
+            only = read if top else None
+            if isinstance(block, BertBlock):
+                hidden = block(hidden, mask, adapters, only=only)
+            else:
+                hidden = block(hidden, rope, past[layer], mask, adapters, only=only)
+        if pooled:
+            states = pool(hidden.flatten(0, 1), read)
+        else:
+            states = hidden if hidden.shape[2] == read.shape[1] else pick(hidden.flatten(0, 1), read)
+        width = self.backbone.hidden_size
+        states = states.reshape(users, states.numel() // (users * width), width)[:, :count]
         if isinstance(weights, BertWeights):
-            hidden, real = gathered.inputs
-            for bert_block in weights.blocks[self._first :]:
-                hidden = bert_block(hidden, real[:, None], adapters)
-            return self._read_bert(hidden, real, gathered.items.flatten())
-        assert isinstance(weights, LlamaWeights)
-        hidden, rope, past, lengths = gathered.inputs
-        causal = _causal(hidden.shape[2], hidden.device)
-        for layer, block in enumerate(weights.blocks[self._first :]):
-            # Where the last token is the same for all rows, nothing else of the top layer is read.
-            top = self._frozen_tail and layer == self.placement.layers - 1
-            hidden = block(hidden, rope, past[layer], causal, adapters, last_only=top)
-        flat = hidden.flatten(0, 1)
-        rows = torch.arange(len(flat), device=flat.device)
-        chosen = flat[:, -1] if self._frozen_tail else flat[rows, lengths - 1]
-        return final_state(weights, chosen).view(users, count, -1)
-
-    def _read_bert(self, hidden: Tensor, real: Tensor, codes: Tensor) -> Tensor:
-        users, count = hidden.shape[:2]
-        flat = hidden.flatten(0, 1)
-        if self.backbone.kind == "encoder":
-            return pool(flat, real).view(users, count, -1)
-        blanks = [self.prompts.tokens[code].index(self.prompts.mask_token) for code in codes.tolist()]
-        return self.backbone.before_head(flat[torch.arange(len(flat)), blanks]).view(users, count, -1)
+            return states if pooled else self.backbone.before_head(states)
+        return final_state(weights, states)
 
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> np.memmap:

@@ -104,6 +104,13 @@ def test_a_quickstart_leaves_everything_in_its_run(run_dir: Path) -> None:
     assert table["task"]["name"] == "mine/known"
 
 
+def test_an_unknown_engine_is_refused_before_anything_is_loaded(metarec: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = metarec("train", "--engine", "learn2lern", "--runs", tmp_path)
+    assert ran.status == 2
+    assert "'meta.engine' is 'learn2lern'" in ran.err
+    assert "Traceback" not in ran.err
+
+
 def test_evaluating_again_gives_the_same_table(run_dir: Path, metarec: Callable[..., Ran]) -> None:
     def without_times(table: dict[str, list[dict[str, object]]]) -> list[dict[str, object]]:
         return [{key: value for key, value in row.items() if key != "seconds_per_user"} for row in table["rows"]]

@@ -16,9 +16,9 @@ PACKAGE = ROOT / "metarec"
 # The picture in docs/architecture.md, from the bottom up.
 LAYERS = [
     ["errors"],
-    ["artifacts", "interactions", "progress"],
+    ["artifacts", "interactions", "packing", "progress"],
     ["metrics", "lora", "config"],
-    ["meta", "transformer", "sources"],
+    ["heads", "meta", "transformer", "sources"],
     ["episodes", "backbone", "learn2learn"],
     ["prompts", "scorer", "priors"],
     ["trunk", "evaluate", "task"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,48 +13,74 @@ from test_trunk import placement_of, random_state, some_items
 
 from metarec.backbone import Backbone, load_backbone
 from metarec.errors import ArtifactError
-from metarec.lora import LORA_B, LoraSpec, init_lora, load_adapter, lora_linear, save_adapter, select_user
+from metarec.lora import (
+    LORA_B,
+    AdapterKind,
+    AdapterSpec,
+    adapted_linear,
+    init_adapter,
+    load_adapter,
+    round_adapter,
+    save_adapter,
+    select_user,
+)
 from metarec.prompts import CatalogPrompts
-from metarec.reader import Reader
+from metarec.reader import Reader, check_placement
 from metarec.trunk import CachedTrunk
 
 Backbones = Callable[..., Backbone]
 Prompts = Callable[[str], CatalogPrompts]
-SPEC = LoraSpec(2, 4.0, {"block.q": (6, 5), "block.v": (3, 5)})
+SPEC = AdapterSpec({"block.q": (6, 5), "block.v": (3, 5)}, rank=2, alpha=4.0)
 
 
 def test_a_fresh_adapter_changes_nothing() -> None:
-    state = init_lora(SPEC, torch.Generator().manual_seed(0))
+    state = init_adapter(SPEC, torch.Generator().manual_seed(0))
     users = {name: tensor.expand(2, *tensor.shape) for name, tensor in state.items()}
     inputs, weight = torch.randn(2, 3, 4, 5), torch.randn(6, 5)
     assert torch.equal(
-        lora_linear(inputs, weight, None, users, "block.q", SPEC.scaling),
-        lora_linear(inputs, weight, None, None, "block.q", SPEC.scaling),
+        adapted_linear(inputs, weight, None, users, "block.q", SPEC.scaling),
+        adapted_linear(inputs, weight, None, None, "block.q", SPEC.scaling),
     )
 
 
 def test_every_user_gets_their_own_update() -> None:
     state = random_state(SPEC, 3)
     inputs, weight, bias = torch.randn(3, 2, 4, 5), torch.randn(6, 5), torch.randn(6)
-    together = lora_linear(inputs, weight, bias, state, "block.q", SPEC.scaling)
+    together = adapted_linear(inputs, weight, bias, state, "block.q", SPEC.scaling)
     for user in range(3):
         a, b = state["block.q.lora_A"][user], state["block.q.lora_B"][user]
         merged = weight + SPEC.scaling * b @ a
         torch.testing.assert_close(together[user], inputs[user] @ merged.T + bias)
 
 
-@pytest.mark.parametrize(("family", "active"), [("llama", None), ("llama", 2), ("mistral", 1)])
+PEFT_CASES = {
+    "plain LoRA": ("llama", {}),
+    "activated LoRA": ("llama", {"active_tokens": 2}),
+    "activated LoRA, another family": ("mistral", {"active_tokens": 1}),
+    "rsLoRA": ("llama", {"rslora": True}),
+    "biases": ("llama", {"kind": "bias"}),
+    "activated biases": ("llama-bias", {"kind": "bias", "active_tokens": 2}),
+    "a prefix before every block": ("llama", {"kind": "prefix", "targets": (), "virtual_tokens": 3, "layers": 3}),
+}
+
+
+# PEFT warns that a bias cannot be merged into a layer without one; nobody merges here.
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize("case", sorted(PEFT_CASES))
 def test_peft_gives_a_saved_adapter_the_same_scores(
-    family: str, active: int | None, backbone: Backbones, prompts: Prompts, tmp_path: Path
+    case: str, backbone: Backbones, prompts: Prompts, tmp_path: Path
 ) -> None:
     from peft import PeftModel
 
+    family, changes = PEFT_CASES[case]
     model, texts = backbone(family), prompts(family)
-    placed = placement_of(model, texts, active)
+    placed = replace(placement_of(model, texts, None), **changes)  # type: ignore[arg-type]
+    check_placement(model, texts, placed)
     reader = Reader(model, texts, placed, CachedTrunk(model, texts, placed))
     state = random_state(reader.spec, 2)
     items = some_items(2, 6)
     ours = reader.log_odds(reader.gather(items), state)
+    assert (ours - reader.log_odds(reader.gather(items), None)).abs().max() > 1e-3
     for user in range(2):
         save_adapter(
             tmp_path / str(user),
@@ -73,18 +100,40 @@ def test_peft_gives_a_saved_adapter_the_same_scores(
             torch.testing.assert_close(logits[yes] - logits[no], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_an_adapter_is_read_back_bit_for_bit(tmp_path: Path) -> None:
-    state = select_user(random_state(SPEC, 1), 0) | {"score.prior_weight": torch.tensor(0.7)}
-    save_adapter(tmp_path / "a", state, SPEC, base_model="x", task_type=None, user={"ratings": [["7", 4.0]]})
-    loaded, user = load_adapter(tmp_path / "a", SPEC)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", ["lora", "bias", "prefix"])
+def test_an_adapter_is_read_back_bit_for_bit(kind: AdapterKind, dtype: torch.dtype, tmp_path: Path) -> None:
+    spec = replace(SPEC, kind=kind) if kind != "prefix" else AdapterSpec({"block": (3, 4), "next": (3, 4)}, kind)
+    state = select_user(random_state(spec, 1), 0) | {"score.prior_weight": torch.tensor(0.7)}
+    state = round_adapter(state, spec.tensor_shapes, dtype)
+    save_adapter(
+        tmp_path / "a", state, spec, base_model="x", task_type=None, user={"ratings": [["7", 4.0]]}, dtype=dtype
+    )
+    loaded, user = load_adapter(tmp_path / "a", spec)
     assert user == {"ratings": [["7", 4.0]]}
     assert loaded.keys() == state.keys()
     for name, tensor in state.items():
+        assert loaded[name].dtype == torch.float32
         assert torch.equal(loaded[name], tensor)
 
 
+def test_rounding_keeps_numbers_finite_and_leaves_the_others_alone() -> None:
+    state = {"a": torch.tensor([1e9, -1e9, 1 / 3]), "score.b": torch.tensor(1 / 3)}
+    rounded = round_adapter(state, ["a"], torch.float16)
+    assert rounded["a"].tolist() == [65504.0, -65504.0, pytest.approx(1 / 3, abs=1e-4)]
+    assert rounded["a"][2] != state["a"][2]
+    assert rounded["score.b"] is state["score.b"]
+
+
+def test_an_adapter_of_another_kind_is_refused(tmp_path: Path) -> None:
+    state = select_user(random_state(SPEC, 1), 0)
+    save_adapter(tmp_path / "a", state, SPEC, base_model="x", task_type=None, user={})
+    with pytest.raises(ArtifactError, match="has peft_type 'LORA', the recommender 'PREFIX_TUNING'"):
+        load_adapter(tmp_path / "a", AdapterSpec({"block": (3, 4)}, "prefix"))
+
+
 def test_every_corrupted_byte_of_an_adapter_is_noticed(tmp_path: Path) -> None:
-    small = LoraSpec(1, 1.0, {"q": (2, 2)})
+    small = AdapterSpec({"q": (2, 2)})
     state = select_user(random_state(small, 1), 0)
     save_adapter(tmp_path / "a", state, small, base_model="x", task_type=None, user={})
     weights = tmp_path / "a" / "adapter_model.safetensors"
@@ -103,8 +152,8 @@ def test_every_corrupted_byte_of_an_adapter_is_noticed(tmp_path: Path) -> None:
 def test_an_adapter_of_another_shape_is_refused(tmp_path: Path) -> None:
     state = select_user(random_state(SPEC, 1), 0)
     save_adapter(tmp_path / "a", state, SPEC, base_model="x", task_type=None, user={})
-    with pytest.raises(ArtifactError, match="rank 2 on 2 modules, the recommender rank 3 on 2"):
-        load_adapter(tmp_path / "a", LoraSpec(3, 4.0, SPEC.shapes))
+    with pytest.raises(ArtifactError, match="has r 2, the recommender 3"):
+        load_adapter(tmp_path / "a", AdapterSpec(SPEC.shapes, rank=3, alpha=4.0))
 
 
 def test_saving_never_replaces_a_directory_of_something_else(tmp_path: Path) -> None:
@@ -118,7 +167,7 @@ def test_saving_never_replaces_a_directory_of_something_else(tmp_path: Path) -> 
 
 
 def test_lora_b_starts_at_zero_and_a_does_not() -> None:
-    state = init_lora(SPEC, torch.Generator().manual_seed(0))
+    state = init_adapter(SPEC, torch.Generator().manual_seed(0))
     assert all(bool(tensor.any()) != name.endswith(LORA_B) for name, tensor in state.items())
 
 

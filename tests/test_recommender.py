@@ -185,7 +185,7 @@ def test_a_diverging_adaptation_serves_the_prior_and_says_so(fitted: MetaRecomme
     adapted = wild.adapt([support, Ratings.empty()])
     assert adapted.diverged.tolist() == [True, False]
     for name, tensor in adapted.state.items():
-        assert torch.equal(tensor[0], fitted.fitted.meta.init[name])
+        assert torch.equal(tensor[0], fitted.scorer(steps=0).adapt([support]).state[name][0])
 
 
 @pytest.mark.parametrize(
@@ -228,6 +228,36 @@ def test_other_backbones_learn_the_same_task(family: str, model_dir: Callable[[s
     report = MetaRecommender.from_pretrained(model_dir(family), config).fit(data).evaluate(data)
     gain, (low, _) = report.difference("metarec, adapted", 10, "metarec, before adaptation", 10)
     assert low > 0, gain
+
+
+ADAPTATIONS = {
+    "biases": {"adapter": {"kind": "bias", "active_tokens": None, "layers": 3}},
+    "a prefix": {"adapter": {"kind": "prefix", "active_tokens": None}},
+    "an activated prefix": {"adapter": {"kind": "prefix"}},
+    "rsLoRA everywhere": {"adapter": {"rslora": True, "active_tokens": None}},
+    "a ridge head": {"meta": {"algorithm": "ridge"}},
+    "prototypes": {"meta": {"algorithm": "prototypes"}},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(ADAPTATIONS))
+def test_every_kind_of_adaptation_learns_the_task_and_survives_saving(
+    kind: str, model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    longer = {**SETTINGS["train"], "steps": 100, "lr": 0.03, "score_lr": 0.05, "sharpness": 4.0}
+    settings = {**SETTINGS, "train": longer, "meta": {**SETTINGS["meta"], "inner_lr": None, "inner_steps": 5}}
+    sections = {name: {**settings[name], **ADAPTATIONS[kind].get(name, {})} for name in settings}
+    config = validated(RunConfig, sections, "test")
+    data = known_task()
+    recommender = MetaRecommender.from_pretrained(model_dir("llama"), config).fit(data)
+    report = recommender.evaluate(data)
+    gain, (low, _) = report.difference("metarec, adapted", 10, "metarec, before adaptation", 10)
+    assert low > 0.1, gain
+    recommender.save_pretrained(tmp_path / "model")
+    user = recommender.adapt([("m1", 5.0), ("m2", 1.0), ("m5", 4.5)])
+    user.save(tmp_path / "user")
+    again = MetaRecommender.from_pretrained(tmp_path / "model").load_user(tmp_path / "user")
+    assert again.score(["m7", "m8", "m11"]) == user.score(["m7", "m8", "m11"])
 
 
 # Conformance: what every scorer has to hold.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metarec.backbone import Backbone
 from metarec.errors import ConfigError
-from metarec.lora import LORA_A, LORA_B, AdapterState, LoraSpec, select_user
+from metarec.lora import AdapterSpec, AdapterState, select_user
 from metarec.prompts import CatalogPrompts
 from metarec.reader import Reader, check_placement, default_placement, open_reader
 from metarec.trunk import CachedTrunk, Placement, PlainTrunk
@@ -36,13 +36,10 @@ def placement_of(backbone: Backbone, prompts: CatalogPrompts, active: int | None
     return placed
 
 
-def random_state(spec: LoraSpec, users: int, seed: int = 0) -> AdapterState:
+def random_state(spec: AdapterSpec, users: int, seed: int = 0) -> AdapterState:
     generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for name, (rows, columns) in spec.shapes.items():
-        state[name + LORA_A] = torch.randn(users, spec.rank, columns, generator=generator) * 0.3
-        state[name + LORA_B] = torch.randn(users, rows, spec.rank, generator=generator) * 0.3
-    return state
+    shapes = spec.tensor_shapes.items()
+    return {name: torch.randn(users, *shape, generator=generator) * 0.3 for name, shape in shapes}
 
 
 def both(backbone: Backbone, prompts: CatalogPrompts, placed: Placement) -> tuple[Reader, Reader]:
@@ -103,6 +100,62 @@ def test_bfloat16_weights_move_log_odds_by_less_than_a_tenth_of_their_spread(
         assert found.dtype == torch.float32
         error = (found - expected).square().mean().sqrt() / expected.std()
         assert 0 < error < 0.1
+
+
+@pytest.mark.parametrize(("family", "active"), [("llama", None), ("llama", 1), ("bert", None)])
+def test_mixed_precision_is_nearer_to_float32_than_bfloat16_throughout(
+    family: str, active: int | None, backbone: Backbones, prompts: Prompts
+) -> None:
+    model, texts = backbone(family), prompts(family)
+    placed = placement_of(model, texts, active, layers=1)
+    exact, _ = both(model, texts, placed)
+    mixed = replace(exact, trunk=CachedTrunk(model, texts, placed, torch.bfloat16))
+    coarse, _ = both(backbone(family, torch.bfloat16), texts, placed)
+    state, items = random_state(exact.spec, 3), some_items()
+    expected, near, far = (reader.log_odds(reader.gather(items), state) for reader in (exact, mixed, coarse))
+    assert 0 < (near - expected).square().mean() < (far - expected).square().mean()
+
+
+@pytest.mark.parametrize(("family", "active"), [("llama", None), ("llama", 2), ("bert", None)])
+def test_cached_trunk_matches_the_whole_model_with_biases(
+    family: str, active: int | None, backbone: Backbones, prompts: Prompts
+) -> None:
+    model = backbone(family)
+    placed = replace(placement_of(model, prompts(family), active), kind="bias")
+    fast, plain = both(model, prompts(family), placed)
+    items, state = some_items(), random_state(fast.spec, 3)
+    found, expected = (reader.log_odds(reader.gather(items), state) for reader in (fast, plain))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("active", [None, 2])
+def test_an_item_is_read_the_same_whatever_stands_beside_it(
+    active: int | None, backbone: Backbones, prompts: Prompts
+) -> None:
+    # Rows are packed: item 3 beside 22 others, and alone.
+    model = backbone("llama")
+    placed = Placement(2, (), 1, 1.0, active, "prefix", virtual_tokens=3)
+    fast, _ = both(model, prompts("llama"), placed)
+    state = random_state(fast.spec, 1)
+    many = fast.log_odds(fast.gather(torch.arange(23)[None]), state)[0]
+    for item in (0, 3, 22):
+        alone = fast.log_odds(fast.gather(torch.tensor([[item]])), state)[0, 0]
+        torch.testing.assert_close(many[item], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "active"), CASES)
+def test_a_users_log_odds_do_not_depend_on_who_else_is_in_the_batch(
+    family: str, active: int | None, backbone: Backbones, prompts: Prompts
+) -> None:
+    # Bit for bit at fixed shapes: the same items, all other users' adapters changed beyond recognition.
+    model = backbone(family)
+    fast, _ = both(model, prompts(family), placement_of(model, prompts(family), active))
+    gathered = fast.gather(some_items())
+    state = random_state(fast.spec, 3)
+    strangers = {name: torch.cat([tensor[:1], -9 * tensor[1:]]) for name, tensor in state.items()}
+    first, second = fast.log_odds(gathered, state), fast.log_odds(gathered, strangers)
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
 
 
 def test_gradients_through_the_cache_match_those_through_the_whole_model(backbone: Backbones, prompts: Prompts) -> None:
@@ -207,6 +260,15 @@ def test_placements_that_do_not_fit_are_refused(
     model, texts = backbone("llama"), prompts("llama")
     with pytest.raises(ConfigError, match=cure):
         check_placement(model, texts, replace(placement_of(model, texts, 1), **change))  # type: ignore[arg-type]
+
+
+def test_a_prefix_is_refused_where_it_cannot_be_read(backbone: Backbones, prompts: Prompts) -> None:
+    model, texts = backbone("bert"), prompts("bert")
+    with pytest.raises(ConfigError, match="not a Llama-like causal LM"):
+        check_placement(model, texts, replace(placement_of(model, texts, None), kind="prefix", virtual_tokens=2))
+    model, texts = backbone("llama"), prompts("llama")
+    with pytest.raises(ConfigError, match="virtual_tokens is 0"):
+        check_placement(model, texts, replace(placement_of(model, texts, None), kind="prefix"))
 
 
 def test_activated_lora_is_refused_where_tokens_see_the_future(backbone: Backbones, prompts: Prompts) -> None:

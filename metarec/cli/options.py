@@ -12,6 +12,14 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override one setting, e.g. train.steps=100; may be repeated.", show_default=False),
 ]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        help="batched, or learn2learn: the same training through that library, one user after another "
+        "(default: batched).",
+        show_default=False,
+    ),
+]
 SeedOption = Annotated[
     int | None, typer.Option(help="Seed of split, training and tie-breaking (default: 0).", show_default=False)
 ]

@@ -11,6 +11,7 @@ import typer
 from metarec.cli.options import (
     BackboneOption,
     ConfigOption,
+    EngineOption,
     JsonOption,
     NameOption,
     RatingOption,
@@ -79,13 +80,14 @@ def train(
     backbone: BackboneOption = None,
     seed: SeedOption = None,
     overrides: SetOption = None,
+    engine: EngineOption = None,
     runs: RunsOption = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Meta-train a recommender and keep it in RUNS/NAME."""
     run = run_dir(runs, name)
-    recommender = _train(run, config, task, backbone, seed, overrides, resume, go_on="with --resume")
+    recommender = _train(run, config, task, backbone, seed, overrides, engine, resume, go_on="with --resume")
     fitted = recommender.fitted
     show({"run": str(run), **{key: value for key, value in fitted.training.items() if key != "history"}}, json)
 
@@ -154,6 +156,7 @@ def quickstart(
     backbone: BackboneOption = None,
     seed: SeedOption = None,
     overrides: SetOption = None,
+    engine: EngineOption = None,
     runs: RunsOption = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Train again even if the run is there.")] = False,
     json: JsonOption = False,
@@ -161,7 +164,7 @@ def quickstart(
     """Train, evaluate and adapt to one person never seen: the whole thing, on real users, in minutes."""
     run = run_dir(runs, name)
     go_on = "without --fresh" if fresh else "again"
-    recommender = _train(run, config, task, backbone, seed, overrides, resume=not fresh, go_on=go_on)
+    recommender = _train(run, config, task, backbone, seed, overrides, engine, resume=not fresh, go_on=go_on)
     table = _evaluate(recommender, run, json=False, quiet=json)
     story = _one_user(recommender, run, quiet=json)
     if json:
@@ -177,6 +180,7 @@ def _train(
     backbone: str | None,
     seed: int | None,
     overrides: list[str] | None,
+    engine: str | None,
     resume: bool,
     go_on: str,
 ) -> MetaRecommender:
@@ -188,7 +192,8 @@ def _train(
     values = read_yaml(config) if config else {}
     named = {"task": task, "backbone": backbone, "seed": seed}
     values |= {key: value for key, value in named.items() if value is not None}
-    settings = validated(RunConfig, override(values, overrides or []), str(config) if config else "settings")
+    assignments = [*(overrides or []), *([f"meta.engine={engine}"] if engine else [])]
+    settings = validated(RunConfig, override(values, assignments), str(config) if config else "settings")
     from metarec.recommender import MetaRecommender
     from metarec.task import load_task
 

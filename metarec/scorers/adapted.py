@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from metarec.interactions import Ratings
+from metarec.lora import expand_users, round_adapter
 from metarec.meta import Adapted, MetaState, adapt
-from metarec.objective import candidates, collate, score, support_loss
+from metarec.objective import HEAD, Batch, Head, candidates, collate, head_solver, score, support_loss
 from metarec.priors import ItemPrior
 from metarec.reader import Reader
 from metarec.scorer import Request
@@ -27,11 +28,15 @@ class InnerLoop:
         steps: Gradient steps.
         shrinkage: Ratings that the initialization counts for.
         bias_strength: Ratings that a user's level of zero counts for.
+        head: Fit a head in closed form instead of taking steps; 0 steps still mean no adaptation.
+        storage: Type that adapters are kept in; scores are those of the rounded adapter.
     """
 
     steps: int
     shrinkage: float
     bias_strength: float
+    head: Head | None = None
+    storage: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,20 @@ class MetaScorer:
 
     @property
     def bytes_per_user(self) -> int:
-        """The adapted tensors' bytes; none where nothing is adapted."""
-        if self.inner.steps == 0 or self.rate_scale == 0:
+        """The adapted tensors' bytes as they are kept; none where nothing is adapted."""
+        if not self._adapts:
             return 0
-        return sum(self.meta.init[name].numel() * self.meta.init[name].element_size() for name in self.meta.log_rate)
+        if self.inner.head is not None:
+            return self.reader.backbone.hidden_size * torch.float32.itemsize
+        stored = self.reader.spec.tensor_shapes
+        return sum(
+            self.meta.init[name].numel() * (self.inner.storage if name in stored else torch.float32).itemsize
+            for name in self.meta.log_rate
+        )
+
+    @property
+    def _adapts(self) -> bool:
+        return self.inner.steps > 0 and self.rate_scale != 0
 
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
@@ -86,6 +101,20 @@ class MetaScorer:
             Every user's state.
         """
         batch = collate(supports, self.prior, self.reader, self.threshold, seen=False)
+        adapted = self._solve(batch) if self.inner.head is not None and self._adapts else self._descend(batch)
+        stored = round_adapter(adapted.state, self.reader.spec.tensor_shapes, self.inner.storage)
+        return replace(adapted, state=stored)
+
+    def _descend(self, batch: Batch) -> Adapted:
         loss = support_loss(batch, self.reader, shrinkage=self.inner.shrinkage, bias_strength=self.inner.bias_strength)
-        steps = self.inner.steps if batch.real.shape[1] else 0
-        return adapt(self.meta, loss, len(supports), steps, rate_scale=self.rate_scale)
+        steps = self.inner.steps if batch.real.shape[1] and self.inner.head is None else 0
+        return adapt(self.meta, loss, len(batch.real), steps, rate_scale=self.rate_scale)
+
+    def _solve(self, batch: Batch) -> Adapted:
+        assert self.inner.head is not None
+        users = len(batch.real)
+        solve = head_solver(batch, self.reader, self.inner.head, bias_strength=self.inner.bias_strength)
+        state = solve(expand_users(self.meta.init, users))
+        diverged = ~state[HEAD].isfinite().all(1)
+        head = torch.where(diverged[:, None], 0.0, state[HEAD])
+        return Adapted({**state, HEAD: head}, state[HEAD].new_zeros(0, users), diverged, ())

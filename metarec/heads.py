@@ -1,0 +1,54 @@
+"""Heads that fit a user in closed form: the cheap end of adaptation, one small linear system or two means per user.
+
+Both give a vector whose product with an item's features is added to the item's score. Differentiable, batched over
+users. Knows nothing of language models or of where features come from.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ridge_head(features: Tensor, targets: Tensor, real: Tensor, penalty: Tensor) -> Tensor:
+    """Ridge regression of a few targets on many features, solved in the space of the ratings.
+
+    Args:
+        features: Support items, shape (users, items, features).
+        targets: What the head should predict, shape (users, items).
+        real: False at padding, shape (users, items).
+        penalty: Strength of the pull to zero, positive, shape (users,).
+
+    Returns:
+        Shape (users, features); zero for a user without ratings.
+
+    Source: Bertinetto et al. 2019, "Meta-learning with differentiable closed-form solvers", eq. 6 (R2-D2).
+    """
+    kept = features * real.unsqueeze(-1)
+    identity = torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
+    gram = kept @ kept.transpose(1, 2) + penalty[:, None, None] * identity
+    weights: Tensor = torch.linalg.solve(gram, (targets * real).unsqueeze(-1))
+    return (kept.transpose(1, 2) @ weights).squeeze(-1)
+
+
+def prototype_head(features: Tensor, liked: Tensor, real: Tensor, scale: Tensor) -> Tensor:
+    """The difference of the two classes' mean features: nearer to what was liked is better.
+
+    With squared Euclidean distances a prototype classifier is linear, and its constant does not change an order.
+
+    Args:
+        features: Support items, shape (users, items, features).
+        liked: Which items were liked, shape (users, items).
+        real: False at padding, shape (users, items).
+        scale: How much of the difference counts, shape (users,).
+
+    Returns:
+        Shape (users, features); zero for a user who does not know both classes.
+
+    Source: Snell et al. 2017, "Prototypical Networks", eq. 1 and 8.
+    """
+    classes = torch.stack([liked & real, ~liked & real], 1).to(features.dtype)
+    counts = classes.sum(2, keepdim=True)
+    means = classes @ features / counts.clamp(min=1)
+    both = (counts > 0).all(1)
+    return 2 * scale[:, None] * (means[:, 0] - means[:, 1]) * both
