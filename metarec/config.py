@@ -16,6 +16,7 @@ from metarec.errors import ConfigError, suggest
 
 _MAX_YAML_BYTES = 256_000
 
+Dtype = Literal["float32", "mixed", "bfloat16"]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -33,10 +34,10 @@ class AdapterConfig(Section):
     )
     layers: int = Field(4, ge=1, description="how many topmost blocks carry adapters")
     targets: tuple[str, ...] | None = Field(
-        None, description="linear layers that carry one; null: attention's and the MLP's outputs, for biases all"
+        None, description="linear layers that carry one; null: the attention's usual ones, for biases all"
     )
-    rank: int = Field(4, ge=1)
-    alpha: float = Field(8.0, gt=0)
+    rank: int = Field(1, ge=1)
+    alpha: float = Field(2.0, gt=0)
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
     virtual_tokens: int = Field(8, ge=1, description="length of a prefix")
     storage: Literal["float16", "float32"] = Field("float16", description="type that users' adapters are kept in")
@@ -92,7 +93,7 @@ class RunConfig(Section):
     backbone: str = "smollm2-135m-instruct"
     seed: int = Field(0, ge=0)
     device: str = "cpu"
-    dtype: Literal["float32", "mixed", "bfloat16"] = Field(
+    dtype: Dtype = Field(
         "float32", description="of frozen weights; mixed: caches by float32 weights, the adapted blocks bfloat16"
     )
     adapter: AdapterConfig = AdapterConfig()

@@ -153,11 +153,11 @@ def open_reader(
     return Reader(backbone, prompts, placement, CachedTrunk(backbone, prompts, placement, block_dtype))
 
 
-# Where adapters go when nobody says: what attention looks at, what it writes, and what the MLP writes.
+# Where adapters go when nobody says: what attention looks for, what it passes on, and what it writes.
 _DEFAULT_TARGETS = (
-    ("q_proj", "v_proj", "o_proj", "down_proj"),
+    ("q_proj", "v_proj", "o_proj"),
     ("query", "value", "dense"),
-    ("q_lin", "v_lin", "out_lin", "lin2"),
+    ("q_lin", "v_lin", "out_lin"),
     ("c_attn", "c_proj"),
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 from metarec import learn2learn
 from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
 from metarec.backbone import Backbone, load_backbone
-from metarec.config import RunConfig, validated
+from metarec.config import Dtype, RunConfig, validated
 from metarec.episodes import Episode, training_batch
 from metarec.errors import ArtifactError, ConfigError
 from metarec.evaluate import Report, evaluate, mean_auc
@@ -106,13 +106,22 @@ class MetaRecommender:
         self._fitted = fitted
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, config: RunConfig | None = None) -> MetaRecommender:
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        config: RunConfig | None = None,
+        *,
+        device: str | None = None,
+        dtype: Dtype | None = None,
+    ) -> MetaRecommender:
         """Loads a saved recommender, or a backbone to fit one on.
 
         Args:
             name: A directory written by `save_pretrained`; or a backbone: an embedded name, a directory or a
                 Hugging Face name.
             config: Settings for fitting; a saved recommender brings its own.
+            device: Where it runs, instead of where the settings say.
+            dtype: Precision of the frozen weights, instead of what the settings say.
 
         Raises:
             BackboneError: The backbone cannot be loaded.
@@ -120,11 +129,12 @@ class MetaRecommender:
             ConfigError: `config` is given for a saved recommender.
         """
         path = Path(name)
+        place = {key: value for key, value in {"device": device, "dtype": dtype}.items() if value is not None}
         if (path / "recommender.json").exists():
             if config is not None:
                 raise ConfigError(f"'{path}' brings its own settings", "Leave 'config' out")
-            return _load(path)
-        config = (config or RunConfig()).model_copy(update={"backbone": str(name)})
+            return _load(path, place)
+        config = (config or RunConfig()).model_copy(update={"backbone": str(name), **place})
         return cls(_backbone(config), config)
 
     @property
@@ -539,11 +549,11 @@ def _reader(backbone: Backbone, config: RunConfig, template: PromptTemplate, cat
     return open_reader(backbone, prompts, placement, torch.bfloat16 if config.dtype == "mixed" else None)
 
 
-def _load(path: Path) -> MetaRecommender:
+def _load(path: Path, place: Mapping[str, str]) -> MetaRecommender:
     verify_dir(path, "recommender")
     facts = load_json(path / "recommender.json")
     where = str(path / "recommender.json")
-    config = validated(RunConfig, facts["config"], where)
+    config = validated(RunConfig, {**facts["config"], **place}, where)
     task = validated(Task, facts["task"], where)
     backbone = _backbone(config)
     if backbone.fingerprint != facts["backbone_fingerprint"]:

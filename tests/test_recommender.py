@@ -96,6 +96,16 @@ def test_a_saved_recommender_scores_as_before(fitted: MetaRecommender, tmp_path:
     assert loaded.adapt(ratings).score(["m5", "m6"]) == fitted.adapt(ratings).score(["m5", "m6"])
 
 
+def test_a_saved_recommender_can_be_loaded_in_another_precision(fitted: MetaRecommender, tmp_path: Path) -> None:
+    fitted.save_pretrained(tmp_path / "model")
+    mixed = MetaRecommender.from_pretrained(tmp_path / "model", dtype="mixed")
+    ratings = [("m1", 5.0), ("m2", 1.0)]
+    exact, near = (np.array(model.adapt(ratings).score(["m3", "m4", "m9"])) for model in (fitted, mixed))
+    assert 0 < np.abs(exact - near).max() < 0.2 * exact.std()
+    with pytest.raises(ConfigError, match="'dtype' is 'int3'"):
+        MetaRecommender.from_pretrained(tmp_path / "model", dtype="int3")  # type: ignore[arg-type]
+
+
 def test_an_unread_query_label_changes_no_score(fitted: MetaRecommender) -> None:
     data = known_task()
     turned = data.interactions.rating.copy()

@@ -26,6 +26,7 @@ from metarec.cli.options import (
 from metarec.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from metarec.config import Dtype
     from metarec.recommender import AdaptedUser, MetaRecommender
 
 app = typer.Typer()
@@ -291,14 +292,14 @@ def run_dir(runs: Path, name: str) -> Path:
     return runs / name
 
 
-def load_run(run: Path) -> MetaRecommender:
-    """Loads the recommender of a run's directory."""
+def load_run(run: Path, *, dtype: Dtype | None = None) -> MetaRecommender:
+    """Loads the recommender of a run's directory, in another precision if asked to."""
     from metarec.recommender import MetaRecommender
 
     model = run / "model" if (run / "model").is_dir() else run
     if not (model / "recommender.json").exists():
         raise ConfigError(f"'{run}' holds no trained recommender", f"Run: metarec train --name {run.name}")
-    return MetaRecommender.from_pretrained(model)
+    return MetaRecommender.from_pretrained(model, dtype=dtype)
 
 
 def _adapted(recommender: MetaRecommender, ratings: list[str] | None, file: Path | None) -> AdaptedUser:
