@@ -253,6 +253,10 @@ class MetaRecommender:
             seed=self.config.seed,
             baseline=BASELINE,
             left_out={"too few ratings": too_few} if too_few else {},
+            metrics=data.task.metrics,
+            calibration=data.episodes("validation")[0] if {"mae", "rmse"} & set(data.task.metrics) else (),
+            short_supports=data.task.short_supports,
+            hashes=data.hashes,
         )
 
     def adapt(self, ratings: Sequence[tuple[str, float]]) -> AdaptedUser:
@@ -456,6 +460,7 @@ def _meta_train(
             seed=config.seed,
             baseline=scorer.name,
             left_out={},
+            short_supports=data.task.short_supports,
         )
         return mean_auc(report, scorer.name, shots)
 
