@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from metarec.errors import DataError
 from metarec.interactions import Catalog, Flags, Interactions, RatingScale
@@ -169,7 +170,7 @@ def _items(tables: Tables, sieve: _Sieve) -> pd.DataFrame:
 def coded(column: pd.Series) -> tuple[list[str], np.ndarray]:
     """Returns the distinct texts of a column and each row's place among them."""
     if isinstance(column.dtype, pd.CategoricalDtype):
-        texts = [str(text) for text in column.cat.categories]
+        texts = [str(text) for text in column.cat.categories.to_numpy(object)]
         codes = column.cat.codes.to_numpy().astype(np.int64)
         return [*texts, ""], np.where(codes < 0, len(texts), codes)
     codes, distinct = pd.factorize(column.fillna("").astype(str))
@@ -185,12 +186,20 @@ def text_column(column: pd.Series) -> pd.Series:
 def numbers(column: pd.Series) -> np.ndarray:
     """Returns a column as floats, NaN where it is no number. Underscores and other alphabets' digits are no numbers."""
     if isinstance(column.dtype, pd.CategoricalDtype):
-        texts, codes = coded(column)
-        parsed = np.array([_number(text) for text in texts])
+        codes = column.cat.codes.to_numpy()
+        parsed = np.append(_parsed(column.cat.categories), np.nan)  # code -1 is a missing value
         return np.asarray(parsed[codes])
     if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
         return np.asarray(column.to_numpy(np.float64, na_value=np.nan))
-    return np.array([_number(value) for value in column])
+    return _parsed(column)
+
+
+def _parsed(texts: pd.Index | pd.Series) -> np.ndarray:
+    try:
+        values = pa.array(texts, pa.string()).cast(pa.float64())
+        return np.asarray(values.to_numpy(zero_copy_only=False))
+    except (pa.ArrowException, TypeError, UnicodeError):
+        return np.array([_number(value) for value in texts], np.float64)
 
 
 def _number(value: object) -> float:

@@ -24,7 +24,7 @@ from metarec.artifacts import cache_dir, replace_file
 from metarec.config import Section
 from metarec.errors import DataError, suggest
 from metarec.interactions import RatingScale, read_title
-from metarec.sources.assembly import Tables, coded
+from metarec.sources.assembly import Tables, coded, numbers
 from metarec.sources.files import File, find, members, need
 from metarec.sources.tables import BadRows, arrow_columns, as_text, delimited, json_lines, objects
 
@@ -110,7 +110,7 @@ def movielens(path: Path | None, options: SourceOptions) -> Tables:
     if file := find(path, "ratings.dat", needed=False):
         ratings = delimited(file, {}, separator="::", header=names, quotes=False)
         movies = _utf8_or_latin1(need(path, "movies.dat"), header=("item", "title", "genres"), separator="::")
-        half = (np.mod([float(text) for text in coded(ratings["rating"])[0] if _is_number(text)], 1) > 0).any()
+        half = (np.mod(numbers(ratings["rating"]), 1) > 0).any()
         return Tables(ratings, _movies(movies), str(file), RatingScale(0.5, 5.0) if half else STARS)
     file = need(path, "ratings.csv", "ml*ratings.csv")
     columns = {"userId": "user", "movieId": "item", "user_id": "user", "movie_id": "item", "rating": "rating"}
@@ -238,7 +238,7 @@ def book_crossing(path: Path | None, options: SourceOptions) -> Tables:
         },
         **shape,
     )
-    implicit = ratings["rating"].astype(str) == "0"
+    implicit = numbers(ratings["rating"]) == 0
     dropped = {**_malformed(ratings, books), "implicit rating (0)": int(implicit.sum())}
     return Tables(ratings[~implicit].reset_index(drop=True), books, str(file), RatingScale(1.0, 10.0), 2, dropped)
 

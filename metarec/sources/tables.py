@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Literal
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from pyarrow import csv as arrow_csv
@@ -23,6 +24,7 @@ from metarec.sources.files import File
 
 BadRows = Literal["error", "quarantine"]
 _MAX_LINE = 1 << 24
+_NUMERIC = ("rating", "timestamp")
 _SEPARATORS = {",": "','", ";": "';'", "\t": "a tab", "|": "'|'", "::": "'::'"}
 
 
@@ -67,9 +69,14 @@ def delimited(
         raise DataError(f"{file} has no column '{missing[0]}'", _header_cure(missing[0], names, separator))
     chosen = {name: here for name, here in chosen.items() if name in names}
     if len(set(names)) == len(names) and not line_breaks:
-        frame = _arrow_delimited(file, names, list(chosen), separator, header is None, encoding, quotes, escape)
-        if frame is not None:
-            return frame.rename(columns=chosen)
+        numeric = [name for name, here in chosen.items() if here in _NUMERIC]
+        # Numbers are tried as numbers first: a column of ten million different times makes a poor dictionary.
+        for as_numbers in [numeric, []] if numeric else [[]]:
+            frame = _arrow_delimited(
+                file, names, list(chosen), as_numbers, separator, header is None, encoding, quotes, escape
+            )
+            if frame is not None:
+                return frame.rename(columns=chosen)
     rows, malformed = _strict_rows(
         file, names, separator, header is None, encoding, quotes, escape, line_breaks, bad_rows
     )
@@ -79,18 +86,12 @@ def delimited(
 
 
 def _header(file: File, separator: str, encoding: str, quotes: bool) -> list[str]:
-    with file.open() as stream:
-        first = stream.readline(_MAX_LINE)
-    try:
-        line = first.decode("utf-8-sig" if encoding == "utf-8" else encoding).rstrip("\r\n")
-    except (UnicodeDecodeError, LookupError) as error:
-        raise _not_decoded(file, encoding, error) from None
-    if separator == "::" or not quotes:
-        return line.split(separator)
-    return next(csv.reader([line], delimiter=separator), [])
+    return next((row for _, row in _numbered(file, separator, encoding, quotes, None)), [])
 
 
 def _header_cure(column: str, names: Sequence[str], separator: str) -> str:
+    if not any(names):
+        return "The file is empty"
     if len(names) == 1:
         other = [text for mark, text in _SEPARATORS.items() if mark != separator and mark in names[0]]
         if other:
@@ -108,6 +109,7 @@ def _arrow_delimited(
     file: File,
     names: Sequence[str],
     chosen: Sequence[str],
+    as_numbers: Sequence[str],
     separator: str,
     has_header: bool,
     encoding: str,
@@ -132,7 +134,9 @@ def _arrow_delimited(
                     delimiter=separator[0], quote_char='"' if quotes else False, escape_char=escape or False
                 ),
                 convert_options=arrow_csv.ConvertOptions(
-                    column_types=dict.fromkeys(columns, category), include_columns=list(chosen), null_values=[]
+                    column_types={**dict.fromkeys(columns, category), **dict.fromkeys(as_numbers, pa.float64())},
+                    include_columns=list(chosen),
+                    null_values=[],
                 ),
             )
         except (pa.ArrowException, UnicodeDecodeError, LookupError, ValueError) as error:
@@ -142,7 +146,8 @@ def _arrow_delimited(
     if len(table) != counted.lines - int(has_header):
         return None
     frame: pd.DataFrame = table.unify_dictionaries().to_pandas()
-    return frame
+    # What is not finite is wanted as it was written: NaN, 1e999.
+    return frame if all(np.isfinite(frame[name]).all() for name in as_numbers) else None
 
 
 class _Counted(io.RawIOBase):
@@ -182,7 +187,8 @@ def _strict_rows(
     csv.field_size_limit(_MAX_LINE)
     rows, malformed = [], 0
     for number, row in _numbered(file, separator, encoding, quotes, escape):
-        if (number == 1 and has_header) or not row:
+        blank = not row or (row == [""] and len(names) > 1)
+        if (number == 1 and has_header) or blank:
             continue
         broken = not line_breaks and any("\n" in field for field in row)
         if broken:
@@ -271,7 +277,7 @@ def _arrow_json(file: File, wanted: Mapping[str, str]) -> pd.DataFrame | None:
     kinds = {str: pa.string(), bool: pa.bool_(), int: pa.int64()}
     types = {
         key: pa.float64()
-        if name in ("rating", "timestamp") and not isinstance(first.get(key), str)
+        if name in _NUMERIC and not isinstance(first.get(key), str)
         else kinds.get(type(first.get(key)))
         for key, name in wanted.items()
     }
