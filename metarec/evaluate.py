@@ -250,8 +250,8 @@ def _measure(
     if error is not None and metric in _ERRORS:
         return float(np.abs(error).mean() if metric == "mae" else np.sqrt((error**2).mean()))
     if measure in _RECBOLE:
-        relevance = query.values if measure == _RECBOLE[0] else liked.astype(np.float32)
-        return recbole_ndcg(scores, relevance, int(cutoff))
+        clicks = measure != _RECBOLE[0]
+        return recbole_ndcg(scores, liked.astype(np.float32) if clicks else query.values, int(cutoff), clicks=clicks)
     return at_cutoff(measure, scores, liked, items, int(cutoff), seed)
 
 

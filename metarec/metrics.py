@@ -92,7 +92,7 @@ def at_cutoff(
     return float(ir_measures.calc_aggregate([wanted], qrels, run)[wanted])
 
 
-def recbole_ndcg(scores: NDArray[np.floating], relevance: NDArray[np.floating], cutoff: int) -> float:
+def recbole_ndcg(scores: NDArray[np.floating], relevance: NDArray[np.floating], cutoff: int, *, clicks: bool) -> float:
     """Gain as RecBole-MetaRec's evaluator computes it, ties included: for comparison with its tables, not a measure.
 
     Both sides are cut by ``torch.topk``, which takes whichever of tied values it meets; a model that scores all
@@ -102,6 +102,7 @@ def recbole_ndcg(scores: NDArray[np.floating], relevance: NDArray[np.floating], 
         scores: Scores, shape (candidates,); NaN is ranked like any other value, as there.
         relevance: Ratings, of which the `cutoff` highest count as relevant; or zeros and ones, of which the ones do.
         cutoff: Ranks that count.
+        clicks: Whether `relevance` is zeros and ones.
 
     Returns:
         The gain; zero where nothing is relevant.
@@ -111,8 +112,8 @@ def recbole_ndcg(scores: NDArray[np.floating], relevance: NDArray[np.floating], 
     import torch
 
     count = min(cutoff, len(scores))
-    clicks = set(np.unique(relevance)) <= {0.0, 1.0}
-    relevant = torch.topk(torch.from_numpy(relevance.astype(np.float32)), int(relevance.sum()) if clicks else count)[1]
+    wanted = int(relevance.sum()) if clicks else count
+    relevant = torch.topk(torch.from_numpy(relevance.astype(np.float32)), wanted)[1]
     ranked = torch.topk(torch.from_numpy(np.array(scores, np.float32)), count)[1]
     if len(relevant) == 0:
         return 0.0

@@ -339,7 +339,7 @@ CHECKS: dict[str, Check] = {
         "note",
         "users with too few ratings for a support and a query",
         "They are left out of episodes",
-        "drop",
+        None,
     ),
     "thin-item": Check(
         _thin_items, "note", "items with hardly any ratings", "Their means are shrunk; no need to drop them", None
@@ -463,8 +463,8 @@ def _counted(data: Checked, fault: Fault) -> tuple[int, int, tuple[str, ...]]:
 def near_duplicates(catalog: Catalog, seen: Flags) -> Finding | None:
     """Finds unseen items whose text nearly is that of a seen one, across an item-cold split.
 
-    Similarity is the cosine of character 3- to 5-gram counts of the title without its year, weighted by rarity;
-    titles of at least .9 are the same to a reader.
+    Similarity is the cosine of character 3- to 5-gram counts of the titles, weighted by rarity; at .9 two titles are
+    the same to a reader. Where both have a year, the years are the same too: a remake is another item.
 
     Args:
         catalog: The items.
@@ -476,12 +476,15 @@ def near_duplicates(catalog: Catalog, seen: Flags) -> Finding | None:
     cold, warm = np.flatnonzero(~seen), np.flatnonzero(seen)
     texts = [title or f"\0{code}" for code, title in enumerate(titles)]
     vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), token_pattern=None).fit_transform(texts)
+    years = catalog.fields.get("year", ("",) * len(catalog))
     pairs = []
     for block in np.array_split(cold, max(1, len(cold) // 500)):
-        likeness = vectors[block] @ vectors[warm].T
-        best = np.asarray(likeness.argmax(axis=1)).ravel()
-        value = likeness.max(axis=1).toarray().ravel()
-        pairs += [(int(block[row]), int(warm[best[row]])) for row in np.flatnonzero(value >= 0.9)]
+        likeness = (vectors[block] @ vectors[warm].T).tocoo()
+        close = likeness.data >= 0.9
+        for row, column in zip(likeness.row[close], likeness.col[close], strict=True):
+            one, two = int(block[row]), int(warm[column])
+            if not years[one] or not years[two] or years[one] == years[two]:
+                pairs.append((one, two))
     if not pairs:
         return None
     shown = tuple(
@@ -489,7 +492,7 @@ def near_duplicates(catalog: Catalog, seen: Flags) -> Finding | None:
         for one, two in pairs[:_SHOWN]
     )
     return Finding(
-        "near-duplicate-item", "warning", len(pairs), "items", len(cold),
+        "near-duplicate-item", "warning", len({one for one, _ in pairs}), "items", len(cold),
         "unseen items that nearly repeat a seen one, across the item-cold split",
         "Merge them, or read item-cold results as an upper bound", shown, False,
     )  # fmt: skip

@@ -19,7 +19,7 @@ LAYERS = [
     ["artifacts", "interactions", "progress"],
     ["metrics", "lora", "config"],
     ["meta", "transformer", "sources", "labels"],
-    ["episodes", "backbone", "learn2learn"],
+    ["episodes", "backbone", "learn2learn", "quality"],
     ["prompts", "scorer", "priors", "views"],
     ["trunk", "evaluate"],
     ["reader", "report", "task"],
