@@ -424,7 +424,7 @@ CHECKS: dict[str, Check] = {
         "rewrite",
     ),
 }
-CODES = (*CHECKS, "near-duplicate-item", "leak")
+CODES = ("malformed-row", *CHECKS, "near-duplicate-item", "leak")
 
 
 def _same_text(data: Checked) -> pd.Series:
@@ -437,7 +437,7 @@ def _same_text(data: Checked) -> pd.Series:
 def check(data: Checked, limits: Limits | None = None) -> list[Finding]:
     """Runs every check; findings come in the order of `CHECKS`."""
     limits = limits or Limits()
-    found = []
+    found = _malformed(data.tables)
     for code, rule in CHECKS.items():
         fault = rule.find(data, limits)
         if not fault.flags.any():
@@ -447,6 +447,19 @@ def check(data: Checked, limits: Limits | None = None) -> list[Finding]:
             Finding(code, rule.severity, count, fault.of, total, rule.message, rule.cure, rows, rule.remedy is not None)
         )
     return found
+
+
+def _malformed(tables: Tables) -> list[Finding]:
+    """Rows that the source set aside because they are no rows of their table at all."""
+    rows = [
+        f"{number}{side}"
+        for frame, side in ((tables.ratings, ""), (tables.items, " (items)"))
+        for number in frame.attrs.get("malformed", ())
+    ]
+    total = len(tables.ratings) + len(tables.items) + len(rows)
+    message, cure = "rows with the wrong number of fields, or lines that are no objects", "Repair or drop them"
+    found = Finding("malformed-row", "error", len(rows), "rows", total, message, cure, tuple(rows[:_SHOWN]), True)
+    return [found] if rows else []
 
 
 def _counted(data: Checked, fault: Fault) -> tuple[int, int, tuple[str, ...]]:
@@ -529,6 +542,9 @@ def fix(data: Checked, findings: Sequence[Finding], limits: Limits | None = None
     limits = limits or Limits()
     done: list[str] = []
     for code in (finding.code for finding in findings if finding.fixable):
+        if code == "malformed-row":
+            done += [f"dropped {finding.count} rows: {finding.message}" for finding in _malformed(data.tables)]
+            continue
         rule = CHECKS[code]
         fault = rule.find(data, limits)  # again: an earlier remedy may have settled it, or moved its rows
         if not fault.flags.any():

@@ -121,16 +121,17 @@ def test_a_check_fixes_and_the_copy_is_read_in_place_of_the_original(
 ) -> None:
     folder = ml_1m(tmp_path / "d")
     with (folder / "ratings.dat").open("a") as stream:
-        stream.write("1::2653::3::978300761\n2::9999::3::978300761\n3::1::nan::978300761\n")
+        stream.write("1::2653::3::978300761\n2::9999::3::978300761\n3::1::nan::978300761\nbroken\n")
     ran = metarec("data", "check", "movielens", folder, "--fix", tmp_path / "copy", "--json", "--fail-on", "error")
     assert ran.status == 1
     told = json.loads(ran.out)
     codes = {finding["code"]: finding for finding in told["findings"]}
     assert codes["rating-not-a-number"]["rows"] == ["5"]
+    assert codes["malformed-row"]["rows"] == ["6"]
     assert codes["item-without-row"]["rows"] == ["4"]
     assert codes["conflicting-rating"]["rows"] == ["1"]
-    assert len(told["fixed"]) == 3
-    assert len(told["broken_thresholds"]) == 2
+    assert len(told["fixed"]) == 4
+    assert len(told["broken_thresholds"]) == 3
     again = metarec("data", "check", "movielens", tmp_path / "copy", "--fail-on", "error", "--fail-on", "warning")
     assert again.status == 0, again.out
     described = json.loads(metarec("data", "describe", "movielens", tmp_path / "copy", "--json").out)

@@ -105,7 +105,8 @@ def check(
 def _line(finding: Finding) -> str:
     rows = ", ".join(finding.rows) + (", ..." if finding.count > len(finding.rows) else "")
     head = f"{finding.severity:8s}{finding.code}: {finding.count} of {finding.total} {finding.of}: {finding.message}"
-    return f"{head}\n        {'rows' if finding.of == 'ratings' else finding.of}: {rows}\n        cure: {finding.cure}"
+    named = finding.of if finding.of in ("users", "items", "ways") else "rows"
+    return f"{head}\n        {named}: {rows}\n        cure: {finding.cure}"
 
 
 def _of_the_split(task: Task, seed: int) -> list[Finding]:
@@ -183,11 +184,14 @@ def convert(
 
     _, tables = _tables(what, path, _options(ratings_file, items_file, column, separator, encoding, scale))
     write_tables(tables, out)
-    facts = {"written": str(out), "ratings": len(tables.ratings), "items": len(tables.items)}
+    facts: dict[str, Any] = {"written": str(out), "ratings": len(tables.ratings), "items": len(tables.items)}
+    facts["dropped"] = dict(tables.dropped)
     if json:
         print_json(facts)
     else:
         typer.echo(f"{len(tables.ratings):,} ratings and {len(tables.items):,} items written to {out}")
+        for reason, count in tables.dropped.items():
+            typer.echo(f"left out: {count:,}, {reason}")
 
 
 def _options(
@@ -203,7 +207,13 @@ def _options(
             raise ConfigError(f"--column {entry!r} has no '='", "Write --column user=customer_id")
         named[ours] = theirs
     values: dict[str, Any] = {"columns": named, "separator": separator.replace("\\t", "\t"), "encoding": encoding}
-    values |= {"ratings": ratings, "items": items, "scale": scale.split(",") if scale else None}
+    # What is no row at all becomes a finding; a description and a copy count it.
+    values |= {
+        "bad_rows": "quarantine",
+        "ratings": ratings,
+        "items": items,
+        "scale": scale.split(",") if scale else None,
+    }
     return validated(SourceOptions, values, "options")
 
 
@@ -219,4 +229,5 @@ def _tables(what: str, path: Path | None, options: SourceOptions) -> tuple[Task 
     dataset = task.dataset
     if dataset.source == "mix":
         raise ConfigError(f"'{what}' joins several datasets", f"Check each: {', '.join(dataset.parts)}")
-    return task, read_tables(dataset.source, dataset.path, dataset.options)
+    options = dataset.options.model_copy(update={"bad_rows": "quarantine"})
+    return task, read_tables(dataset.source, dataset.path, options)

