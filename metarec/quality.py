@@ -19,7 +19,7 @@ import pandas as pd
 from metarec.artifacts import SCHEMA_VERSION
 from metarec.errors import ConfigError, suggest
 from metarec.interactions import Catalog, Flags
-from metarec.sources.assembly import MAX_TEXT, Tables, coded, numbers, text_column
+from metarec.sources.assembly import MAX_TEXT, Tables, coded, numbers, rating_numbers, text_column
 
 Severity = Literal["error", "warning", "note"]
 _SHOWN = 10
@@ -127,7 +127,7 @@ def read_for_checks(tables: Tables, now: float | None = None) -> Checked:
         user=user,
         items=items,
         item=item,
-        rating=numbers(tables.ratings["rating"]),
+        rating=rating_numbers(tables.ratings["rating"]),
         time=numbers(tables.ratings["timestamp"]) if timed else None,
         catalog=pd.DataFrame({name: text_column(tables.items[name]) for name in tables.items.columns}),
         now=time.time() if now is None else now,

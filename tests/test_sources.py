@@ -347,6 +347,7 @@ GOOD = "user,item,rating\nu,a,4\nv,b,2\n"
         ('user,item,rating\nu,a,4\n"v,b,2\n', GOOD_ITEMS, "row 3 is not valid delimited text"),
         ("user,item,rating\nu,a,NaN\n", GOOD_ITEMS, "row 2: rating 'NaN' is not a finite number"),
         ("user,item,rating\nu,a,4\nv,b,1e999\n", GOOD_ITEMS, "row 3: rating '1e999' is not a finite number"),
+        ("user,item,rating\nu,a,4\nv,b,1e300\n", GOOD_ITEMS, "row 3: rating '1e\\+300' is not a finite number"),
         ("user,item,rating\nu,a,\n", GOOD_ITEMS, "rating '' is not a finite number"),
         ("user,item,rating\nu,a,٤\n", GOOD_ITEMS, "is not a finite number"),
         ("user,item,rating\nu,a,1_0\n", GOOD_ITEMS, "is not a finite number"),

@@ -65,7 +65,7 @@ def assemble_tables(tables: Tables, *, quarantine: bool = False) -> Interactions
     item_ids, item_codes = coded(ratings["item"])
     code_of_id = {item: code for code, item in enumerate(items["item"])}
     item_codes = np.array([code_of_id.get(item, -1) for item in item_ids], np.int64)[item_codes]
-    number = numbers(ratings["rating"])
+    number = rating_numbers(ratings["rating"])
     blank = np.array([not user.strip() for user in users], bool)[user_codes]
     sieve.refuse(blank, lambda row: "the user id is empty", "user id empty")
     sieve.refuse(
@@ -181,6 +181,13 @@ def text_column(column: pd.Series) -> pd.Series:
     """Returns a column as plain text, missing values as nothing."""
     texts, codes = coded(column)
     return pd.Series(np.array(texts, object)[codes], dtype=object).reset_index(drop=True).astype("object")
+
+
+def rating_numbers(column: pd.Series) -> np.ndarray:
+    """Returns ratings as floats, infinite where single precision, in which they are kept, cannot hold them."""
+    number = numbers(column)
+    with np.errstate(over="ignore"):
+        return np.where(np.isinf(number.astype(np.float32)), np.inf, number)
 
 
 def numbers(column: pd.Series) -> np.ndarray:

@@ -17,10 +17,12 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from metarec.errors import DataError
+from metarec.progress import Advance, progress
 
 # Rating files compress 3 to 10 times, text up to about 20 times. Above both limits, a file is not a dataset.
 _MAX_RATIO = 100
 _SMALL_BYTES = 64 << 20
+_MB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,15 @@ class File:
             DataError: The file cannot be read, is damaged, or expands beyond what data does.
         """
         try:
-            with self._raw() as (stream, size):
-                packed = self.member is not None or self.name.endswith(".gz")
+            with (
+                self._raw() as (stream, size, length),
+                progress(f"reading {self.name}, MB", length / _MB, after=2.0) as advance,
+            ):
+                stream = io.BufferedReader(_Metered(stream, advance), _MB)
                 if self.name.endswith(".gz"):
                     stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]
-                yield io.BufferedReader(_Guard(stream, size, str(self)), 1 << 20) if packed else stream
+                packed = self.member is not None or self.name.endswith(".gz")
+                yield io.BufferedReader(_Guard(stream, size, str(self)), _MB) if packed else stream
         except (
             zipfile.BadZipFile,
             gzip.BadGzipFile,
@@ -68,13 +74,33 @@ class File:
             raise DataError(f"{self} cannot be read: {error}", "Fetch the file again") from None
 
     @contextmanager
-    def _raw(self) -> Iterator[tuple[BinaryIO, int]]:
+    def _raw(self) -> Iterator[tuple[BinaryIO, int, int]]:
+        """Yields the content, its size on the disk, and how much can be read from it."""
         if self.member is None:
             with self.path.open("rb") as stream:
-                yield stream, self.path.stat().st_size
+                size = self.path.stat().st_size
+                yield stream, size, size
         else:
             with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as inner:
-                yield inner, archive.getinfo(self.member).compress_size  # type: ignore[misc]
+                info = archive.getinfo(self.member)
+                yield inner, info.compress_size, info.file_size  # type: ignore[misc]
+
+
+class _Metered(io.RawIOBase):
+    """Tells a progress bar how much of a file has been read."""
+
+    def __init__(self, stream: BinaryIO, advance: Advance) -> None:
+        self._stream, self._advance, self._read = stream, advance, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        block = self._stream.read(len(buffer))
+        buffer[: len(block)] = block
+        self._read += len(block)
+        self._advance(self._read / _MB)
+        return len(block)
 
 
 class _Guard(io.RawIOBase):
