@@ -466,7 +466,7 @@ def _counted(data: Checked, fault: Fault) -> tuple[int, int, tuple[str, ...]]:
     rows = np.flatnonzero(fault.flags)
     if fault.of == "users":
         users = pd.unique(data.user[rows])
-        return len(users), len(data.users), tuple(data.users[code][:80] for code in users[:_SHOWN])
+        return len(users), len(np.unique(data.user)), tuple(data.users[code][:80] for code in users[:_SHOWN])
     if fault.of == "items":
         shown = tuple(f"{row + 1} ({data.catalog['item'].iloc[row][:80]})" for row in rows[:_SHOWN])
         return len(rows), len(data.catalog), shown

@@ -143,6 +143,13 @@ def test_a_planted_fault_is_found_in_its_rows(
     assert findings[code].cure
 
 
+def test_users_are_counted_as_they_are() -> None:
+    tables = more(("alone", "i1", "3", NOW - 9))(sound())
+    arrow = tables.ratings.assign(user=tables.ratings["user"].astype("category"))
+    for ratings in (tables.ratings, arrow):
+        assert found(replace(tables, ratings=ratings))["thin-user"].total == 7
+
+
 def test_every_check_has_a_planted_fault() -> None:
     assert {code for code, _, _ in PLANTED} | {"thin-item"} == set(CHECKS)
     assert found(more(("u0", "i9", "3", NOW - 9))(sound()), Limits(item_ratings=50))["thin-item"].count == 10
