@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help setup quickstart learn2learn bench-speed lint test clean
+.PHONY: help setup quickstart learn2learn bench-speed bench-loading lint test clean
 
 help:  ## say what there is
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/'
@@ -29,6 +29,9 @@ learn2learn: setup  ## the library that tests compare with; its own set-up fails
 
 bench-speed: learn2learn  ## a meta-step against learn2learn over a peft model; six minutes
 	$(BIN)/python benchmarks/speed.py --rounds 1
+
+bench-loading: setup  ## ten million ratings into memory; three minutes
+	$(BIN)/python benchmarks/loading.py
 
 lint: setup  ## style and types
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
 """Users become episodes: a disjoint split of users, then a support and a query set for each.
 
-Everything is a pure function of a seed and of names: a user's split does not depend on which other users there are,
+Domains are episodes in the same way, once `metarec.views` has put them in the place of users. Everything is a pure
+function of a seed and of names: a user's split does not depend on which other users there are,
 and a training batch depends on the seed and the step alone, which is what makes a run resumable bit for bit.
-Knows nothing of labels, prompts or models.
+Knows nothing of label rules, prompts or models.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Literal
 import numpy as np
 
 from metarec.errors import ConfigError, DataError
-from metarec.interactions import Codes, Interactions, Ratings
+from metarec.interactions import Codes, Flags, Interactions, Ratings
 
 Order = Literal["random", "time"]
+Candidates = Literal["rated", "sampled", "full"]
 Part = Literal["train", "validation", "test"]
 
 
@@ -58,12 +60,72 @@ def split_users(interactions: Interactions, fractions: tuple[float, float, float
     held_out = [round(len(order) * fraction) for fraction in fractions[1:]]
     validation, test, train = np.split(order, np.cumsum(held_out))
     parts: dict[Part, Codes] = {"train": np.sort(train), "validation": np.sort(validation), "test": np.sort(test)}
-    for name, users in parts.items():
-        if len(users) == 0:
-            raise DataError(
-                f"{len(interactions.users)} users leave none for {name}", "Use more users or other fractions"
-            )
+    _no_part_is_empty(parts, len(interactions.users))
     return parts
+
+
+def _no_part_is_empty(parts: Mapping[Part, Codes], users: int) -> None:
+    for name, part in parts.items():
+        if len(part) == 0:
+            raise DataError(f"{users} users leave none for {name}", "Use more users or other fractions")
+
+
+def split_items(interactions: Interactions, unseen: float, seed: int) -> Flags:
+    """Divides items into those that meta-training may see and those it may not.
+
+    Args:
+        interactions: The dataset.
+        unseen: Share of the catalog that is held out.
+        seed: Another seed gives another division.
+
+    Returns:
+        True for items that are seen, shape (items,).
+
+    Raises:
+        ConfigError: The share leaves no item on one side.
+    """
+    items = len(interactions.catalog)
+    count = round(items * unseen)
+    if not 0 < count < items:
+        raise ConfigError(f"an unseen share of {unseen} leaves {count} of {items} items unseen", "Use e.g. 0.2")
+    seen = np.ones(items, bool)
+    seen[np.random.default_rng([seed, 1]).permutation(items)[:count]] = False
+    return seen
+
+
+def split_by_time(
+    interactions: Interactions, fractions: tuple[float, float, float]
+) -> tuple[Mapping[Part, Codes], Flags]:
+    """Divides users by when they came, and keeps every part from knowing what a later part's users did.
+
+    Users are ordered by their first rating: the earliest train, the latest are tested. A part's rows end where the
+    next part's first user begins, so that neither a rating nor an item mean comes from the future.
+
+    Args:
+        interactions: The dataset, with timestamps.
+        fractions: Shares of the three parts; they sum to one.
+
+    Returns:
+        User codes of each part, ascending; and which rows the parts may use, shape (rows,).
+
+    Raises:
+        DataError: The dataset has no timestamps, or a part would be empty.
+    """
+    if interactions.timestamp is None:
+        raise DataError("the dataset has no timestamps", "Set split.by to 'user'")
+    first = np.full(len(interactions.users), np.iinfo(np.int64).max)
+    np.minimum.at(first, interactions.user, interactions.timestamp)
+    order = np.argsort(first, kind="stable")
+    bounds = np.round(np.cumsum(fractions)[:2] * len(order)).astype(int)
+    names: tuple[Part, ...] = ("train", "validation", "test")
+    parts: dict[Part, Codes] = {
+        name: np.sort(users) for name, users in zip(names, np.split(order, bounds), strict=True)
+    }
+    _no_part_is_empty(parts, len(interactions.users))
+    end = np.full(len(interactions.users), np.iinfo(np.int64).max)
+    end[parts["train"]] = first[parts["validation"]].min()
+    end[parts["validation"]] = first[parts["test"]].min()
+    return parts, interactions.timestamp < end[interactions.user]
 
 
 def evaluation_episodes(
@@ -75,8 +137,13 @@ def evaluation_episodes(
     min_query: int,
     order: Order,
     seed: int,
+    support_from: Flags | None = None,
+    query_from: Flags | None = None,
+    short_supports: bool = False,
+    candidates: Candidates = "rated",
+    sampled: int = 0,
 ) -> tuple[list[Episode], int]:
-    """Cuts every user's ratings into one support and one query.
+    """Cuts every user's ratings into one support and one query. An item is in an episode once at most.
 
     Args:
         interactions: The dataset.
@@ -85,7 +152,13 @@ def evaluation_episodes(
         max_query: Size of a query at most.
         min_query: Users with fewer ratings than `max_support` + `min_query` are left out.
         order: ``random`` (by `seed` and user id) or ``time`` (a user's earliest ratings are the support).
-        seed: Seed of the random order.
+        seed: Seed of the random order, and of sampled candidates.
+        support_from: Items that a support may hold, shape (items,); None for all.
+        query_from: Items that a query may hold, shape (items,); None for all.
+        short_supports: Users with fewer than `max_support` ratings beside their query give what they have.
+        candidates: ``rated`` asks about held-out ratings alone; ``sampled`` adds items that the user never rated,
+            ``full`` all of them. Those count as rated lowest and as not liked.
+        sampled: How many unrated items ``sampled`` adds.
 
     Returns:
         The episodes in the order of `users`, and how many users had too few ratings.
@@ -93,26 +166,60 @@ def evaluation_episodes(
     Raises:
         DataError: Order by time is asked for but the dataset has none.
     """
+    everything = np.ones(len(interactions.catalog), bool)
+    support_from = everything if support_from is None else support_from
+    query_from = everything if query_from is None else query_from
+    # Where both are cut from the same ratings, a short support must leave the query its share.
+    reserved = min_query if (support_from & query_from).any() else 0
     episodes = []
     for user in users:
         rows = interactions.rows_of_user[user]
-        if len(rows) < max_support + min_query:
-            continue
         name = interactions.users[user]
         if order == "time":
             if interactions.timestamp is None:
                 raise DataError("the dataset has no timestamps", "Set split.order to 'random'")
             rows = rows[np.argsort(interactions.timestamp[rows], kind="stable")]
         else:
-            rows = _generator(seed, name).permutation(rows)
-        chosen = interactions.ratings(rows[: max_support + max_query])
-        support = chosen.head(max_support)
-        episodes.append(Episode(name, support, Ratings(chosen.items[max_support:], chosen.values[max_support:])))
+            rows = seeded(seed, name).permutation(rows)
+        rows = _first_of_each_item(interactions, rows)
+        usable = rows[support_from[interactions.item[rows]]]
+        size = min(max_support, len(usable) - reserved) if short_supports else max_support
+        support = usable[: max(size, 0)]
+        rest = rows[~np.isin(rows, support)]
+        query = rest[query_from[interactions.item[rest]]][:max_query]
+        if (len(support) < max_support and not short_supports) or len(query) < min_query:
+            continue
+        asked = interactions.ratings(query)
+        if candidates != "rated":
+            strangers = query_from.copy()
+            strangers[interactions.item[interactions.rows_of_user[user]]] = False
+            asked = _with_unrated(asked, np.flatnonzero(strangers), interactions, candidates, sampled, seed, name)
+        episodes.append(Episode(name, interactions.ratings(support), asked))
     return episodes, len(users) - len(episodes)
 
 
-def _generator(seed: int, name: str) -> np.random.Generator:
-    digest = hashlib.sha256(name.encode()).digest()
+def _first_of_each_item(interactions: Interactions, rows: Codes) -> Codes:
+    _, first = np.unique(interactions.item[rows], return_index=True)
+    return rows if len(first) == len(rows) else rows[np.sort(first)]
+
+
+def _with_unrated(
+    query: Ratings, strangers: Codes, data: Interactions, candidates: Candidates, sampled: int, seed: int, name: str
+) -> Ratings:
+    if candidates == "sampled":
+        strangers = seeded(seed, f"{name}\0candidates").choice(strangers, min(sampled, len(strangers)), replace=False)
+    if query.liked is None:
+        raise ConfigError("unrated candidates need labelled ratings", "Load the data through its task")
+    return Ratings(
+        np.concatenate([query.items, strangers]),
+        np.concatenate([query.values, np.full(len(strangers), data.scale.low, np.float32)]),
+        np.concatenate([query.liked, np.zeros(len(strangers), bool)]),
+    )
+
+
+def seeded(seed: int, name: str) -> np.random.Generator:
+    """Returns a generator of a seed and a name, the same whoever else there is."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
     return np.random.default_rng([seed, *np.frombuffer(digest[:16], np.uint32).tolist()])
 
 
@@ -146,16 +253,15 @@ def training_batch(
     """
     generator = np.random.default_rng([seed, step])
     support_size = int(generator.choice(np.asarray(shots)))
-    sizes = np.array([len(interactions.rows_of_user[user]) for user in users])
-    eligible = users[sizes >= support_size + min_query]
+    eligible = users[interactions.items_of_user[users] >= support_size + min_query]
     if len(eligible) == 0:
         raise DataError(
             f"no meta-training user has {support_size + min_query} ratings", "Lower train.shots or train.min_query"
         )
     episodes = []
     for user in generator.choice(eligible, min(batch_users, len(eligible)), replace=False):
-        rows = generator.permutation(interactions.rows_of_user[user])[: support_size + max_query]
-        chosen = interactions.ratings(rows)
-        query = Ratings(chosen.items[support_size:], chosen.values[support_size:])
+        rows = _first_of_each_item(interactions, generator.permutation(interactions.rows_of_user[user]))
+        chosen = interactions.ratings(rows[: support_size + max_query])
+        query = chosen.rows(slice(support_size, None))
         episodes.append(Episode(interactions.users[user], chosen.head(support_size), query))
     return episodes

@@ -6,22 +6,27 @@ All methods and all K share the same users and the same query of each. Knows not
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from metarec.artifacts import SCHEMA_VERSION
 from metarec.episodes import Episode
-from metarec.errors import EvaluationError
-from metarec.interactions import Catalog
-from metarec.metrics import auc, bootstrap_interval, check_scores, ndcg
+from metarec.errors import EvaluationError, suggest
+from metarec.interactions import Catalog, Flags, Ratings
+from metarec.metrics import RANKING, at_cutoff, auc, bootstrap_interval, check_scores, recbole_ndcg
 from metarec.scorer import Request, Scorer
 
 CUTOFF = 10
 METRICS = ("auc", f"ndcg@{CUTOFF}")
+_RECBOLE = ("recbole-rating-ndcg", "recbole-click-ndcg")
+_ERRORS = ("mae", "rmse")
+# How many ratings the mean residual of a support counts as, when scores are turned into ratings.
+_LEVEL_STRENGTH = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Report:
         baseline: The method that paired differences are taken to.
         seed: Seed of tie-breaking and bootstrap.
         left_out: How many users were left out, by reason.
+        metrics: The metrics there are, the first of which differences and intervals are taken of.
+        hashes: Content hashes of what was evaluated on: data, split, prompt.
     """
 
     per_user: pd.DataFrame
@@ -66,11 +73,13 @@ class Report:
     baseline: str
     seed: int
     left_out: Mapping[str, int]
+    metrics: tuple[str, ...] = METRICS
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
     def values(self, method: str, shots: int, metric: str = "auc") -> pd.Series:
-        """Returns a metric by user, sorted by user id."""
+        """Returns a metric by user, sorted by user id; users for whom it is not defined are left out."""
         rows = self.per_user[(self.per_user["method"] == method) & (self.per_user["shots"] == shots)]
-        return rows.set_index("user")[metric].sort_index()
+        return rows.set_index("user")[metric].dropna().sort_index()
 
     def difference(
         self, method: str, shots: int, other: str, other_shots: int, metric: str = "auc"
@@ -84,7 +93,7 @@ class Report:
         for row in self.costs.to_dict("records"):
             method, shots = str(row["method"]), int(row["shots"])
             gain, interval = self.difference(method, shots, self.baseline, shots)
-            means = {metric: float(self.values(method, shots, metric).mean()) for metric in METRICS}
+            means = {metric: float(self.values(method, shots, metric).mean()) for metric in self.metrics}
             yield Cell(
                 method=method,
                 shots=shots,
@@ -103,6 +112,7 @@ class Report:
             "baseline": self.baseline,
             "seed": self.seed,
             "left_out": dict(self.left_out),
+            "hashes": dict(self.hashes),
             "rows": [
                 {
                     "method": cell.method,
@@ -130,6 +140,10 @@ def evaluate(
     seed: int,
     baseline: str,
     left_out: Mapping[str, int],
+    metrics: Sequence[str] = METRICS,
+    calibration: Sequence[Episode] = (),
+    short_supports: bool = False,
+    hashes: Mapping[str, str] | None = None,
 ) -> Report:
     """Scores every episode's query with every method at every K.
 
@@ -138,25 +152,34 @@ def evaluate(
         episodes: The users.
         shots: The support sizes K; each support is the first K ratings of the episode's.
         catalog: For item ids, which break ties.
-        threshold: Ratings from here on are likes.
+        threshold: Ratings from here on are likes, in episodes that carry no labels.
         seed: Seed of tie-breaking and bootstrap.
         baseline: Name of the scorer that paired differences are taken to.
         left_out: Users already left out, by reason; those whose query holds one class only are added.
+        metrics: What is measured; `METRICS` come first in any case. ``mae`` and ``rmse`` are a user's mean error, in
+            the rating's units; they and ``recbole-*`` are defined for users of one class too.
+        calibration: Validation users, on whom the line from score to rating is fitted that ``mae`` and ``rmse`` need.
+        short_supports: Users with fewer than K ratings give what they have.
+        hashes: Content hashes that the report carries.
 
     Raises:
         EvaluationError: A scorer returns something that cannot be ranked, no user has both classes, a support is
-            smaller than K, or the baseline is not among the scorers.
+            smaller than K, the baseline is not among the scorers, or errors are asked for without validation users.
     """
     names = [scorer.name for scorer in scorers]
     if len(set(names)) != len(names) or baseline not in names:
         raise EvaluationError(f"scorers are named {names}, the baseline '{baseline}'")
-    labels = {episode.user: episode.query.values >= threshold for episode in episodes}
-    kept = [episode for episode in episodes if 0 < labels[episode.user].sum() < len(episode.query)]
-    if not kept:
+    metrics = tuple(dict.fromkeys((*METRICS, *metrics)))
+    if set(metrics) & set(_ERRORS) and not calibration:
+        raise EvaluationError("mae and rmse need validation users", "Scores become ratings on them")
+    labels = {episode.user: episode.query.likes(threshold) for episode in episodes}
+    both = [episode for episode in episodes if 0 < labels[episode.user].sum() < len(episode.query)]
+    kept = list(episodes) if set(metrics) & {*_ERRORS, *_names(metrics, _RECBOLE)} else both
+    if not both:
         raise EvaluationError(f"none of {len(episodes)} users both likes and dislikes something in the query")
-    if max(shots) > min(len(episode.support) for episode in kept):
+    if not short_supports and max(shots) > min(len(episode.support) for episode in kept):
         raise EvaluationError(f"K = {max(shots)} asks for more ratings than some support has")
-    one_class = len(episodes) - len(kept)
+    one_class = len(episodes) - len(both)
     rows: list[dict[str, Any]] = []
     costs: list[dict[str, Any]] = []
     for scorer in scorers:
@@ -173,32 +196,90 @@ def evaluate(
                     "bytes_per_user": scorer.bytes_per_user if count else 0,
                 }
             )
+            to_rating = _line(scorer, calibration, count) if set(metrics) & set(_ERRORS) else None
             for episode, scores in zip(kept, scored, strict=True):
                 values = scores.detach().numpy()
                 check_scores(values, f"method '{scorer.name}', K = {count}")
-                liked = labels[episode.user]
                 items = [catalog.ids[code] for code in episode.query.items]
-                rows.append(
-                    {
-                        "method": scorer.name,
-                        "shots": count,
-                        "user": episode.user,
-                        "auc": auc(values, liked),
-                        f"ndcg@{CUTOFF}": ndcg(values, liked, items, CUTOFF, seed),
-                    }
-                )
+                error = None if to_rating is None else to_rating(episode, values) - episode.query.values
+                measured = {
+                    metric: _measure(metric, values, episode.query, labels[episode.user], items, error, seed)
+                    for metric in metrics
+                }
+                rows.append({"method": scorer.name, "shots": count, "user": episode.user, **measured})
     return Report(
-        per_user=pd.DataFrame(rows),
+        per_user=pd.DataFrame(rows).astype(dict.fromkeys(metrics, float)),
         costs=pd.DataFrame(costs),
         baseline=baseline,
         seed=seed,
         left_out={**left_out, **({"query of one class": one_class} if one_class else {})},
+        metrics=metrics,
+        hashes=hashes or {},
     )
+
+
+def check_metric(name: str) -> None:
+    """Refuses a metric that there is not.
+
+    Raises:
+        EvaluationError: It is none of ``auc``, ``mae``, ``rmse``, or a ranking measure with a cutoff.
+    """
+    measure, at, cutoff = name.partition("@")
+    ranking = measure in (*RANKING, *_RECBOLE) and at and cutoff.isdigit() and int(cutoff) > 0
+    if not ranking and name not in ("auc", *_ERRORS):
+        known = ["auc", *_ERRORS, *(f"{measure}@5" for measure in (*RANKING, *_RECBOLE))]
+        raise EvaluationError(f"no metric is called '{name}'", suggest(name, known))
+
+
+def _names(metrics: Sequence[str], measures: Sequence[str]) -> set[str]:
+    return {metric for metric in metrics if metric.partition("@")[0] in measures}
+
+
+def _measure(
+    metric: str,
+    scores: NDArray[np.floating],
+    query: Ratings,
+    liked: Flags,
+    items: Sequence[str],
+    error: NDArray[np.floating] | None,
+    seed: int,
+) -> float | None:
+    measure, _, cutoff = metric.partition("@")
+    if metric == "auc":
+        return auc(scores, liked)
+    if error is not None and metric in _ERRORS:
+        return float(np.abs(error).mean() if metric == "mae" else np.sqrt((error**2).mean()))
+    if measure in _RECBOLE:
+        clicks = measure != _RECBOLE[0]
+        return recbole_ndcg(scores, liked.astype(np.float32) if clicks else query.values, int(cutoff), clicks=clicks)
+    return at_cutoff(measure, scores, liked, items, int(cutoff), seed)
+
+
+def _line(
+    scorer: Scorer, calibration: Sequence[Episode], shots: int
+) -> Callable[[Episode, NDArray[np.floating]], NDArray[np.floating]]:
+    """Fits rating = a + b score + c (mean of the support's ratings, shrunk to the overall mean) on validation users.
+
+    A score is only an order within one user; the same line for every method and K makes errors comparable.
+    """
+    scored = scorer.score([request(episode, shots) for episode in calibration])
+    overall = float(np.concatenate([episode.query.values for episode in calibration]).mean())
+
+    def features(episode: Episode, scores: NDArray[np.floating]) -> NDArray[np.float64]:
+        given = episode.support.head(shots).values
+        level = float((given - overall).sum()) / (len(given) + _LEVEL_STRENGTH)
+        return np.stack([np.ones(len(scores)), scores, np.full(len(scores), level)], axis=1).astype(np.float64)
+
+    rows = [features(episode, scores.detach().numpy()) for episode, scores in zip(calibration, scored, strict=True)]
+    target = np.concatenate([episode.query.values for episode in calibration]).astype(np.float64)
+    weights = np.linalg.lstsq(np.concatenate(rows), target, rcond=None)[0]
+    low, high = float(target.min()), float(target.max())
+    return lambda episode, scores: np.clip(features(episode, scores) @ weights, low, high)
 
 
 def request(episode: Episode, shots: int) -> Request:
     """Returns what a scorer may see of an episode: K ratings, and the query without its labels."""
-    return Request(episode.user, episode.support.head(shots), episode.query.items)
+    return Request(episode.user, episode.support.head(shots).unlabelled(), episode.query.items)
 
 
 def mean_auc(report: Report, method: str, shots: Sequence[int]) -> float:

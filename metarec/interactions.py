@@ -6,10 +6,11 @@ stay small. Knows nothing of files, splits or models.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +20,7 @@ from metarec.errors import DataError, RatingError, UnknownItemError, suggest
 
 Codes = NDArray[np.int64]
 Values = NDArray[np.float32]
+Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,36 @@ def _other_forms(title: str) -> set[str]:
     """Returns a title without its brackets, and with an article at its end put in front."""
     bare = _BRACKETS.sub("", title)
     forms = {title, bare}
-    for form in (title, bare):
-        if match := _LAST_ARTICLE.match(form):
-            rest, article = match.groups()
-            forms.add(f"{article}{'' if article.endswith(chr(39)) else ' '}{rest}")
-    return forms
+    return forms | {_article_first(form) for form in forms}
+
+
+_YEAR = re.compile(r"^(.*\S)\s*\(((?:18|19|20)\d\d)(?:-(?:(?:19|20)\d\d)?)?\)$", re.DOTALL)
+_BRACKETED = re.compile(r"\(([^()]*)\)")
+
+
+def read_title(text: str) -> tuple[str, str]:
+    """Reads a title as catalogues write it: ``Matrix, The (1999)`` is ``The Matrix`` of ``1999``.
+
+    Args:
+        text: The title; a year in brackets at its end is taken off, articles go to the front, in brackets too.
+
+    Returns:
+        The title as people say it, and the year or an empty string.
+    """
+    text = " ".join(text.split())
+    match = _YEAR.match(text)
+    title, year = match.groups() if match else (text, "")
+    first = title.find(" (")
+    head, tail = (title, "") if first < 0 else (title[:first], title[first:])
+    return _article_first(head) + _BRACKETED.sub(lambda inner: f"({_article_first(inner[1])})", tail), year
+
+
+def _article_first(title: str) -> str:
+    match = _LAST_ARTICLE.match(title)
+    if not match:
+        return title
+    rest, article = match.groups()
+    return f"{article}{'' if article.endswith(chr(39)) else ' '}{rest}"
 
 
 def _fold(text: str) -> str:
@@ -127,21 +154,45 @@ class Ratings:
     Args:
         items: Item codes, shape (ratings,).
         values: Ratings on the dataset's scale, shape (ratings,).
+        liked: What the task's label rule says of each, shape (ratings,); None where no rule was applied.
     """
 
     items: Codes
     values: Values
+    liked: Flags | None = None
 
     def __post_init__(self) -> None:
         if self.items.shape != self.values.shape or self.items.ndim != 1:
             raise DataError(f"{self.items.shape} items do not match {self.values.shape} ratings")
+        if self.liked is not None and self.liked.shape != self.items.shape:
+            raise DataError(f"{self.liked.shape} labels do not match {self.items.shape} ratings")
 
     def __len__(self) -> int:
         return len(self.items)
 
+    def rows(self, chosen: Codes | slice) -> Ratings:
+        """Returns the ratings in some positions."""
+        return Ratings(self.items[chosen], self.values[chosen], None if self.liked is None else self.liked[chosen])
+
     def head(self, count: int) -> Ratings:
         """Returns the first `count` ratings."""
-        return Ratings(self.items[:count], self.values[:count])
+        return self.rows(slice(count))
+
+    def likes(self, threshold: float) -> Flags:
+        """Says which ratings are likes: by the task's label rule, or where none was applied by a threshold.
+
+        Args:
+            threshold: Ratings from here on are likes; NaN where likes are ratings above the mean of these.
+        """
+        if self.liked is not None:
+            return self.liked
+        if np.isnan(threshold):
+            return self.values > self.values.mean() if len(self) else np.zeros(0, bool)
+        return self.values >= threshold
+
+    def unlabelled(self) -> Ratings:
+        """Returns the same ratings as a person would give them: a rule may have looked at held-out ratings."""
+        return Ratings(self.items, self.values)
 
     @classmethod
     def empty(cls) -> Ratings:
@@ -221,6 +272,7 @@ class Interactions:
         catalog: The items.
         scale: The rating scale.
         dropped: How many source rows were left out, by reason.
+        liked: What the task's label rule says of each row, shape (rows,); None where no rule was applied.
     """
 
     users: tuple[str, ...]
@@ -231,6 +283,7 @@ class Interactions:
     catalog: Catalog
     scale: RatingScale
     dropped: Mapping[str, int]
+    liked: Flags | None = None
 
     def __len__(self) -> int:
         return len(self.user)
@@ -242,6 +295,34 @@ class Interactions:
         bounds = np.searchsorted(self.user[order], np.arange(1, len(self.users)))
         return tuple(np.split(order, bounds))
 
+    @cached_property
+    def items_of_user(self) -> Codes:
+        """How many different items each user rated, shape (users,)."""
+        pairs = np.unique(self.user * len(self.catalog) + self.item)
+        return np.bincount(pairs // max(len(self.catalog), 1), minlength=len(self.users))
+
     def ratings(self, rows: Codes) -> Ratings:
         """Returns the items and ratings of some rows."""
-        return Ratings(self.item[rows], self.rating[rows])
+        return Ratings(self.item[rows], self.rating[rows], None if self.liked is None else self.liked[rows])
+
+    def subset(self, rows: Codes | Flags) -> Interactions:
+        """Returns some rows, with the same users and the same catalog."""
+        return replace(
+            self,
+            user=self.user[rows],
+            item=self.item[rows],
+            rating=self.rating[rows],
+            timestamp=None if self.timestamp is None else self.timestamp[rows],
+            liked=None if self.liked is None else self.liked[rows],
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the data by its content: who rated what, how and when, and what the items are."""
+        digest = hashlib.sha256()
+        for ids in (self.users, self.catalog.ids, *(column for _, column in sorted(self.catalog.fields.items()))):
+            digest.update("\0".join(ids).encode("utf-8", "surrogatepass") + b"\1")
+        digest.update("\0".join([*sorted(self.catalog.fields), str(self.scale)]).encode())
+        for numbers in (self.user, self.item, self.rating, self.timestamp):
+            digest.update(b"" if numbers is None else np.ascontiguousarray(numbers).tobytes())
+        return digest.hexdigest()[:16]

@@ -47,9 +47,31 @@ def auc(scores: NDArray[np.floating], labels: NDArray[np.bool_]) -> float | None
 def ndcg(
     scores: NDArray[np.floating], labels: NDArray[np.bool_], items: Sequence[str], cutoff: int, seed: int
 ) -> float | None:
-    """Normalized discounted cumulative gain of one user (Jarvelin and Kekalainen 2002), binary gains.
+    """Normalized discounted cumulative gain of one user (Jarvelin and Kekalainen 2002); see `at_cutoff`."""
+    return at_cutoff("ndcg", scores, labels, items, cutoff, seed)
+
+
+RANKING = {
+    "ndcg": ir_measures.nDCG,
+    "precision": ir_measures.P,
+    "recall": ir_measures.R,
+    "hit": ir_measures.Success,
+    "mrr": ir_measures.RR,
+}
+
+
+def at_cutoff(
+    measure: str,
+    scores: NDArray[np.floating],
+    labels: NDArray[np.bool_],
+    items: Sequence[str],
+    cutoff: int,
+    seed: int,
+) -> float | None:
+    """A ranking measure of one user over the first ranks, binary gains.
 
     Args:
+        measure: A key of `RANKING`.
         scores: Finite scores, shape (candidates,).
         labels: True where the user liked the item, shape (candidates,).
         items: Item ids, for breaking ties.
@@ -57,7 +79,7 @@ def ndcg(
         seed: Another seed breaks ties in another order.
 
     Returns:
-        The gain, or None where all labels are the same.
+        The value, or None where all labels are the same.
     """
     if labels.all() or not labels.any():
         return None
@@ -66,7 +88,38 @@ def ndcg(
     # Ranks, not scores, go to the library: it would break ties by document name.
     qrels = {"user": {str(code): int(label) for code, label in enumerate(labels)}}
     run = {"user": {str(code): float(rank) for code, rank in enumerate(ranks)}}
-    return float(ir_measures.calc_aggregate([ir_measures.nDCG @ cutoff], qrels, run)[ir_measures.nDCG @ cutoff])
+    wanted = RANKING[measure] @ cutoff
+    return float(ir_measures.calc_aggregate([wanted], qrels, run)[wanted])
+
+
+def recbole_ndcg(scores: NDArray[np.floating], relevance: NDArray[np.floating], cutoff: int, *, clicks: bool) -> float:
+    """Gain as RecBole-MetaRec's evaluator computes it, ties included: for comparison with its tables, not a measure.
+
+    Both sides are cut by ``torch.topk``, which takes whichever of tied values it meets; a model that scores all
+    items alike therefore shares its choice with the labels and gets more than chance.
+
+    Args:
+        scores: Scores, shape (candidates,); NaN is ranked like any other value, as there.
+        relevance: Ratings, of which the `cutoff` highest count as relevant; or zeros and ones, of which the ones do.
+        cutoff: Ranks that count.
+        clicks: Whether `relevance` is zeros and ones.
+
+    Returns:
+        The gain; zero where nothing is relevant.
+
+    Source: nuster1128/RecBole-MetaRec, its evaluation rules as published (written anew).
+    """
+    import torch
+
+    count = min(cutoff, len(scores))
+    wanted = int(relevance.sum()) if clicks else count
+    relevant = torch.topk(torch.from_numpy(relevance.astype(np.float32)), wanted)[1]
+    ranked = torch.topk(torch.from_numpy(np.array(scores, np.float32)), count)[1]
+    if len(relevant) == 0:
+        return 0.0
+    discount = 1 / np.log2(np.arange(2, count + 2))
+    ideal = discount[: len(relevant)].sum()
+    return float(discount[torch.isin(ranked, relevant).numpy()].sum() / ideal)
 
 
 def rank_order(scores: NDArray[np.floating], items: Sequence[str], seed: int) -> NDArray[np.int64]:

@@ -83,7 +83,7 @@ def collate(ratings: Sequence[Ratings], prior: ItemPrior, reader: Reader, thresh
         prior=pad([_prior_of(rating, prior, seen) for rating in ratings], torch.float32),
         frozen=frozen[items],
         target=pad([prior.standardize(rating.values) for rating in ratings], torch.float32),
-        liked=pad([rating.values >= threshold for rating in ratings], torch.bool),
+        liked=pad([rating.likes(threshold) for rating in ratings], torch.bool),
         real=pad([np.ones(len(rating), bool) for rating in ratings], torch.bool),
     )
 

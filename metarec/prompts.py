@@ -7,7 +7,7 @@ own control tokens become spaces, so that no title can end a turn or add one. Kn
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -38,11 +38,7 @@ class PromptTemplate:
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
-        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
-        try:
-            return environment.from_string(self.text)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"the prompt template does not parse: {error}", "Repair 'prompt.text'") from None
+        return _compile(self.text, "prompt.text")
 
     def render(self, catalog: Catalog, code: int, special_tokens: Sequence[str] = (), mask: str = "") -> str:
         """Returns the prompt of one item.
@@ -57,13 +53,44 @@ class PromptTemplate:
             ConfigError: The template names a field that the catalog does not have, or fails.
         """
         fields = {name: clean_field(value, special_tokens) for name, value in catalog.row(code).items()}
-        try:
-            return self._compiled.render(**fields, mask=mask)
-        except jinja2.TemplateError as error:
-            raise ConfigError(
-                f"the prompt template fails on item '{catalog.ids[code]}': {error}",
-                f"Fields there are: {', '.join(sorted(fields))}",
-            ) from None
+        return _render(self._compiled, {**fields, "mask": mask}, "the prompt template", catalog.ids[code])
+
+
+def derive_fields(catalog: Catalog, templates: Mapping[str, str]) -> Catalog:
+    """Builds catalog fields from others: item text as a task wants it, or the value that names a domain.
+
+    Args:
+        catalog: The items.
+        templates: Name of a new or replaced field to its Jinja2 template over the fields before it.
+
+    Raises:
+        ConfigError: A template does not parse, names a field that is not there, or fails.
+    """
+    for name, text in templates.items():
+        compiled = _compile(text, f"dataset.fields.{name}")
+        column = tuple(
+            _render(compiled, catalog.row(code), f"the template of field '{name}'", catalog.ids[code]).strip()
+            for code in range(len(catalog))
+        )
+        catalog = Catalog(catalog.ids, {**catalog.fields, name: column})
+    return catalog
+
+
+def _compile(text: str, where: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
+    try:
+        return environment.from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"the template does not parse: {error}", f"Repair '{where}'") from None
+
+
+def _render(template: jinja2.Template, fields: Mapping[str, str], what: str, item: str) -> str:
+    try:
+        return template.render(**fields)
+    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{what} fails on item '{item}': {error}", f"Fields there are: {', '.join(sorted(set(fields) - {'mask'}))}"
+        ) from None
 
 
 def clean_field(value: str, special_tokens: Sequence[str] = ()) -> str:

@@ -48,6 +48,7 @@ from metarec.prompts import PromptTemplate, tokenize_catalog
 from metarec.reader import Reader, default_placement, open_reader
 from metarec.scorer import Scorer
 from metarec.scorers.adapted import InnerLoop, MetaScorer
+from metarec.scorers.expected import expected_rating
 from metarec.scorers.prompted import ZeroShot
 from metarec.scorers.trivial import ItemMean
 from metarec.task import Task, TaskData, load_task, load_task_data
@@ -239,11 +240,17 @@ class MetaRecommender:
         return _scorer(self.fitted, self.config, rate_scale=rate_scale, steps=steps, name=name)
 
     def scorers(self) -> list[Scorer]:
-        """Returns the rows of the default table: item mean, zero-shot prompt, before and after adaptation."""
+        """Returns the rows of the default table: item mean, zero-shot prompt, before and after adaptation.
+
+        A task whose prompt names an answer word per rating gets the expected rating as well.
+        """
         fitted = self.fitted
+        words, template = fitted.task.prompt.ratings, fitted.task.template
+        expected = [expected_rating(fitted.reader, template, fitted.catalog, words, fitted.scale)] if words else []
         return [
             ItemMean(fitted.prior.without_text(), name=BASELINE),
             ZeroShot(fitted.reader),
+            *expected,
             self.scorer(steps=0, name="metarec, before adaptation"),
             self.scorer(),
         ]
@@ -274,6 +281,10 @@ class MetaRecommender:
             seed=self.config.seed,
             baseline=BASELINE,
             left_out={"too few ratings": too_few} if too_few else {},
+            metrics=data.task.metrics,
+            calibration=data.episodes("validation")[0] if {"mae", "rmse"} & set(data.task.metrics) else (),
+            short_supports=data.task.short_supports,
+            hashes=data.hashes,
         )
 
     def adapt(self, ratings: Sequence[tuple[str, float]]) -> AdaptedUser:
@@ -486,6 +497,7 @@ def _meta_train(
             seed=config.seed,
             baseline=scorer.name,
             left_out={},
+            short_supports=data.task.short_supports,
         )
         return mean_auc(report, scorer.name, shots)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from metarec.evaluate import CUTOFF, Cell, Report
+from metarec.evaluate import CUTOFF, METRICS, Cell, Report
 
 
 def table(report: Report) -> Table:
@@ -22,7 +22,9 @@ def table(report: Report) -> Table:
     result.add_column("")
     for count in shots:
         result.add_column(f"K = {count}", justify="right", no_wrap=True)
-    labels = ("AUC", f"nDCG@{CUTOFF}", f"AUC - {report.baseline}", "95% interval", "seconds/user", "bytes/user")
+    more = [metric for metric in report.metrics if metric not in METRICS]
+    paired = (f"AUC - {report.baseline}", "95% interval", "seconds/user", "bytes/user")
+    labels = ("AUC", f"nDCG@{CUTOFF}", *more, *paired)
     for method in dict.fromkeys(cell.method for cell in cells):
         row = {cell.shots: cell for cell in cells if cell.method == method}
         columns = ["\n".join(_lines(row[count], report.baseline)) for count in shots]
@@ -35,7 +37,7 @@ def _lines(cell: Cell, baseline: str) -> Sequence[str]:
     paired = ("", "") if cell.method == baseline else (f"{cell.gain:+.4f}", f"{low:+.4f} {high:+.4f}")
     return (
         f"{cell.means['auc']:.4f}",
-        f"{cell.means[f'ndcg@{CUTOFF}']:.4f}",
+        *(f"{value:.4f}" for metric, value in cell.means.items() if metric != "auc"),
         *paired,
         f"{cell.seconds_per_user:.4f}",
         f"{cell.bytes_per_user:,}",

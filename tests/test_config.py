@@ -60,7 +60,7 @@ def test_overrides_leave_the_rest_alone() -> None:
 def test_a_tasks_digest_follows_its_content_but_not_its_place() -> None:
     task = load_task("movielens/user-cold")
     moved = task.model_copy(update={"dataset": task.dataset.model_copy(update={"path": Path("elsewhere")})})
-    changed = task.model_copy(update={"like_threshold": 3.0})
+    changed = task.model_copy(update={"label": "rating >= 3"})
     assert moved.digest == task.digest != changed.digest
 
 

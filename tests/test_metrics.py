@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metarec.errors import EvaluationError
-from metarec.metrics import auc, bootstrap_interval, check_scores, ndcg, rank_order
+from metarec.metrics import RANKING, at_cutoff, auc, bootstrap_interval, check_scores, ndcg, rank_order, recbole_ndcg
 
 LABELS = np.array([True, False, True, False])
 ITEMS = ["a", "b", "c", "d"]
@@ -73,3 +73,41 @@ def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
 
 def test_equal_values_have_an_interval_of_no_width() -> None:
     assert bootstrap_interval(np.full(5, 0.25), 0) == (0.25, 0.25)
+
+
+def test_ranking_measures_match_their_formulas() -> None:
+    scores = np.array([3.0, 2.0, 1.0, 0.0])
+    labels = np.array([False, True, True, False])
+    values = {measure: at_cutoff(measure, scores, labels, ITEMS, 2, 0) for measure in RANKING}
+    gain = (1 / math.log2(3)) / (1 + 1 / math.log2(3))
+    assert values == pytest.approx({"ndcg": gain, "precision": 0.5, "recall": 0.5, "hit": 1.0, "mrr": 0.5})
+
+
+def test_recboles_rules_match_ours_where_nothing_is_tied() -> None:
+    scores = np.arange(10.0)[::-1].copy()
+    ratings = np.array([9.0, 2, 8, 1, 7, 0, 6, 3, 5, 4])
+    top = ratings >= np.sort(ratings)[-5]
+    assert recbole_ndcg(scores, ratings, 5, clicks=False) == pytest.approx(ndcg(scores, top, list("abcdefghij"), 5, 0))
+    assert recbole_ndcg(scores, top.astype(float), 5, clicks=True) == pytest.approx(
+        ndcg(scores, top, list("abcdefghij"), 5, 0)
+    )
+
+
+def test_recboles_rules_pay_a_constant_score_more_than_chance() -> None:
+    generator = np.random.default_rng(0)
+    ratings = [generator.choice([1.0, 2, 3, 4, 5], 10, p=[0.06, 0.11, 0.27, 0.34, 0.22]) for _ in range(400)]
+    constant = np.mean([recbole_ndcg(np.zeros(10), each, 5, clicks=False) for each in ratings])
+    chance = np.mean([recbole_ndcg(generator.random(10), each, 5, clicks=False) for each in ratings])
+    assert constant > chance + 0.03
+    names = [str(item) for item in range(10)]
+    sound = [ndcg(np.zeros(10), each >= 4, names, 5, 0) for each in ratings]
+    random = [ndcg(generator.random(10), each >= 4, names, 5, 0) for each in ratings]
+    difference = np.array(
+        [one - two for one, two in zip(sound, random, strict=True) if one is not None and two is not None]
+    )
+    assert abs(difference.mean()) < 4 * difference.std() / math.sqrt(len(difference))
+
+
+def test_recboles_rules_rank_nan_and_pay_nothing_where_nobody_clicked() -> None:
+    assert recbole_ndcg(np.full(10, np.nan), np.arange(10.0), 5, clicks=False) >= 0
+    assert recbole_ndcg(np.arange(10.0), np.zeros(10), 5, clicks=True) == 0.0

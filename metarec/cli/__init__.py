@@ -1,4 +1,4 @@
-"""The command line: ``metarec doctor | model | train | evaluate | adapt | recommend | quickstart``.
+"""The command line: ``metarec doctor | model | train | evaluate | adapt | recommend | quickstart | tasks | data``.
 
 Results go to standard output (with ``--json`` as JSON alone), progress and errors to standard error. A user's mistake
 ends with one line and status 2, Ctrl-C with status 130 and a checkpoint. Heavy imports happen inside the commands, so
@@ -8,12 +8,16 @@ that ``--help`` answers at once. Knows nothing that the Python API does not.
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from metarec.cli import runs
+from metarec.cli.data import data_app
+from metarec.cli.tasks import tasks_app
 from metarec.errors import MetarecError
 
 app = typer.Typer(
@@ -25,10 +29,22 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(runs.app)
+app.add_typer(tasks_app, name="tasks")
+app.add_typer(data_app, name="data")
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    include_path: Annotated[
+        list[Path] | None,
+        typer.Option("--include-path", help="Folder of your own tasks, FAMILY/NAME.yaml.", show_default=False),
+    ] = None,
+) -> None:
+    if include_path:
+        # Where every verb looks, whatever it calls: METAREC_TASKS is how tasks are found.
+        known = os.environ.get("METAREC_TASKS")
+        os.environ["METAREC_TASKS"] = os.pathsep.join([*([known] if known else []), *map(str, include_path)])
     if version:
         from importlib.metadata import version as installed
 

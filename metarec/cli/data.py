@@ -1,0 +1,233 @@
+"""The verbs of a dataset: ``data check | describe | convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from metarec.cli.options import JsonOption, print_json
+from metarec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from metarec.quality import Finding
+    from metarec.sources import SourceOptions, Tables
+    from metarec.task import Task
+
+data_app = typer.Typer(help="Datasets: what they are, what is wrong with them, a copy.", no_args_is_help=True)
+
+WhatArgument = Annotated[
+    str,
+    typer.Argument(help="A task's name or YAML file, whose dataset is meant; or a source, e.g. movielens or table."),
+]
+PathArgument = Annotated[
+    Path | None, typer.Argument(help="Folder, zip or file of the dataset, where WHAT is a source.", show_default=False)
+]
+RatingsFileOption = Annotated[
+    str | None, typer.Option("--ratings-file", help="Of table: the file with the ratings.", show_default=False)
+]
+ItemsFileOption = Annotated[
+    str | None, typer.Option("--items-file", help="Of table: the file with the items.", show_default=False)
+]
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="Of table: OURS=THEIRS, e.g. user=customer_id; may be repeated.", show_default=False),
+]
+SeparatorOption = Annotated[str, typer.Option(help="Of table: what separates fields.")]
+EncodingOption = Annotated[str, typer.Option(help="Of table: the encoding.")]
+ScaleOption = Annotated[str | None, typer.Option(help="LOW,HIGH: the rating scale.", show_default=False)]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder to write; any task reads it in place of the original.")]
+
+
+@data_app.command("check", epilog="Example: metarec data check movielens/item-cold --fail-on error --fail-on markup=1%")
+def check(
+    what: WhatArgument,
+    path: PathArgument = None,
+    ratings_file: RatingsFileOption = None,
+    items_file: ItemsFileOption = None,
+    column: ColumnOption = None,
+    separator: SeparatorOption = ",",
+    encoding: EncodingOption = "utf-8",
+    scale: ScaleOption = None,
+    fix: Annotated[
+        Path | None, typer.Option("--fix", help="Write a cleaned copy to this folder.", show_default=False)
+    ] = None,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-on",
+            help="Status 1 if a finding (or all of: error, warning, note) has more: CODE, CODE=ROWS or CODE=SHARE%.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of a task: the seed of the split that is checked for leaks.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Say what is wrong with a dataset, with rows and cures; of a task also whether its split leaks."""
+    from metarec import quality
+    from metarec.progress import progress
+    from metarec.sources import write_tables
+
+    thresholds = [quality.read_threshold(text) for text in fail_on or []]
+    task, tables = _tables(what, path, _options(ratings_file, items_file, column, separator, encoding, scale))
+    with progress("checking", 3, after=2.0) as advance:
+        data = quality.read_for_checks(tables)
+        findings = quality.check(data)
+        advance(1)
+        mended, done = quality.fix(data, findings) if fix else (tables, [])
+        advance(2)
+        if task is not None:
+            findings += _of_the_split(task, seed)
+        advance(3)
+    if fix:
+        write_tables(mended, fix)
+    verdict = quality.broken(findings, thresholds)
+    if json:
+        print_json(
+            quality.to_json(findings, done, verdict, {"where": tables.where, "fixed_copy": str(fix) if fix else None})
+        )
+    else:
+        for finding in findings:
+            typer.echo(_line(finding))
+        if not findings:
+            typer.echo(f"nothing found in {tables.where}")
+        for sentence in done:
+            typer.echo(f"fixed: {sentence}")
+        if fix:
+            typer.echo(f"written: {fix}")
+        for sentence in verdict:
+            typer.echo(f"over the limit: {sentence}", err=True)
+    if verdict:
+        raise typer.Exit(1)
+
+
+def _line(finding: Finding) -> str:
+    rows = ", ".join(finding.rows) + (", ..." if finding.count > len(finding.rows) else "")
+    head = f"{finding.severity:8s}{finding.code}: {finding.count} of {finding.total} {finding.of}: {finding.message}"
+    named = finding.of if finding.of in ("users", "items", "ways") else "rows"
+    return f"{head}\n        {named}: {rows}\n        cure: {finding.cure}"
+
+
+def _of_the_split(task: Task, seed: int) -> list[Finding]:
+    """Leaks of the task's split, and items that nearly repeat one on its other side."""
+    from metarec.errors import DataError
+    from metarec.quality import leakage, near_duplicates
+    from metarec.task import load_task_data
+
+    try:
+        data = load_task_data(task, seed)
+    except DataError as error:
+        typer.echo(f"the split was not checked: {error}", err=True)
+        return []
+    found = [leakage(data.leaks())]
+    if data.seen is not None:
+        found.append(near_duplicates(data.interactions.catalog, data.seen))
+    return [finding for finding in found if finding]
+
+
+@data_app.command("describe", epilog="Example: metarec data describe movielens data/ml-1m.zip --json")
+def describe(
+    what: WhatArgument,
+    path: PathArgument = None,
+    ratings_file: RatingsFileOption = None,
+    items_file: ItemsFileOption = None,
+    column: ColumnOption = None,
+    separator: SeparatorOption = ",",
+    encoding: EncodingOption = "utf-8",
+    scale: ScaleOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what a dataset is: sizes, density, ratings per user and item, histogram, time span, fields."""
+    from metarec import quality
+
+    _, tables = _tables(what, path, _options(ratings_file, items_file, column, separator, encoding, scale))
+    facts = quality.describe(quality.read_for_checks(tables))
+    if json:
+        print_json(facts)
+        return
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            typer.echo(f"{key.replace('_', ' ')}:")
+            for name, inner in value.items():
+                shown = (
+                    ", ".join(f"{part} {_short(number)}" for part, number in inner.items())
+                    if isinstance(inner, dict)
+                    else _short(inner)
+                )
+                typer.echo(f"  {name}: {shown}")
+        elif key != "schema_version":
+            typer.echo(f"{key.replace('_', ' ')}: {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@data_app.command(
+    "convert", epilog="Example: metarec data convert table orders.csv --column user=customer --out data/mine"
+)
+def convert(
+    what: WhatArgument,
+    out: OutOption,
+    path: PathArgument = None,
+    ratings_file: RatingsFileOption = None,
+    items_file: ItemsFileOption = None,
+    column: ColumnOption = None,
+    separator: SeparatorOption = ",",
+    encoding: EncodingOption = "utf-8",
+    scale: ScaleOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write a dataset as Parquet with a manifest; every task reads the folder in place of the original."""
+    from metarec.sources import write_tables
+
+    _, tables = _tables(what, path, _options(ratings_file, items_file, column, separator, encoding, scale))
+    write_tables(tables, out)
+    facts: dict[str, Any] = {"written": str(out), "ratings": len(tables.ratings), "items": len(tables.items)}
+    facts["dropped"] = dict(tables.dropped)
+    if json:
+        print_json(facts)
+    else:
+        typer.echo(f"{len(tables.ratings):,} ratings and {len(tables.items):,} items written to {out}")
+        for reason, count in tables.dropped.items():
+            typer.echo(f"left out: {count:,}, {reason}")
+
+
+def _options(
+    ratings: str | None, items: str | None, columns: list[str] | None, separator: str, encoding: str, scale: str | None
+) -> SourceOptions:
+    from metarec.config import validated
+    from metarec.sources import SourceOptions
+
+    named = {}
+    for entry in columns or []:
+        ours, equals, theirs = entry.partition("=")
+        if not equals:
+            raise ConfigError(f"--column {entry!r} has no '='", "Write --column user=customer_id")
+        named[ours] = theirs
+    values: dict[str, Any] = {"columns": named, "separator": separator.replace("\\t", "\t"), "encoding": encoding}
+    # What is no row at all becomes a finding; a description and a copy count it.
+    values |= {
+        "bad_rows": "quarantine",
+        "ratings": ratings,
+        "items": items,
+        "scale": scale.split(",") if scale else None,
+    }
+    return validated(SourceOptions, values, "options")
+
+
+def _tables(what: str, path: Path | None, options: SourceOptions) -> tuple[Task | None, Tables]:
+    from metarec.sources import SOURCES, read_tables
+    from metarec.task import load_task
+
+    if what in SOURCES:
+        return None, read_tables(what, path, options)
+    task = load_task(what)
+    if path is not None:
+        raise ConfigError(f"'{what}' is a task and brings its own path, got '{path}'", "Leave the path out")
+    dataset = task.dataset
+    if dataset.source == "mix":
+        raise ConfigError(f"'{what}' joins several datasets", f"Check each: {', '.join(dataset.parts)}")
+    options = dataset.options.model_copy(update={"bad_rows": "quarantine"})
+    return task, read_tables(dataset.source, dataset.path, options)

@@ -1,0 +1,178 @@
+"""The verbs of tasks: ``tasks list | show | validate | preview``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from metarec.cli.options import JsonOption, print_json
+from metarec.errors import MetarecError
+
+if TYPE_CHECKING:
+    from metarec.task import Task, TaskData
+
+tasks_app = typer.Typer(help="Tasks: what can be measured, and what a model is shown.", no_args_is_help=True)
+
+IncludeOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--include-path", help="Folder of your own FAMILY/NAME.yaml files; may be repeated.", show_default=False
+    ),
+]
+TaskArgument = Annotated[str, typer.Argument(help="Task name, or a YAML file.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the split.")]
+
+
+@tasks_app.command("list", epilog="Example: metarec tasks list --include-path my-tasks --json")
+def list_tasks(include_path: IncludeOption = None, json: JsonOption = False) -> None:
+    """List all tasks and groups, and whether their data is there."""
+    from metarec.task import group_names, load_group, load_task, task_names
+
+    found: list[dict[str, Any]] = []
+    for name in task_names(include_path or []):
+        try:
+            task = load_task(name, include_path or [])
+        except MetarecError as error:
+            found.append({"name": name, "data": "broken", "description": str(error)})
+            continue
+        found.append({"name": name, "version": task.version, "data": _data(task), "description": task.description})
+    groups = {name: load_group(name, include_path or []) for name in group_names(include_path or [])}
+    if json:
+        print_json({"tasks": found, "groups": groups})
+        return
+    for entry in found:
+        typer.echo(f"{entry['name']:34s}{entry['data']:9s}{entry['description']}")
+    for name, members in groups.items():
+        typer.echo(f"{name:34s}{'group':9s}{', '.join(members)}")
+
+
+def _data(task: Task) -> str:
+    sets = [*task.dataset.parts.values()] or [task.dataset]
+    there = [dataset.path is None or dataset.path.exists() for dataset in sets]
+    if not all(there):
+        return "absent"
+    return "embedded" if all(dataset.path is None for dataset in sets) else "there"
+
+
+@tasks_app.command("show", epilog="Example: metarec tasks show movielens/item-cold")
+def show_task(name: TaskArgument, include_path: IncludeOption = None, json: JsonOption = False) -> None:
+    """Print a task with all that it includes, and its digest."""
+    import yaml
+
+    from metarec.task import load_task
+
+    task = load_task(name, include_path or [])
+    values = {**task.model_dump(mode="json"), "digest": task.digest}
+    if json:
+        print_json(values)
+    else:
+        typer.echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110), nl=False)
+
+
+@tasks_app.command("validate", epilog="Example: metarec tasks validate movielens --seed 1")
+def validate(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Tasks, groups or YAML files; none means all whose data is there.", show_default=False),
+    ] = None,
+    include_path: IncludeOption = None,
+    seed: SeedOption = 0,
+    json: JsonOption = False,
+) -> None:
+    """Load, label, split and render tasks for real, and look for leaks; status 1 if one is not sound."""
+    from metarec.progress import progress
+    from metarec.task import load_group, load_task, task_names
+
+    own = include_path or []
+    chosen = [task for name in names for task in load_group(name, own)] if names else task_names(own)
+    found: list[dict[str, Any]] = []
+    with progress("validating", len(chosen), after=2.0) as advance:
+        for done, name in enumerate(chosen, start=1):
+            try:
+                task = load_task(name, own)
+                if not names and _data(task) == "absent":
+                    found.append({"name": name, "sound": None, "said": "data absent, not checked"})
+                else:
+                    found.append({"name": name, **_validated(task, seed)})
+            except MetarecError as error:
+                found.append({"name": name, "sound": False, "said": str(error)})
+            advance(done, name)
+    if json:
+        print_json({"tasks": found})
+    else:
+        for entry in found:
+            mark = {True: "sound", False: "BROKEN", None: "skipped"}[entry["sound"]]
+            typer.echo(f"{mark:9s}{entry['name']}: {entry['said']}")
+    if any(entry["sound"] is False for entry in found):
+        raise typer.Exit(1)
+
+
+def _validated(task: Task, seed: int) -> dict[str, Any]:
+    from metarec.task import load_task_data
+
+    data = load_task_data(task, seed)
+    counts = {part: _counted(data, part) for part in ("validation", "test")}
+    faults = data.leaks() + [f"no {part} episode has enough ratings" for part, (kept, _) in counts.items() if not kept]
+    faults += [
+        f"no {part} episode has likes and dislikes" for part, (kept, both) in counts.items() if kept and not both
+    ]
+    catalog = data.interactions.catalog
+    template = task.template
+    prompts = [template.render(catalog, code) for code in range(len(catalog))]
+    repeated = len(prompts) - len(set(prompts))
+    episodes = ", ".join(f"{kept} {part} episodes" for part, (kept, _) in counts.items())
+    said = (
+        "; ".join(faults)
+        or f"{len(data.parts['train'])} meta-training {task.by}s, {episodes}, {repeated} items share a prompt"
+    )
+    return {"sound": not faults, "said": said, "hashes": data.hashes, "dropped": dict(data.interactions.dropped)}
+
+
+def _counted(data: TaskData, part: Any) -> tuple[int, int]:
+    episodes, _ = data.episodes(part)
+    labels = [episode.query.likes(data.task.like_threshold) for episode in episodes]
+    return len(episodes), sum(bool(liked.any() and not liked.all()) for liked in labels)
+
+
+@tasks_app.command("preview", epilog="Example: metarec tasks preview movielens/user-cold --episodes 2")
+def preview(
+    name: TaskArgument,
+    include_path: IncludeOption = None,
+    seed: SeedOption = 0,
+    episodes: Annotated[int, typer.Option(min=1, help="How many test episodes.")] = 1,
+    items: Annotated[int, typer.Option(min=1, help="How many items of each support and query.")] = 3,
+    json: JsonOption = False,
+) -> None:
+    """Show the first test episodes as a model sees them: the prompts of support and query, with their answers."""
+    from metarec.task import load_task, load_task_data
+
+    task = load_task(name, include_path or [])
+    data = load_task_data(task, seed)
+    template = task.template
+    shown: list[dict[str, Any]] = []
+    for episode in data.episodes("test")[0][:episodes]:
+        sides = {}
+        for side, ratings in (("support", episode.support), ("query", episode.query)):
+            liked = ratings.likes(task.like_threshold)
+            sides[side] = [
+                {
+                    "prompt": template.render(data.interactions.catalog, int(code)),
+                    "rating": round(float(value), 3),
+                    "answer": task.prompt.positive if like else task.prompt.negative,
+                }
+                for code, value, like in list(zip(ratings.items, ratings.values, liked, strict=True))[:items]
+            ]
+        sizes = {"support_size": len(episode.support), "query_size": len(episode.query)}
+        shown.append({task.by: episode.user, **sizes, **sides})
+    if json:
+        print_json({"task": name, "hashes": data.hashes, "episodes": shown})
+        return
+    for episode_facts in shown:
+        typer.echo(f"{task.by} {episode_facts[task.by]}")
+        for side in ("support", "query"):
+            typer.echo(f"\n{side}, {len(episode_facts[side])} of {episode_facts[f'{side}_size']}:")
+            for entry in episode_facts[side]:
+                typer.echo(f"---\n{entry['prompt']}{entry['answer']}    (rating {entry['rating']:g})")
+        typer.echo("")

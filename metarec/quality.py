@@ -1,0 +1,671 @@
+"""What is wrong with a dataset, row by row, and what was done about it.
+
+Every check is one function from raw tables to findings; a finding names its rows and its cure, and says whether `fix`
+can mend it. Thresholds turn findings into a verdict. Knows nothing of models; of tasks only what a caller passes in.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from metarec.artifacts import SCHEMA_VERSION
+from metarec.errors import ConfigError, suggest
+from metarec.interactions import Catalog, Flags
+from metarec.sources.assembly import MAX_TEXT, Tables, coded, numbers, rating_numbers, text_column
+
+Severity = Literal["error", "warning", "note"]
+_SHOWN = 10
+_MARKUP = re.compile(r"</?[a-zA-Z][^<>]{0,200}>|&(?:[a-zA-Z]{2,8}|#\d{1,6}|#x[0-9a-fA-F]{1,6});")
+_CHAT = re.compile(r"<\|[^|<>]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>")
+# What UTF-8 looks like when it was read as Latin-1 or Windows-1252.
+_MOJIBAKE = re.compile(
+    "[\u00c2\u00c3\u00d0\u00d1\u00e2][\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013\u2014"
+    "\u2018-\u201e\u2020-\u2022\u2026\u2030\u2039\u203a\u20ac\u2122]|\ufffd"
+)
+_EARLIEST = 631_152_000  # 1990-01-01: no recommender data is older
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where the checks draw their lines.
+
+    Args:
+        user_ratings: Users with fewer ratings are thin: no support and query can be cut from them.
+        item_ratings: Items with fewer ratings are thin: their mean says nothing.
+        one_value: Ratings after which a user who only ever gives one value is suspicious.
+        per_day: Ratings on one day from which on a user looks like a program.
+        share: Share of the catalog from which on a user looks like a program.
+    """
+
+    user_ratings: int = 5
+    item_ratings: int = 2
+    one_value: int = 20
+    per_day: int = 1000
+    share: float = 0.5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Args:
+        code: Its short name.
+        severity: ``error``: cannot be used as it is; ``warning``: will distort results; ``note``: good to know.
+        count: How many rows, users or items.
+        of: What is counted: ``ratings``, ``users``, ``items`` or ``pairs``.
+        total: How many of them there are in all.
+        message: What was found.
+        cure: What to do about it.
+        rows: The first few, by row number (ratings and items count from one) or id.
+        fixable: Whether `fix` mends it.
+    """
+
+    code: str
+    severity: Severity
+    count: int
+    of: str
+    total: int
+    message: str
+    cure: str
+    rows: tuple[str, ...]
+    fixable: bool
+
+    @property
+    def share(self) -> float:
+        """The share of all that is affected."""
+        return self.count / max(self.total, 1)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A dataset in the form that checks read: ids as codes, numbers as numbers.
+
+    Args:
+        tables: The raw tables.
+        users: Distinct user ids.
+        user: Place of each rating's user among them.
+        items: Distinct item ids that were rated.
+        item: Place of each rating's item among them.
+        rating: Ratings, NaN where they are no numbers.
+        time: Timestamps, NaN where they are no numbers; None where there are none.
+        catalog: The item table, as text.
+        now: Seconds since the epoch, from which on a time is in the future.
+    """
+
+    tables: Tables
+    users: list[str]
+    user: np.ndarray
+    items: list[str]
+    item: np.ndarray
+    rating: np.ndarray
+    time: np.ndarray | None
+    catalog: pd.DataFrame
+    now: float
+
+    @property
+    def where(self) -> np.ndarray:
+        """Rows of the file."""
+        return np.arange(len(self.user)) + self.tables.first_row
+
+
+def read_for_checks(tables: Tables, now: float | None = None) -> Checked:
+    """Prepares raw tables for checking; nothing is refused here."""
+    users, user = coded(tables.ratings["user"])
+    items, item = coded(tables.ratings["item"])
+    timed = "timestamp" in tables.ratings
+    return Checked(
+        tables=tables,
+        users=users,
+        user=user,
+        items=items,
+        item=item,
+        rating=rating_numbers(tables.ratings["rating"]),
+        time=numbers(tables.ratings["timestamp"]) if timed else None,
+        catalog=pd.DataFrame({name: text_column(tables.items[name]) for name in tables.items.columns}),
+        now=time.time() if now is None else now,
+    )
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Rows of one table that a check objects to, before they are put into words.
+
+    Args:
+        flags: Which rows, shape (ratings,) or (items,).
+        of: Which table the flags are of: ``ratings`` or ``items``; or ``users``, where each user's rows are flagged.
+    """
+
+    flags: Flags
+    of: Literal["ratings", "items", "users"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: what finds the fault, how bad it is, and what to say.
+
+    Args:
+        find: Returns the faulty rows.
+        severity: How bad it is.
+        message: What was found, in words.
+        cure: What to do.
+        remedy: What `fix` does: drop the rows, or rewrite the item's text; None leaves it to a person.
+    """
+
+    find: Callable[[Checked, Limits], Fault]
+    severity: Severity
+    message: str
+    cure: str
+    remedy: Literal["drop", "rewrite"] | None
+
+
+def _empty_ids(data: Checked, _: Limits) -> Fault:
+    blank = [
+        np.array([not name.strip() for name in names], bool)[codes]
+        for names, codes in ((data.users, data.user), (data.items, data.item))
+    ]
+    return Fault(blank[0] | blank[1], "ratings")
+
+
+def _padded_ids(data: Checked, _: Limits) -> Fault:
+    odd = [
+        np.array([name != name.strip() and bool(name.strip()) for name in names], bool)[codes]
+        for names, codes in ((data.users, data.user), (data.items, data.item))
+    ]
+    return Fault(odd[0] | odd[1], "ratings")
+
+
+def _not_numbers(data: Checked, _: Limits) -> Fault:
+    return Fault(~np.isfinite(data.rating), "ratings")
+
+
+def _off_scale(data: Checked, _: Limits) -> Fault:
+    scale = data.tables.scale
+    if scale is None:
+        return Fault(np.zeros(len(data.rating), bool), "ratings")
+    return Fault(np.isfinite(data.rating) & ((data.rating < scale.low) | (data.rating > scale.high)), "ratings")
+
+
+def _unknown_items(data: Checked, _: Limits) -> Fault:
+    known = set(data.catalog["item"])
+    strange = np.array([bool(item.strip()) and item not in known for item in data.items], bool)
+    return Fault(strange[data.item], "ratings")
+
+
+def _pairs(data: Checked) -> pd.DataFrame:
+    return pd.DataFrame({"pair": data.user * max(len(data.items), 1) + data.item, "rating": data.rating})
+
+
+def _later_first(data: Checked) -> np.ndarray:
+    """Rows in the order in which the last one of each pair is the one to keep."""
+    return np.arange(len(data.user)) if data.time is None else np.argsort(data.time, kind="stable")
+
+
+def _repeated(data: Checked, conflicting: bool) -> Fault:
+    order = _later_first(data)
+    pairs = _pairs(data).iloc[order]
+    repeated = pairs.duplicated("pair", keep="last")
+    flags = np.zeros(len(order), bool)
+    if repeated.any():
+        inside = pairs[pairs["pair"].isin(pairs.loc[repeated, "pair"])]
+        values = inside.groupby("pair")["rating"].nunique(dropna=False)
+        differ = set(values.index[values > 1])
+        flags[order] = (repeated & (pairs["pair"].isin(differ) == conflicting)).to_numpy()
+    return Fault(flags, "ratings")
+
+
+def _times(data: Checked, wrong: Callable[[np.ndarray], np.ndarray]) -> Fault:
+    empty = np.zeros(len(data.user), bool)
+    return Fault(empty if data.time is None else np.asarray(wrong(data.time), bool), "ratings")
+
+
+def _thin_users(data: Checked, limits: Limits) -> Fault:
+    return Fault((np.bincount(data.user, minlength=len(data.users)) < limits.user_ratings)[data.user], "users")
+
+
+def _thin_items(data: Checked, limits: Limits) -> Fault:
+    count = dict(zip(data.items, np.bincount(data.item, minlength=len(data.items)), strict=True))
+    return Fault(np.array([count.get(item, 0) < limits.item_ratings for item in data.catalog["item"]], bool), "items")
+
+
+def _one_value(data: Checked, limits: Limits) -> Fault:
+    frame = pd.DataFrame({"user": data.user, "rating": data.rating})
+    grouped = frame.groupby("user")["rating"].agg(["size", "nunique"]).reindex(range(len(data.users)), fill_value=0)
+    odd = ((grouped["size"] >= limits.one_value) & (grouped["nunique"] == 1)).to_numpy()
+    # Where everybody gives one value, the data is implicit and nobody is suspicious.
+    return Fault((odd & (pd.Series(data.rating).nunique() > 1))[data.user], "users")
+
+
+def _programs(data: Checked, limits: Limits) -> Fault:
+    touched = np.bincount(np.unique(_pairs(data)["pair"]) // max(len(data.items), 1), minlength=len(data.users))
+    odd = (touched > limits.share * len(data.catalog)) & (touched >= limits.per_day)
+    if data.time is not None:
+        day = np.where(np.isfinite(data.time), data.time, 0) // 86_400
+        busiest = pd.DataFrame({"user": data.user, "day": day}).value_counts().groupby("user").max()
+        odd |= (busiest.reindex(range(len(data.users)), fill_value=0) >= limits.per_day).to_numpy()
+    return Fault(odd[data.user], "users")
+
+
+def _in_text(data: Checked, wrong: Callable[[str], bool]) -> Fault:
+    flags = np.zeros(len(data.catalog), bool)
+    for name in data.catalog.columns.drop("item"):
+        flags |= np.array([wrong(text) for text in data.catalog[name]], bool)
+    return Fault(flags, "items")
+
+
+def _titles(data: Checked) -> pd.Series:
+    return data.catalog["title"].str.strip()
+
+
+def _is_control(text: str) -> bool:
+    return not text.isprintable() and any(unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn") for char in text)
+
+
+def plain_text(text: str) -> str:
+    """Mends what can be mended for certain: mojibake that decodes, entities, tags, control and chat characters."""
+    import html
+
+    if _MOJIBAKE.search(text):
+        for encoding in ("cp1252", "latin-1"):
+            try:
+                text = text.encode(encoding).decode("utf-8")
+                break
+            except UnicodeError:
+                continue
+    text = html.unescape(_MARKUP.sub(lambda found: found[0] if found[0].startswith("&") else " ", text))
+    text = _MARKUP.sub(" ", _CHAT.sub(" ", text))
+    visible = "".join(" " if unicodedata.category(char).startswith("C") else char for char in text)
+    return " ".join(visible.split())
+
+
+CHECKS: dict[str, Check] = {
+    "empty-id": Check(_empty_ids, "error", "ratings without a user or an item", "Drop them", "drop"),
+    "padded-id": Check(
+        _padded_ids, "warning", "ids with spaces around them, which makes two of one", "Strip them in the source", None
+    ),
+    "rating-not-a-number": Check(
+        _not_numbers, "error", "ratings that are not finite numbers", "Drop or repair them", "drop"
+    ),
+    "rating-off-scale": Check(
+        _off_scale, "error", "ratings off the stated scale", "Drop them, or state another scale", "drop"
+    ),
+    "item-without-row": Check(
+        _unknown_items,
+        "error",
+        "ratings of items that the item file does not hold",
+        "Add the items, or drop the ratings",
+        "drop",
+    ),
+    "duplicate-rating": Check(
+        lambda data, _: _repeated(data, False), "warning", "ratings given twice with the same value", "Keep one", "drop"
+    ),
+    "conflicting-rating": Check(
+        lambda data, _: _repeated(data, True),
+        "warning",
+        "ratings that a later one of the same user and item contradicts",
+        "Keep the latest",
+        "drop",
+    ),
+    "time-not-a-number": Check(
+        lambda data, _: _times(data, lambda times: ~np.isfinite(times)),
+        "error",
+        "timestamps that are not numbers",
+        "Drop or repair them",
+        "drop",
+    ),
+    "future-time": Check(
+        lambda data, _: _times(data, lambda times: times > data.now + 86_400),
+        "warning",
+        "timestamps in the future",
+        "Check their unit (seconds since 1970) and the clock that wrote them",
+        "drop",
+    ),
+    "ancient-time": Check(
+        lambda data, _: _times(data, lambda times: times < _EARLIEST),
+        "warning",
+        "timestamps before 1990",
+        "Check their unit: seconds since 1970",
+        None,
+    ),
+    "thin-user": Check(
+        _thin_users,
+        "note",
+        "users with too few ratings for a support and a query",
+        "They are left out of episodes",
+        None,
+    ),
+    "thin-item": Check(
+        _thin_items, "note", "items with hardly any ratings", "Their means are shrunk; no need to drop them", None
+    ),
+    "one-value-rater": Check(
+        _one_value,
+        "warning",
+        "users who give everything the same rating",
+        "Leave them out: nothing can be learned from them",
+        "drop",
+    ),
+    "suspicious-user": Check(
+        _programs,
+        "warning",
+        "users who rate faster or more than people do",
+        "Leave them out if they are programs",
+        "drop",
+    ),
+    "empty-item-id": Check(
+        lambda data, _: Fault((data.catalog["item"].str.strip() == "").to_numpy(bool), "items"),
+        "error",
+        "items without an id",
+        "Drop them",
+        "drop",
+    ),
+    "duplicate-item-id": Check(
+        lambda data, _: Fault(data.catalog["item"].duplicated().to_numpy(bool), "items"),
+        "error",
+        "items whose id is taken",
+        "Keep the first row of each",
+        "drop",
+    ),
+    "empty-title": Check(
+        lambda data, _: Fault((_titles(data) == "").to_numpy(bool), "items"),
+        "warning",
+        "items without a title: the language model has nothing to read",
+        "Fill the title in from another source",
+        None,
+    ),
+    "repeated-title": Check(
+        lambda data, _: Fault(
+            (_same_text(data).duplicated(keep=False) & (_titles(data) != "")).to_numpy(bool), "items"
+        ),
+        "warning",
+        "items whose text is the same as another's",
+        "Merge them, or add what tells them apart",
+        None,
+    ),
+    "text-too-long": Check(
+        lambda data, _: _in_text(data, lambda text: len(text) > MAX_TEXT),
+        "error",
+        f"items with a text of more than {MAX_TEXT:,} characters",
+        "Shorten it",
+        "drop",
+    ),
+    "wrong-encoding": Check(
+        lambda data, _: _in_text(data, lambda text: bool(_MOJIBAKE.search(text))),
+        "warning",
+        "texts that were decoded with the wrong encoding",
+        "Read the file as UTF-8, or let --fix decode them",
+        "rewrite",
+    ),
+    "markup": Check(
+        lambda data, _: _in_text(data, lambda text: bool(_MARKUP.search(text))),
+        "warning",
+        "texts with HTML tags or entities",
+        "Let --fix turn them into plain text",
+        "rewrite",
+    ),
+    "control-characters": Check(
+        lambda data, _: _in_text(data, _is_control),
+        "warning",
+        "texts with control, bidirectional or invisible characters",
+        "Prompts show spaces in their place; --fix removes them",
+        "rewrite",
+    ),
+    "chat-tokens": Check(
+        lambda data, _: _in_text(data, lambda text: bool(_CHAT.search(text))),
+        "warning",
+        "texts with the control tokens of chat models",
+        "Prompts show spaces in their place; --fix removes them",
+        "rewrite",
+    ),
+}
+CODES = ("malformed-row", *CHECKS, "near-duplicate-item", "leak")
+
+
+def _same_text(data: Checked) -> pd.Series:
+    columns = [data.catalog[name] for name in data.catalog.columns.drop("item")]
+    return pd.Series(
+        ["\0".join(" ".join(text.casefold().split()) for text in row) for row in zip(*columns, strict=True)]
+    )
+
+
+def check(data: Checked, limits: Limits | None = None) -> list[Finding]:
+    """Runs every check; findings come in the order of `CHECKS`."""
+    limits = limits or Limits()
+    found = _malformed(data.tables)
+    for code, rule in CHECKS.items():
+        fault = rule.find(data, limits)
+        if not fault.flags.any():
+            continue
+        count, total, rows = _counted(data, fault)
+        found.append(
+            Finding(code, rule.severity, count, fault.of, total, rule.message, rule.cure, rows, rule.remedy is not None)
+        )
+    return found
+
+
+def _malformed(tables: Tables) -> list[Finding]:
+    """Rows that the source set aside because they are no rows of their table at all."""
+    rows = [
+        f"{number}{side}"
+        for frame, side in ((tables.ratings, ""), (tables.items, " (items)"))
+        for number in frame.attrs.get("malformed", ())
+    ]
+    total = len(tables.ratings) + len(tables.items) + len(rows)
+    message, cure = "rows with the wrong number of fields, or lines that are no objects", "Repair or drop them"
+    found = Finding("malformed-row", "error", len(rows), "rows", total, message, cure, tuple(rows[:_SHOWN]), True)
+    return [found] if rows else []
+
+
+def _counted(data: Checked, fault: Fault) -> tuple[int, int, tuple[str, ...]]:
+    rows = np.flatnonzero(fault.flags)
+    if fault.of == "users":
+        users = pd.unique(data.user[rows])
+        return len(users), len(np.unique(data.user)), tuple(data.users[code][:80] for code in users[:_SHOWN])
+    if fault.of == "items":
+        shown = tuple(f"{row + 1} ({data.catalog['item'].iloc[row][:80]})" for row in rows[:_SHOWN])
+        return len(rows), len(data.catalog), shown
+    return len(rows), len(data.user), tuple(str(data.where[row]) for row in rows[:_SHOWN])
+
+
+def near_duplicates(catalog: Catalog, seen: Flags) -> Finding | None:
+    """Finds unseen items whose text nearly is that of a seen one, across an item-cold split.
+
+    Similarity is the cosine of character 3- to 5-gram counts of the titles, weighted by rarity; at .9 two titles are
+    the same to a reader. Where both have a year, the years are the same too: a remake is another item.
+
+    Args:
+        catalog: The items.
+        seen: Items that meta-training may see, shape (items,).
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    titles = [" ".join(re.sub(r"[^\w\s]", " ", title.casefold()).split()) for title in catalog.fields["title"]]
+    cold, warm = np.flatnonzero(~seen), np.flatnonzero(seen)
+    texts = [title or f"\0{code}" for code, title in enumerate(titles)]
+    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), token_pattern=None).fit_transform(texts)
+    years = catalog.fields.get("year", ("",) * len(catalog))
+    pairs = []
+    for block in np.array_split(cold, max(1, len(cold) // 500)):
+        likeness = (vectors[block] @ vectors[warm].T).tocoo()
+        close = likeness.data >= 0.9
+        for row, column in zip(likeness.row[close], likeness.col[close], strict=True):
+            one, two = int(block[row]), int(warm[column])
+            if not years[one] or not years[two] or years[one] == years[two]:
+                pairs.append((one, two))
+    if not pairs:
+        return None
+    shown = tuple(
+        f"{catalog.ids[one]} '{catalog.title(one)[:60]}' ~ {catalog.ids[two]} '{catalog.title(two)[:60]}'"
+        for one, two in pairs[:_SHOWN]
+    )
+    return Finding(
+        "near-duplicate-item", "warning", len({one for one, _ in pairs}), "items", len(cold),
+        "unseen items that nearly repeat a seen one, across the item-cold split",
+        "Merge them, or read item-cold results as an upper bound", shown, False,
+    )  # fmt: skip
+
+
+def leakage(leaks: Sequence[str]) -> Finding | None:
+    """Puts what `TaskData.leaks` says into a finding."""
+    if not leaks:
+        return None
+    return Finding(
+        "leak",
+        "error",
+        len(leaks),
+        "ways",
+        len(leaks),
+        "training can see what is tested",
+        "Report this as a bug: a split must not leak",
+        tuple(leaks),
+        False,
+    )
+
+
+def fix(data: Checked, findings: Sequence[Finding], limits: Limits | None = None) -> tuple[Tables, list[str]]:
+    """Mends what can be mended without guessing.
+
+    Args:
+        data: What was checked.
+        findings: What to mend; those that are not fixable stay.
+        limits: The limits that were checked with.
+
+    Returns:
+        The cleaned tables, and a sentence for everything that was done.
+    """
+    limits = limits or Limits()
+    done: list[str] = []
+    for code in (finding.code for finding in findings if finding.fixable):
+        if code == "malformed-row":
+            done += [f"dropped {finding.count} rows: {finding.message}" for finding in _malformed(data.tables)]
+            continue
+        rule = CHECKS[code]
+        fault = rule.find(data, limits)  # again: an earlier remedy may have settled it, or moved its rows
+        if not fault.flags.any():
+            continue
+        count, _, _ = _counted(data, fault)
+        if rule.remedy == "rewrite":
+            texts = {
+                name: [
+                    plain_text(text) if flag else text
+                    for text, flag in zip(data.catalog[name], fault.flags, strict=True)
+                ]
+                for name in data.catalog.columns.drop("item")
+            }
+            tables = replace(data.tables, items=data.catalog.assign(**texts))
+            done.append(f"rewrote {count} item texts: {rule.message}")
+        elif fault.of == "items":
+            tables = replace(data.tables, items=data.catalog[~fault.flags].reset_index(drop=True))
+            done.append(f"dropped {count} items: {rule.message}")
+        else:
+            kept = data.tables.ratings[~fault.flags].reset_index(drop=True)
+            dropped = {**data.tables.dropped, code: int(fault.flags.sum())}
+            tables = replace(data.tables, ratings=kept, dropped=dropped)
+            done.append(f"dropped {int(fault.flags.sum())} ratings: {rule.message}")
+        data = read_for_checks(tables, data.now)
+    return data.tables, done
+
+
+def read_threshold(text: str) -> tuple[str, float, bool]:
+    """Reads ``CODE=LIMIT``: a number of rows (``markup=10``), or a share (``thin-user=5%``).
+
+    Returns:
+        The finding's code, the limit, and whether it is a share.
+
+    Raises:
+        ConfigError: The code is unknown, or the limit is no number.
+    """
+    code, equals, limit = text.partition("=")
+    if code not in CODES and code not in ("error", "warning", "note"):
+        raise ConfigError(f"--fail-on {text!r} names no finding", suggest(code, [*CODES, "error", "warning", "note"]))
+    share = limit.endswith("%")
+    number = limit.removesuffix("%") if equals else "0"
+    if not re.fullmatch(r"\d+(\.\d+)?", number):
+        raise ConfigError(f"--fail-on {text!r} has no limit", "Write e.g. markup=10 or thin-user=5%")
+    return code, float(number) / (100 if share else 1), share
+
+
+def broken(findings: Sequence[Finding], thresholds: Sequence[tuple[str, float, bool]]) -> list[str]:
+    """Says which thresholds are broken: a finding beyond its limit, by code or by severity."""
+    said = []
+    for code, limit, share in thresholds:
+        for finding in findings:
+            value = finding.share if share else finding.count
+            if code in (finding.code, finding.severity) and value > limit:
+                shown = (f"{value:.2%}", f"{limit:.2%}") if share else (f"{finding.count}", f"{limit:g}")
+                said.append(f"{finding.code}: {shown[0]}, more than {shown[1]}")
+    return said
+
+
+def describe(data: Checked) -> dict[str, Any]:
+    """Returns what a dataset is: sizes, density, spread, rating histogram, time span, and how full its fields are."""
+    by_user = np.bincount(data.user, minlength=len(data.users))
+    by_item = np.bincount(data.item, minlength=len(data.items))
+    finite = data.rating[np.isfinite(data.rating)]
+    values, counts = np.unique(finite, return_counts=True)
+    facts: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "where": data.tables.where,
+        "ratings": len(data.user),
+        "users": int((by_user > 0).sum()),
+        "items": len(data.catalog),
+        "items_rated": int((by_item > 0).sum()),
+        "density": float(len(data.user) / max((by_user > 0).sum() * max(len(data.catalog), 1), 1)),
+        "ratings_per_user": _spread(by_user[by_user > 0]),
+        "ratings_per_item": _spread(by_item[by_item > 0]),
+        "mean_rating": float(finite.mean()) if len(finite) else None,
+        "histogram": {f"{value:g}": int(count) for value, count in zip(values[:50], counts[:50], strict=True)},
+        "fields": {
+            str(name): {
+                "filled": float((data.catalog[name].str.strip() != "").mean()) if len(data.catalog) else 0.0,
+                "distinct": int(data.catalog[name].nunique()),
+                "longest": int(data.catalog[name].str.len().max()) if len(data.catalog) else 0,
+            }
+            for name in data.catalog.columns
+        },
+        "dropped": dict(data.tables.dropped),
+    }
+    if data.time is not None and np.isfinite(data.time).any():
+        ends = (float(np.nanmin(data.time)), float(np.nanmax(data.time)))
+        facts["first"], facts["last"] = (_date(end) for end in ends)
+    return facts
+
+
+def _spread(counts: np.ndarray) -> dict[str, float]:
+    if not len(counts):
+        return {}
+    named = zip(
+        ("least", "quarter", "median", "three quarters", "most"),
+        np.percentile(counts, [0, 25, 50, 75, 100]),
+        strict=True,
+    )
+    return {name: float(value) for name, value in named}
+
+
+def _date(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d", time.gmtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds:g} s"
+
+
+def to_json(
+    findings: Sequence[Finding],
+    done: Sequence[str] = (),
+    verdict: Sequence[str] = (),
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Returns findings as plain JSON values."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **(facts or {}),
+        "findings": [{**vars(finding), "rows": list(finding.rows), "share": finding.share} for finding in findings],
+        "fixed": list(done),
+        "broken_thresholds": list(verdict),
+    }

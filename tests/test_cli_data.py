@@ -1,0 +1,207 @@
+"""``metarec tasks`` and ``metarec data`` as people call them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from test_sources import ml_1m
+from test_task import BASE
+
+from metarec import cli
+
+
+@dataclass
+class Ran:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def metarec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    monkeypatch.setenv("METAREC_TASKS", "")  # so that what --include-path adds goes again
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["metarec", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Ran(status, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A family of one's own with one task, one group and one broken file."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "one.yaml").write_text(yaml.safe_dump(BASE | {"name": "mine/one"}))
+    (tmp_path / "mine" / "all.yaml").write_text("group: mine/all\ntasks: [mine/one, movielens/user-cold]\n")
+    (tmp_path / "mine" / "broken.yaml").write_text(yaml.safe_dump(BASE | {"labels": "x"}))
+    return tmp_path
+
+
+def test_the_list_names_tasks_groups_and_whether_the_data_is_there(metarec: Callable[..., Ran], own: Path) -> None:
+    listed = json.loads(metarec("tasks", "list", "--include-path", own, "--json").out)
+    tasks = {entry["name"]: entry["data"] for entry in listed["tasks"]}
+    assert (tasks["movielens/item-cold"], tasks["amazon/user-cold"], tasks["mine/one"]) == (
+        "embedded",
+        "absent",
+        "embedded",
+    )
+    assert tasks["mine/broken"] == "broken"
+    assert listed["groups"]["mine/all"] == ["mine/one", "movielens/user-cold"]
+    assert "cross-domain/both-ways" in metarec("tasks", "list").out
+
+
+def test_show_prints_what_includes_give(metarec: Callable[..., Ran]) -> None:
+    shown = yaml.safe_load(metarec("tasks", "show", "movielens/item-cold").out)
+    assert (shown["label"], shown["split"]["unseen"], len(shown["digest"])) == ("rating >= 4", 0.2, 16)
+
+
+def test_validate_runs_the_real_thing(metarec: Callable[..., Ran], own: Path) -> None:
+    ran = metarec("tasks", "validate", "mine/one", "--include-path", own, "--json")
+    assert ran.status == 0, ran.err
+    (entry,) = json.loads(ran.out)["tasks"]
+    assert entry["sound"] is True
+    assert set(entry["hashes"]) == {"data", "split", "prompt"}
+    broken = metarec("tasks", "validate", "mine/broken", "--include-path", own)
+    assert broken.status == 1
+    assert "Did you mean 'label'" in broken.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prompt": {"text": "{{ titel }}", "positive": " Yes", "negative": " No"}}, "'titel' is undefined"),
+        ({"label": "rating >= 50"}, "likes and dislikes"),
+        ({"shots": [2000], "query": {"max": 5, "min": 5}}, "enough ratings"),
+        ({"dataset": {"source": "movielens", "path": "nowhere"}}, "does not exist"),
+        ({"domain": {"field": "genre"}, "by": "domain"}, "Did you mean 'genres'"),
+    ],
+)
+def test_validate_finds_what_only_loading_shows(
+    changes: dict[str, object], said: str, metarec: Callable[..., Ran], tmp_path: Path
+) -> None:
+    file = tmp_path / "task.yaml"
+    file.write_text(yaml.safe_dump(BASE | changes))
+    ran = metarec("tasks", "validate", file)
+    assert ran.status == 1
+    assert said in ran.out
+
+
+def test_preview_shows_the_prompts_with_their_answers(metarec: Callable[..., Ran]) -> None:
+    ran = metarec("tasks", "preview", "movielens/genre-as-domain", "--items", 2)
+    assert ran.status == 0
+    assert ran.out.count("does the viewer like it?") == 4
+    assert "domain " in ran.out
+    episode = json.loads(metarec("tasks", "preview", "movielens/item-cold", "--json").out)["episodes"][0]
+    assert (episode["support_size"], len(episode["query"])) == (20, 3)
+    assert episode["query"][0]["answer"] in (" Yes", " No")
+
+
+def test_a_root_option_brings_own_tasks_to_every_verb(metarec: Callable[..., Ran], own: Path) -> None:
+    ran = metarec("--include-path", own, "tasks", "show", "mine/one", "--json")
+    assert json.loads(ran.out)["name"] == "mine/one"
+
+
+def test_a_check_fixes_and_the_copy_is_read_in_place_of_the_original(
+    metarec: Callable[..., Ran], tmp_path: Path
+) -> None:
+    folder = ml_1m(tmp_path / "d")
+    with (folder / "ratings.dat").open("a") as stream:
+        stream.write("1::2653::3::978300761\n2::9999::3::978300761\n3::1::nan::978300761\nbroken\n")
+    ran = metarec("data", "check", "movielens", folder, "--fix", tmp_path / "copy", "--json", "--fail-on", "error")
+    assert ran.status == 1
+    told = json.loads(ran.out)
+    codes = {finding["code"]: finding for finding in told["findings"]}
+    assert codes["rating-not-a-number"]["rows"] == ["5"]
+    assert codes["malformed-row"]["rows"] == ["6"]
+    assert codes["item-without-row"]["rows"] == ["4"]
+    assert codes["conflicting-rating"]["rows"] == ["1"]
+    assert len(told["fixed"]) == 4
+    assert len(told["broken_thresholds"]) == 3
+    again = metarec("data", "check", "movielens", tmp_path / "copy", "--fail-on", "error", "--fail-on", "warning")
+    assert again.status == 0, again.out
+    described = json.loads(metarec("data", "describe", "movielens", tmp_path / "copy", "--json").out)
+    assert (described["ratings"], described["dropped"]["conflicting-rating"]) == (2, 1)
+
+
+def test_a_check_of_a_task_looks_at_its_split(metarec: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = metarec("data", "check", "movielens/item-cold", "--fail-on", "leak", "--fail-on", "error")
+    assert ran.status == 0
+    assert "suspicious-user: 1 of 671 users" in ran.out
+    twins = "item,title\n" + "".join(f"{number},Film {number // 2} of the {number // 2}\n" for number in range(80))
+    rows = [f"u{user},{(user * 7 + step) % 80},{1 + (user + step) % 5}" for user in range(40) for step in range(30)]
+    (tmp_path / "ratings.csv").write_text("user,item,rating\n" + "\n".join(rows))
+    (tmp_path / "items.csv").write_text(twins)
+    task = {**BASE, "dataset": {"source": "table", "path": "."}, "split": {"by": "item", "unseen": 0.3}}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+    assert "near-duplicate-item" in metarec("data", "check", tmp_path / "task.yaml").out
+
+
+def test_convert_reads_any_columns(metarec: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "orders.csv").write_text("who;what;stars;name\nu1;p1;3;Lamp\nu2;p2;4;Chair\n")
+    named = [word for pair in ("user=who", "item=what", "rating=stars", "title=name") for word in ("--column", pair)]
+    ran = metarec(
+        "data", "convert", "table", tmp_path / "orders.csv", "--separator", ";", *named, "--out", tmp_path / "o"
+    )
+    assert ran.status == 0, ran.err
+    assert "2 ratings and 2 items" in ran.out
+    assert json.loads(metarec("data", "describe", "table", tmp_path / "o", "--json").out)["users"] == 2
+    occupied = metarec("data", "convert", "table", tmp_path / "o", "--out", tmp_path)
+    assert (occupied.status, occupied.err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("data", "check", "movilens"), "no task is called 'movilens'"),
+        (("data", "check", "movielens"), "Set 'path'"),
+        (("data", "check", "movielens/user-cold", "x"), "Leave the path out"),
+        (("data", "check", "cross-domain/movies-to-books"), "Check each: movies, books"),
+        (("data", "check", "movielens/user-cold", "--fail-on", "markupp"), "Did you mean 'markup'"),
+        (("data", "describe", "table", "x.csv", "--column", "user"), "has no '='"),
+        (("data", "describe", "table", "x.csv", "--scale", "a,b"), "scale"),
+        (("data", "describe", "amazon/user-cold"), "does not exist"),
+        (("tasks", "show", "movielens/item-colt"), "Did you mean 'movielens/item-cold'"),
+        (("tasks", "show", "movielens/cold-start"), "is a group of tasks"),
+        (("tasks", "list", "--include-path", "nowhere"), "does not exist"),
+        (("tasks", "preview", "../secret"), "no task is called"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    arguments: tuple[str, ...], message: str, metarec: Callable[..., Ran]
+) -> None:
+    ran = metarec(*arguments)
+    assert ran.status == 2, ran.out + ran.err
+    assert message in ran.err
+    assert ran.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["tasks list", "tasks show", "tasks validate", "tasks preview", "data check", "data describe", "data convert"],
+)
+def test_help_shows_an_example(verb: str, metarec: Callable[..., Ran]) -> None:
+    ran = metarec(*verb.split(), "--help")
+    assert ran.status == 0
+    assert f"Example: metarec {verb}" in " ".join(ran.out.split())
+
+
+def test_help_loads_nothing_heavy() -> None:
+    heavy = "{'torch', 'pandas', 'pyarrow', 'pydantic'}"
+    code = f"import sys; from metarec.cli import app; print(*sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.strip() == ""

@@ -1,0 +1,124 @@
+"""The evaluation under label rules of every kind: errors in rating units, users of one class, hashes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import known_interactions
+from test_task import BASE
+from torch import Tensor
+
+from metarec import task as task_module
+from metarec.config import validated
+from metarec.errors import EvaluationError
+from metarec.evaluate import Report, evaluate
+from metarec.scorer import Request, Scorer
+from metarec.task import Task, TaskData, load_task_data
+
+DATA = known_interactions()
+TRUTH = {(DATA.users[u], int(i)): float(r) for u, i, r in zip(DATA.user, DATA.item, DATA.rating, strict=True)}
+
+
+@dataclass(frozen=True)
+class Fixed:
+    name: str
+    give: Callable[[Request], Tensor]
+    bytes_per_user: int = 0
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        return [self.give(asked) for asked in requests]
+
+
+CONSTANT = Fixed("constant", lambda asked: torch.zeros(len(asked.candidates)))
+ORACLE = Fixed("oracle", lambda asked: torch.tensor([TRUTH[asked.user, int(item)] / 7 for item in asked.candidates]))
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., TaskData]:
+    def load(**changes: Any) -> TaskData:
+        monkeypatch.setattr(task_module, "read_source", lambda *_: DATA)
+        return load_task_data(validated(Task, BASE | changes, "test"), 0)
+
+    return load
+
+
+def report(data: TaskData, *scorers: Scorer, shots: Sequence[int] = (0, 5)) -> Report:
+    return evaluate(
+        scorers,
+        data.episodes("test")[0],
+        shots,
+        data.interactions.catalog,
+        threshold=data.task.like_threshold,
+        seed=0,
+        baseline=scorers[0].name,
+        left_out={},
+        metrics=data.task.metrics,
+        calibration=data.episodes("validation")[0],
+        hashes=data.hashes,
+    )
+
+
+def test_errors_are_in_the_ratings_units_whatever_the_scores_are(loaded: Callable[..., TaskData]) -> None:
+    data = loaded(label="rating", metrics=["mae", "rmse"])
+    cells = {(cell.method, cell.shots): cell.means for cell in report(data, CONSTANT, ORACLE).cells()}
+    spread = np.concatenate([episode.query.values for episode in data.episodes("test")[0]])
+    assert cells["oracle", 5]["rmse"] == pytest.approx(0, abs=1e-5)
+    assert cells["constant", 0]["mae"] == pytest.approx(np.abs(spread - spread.mean()).mean(), rel=0.05)
+    assert cells["constant", 0]["mae"] <= cells["constant", 0]["rmse"]
+
+
+def test_a_support_tells_a_generous_user_from_a_strict_one(loaded: Callable[..., TaskData]) -> None:
+    shift = np.where(np.arange(60) % 2 == 0, 1.0, -1.0)[DATA.user] * 0.75
+    moved = np.clip(3 + (DATA.rating - 3) * 0.3 + shift, 0.5, 5).astype(np.float32)
+    data = loaded(label="rating", metrics=["mae"])
+    from dataclasses import replace
+
+    whole = replace(data.interactions, rating=moved)
+    cells = {(c.method, c.shots): c.means for c in report(replace(data, interactions=whole), CONSTANT).cells()}
+    assert cells["constant", 5]["mae"] < 0.8 * cells["constant", 0]["mae"]
+
+
+def test_errors_need_validation_users(loaded: Callable[..., TaskData]) -> None:
+    data = loaded(label="rating", metrics=["mae"])
+    with pytest.raises(EvaluationError, match="need validation users"):
+        evaluate(
+            [CONSTANT], data.episodes("test")[0], [0], data.interactions.catalog, threshold=0.0, seed=0,
+            baseline="constant", left_out={}, metrics=["mae"],
+        )  # fmt: skip
+
+
+def test_users_of_one_class_count_for_errors_but_not_for_rankings(loaded: Callable[..., TaskData]) -> None:
+    strict = loaded(label="rating >= 4.8", metrics=["recbole-click-ndcg@5"], query={"max": 3, "min": 3})
+    both = report(strict, CONSTANT, ORACLE)
+    everybody = len(strict.episodes("test")[0])
+    assert len(both.values("oracle", 5, "recbole-click-ndcg@5")) == everybody
+    assert len(both.values("oracle", 5)) == everybody - both.left_out["query of one class"] < everybody
+    plain = report(loaded(label="rating >= 4.8", query={"max": 3, "min": 3}), CONSTANT, ORACLE)
+    assert plain.values("oracle", 5).equals(both.values("oracle", 5))
+
+
+def test_a_report_carries_the_hashes_of_what_it_is_of(loaded: Callable[..., TaskData]) -> None:
+    data = loaded()
+    assert report(data, CONSTANT).to_json()["hashes"] == data.hashes
+
+
+def test_labels_come_from_the_rule_and_not_from_a_threshold(loaded: Callable[..., TaskData]) -> None:
+    data = loaded(label="rating > user mean")
+    means = {cell.method: cell.means["auc"] for cell in report(data, CONSTANT, ORACLE).cells()}
+    assert means == {"constant": 0.5, "oracle": 1.0}
+
+
+def test_unrated_candidates_are_ranked_with_the_rest(loaded: Callable[..., TaskData]) -> None:
+    data = loaded(query={"max": 14, "min": 2, "candidates": "full"}, metrics=["hit@5", "recall@5"])
+    known = Fixed(
+        "known", lambda asked: torch.tensor([TRUTH.get((asked.user, int(item)), 0.0) for item in asked.candidates])
+    )
+    cells = {cell.method: cell.means for cell in report(data, CONSTANT, known).cells()}
+    assert cells["known"]["auc"] == 1.0
+    assert cells["known"]["hit@5"] == 1.0
+    assert cells["constant"]["auc"] == 0.5

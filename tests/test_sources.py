@@ -1,0 +1,534 @@
+"""Published layouts, byte for byte as they are shipped, on a few rows; and everything that can be wrong with a file."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from metarec.errors import ArtifactError, DataError, MetarecError
+from metarec.interactions import Interactions, read_title
+from metarec.sources import SOURCES, SourceOptions, read_source, read_tables, write_tables
+from metarec.task import load_task, load_task_data
+
+QUARANTINE = SourceOptions(bad_rows="quarantine")
+
+
+def write(root: Path, **files: str | bytes) -> Path:
+    """Writes files; in their names ``__`` stands for a dot and ``ZZ`` for a dash."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        data = content if isinstance(content, bytes) else content.encode("utf-8")
+        (root / name.replace("__", ".").replace("ZZ", "-")).write_bytes(data)
+    return root
+
+
+def rows(data: Interactions) -> list[tuple[str, str, float]]:
+    return [
+        (data.users[user], data.catalog.ids[item], float(rating))
+        for user, item, rating in zip(data.user, data.item, data.rating, strict=True)
+    ]
+
+
+def ml_100k(root: Path) -> Path:
+    genres = "unknown|0\nAction|1\nAdventure|2\nDrama|3\n\n"
+    items = (
+        "1|Toy Story (1995)|01-Jan-1995||http://us.imdb.com/M/title-exact?Toy%20Story%20(1995)|0|0|1|0\n"
+        "2|Cit\xe9 des enfants perdus, La (1995)|01-Jan-1995||http://us.imdb.com/M|0|1|0|1\n"
+    ).encode("latin-1")
+    return write(root, u__data="196\t1\t3\t881250949\n186\t2\t5\t891717742\n", u__item=items, u__genre=genres)
+
+
+def ml_1m(root: Path) -> Path:
+    movies = "1::Toy Story (1995)::Animation|Children's|Comedy\n2653::2001: A Space Odyssey (1968)::Drama\n"
+    movies += "73::Mis\xe9rables, Les (1995)::Drama\n"
+    return write(
+        root, ratings__dat="1::2653::5::978300760\n01::1::4::978302109\n", movies__dat=movies.encode("latin-1")
+    )
+
+
+def ml_10m(root: Path) -> Path:
+    movies = "1::Toy Story (1995)::Animation|Comedy\n2::Amélie (2001)::Comedy\n"
+    return write(root, ratings__dat="1::1::3.5::838985046\n1::2::5::838983525\n", movies__dat=movies)
+
+
+def ml_latest(root: Path) -> Path:
+    movies = 'movieId,title,genres\n1,Toy Story (1995),Animation|Comedy\n11,"American President, The (1995)",Comedy\n'
+    movies += "99,Untitled,(no genres listed)\n"
+    return write(
+        root,
+        ratings__csv="userId,movieId,rating,timestamp\n1,1,4.0,964982703\n1,11,0.5,964981247\n",
+        movies__csv=movies,
+    )
+
+
+def test_movielens_100k(tmp_path: Path) -> None:
+    data = read_source("movielens", ml_100k(tmp_path / "d"))
+    assert rows(data) == [("196", "1", 3.0), ("186", "2", 5.0)]
+    assert data.catalog.row(1) == {
+        "id": "2",
+        "title": "La Cité des enfants perdus",
+        "year": "1995",
+        "genres": "Action, Drama",
+    }
+    assert data.timestamp is not None
+    assert data.timestamp.tolist() == [881250949, 891717742]
+
+
+def test_movielens_1m_has_latin_1_titles_and_colons_in_them(tmp_path: Path) -> None:
+    data = read_source("movielens", ml_1m(tmp_path / "d"))
+    assert rows(data) == [("1", "2653", 5.0), ("01", "1", 4.0)]
+    assert data.catalog.title(1) == "2001: A Space Odyssey (1968)"
+    assert data.catalog.title(2) == "Les Misérables (1995)"
+    assert data.catalog.row(0)["genres"] == "Animation, Children's, Comedy"
+    assert str(data.scale) == "from 1 to 5"
+
+
+def test_movielens_10m_has_halves_and_utf_8(tmp_path: Path) -> None:
+    data = read_source("movielens", ml_10m(tmp_path / "d"))
+    assert (str(data.scale), data.catalog.title(1)) == ("from 0.5 to 5", "Amélie (2001)")
+
+
+def test_movielens_latest(tmp_path: Path) -> None:
+    data = read_source("movielens", ml_latest(tmp_path / "d"))
+    assert rows(data) == [("1", "1", 4.0), ("1", "11", 0.5)]
+    assert data.catalog.title(1) == "The American President (1995)"
+    assert data.catalog.row(2) == {"id": "99", "title": "Untitled", "year": "", "genres": ""}
+
+
+@pytest.mark.parametrize("make", [ml_100k, ml_1m, ml_10m, ml_latest])
+def test_a_zip_is_read_like_its_folder(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder = make(tmp_path / "d")
+    with zipfile.ZipFile(tmp_path / "ml.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in folder.iterdir():
+            archive.write(file, f"ml-x/{file.name}")
+    assert read_source("movielens", tmp_path / "ml.zip").digest == read_source("movielens", folder).digest
+
+
+def test_amazon_2018(tmp_path: Path) -> None:
+    reviews = (
+        '{"overall": 5.0, "verified": true, "reviewTime": "09 13, 2009", "reviewerID": "A1", "asin": "0000031852", '
+        '"style": {"Size:": " L"}, "reviewText": "x", "unixReviewTime": 1252800000}\n'
+        '{"overall": 2.0, "vote": "3", "reviewerID": "A2", "asin": "0000031852", "unixReviewTime": 1252800001}\n'
+    )
+    meta = (
+        '{"category": ["Toys", "Dolls"], "title": "Tutu", "brand": "Coxlures", "asin": "0000031852", "price": "$3"}\n'
+    )
+    folder = write(
+        tmp_path, Toys__json__gz=gzip.compress(reviews.encode()), meta_Toys__json__gz=gzip.compress(meta.encode())
+    )
+    data = read_source("amazon", folder)
+    assert rows(data) == [("A1", "0000031852", 5.0), ("A2", "0000031852", 2.0)]
+    assert data.catalog.row(0) == {"id": "0000031852", "title": "Tutu", "brand": "Coxlures", "genres": "Toys, Dolls"}
+
+
+def test_amazon_2023_counts_milliseconds(tmp_path: Path) -> None:
+    reviews = (
+        '{"rating": 4.0, "title": "Nice", "text": "x", "images": [], "asin": "B0", "parent_asin": "B1", '
+        '"user_id": "AE", "timestamp": 1588687728923, "helpful_vote": 0, "verified_purchase": true}\n'
+    )
+    meta = '{"main_category": "Toys", "title": "Robot", "store": null, "categories": [], "parent_asin": "B1"}\n'
+    data = read_source("amazon", write(tmp_path, Toys__jsonl=reviews, meta_Toys__jsonl=meta))
+    assert rows(data) == [("AE", "B1", 4.0)]
+    assert data.timestamp is not None
+    assert data.timestamp.tolist() == [1588687728]
+    assert data.catalog.row(0) == {"id": "B1", "title": "Robot", "brand": "", "genres": ""}
+
+
+def book_crossing(root: Path) -> Path:
+    ratings = '"User-ID";"ISBN";"Book-Rating"\r\n"276725";"034545104X";"0"\r\n"276726";"0155061224";"5"\r\n'
+    ratings += '"276726";"nowhere";"7"\r\n'
+    books = (
+        '"ISBN";"Book-Title";"Book-Author";"Year-Of-Publication";"Publisher";"Image-URL-S";"Image-URL-M";"Image-URL-L"\r\n'
+        '"034545104X";"Flesh Tones";"M. J. Rose";"2002";"Ballantine";"http://s";"http://m";"http://l"\r\n'
+        '"0155061224";"Rites \\"of\\" Passage; Fran\xe7ois";"Judith Rae";"2001";"Heinle";"http://s";"http://m";"http://l"\r\n'
+    )
+    return write(root, BXZZBookZZRatings__csv=ratings, BXZZBooks__csv=books.encode("latin-1"))
+
+
+def test_book_crossing_leaves_zeros_and_unknown_books_out_and_counts_them(tmp_path: Path) -> None:
+    data = read_source("book-crossing", book_crossing(tmp_path), QUARANTINE)
+    assert rows(data) == [("276726", "0155061224", 5.0)]
+    assert data.catalog.row(1)["title"] == 'Rites "of" Passage; François'
+    assert data.dropped == {"implicit rating (0)": 1, "item without a catalog row": 1}
+    with pytest.raises(DataError, match="item 'nowhere' has no row in the catalog"):
+        read_source("book-crossing", tmp_path)
+
+
+def test_goodbooks(tmp_path: Path) -> None:
+    books = (
+        "book_id,goodreads_book_id,authors,original_publication_year,original_title,title\n"
+        '1,2767052,Suzanne Collins,2008.0,The Hunger Games,"The Hunger Games (The Hunger Games, #1)"\n2,3,X,,Y,Z\n'
+    )
+    data = read_source(
+        "goodbooks", write(tmp_path, ratings__csv="user_id,book_id,rating\n1,1,5\n2,2,4\n", books__csv=books)
+    )
+    assert rows(data) == [("1", "1", 5.0), ("2", "2", 4.0)]
+    assert data.catalog.row(0) == {
+        "id": "1",
+        "title": "The Hunger Games (The Hunger Games, #1)",
+        "authors": "Suzanne Collins",
+        "year": "2008",
+    }
+    assert data.catalog.row(1)["year"] == ""
+
+
+def test_mind_rates_what_was_shown(tmp_path: Path) -> None:
+    behaviors = "1\tU87243\t11/10/2019 11:30:54 AM\tN8668 N39081\tN78206-0 N26368-1\n"
+    behaviors += "2\tU598\t11/12/2019 1:45:29 PM\t\tN26368-0\n"
+    news = 'N78206\tsports\tgolf\tThe "open\tAn abstract\thttps://x\t[]\t[]\nN26368\tnews\tworld\tPeace\t\thttps://y\t[]\t[]\n'
+    data = read_source("mind", write(tmp_path, behaviors__tsv=behaviors, news__tsv=news))
+    assert rows(data) == [("U87243", "N78206", 0.0), ("U87243", "N26368", 1.0), ("U598", "N26368", 0.0)]
+    assert data.timestamp is not None
+    assert data.timestamp[2] - data.timestamp[0] == 2 * 86400 + 2 * 3600 + 14 * 60 + 35
+    assert data.catalog.row(0)["title"] == 'The "open'
+
+
+def test_steam_reads_python_literals(tmp_path: Path) -> None:
+    reviews = (
+        "{'user_id': 'doctr', 'user_url': 'http://x', 'reviews': [{'funny': '', 'posted': 'Posted July 8.', 'item_id': "
+        "'250320', 'helpful': '2 of 2', 'recommend': True, 'review': u'It\\'s fun'}, "
+        "{'item_id': '10', 'recommend': False}]}\n"
+    )
+    games = (
+        "{u'publisher': u'TT', u'genres': [u'Action', u'Indie'], u'app_name': u'Wolf', u'title': u'Wolf', "
+        "u'release_date': u'2013-10-11', u'id': u'250320', u'early_access': False}\n"
+        "{u'app_name': u'Counter', u'id': u'10', u'release_date': u'2000-11-01'}\n"
+    )
+    data = read_source("steam", write(tmp_path, australian_user_reviews__json=reviews, steam_games__json=games))
+    assert rows(data) == [("doctr", "250320", 1.0), ("doctr", "10", 0.0)]
+    assert data.catalog.row(0) == {"id": "250320", "title": "Wolf", "genres": "Action, Indie", "year": "2013"}
+
+
+def test_yelp(tmp_path: Path) -> None:
+    review = (
+        '{"review_id":"KU","user_id":"mh","business_id":"XQ","stars":3.0,"useful":0,"funny":0,"cool":0,'
+        '"text":"If you decide","date":"2018-07-07 22:09:11"}\n'
+    )
+    business = (
+        '{"business_id":"XQ","name":"Turning Point","address":"1","city":"Philadelphia","state":"PA","stars":3.0,'
+        '"attributes":null,"categories":"Restaurants, Breakfast & Brunch","hours":{"Monday":"7:30-15:0"}}\n'
+    )
+    folder = write(tmp_path, yelp_academic_dataset_review__json=review, yelp_academic_dataset_business__json=business)
+    data = read_source("yelp", folder)
+    assert rows(data) == [("mh", "XQ", 3.0)]
+    assert data.timestamp is not None
+    assert data.timestamp.tolist() == [1531001351]
+    assert data.catalog.row(0)["city"] == "Philadelphia"
+
+
+def test_lastfm_plays_are_ones(tmp_path: Path) -> None:
+    artists = "id\tname\turl\tpictureURL\n1\tMALICE MIZER\thttp://a\thttp://b\n2\tMötley Crüe\thttp://a\t\n"
+    plays = "userID\tartistID\tweight\n2\t1\t13883\n2\t2\t11690\n"
+    data = read_source("lastfm", write(tmp_path, user_artists__dat=plays, artists__dat=artists))
+    assert rows(data) == [("2", "1", 1.0), ("2", "2", 1.0)]
+    assert data.catalog.title(1) == "Mötley Crüe"
+
+
+TABLE = {"user": ["007", "NA"], "item": ["a", "b"], "rating": [4.0, 2.5], "timestamp": [1, 2]}
+THINGS = {"item": ["a", "b"], "title": ["Alien", "Heat"], "mood": ["dark", ""]}
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "csv.gz"])
+def test_any_table_with_named_columns(kind: str, tmp_path: Path) -> None:
+    for name, columns in (("ratings", TABLE), ("items", THINGS)):
+        frame, file = pd.DataFrame(columns), tmp_path / f"{name}.{kind}"
+        if kind == "jsonl":
+            frame.to_json(file, orient="records", lines=True)
+        elif kind == "parquet":
+            frame.to_parquet(file)
+        else:
+            frame.to_csv(file, index=False, sep="\t" if kind == "tsv" else ",")
+    data = read_source("table", tmp_path, SourceOptions(columns={"timestamp": "timestamp"}))
+    assert rows(data) == [("007", "a", 4.0), ("NA", "b", 2.5)]
+    assert data.timestamp is not None
+    assert data.catalog.row(0) == {"id": "a", "title": "Alien", "mood": "dark"}
+
+
+def test_one_table_may_hold_ratings_and_items_under_other_names(tmp_path: Path) -> None:
+    text = "who;what;stars;name\nu1;p1;3;Lamp\nu2;p1;4;Lamp\n"
+    options = SourceOptions(
+        ratings="orders.csv", separator=";", columns={"user": "who", "item": "what", "rating": "stars", "title": "name"}
+    )
+    data = read_source("table", write(tmp_path, orders__csv=text), options)
+    assert rows(data) == [("u1", "p1", 3.0), ("u2", "p1", 4.0)]
+    assert data.catalog.fields["title"] == ("Lamp",)
+
+
+def test_a_table_without_ratings_is_implicit(tmp_path: Path) -> None:
+    folder = write(tmp_path, ratings__csv="user,item\nu,a\n", items__csv="item,title\na,A\nb,B\n")
+    assert rows(read_source("table", folder)) == [("u", "a", 1.0)]
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_saved_hugging_face_dataset(splits: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "train" if splits else tmp_path
+    folder.mkdir(exist_ok=True)
+    columns = pa.table({"user": ["u", "v"], "item": [1, 2], "rating": [5, 1], "title": ["A", "B"]})
+    with (
+        pa.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, columns.schema) as out,
+    ):
+        out.write_table(columns)
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    data = read_source("hf-datasets", tmp_path)
+    assert rows(data) == [("u", "1", 5.0), ("v", "2", 1.0)]
+    assert data.catalog.fields["title"] == ("A", "B")
+    (folder / "data-00000-of-00001.arrow").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="is not a saved dataset"):
+        read_source("hf-datasets", tmp_path)
+
+
+def test_every_source_has_a_task_and_every_task_a_source() -> None:
+    from metarec.task import task_names
+
+    used = {load_task(name).dataset.source for name in task_names()}
+    assert used - {"mix"} == set(SOURCES)
+
+
+def test_a_task_of_each_family_loads_on_a_folder_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    pairs = [(user, item) for user in range(40) for item in generator.choice(60, 30, replace=False)]
+    plays = "userID\tartistID\tweight\n" + "".join(f"{user}\t{item}\t9\n" for user, item in pairs)
+    artists = "id\tname\turl\tpictureURL\n" + "".join(f"{item}\tBand {item}\tx\ty\n" for item in range(60))
+    write(tmp_path / "lastfm", user_artists__dat=plays, artists__dat=artists)
+    monkeypatch.setenv("METAREC_DATA", str(tmp_path))
+    data = load_task_data(load_task("lastfm/user-cold"), 0)
+    assert data.leaks() == []
+    assert {0.0, 1.0} == set(data.interactions.rating.tolist())
+
+
+# What a converted copy keeps.
+
+
+def test_a_converted_copy_stands_in_for_the_original(tmp_path: Path) -> None:
+    original = ml_1m(tmp_path / "original")
+    write_tables(read_tables("movielens", original), tmp_path / "copy")
+    one, two = read_source("movielens", original), read_source("goodbooks", tmp_path / "copy")
+    assert rows(one) == rows(two)
+    assert (one.catalog, str(one.scale)) == (two.catalog, str(two.scale))
+    damaged = tmp_path / "copy" / "ratings.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="truncated or altered"):
+        read_source("movielens", tmp_path / "copy")
+
+
+# Bad input.
+
+GOOD_ITEMS = "item,title\na,A\nb,B\n"
+GOOD = "user,item,rating\nu,a,4\nv,b,2\n"
+
+
+@pytest.mark.parametrize(
+    ("ratings", "items", "message"),
+    [
+        ("user;item;rating\nu;a;4\n", GOOD_ITEMS, "no column 'user'. Its columns look separated by ';'"),
+        ("user\titem\trating\nu\ta\t4\n", GOOD_ITEMS, "look separated by a tab"),
+        ("user,itm,rating\nu,a,4\n", GOOD_ITEMS, "no column 'item'. Did you mean 'itm'"),
+        (GOOD, "item,name\na,A\n", "no title"),
+        ("user,item,rating\nu,a,4\nv,b\n", GOOD_ITEMS, "row 3 has 2 fields, the header 3"),
+        ("user,item,rating\nu,a,4\nv,b,2,9\n", GOOD_ITEMS, "row 3 has 4 fields, the header 3"),
+        (
+            'user,item,rating\n"u,a,4\nv,b,2\nw,b",a,2\n',
+            GOOD_ITEMS,
+            "row 2: a quoted field goes on over the line's end",
+        ),
+        ('user,item,rating\nu,a,4\n"v,b,2\n', GOOD_ITEMS, "row 3 is not valid delimited text"),
+        ("user,item,rating\nu,a,NaN\n", GOOD_ITEMS, "row 2: rating 'NaN' is not a finite number"),
+        ("user,item,rating\nu,a,4\nv,b,1e999\n", GOOD_ITEMS, "row 3: rating '1e999' is not a finite number"),
+        ("user,item,rating\nu,a,4\nv,b,1e300\n", GOOD_ITEMS, "row 3: rating '1e\\+300' is not a finite number"),
+        ("user,item,rating\nu,a,\n", GOOD_ITEMS, "rating '' is not a finite number"),
+        ("user,item,rating\nu,a,٤\n", GOOD_ITEMS, "is not a finite number"),
+        ("user,item,rating\nu,a,1_0\n", GOOD_ITEMS, "is not a finite number"),
+        ("user,item,rating\n,a,4\n", GOOD_ITEMS, "row 2: the user id is empty"),
+        ("user,item,rating\nu,z,4\n", GOOD_ITEMS, "item 'z' has no row in the catalog"),
+        ("user,item,rating\n", GOOD_ITEMS, "holds no ratings"),
+        ("", GOOD_ITEMS, "no column 'user'"),
+        (b"user,item,rating\nu,a\xff,4\n", GOOD_ITEMS, "is not UTF-8.*Set 'encoding'"),
+        (GOOD.encode("utf-16"), GOOD_ITEMS, "is not UTF-8"),
+        (GOOD, "item,title\na,A\na,B\n", "item id twice"),
+        (GOOD, "item,title\na,A\nb," + "x" * 1_000_000 + "\n", "item text too long.*65,536"),
+        (GOOD, 'item,title\na,"A\nb,B\n', "quoted field|not valid delimited"),
+        (GOOD, "item,title\na,\x00\nb,B\n\x00", "fields|not"),
+    ],
+    ids=lambda value: str(value)[:24] if not isinstance(value, str) or len(value) < 60 else value[:24],
+)
+def test_a_bad_file_is_named_with_row_and_cure(ratings: str | bytes, items: str, message: str, tmp_path: Path) -> None:
+    folder = write(tmp_path, ratings__csv=ratings, items__csv=items)
+    with pytest.raises(DataError, match=message) as caught:
+        read_source("table", folder)
+    assert caught.value.cure
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_quarantine_sets_bad_rows_aside_and_counts_each_kind(tmp_path: Path) -> None:
+    ratings = "user,item,rating\nu,a,4\nv,b\nw,b,NaN\nx,z,3\n,a,3\ny,c,3\nv,b,2\nv,b,3\n"
+    items = "item,title\na,A\nb,B\nb,Again\n,nobody\nc," + "x" * 100_000 + "\n"
+    data = read_source("table", write(tmp_path, ratings__csv=ratings, items__csv=items), QUARANTINE)
+    assert rows(data) == [("u", "a", 4.0), ("v", "b", 3.0)]
+    assert data.users == ("u", "v")
+    assert data.dropped == {
+        "malformed row": 1,
+        "item id empty": 1,
+        "item id twice": 1,
+        "item text too long": 1,
+        "user id empty": 1,
+        "rating not a number": 1,
+        "item without a catalog row": 2,
+        "repeated rating": 1,
+    }
+    broken = write(tmp_path / "all", ratings__csv="user,item,rating\nu,z,4\n", items__csv=items)
+    with pytest.raises(DataError, match="none of 1 ratings can be read"):
+        read_source("table", broken, QUARANTINE)
+
+
+@pytest.mark.parametrize(
+    "line", ["not json", '{"user": NaN}', '{"user": "u", "user": "v"}', "[1]", "{" * 20_000, '{"user":']
+)
+def test_a_bad_json_line_is_named_or_set_aside(line: str, tmp_path: Path) -> None:
+    good = '{"user": "u", "item": "a", "rating": 4}\n'
+    folder = write(tmp_path, ratings__jsonl=good + line + "\n", items__csv=GOOD_ITEMS)
+    with pytest.raises(DataError, match="row 2 is not an object"):
+        read_source("table", folder)
+    data = read_source("table", folder, QUARANTINE)
+    assert (rows(data), data.dropped) == ([("u", "a", 4.0)], {"malformed row": 1})
+
+
+def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("ratings.csv", "w") as stream:
+            stream.write(b"userId,movieId,rating,timestamp\n")
+            for _ in range(80):
+                stream.write(b"1,1,4.0,964982703\n" * 60_000)
+        archive.writestr("movies.csv", "movieId,title,genres\n1,A (2000),Drama\n")
+    with pytest.raises(DataError, match="expands to more than 100 times its size"):
+        read_source("movielens", tmp_path / "bomb.zip")
+
+
+def test_a_gzip_bomb_is_refused(tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb") as stream:
+        stream.write(b"user,item,rating\n")
+        for _ in range(70):
+            stream.write(b"u,a,4\n" * 170_000)
+    folder = write(tmp_path, ratings__csv__gz=packed.getvalue(), items__csv=GOOD_ITEMS)
+    with pytest.raises(DataError, match="expands to more than 100 times its size"):
+        read_source("table", folder)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "not a zip"])
+def test_a_damaged_archive_is_named(damage: str, tmp_path: Path) -> None:
+    folder = ml_latest(tmp_path / "d")
+    file = tmp_path / "ml.zip"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for part in folder.iterdir():
+            archive.write(part, f"ml/{part.name}")
+    content = bytearray(file.read_bytes())
+    if damage == "flipped":
+        content[60] ^= 0xFF
+    file.write_bytes(
+        {"truncated": bytes(content[:50]), "empty": b"", "not a zip": b"hello"}.get(damage, bytes(content))
+    )
+    with pytest.raises(DataError):
+        read_source("movielens", file)
+
+
+def test_a_truncated_gzip_is_named(tmp_path: Path) -> None:
+    packed = gzip.compress(GOOD.encode() * 1000)
+    folder = write(tmp_path, ratings__csv__gz=packed[:-20], items__csv=GOOD_ITEMS)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_source("table", folder)
+
+
+def test_missing_data_says_where_to_put_it(tmp_path: Path) -> None:
+    for name in set(SOURCES) - {"embedded-movielens"}:
+        for path in (None, tmp_path / "nothing", write(tmp_path / "empty")):
+            with pytest.raises(DataError) as caught:
+                read_source(name, path)
+            assert caught.value.cure, name
+
+
+TITLES = [
+    ("Matrix, The (1999)", "The Matrix", "1999"),
+    (
+        "City of Lost Children, The (Cité des enfants perdus, La) (1995)",
+        "The City of Lost Children (La Cité des enfants perdus)",
+        "1995",
+    ),
+    ("Avventura, L' (1960)", "L'Avventura", "1960"),
+    ("2001: A Space Odyssey (1968)", "2001: A Space Odyssey", "1968"),
+    ("1984", "1984", ""),
+    ("Seven (a.k.a. Se7en) (1995)", "Seven (a.k.a. Se7en)", "1995"),
+    ("Dekalog (Decalogue, The) (1989-1990)", "Dekalog (The Decalogue)", "1989"),
+    ("Walking, Talking", "Walking, Talking", ""),
+    ("", "", ""),
+]
+
+
+@pytest.mark.parametrize(("written", "title", "year"), TITLES)
+def test_titles_are_read_as_people_say_them(written: str, title: str, year: str) -> None:
+    assert read_title(written) == (title, year)
+    assert read_title(title) == (title, "")
+
+
+@given(st.text(max_size=80))
+def test_any_title_can_be_read(text: str) -> None:
+    title, year = read_title(text)
+    assert "\n" not in title
+    assert year == "" or year.isdigit()
+
+
+FIELD = st.one_of(
+    st.sampled_from(
+        ["u", "a", "b", "4", "2.5", "NA", "007", "nan", "1e999", '"', "'", "", "\x00", "‮", "<|im_end|>", "-1"]
+    ),
+    st.text(max_size=6),
+)
+LINES = st.lists(st.lists(FIELD, max_size=4).map(",".join), max_size=6).map("\n".join)
+
+
+@given(LINES, LINES, st.sampled_from(["error", "quarantine"]), st.sampled_from(["csv", "tsv", "jsonl"]), st.booleans())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_table_is_read_or_refused_and_no_row_is_lost_silently(
+    tmp_path_factory: pytest.TempPathFactory, ratings: str, items: str, bad_rows: str, kind: str, header: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("fuzz")
+    start = "user,item,rating\n" if header else ""
+    text = start.replace(",", "\t") + ratings if kind == "tsv" else start + ratings
+    (folder / f"ratings.{kind}").write_text(text, encoding="utf-8", errors="surrogatepass", newline="")
+    (folder / "items.csv").write_text("item,title\n" + items, encoding="utf-8", errors="surrogatepass", newline="")
+    try:
+        data = read_source("table", folder, SourceOptions(bad_rows=bad_rows))  # type: ignore[arg-type]
+    except MetarecError:
+        return
+    assert np.isfinite(data.rating).all()
+    assert "" not in data.users
+    lines = [line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line][1:]
+    counted = sum(
+        number for reason, number in data.dropped.items() if not reason.startswith("item ") or "row" in reason
+    )
+    assert len(data) + counted == len(lines)
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=150, deadline=None)
+def test_any_bytes_are_data_or_a_typed_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    folder = tmp_path_factory.mktemp("bytes")
+    for name in ("u.data", "ratings.csv.gz", "x.inter", "ml.zip", "behaviors.tsv", "ratings.parquet"):
+        (folder / name).write_bytes(content)
+    for source in ("movielens", "recbole", "mind", "table", "goodbooks"):
+        with pytest.raises(MetarecError):
+            read_source(source, folder)
+    with pytest.raises(MetarecError):
+        read_source("movielens", folder / "ml.zip")
