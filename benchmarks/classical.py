@@ -5,8 +5,8 @@
     python benchmarks/classical.py --tune                     # chooses hyper-parameters on validation users
 
 writes ``benchmarks/results/classical.json`` (``classical-TASK.json`` for other data), and with ``--tune``
-``classical-tuning.json``. A seed that is done is kept in ``runs/`` and not run again. Users are pooled over seeds;
-differences are paired within user and seed.
+``classical-tuning.json``. A method that is done on a seed is kept in ``runs/`` and not run again. Users are pooled
+over seeds; differences are paired within user and seed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import itertools
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from headline import markdown, pool
 from metarec.artifacts import load_json, replace_file, write_json
 from metarec.backbone import load_backbone
 from metarec.episodes import split_users
-from metarec.evaluate import Report, evaluate
+from metarec.evaluate import Report, evaluate, request
 from metarec.interactions import Catalog, Interactions
+from metarec.metrics import auc
 from metarec.priors import ItemPrior, fit_item_mean, smooth_by_text
 from metarec.progress import progress
 from metarec.prompts import PromptTemplate, tokenize_catalog
@@ -121,7 +122,7 @@ GRIDS: dict[str, Mapping[str, tuple[Any, ...]]] = {
     "text ridge": {"penalty": (1.0, 3.0, 10.0), "bias_strength": (0.0, 2.0)},
     "MeLU": {"lr": (1e-3, 3e-3), "inner_lr": (0.03, 0.1), "weight_decay": (0.1,)},
     "neural process": {"lr": (1e-3, 3e-3), "weight_decay": (0.1, 1.0)},
-    "GP": {"level_variance": (0.1, 0.2), "choice": (2.0, 4.0), "choice_strength": (3.0, 10.0)},
+    "GP": {"noise": (0.5, 0.7), "choice": (2.0, 4.0), "choice_strength": (3.0, 10.0)},
 }
 
 
@@ -142,15 +143,18 @@ def main() -> None:
         return
     methods = [name for name in FITS if name == BASELINE or name in arguments.methods]
     reports, fit_seconds = [], []
-    with progress("seeds", arguments.seeds) as advance:
+    with progress("cells", arguments.seeds * len(methods)) as advance:
         for seed in range(arguments.seeds):
-            reports.append(
-                measure(task, interactions, vectors, seed, methods, Path("runs") / f"classical{label}-{seed}")
-            )
-            fit_seconds.append(reports[-1][3])
-            advance(seed + 1)
-    pooled = pool([entry[:3] for entry in reports])
-    rows = pooled.to_json()
+            data = TaskData(task, interactions, split_users(interactions, task.split.fractions, seed), seed)
+            setting = cache(partial(Setting, data, vectors))
+            cells = []
+            for name in methods:
+                cells.append(measure(data, setting, name, Path("runs") / f"classical{label}" / str(seed)))
+                advance(seed * len(methods) + len(cells), name)
+            users, costs, left_out, seconds = zip(*cells, strict=True)
+            reports.append((pd.concat(users).assign(seed=seed), pd.concat(costs), left_out[0]))
+            fit_seconds.append(dict(zip(methods, seconds, strict=True)))
+    pooled = pool(reports)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT)
     write_json(
         ROOT / "results" / f"classical{label}.json",
@@ -166,33 +170,30 @@ def main() -> None:
             "gain_by_seed": {
                 name: [by_seed(users, name) for users, *_ in reports] for name in methods if name != BASELINE
             },
-            **rows,
+            **pooled.to_json(),
         },
     )
     print(markdown(pooled))
 
 
 def measure(
-    task: Task, interactions: Interactions, vectors: np.ndarray, seed: int, methods: list[str], run: Path
-) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int], dict[str, float]]:
-    """Fits and tests the methods on one split; one that is done is read from `run`."""
-    done = load_json(run / "done.json") if (run / "done.json").exists() else None
-    if done is None or set(done["fit_seconds"]) < set(methods):
-        data = TaskData(task, interactions, split_users(interactions, task.split.fractions, seed), seed)
-        setting, scorers, seconds = Setting(data, vectors), [], {}
-        for name in methods:
-            started = time.perf_counter()
-            scorers.append(FITS[name](setting))
-            seconds[name] = time.perf_counter() - started
-        report = tested(data, scorers, "test")
-        replace_file(run / "per_user.parquet", report.per_user.to_parquet)
-        replace_file(run / "costs.parquet", report.costs.to_parquet)
-        done = {"fit_seconds": seconds, "left_out": dict(report.left_out)}
-        write_json(run / "done.json", done)
-    users = pd.read_parquet(run / "per_user.parquet").assign(seed=seed)
-    costs = pd.read_parquet(run / "costs.parquet")
-    kept = [frame[frame["method"].isin(methods)] for frame in (users, costs)]
-    return kept[0], kept[1], done["left_out"], done["fit_seconds"]
+    data: TaskData, setting: Callable[[], Setting], name: str, run: Path
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int], float]:
+    """Fits and tests one method on one split, or reads what was measured before from `run`."""
+    cell = run / name.replace(" ", "-").replace(",", "")
+    if not (cell / "done.json").exists():
+        parts = setting()
+        started = time.perf_counter()
+        scorer = FITS[name](parts)
+        seconds = time.perf_counter() - started
+        report = tested(data, [scorer], "test")
+        cell.mkdir(parents=True, exist_ok=True)
+        replace_file(cell / "per_user.parquet", report.per_user.to_parquet)
+        replace_file(cell / "costs.parquet", report.costs.to_parquet)
+        write_json(cell / "done.json", {"fit_seconds": seconds, "left_out": dict(report.left_out)})
+    done = load_json(cell / "done.json")
+    users, costs = (pd.read_parquet(cell / f"{table}.parquet") for table in ("per_user", "costs"))
+    return users, costs, done["left_out"], done["fit_seconds"]
 
 
 def tested(data: TaskData, scorers: list[Scorer], part: Any) -> Report:
@@ -204,7 +205,7 @@ def tested(data: TaskData, scorers: list[Scorer], part: Any) -> Report:
         data.interactions.catalog,
         threshold=data.task.like_threshold,
         seed=data.seed,
-        baseline=BASELINE,
+        baseline=scorers[0].name,
         left_out={"too few ratings": short} if short else {},
     )
 
@@ -219,7 +220,7 @@ def by_seed(users: pd.DataFrame, name: str) -> dict[str, float]:
 def tune(
     task: Task, interactions: Interactions, vectors: np.ndarray, seeds: int, methods: list[str], name: str
 ) -> None:
-    """Tries every method's grid; what counts is the gain over the item mean, averaged over K > 0, on validation users."""
+    """Tries every method's grid; the gain over the item mean on validation users, averaged over K > 0, counts."""
     tried: dict[str, list[dict[str, Any]]] = {
         method: [dict(zip(GRIDS[method], values, strict=True)) for values in itertools.product(*GRIDS[method].values())]
         for method in methods
@@ -236,7 +237,7 @@ def tune(
                     gains[method][seed, at] = validation_gain(data, setting, FITS[method](setting, **chosen))
                     done += 1
                     advance(done, method)
-    result = {}
+    result: dict[str, Any] = {}
     for method, options in tried.items():
         mean = gains[method].mean(0)
         result[method] = {
@@ -250,9 +251,16 @@ def tune(
 
 
 def validation_gain(data: TaskData, setting: Setting, scorer: Scorer) -> float:
-    report = tested(data, [ItemMean(setting.mean), scorer], "validation")
-    shots = [count for count in data.task.shots if count]
-    return float(np.mean([report.difference(scorer.name, count, BASELINE, count)[0] for count in shots]))
+    gains = []
+    for count in (count for count in data.task.shots if count):
+        for episode in data.episodes("validation")[0]:
+            liked = episode.query.values >= data.task.like_threshold
+            ours, base = (
+                method.score([request(episode, count)])[0].numpy() for method in (scorer, ItemMean(setting.mean))
+            )
+            if 0 < liked.sum() < len(liked):
+                gains.append((auc(ours, liked) or 0.0) - (auc(base, liked) or 0.0))
+    return float(np.mean(gains))
 
 
 def read(name: str, directory: Path | None) -> tuple[Task, Interactions]:

@@ -194,7 +194,7 @@ def fit_network(
     shots: tuple[int, ...] = (5, 10, 20),
     lr: float = 3e-3,
     weight_decay: float = 0.1,
-    steps: int = 600,
+    steps: int = 400,
     validate_every: int = 50,
     seed: int = 0,
 ) -> Network:
