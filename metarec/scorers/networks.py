@@ -27,7 +27,7 @@ from metarec.meta import Loss, MetaGradient, MetaState, adapt, fomaml, initial_m
 from metarec.metrics import auc
 from metarec.priors import ItemPrior
 from metarec.scorer import Request
-from metarec.scorers.residuals import Floats, score_each
+from metarec.scorers.residuals import Floats, check_codes
 from metarec.train import train
 
 Form = Literal["melu", "neural process"]
@@ -83,8 +83,7 @@ class Network:
 
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
-        # The codes are checked before any are looked up; the zeros are not used.
-        score_each(requests, len(self.features), lambda request: np.zeros(len(request.candidates)))
+        check_codes(requests, len(self.features))
         scores: list[Tensor] = []
         for start in range(0, len(requests), _USERS_AT_ONCE):
             block = requests[start : start + _USERS_AT_ONCE]

@@ -80,18 +80,16 @@ def level(residuals: Floats, strength: float) -> float:
     return float(residuals.sum() / (len(residuals) + strength)) if len(residuals) else 0.0
 
 
-def score_each(requests: Sequence[Request], items: int, values: Callable[[Request], Scores]) -> list[Tensor]:
-    """Scores requests one by one, after a look at their item codes.
+def check_codes(requests: Sequence[Request], items: int) -> None:
+    """Refuses requests that name a code outside the catalog.
 
     Args:
         requests: The requests.
         items: How many items the method knows.
-        values: Scores of one request's candidates.
 
     Raises:
-        UnknownItemError: A request names a code outside the catalog.
+        UnknownItemError: A candidate's or a support's code is negative or too large.
     """
-    scores = []
     for request in requests:
         for where, codes in (("candidate", request.candidates), ("support", request.support.items)):
             unknown = codes[(codes < 0) | (codes >= items)]
@@ -100,5 +98,18 @@ def score_each(requests: Sequence[Request], items: int, values: Callable[[Reques
                     f"{where} item code {unknown[0]} is not one of the {items} items the method was fitted on",
                     "Fit again with the catalog that holds it",
                 )
-        scores.append(torch.from_numpy(np.asarray(values(request), np.float32)))
-    return scores
+
+
+def score_each(requests: Sequence[Request], items: int, values: Callable[[Request], Scores]) -> list[Tensor]:
+    """Scores requests one by one.
+
+    Args:
+        requests: The requests.
+        items: How many items the method knows.
+        values: Scores of one request's candidates.
+
+    Raises:
+        UnknownItemError: See `check_codes`.
+    """
+    check_codes(requests, items)
+    return [torch.from_numpy(np.asarray(values(request), np.float32)) for request in requests]
