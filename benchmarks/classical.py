@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -160,7 +161,8 @@ def main() -> None:
         ROOT / "results" / f"classical{label}.json",
         {
             "command": f"python benchmarks/classical.py --task {arguments.task} --seeds {arguments.seeds}"
-            + (" --data DIR" if arguments.data else ""),
+            + (" --data DIR" if arguments.data else "")
+            + (f" --methods {shlex.join(methods)}" if len(methods) < len(FITS) else ""),
             "task": task.name,
             "task_digest": task.digest,
             "commit": commit.stdout.strip(),
