@@ -1,0 +1,387 @@
+"""Every scorer's conformance, and what each classical method must get right where the answer is known.
+
+A scorer is added to the suite by one line in `FITS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from conftest import known_interactions
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression, Ridge
+
+from metarec.episodes import Episode, evaluation_episodes
+from metarec.errors import DataError, UnknownItemError
+from metarec.evaluate import Report, evaluate
+from metarec.interactions import Interactions, Ratings
+from metarec.priors import ItemPrior, fit_item_mean
+from metarec.scorer import Request, Scorer
+from metarec.scorers.features import item_features
+from metarec.scorers.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn, similarity
+from metarec.scorers.gp import GaussianProcess, fit_gp
+from metarec.scorers.networks import fit_network
+from metarec.scorers.residuals import training_residuals
+from metarec.scorers.text import fit_text_logistic, fit_text_ridge, fit_two_tower, logistic_dual
+from metarec.scorers.trivial import Constant, ItemMean, Popularity, Random
+
+THRESHOLD = 3.5
+TRAIN, VALIDATION, TEST = np.split(np.arange(60), [40, 48])
+UNRATED = 40
+
+
+def world() -> Interactions:
+    """The known world and one more item, which nobody ever rated."""
+    data = known_interactions()
+    fields = {name: (*column, column[0]) for name, column in data.catalog.fields.items()}
+    return replace(data, catalog=replace(data.catalog, ids=(*data.catalog.ids, "unrated"), fields=fields))
+
+
+WORLD = world()
+GENRE = item_features(WORLD.catalog)["genres"]
+VECTORS = np.concatenate([GENRE, 0.3 * np.random.default_rng(0).normal(size=(41, 8))], 1)
+
+
+def episodes(data: Interactions, users: np.ndarray) -> list[Episode]:
+    return evaluation_episodes(data, users, max_support=10, max_query=14, min_query=5, order="random", seed=0)[0]
+
+
+def network(form: str) -> Callable[[Interactions, ItemPrior], Scorer]:
+    def fit(data: Interactions, prior: ItemPrior) -> Scorer:
+        settings = {"shots": (5, 10), "steps": 60, "validate_every": 20, "hidden": 16, "lr": 0.01}
+        held_out = episodes(data, VALIDATION)
+        return fit_network(form, data, TRAIN, prior, VECTORS, validation=held_out, threshold=THRESHOLD, **settings)
+
+    return fit
+
+
+FITS: dict[str, Callable[[Interactions, ItemPrior], Scorer]] = {
+    "item mean": lambda data, prior: ItemMean(prior),
+    "popularity": lambda data, prior: Popularity(prior),
+    "constant": lambda data, prior: Constant(data.catalog),
+    "random": lambda data, prior: Random(data.catalog, seed=0),
+    "ALS": lambda data, prior: fit_als(data, TRAIN, prior, factors=4),
+    "EASE": lambda data, prior: fit_ease(data, TRAIN, prior),
+    "item-kNN": lambda data, prior: fit_item_knn(data, TRAIN, prior),
+    "user-kNN": lambda data, prior: fit_user_knn(data, TRAIN, prior),
+    "text ridge": lambda data, prior: fit_text_ridge(prior, VECTORS),
+    "text ridge, no prior": lambda data, prior: fit_text_ridge(prior, VECTORS, offset=False),
+    "text logistic": lambda data, prior: fit_text_logistic(data, TRAIN, prior, VECTORS, threshold=THRESHOLD),
+    "text logistic, no prior": lambda data, prior: fit_text_logistic(
+        data, TRAIN, prior, VECTORS, threshold=THRESHOLD, offset=False
+    ),
+    "two-tower cosine": lambda data, prior: fit_two_tower(VECTORS, threshold=THRESHOLD),
+    "GP": lambda data, prior: fit_gp(data, TRAIN, {"text": VECTORS, "genres": GENRE}, factors=4),
+    "MeLU": network("melu"),
+    "neural process": network("neural process"),
+}
+IMPERSONAL = {"item mean", "popularity", "constant", "random"}
+
+
+@cache
+def fitted(method: str) -> Scorer:
+    return FITS[method](WORLD, fit_item_mean(WORLD, TRAIN))
+
+
+@cache
+def report(method: str) -> Report:
+    scorers = [fitted("item mean"), *([fitted(method)] if method != "item mean" else [])]
+    return evaluate(
+        scorers,
+        episodes(WORLD, TEST),
+        (0, 5, 10),
+        WORLD.catalog,
+        threshold=THRESHOLD,
+        seed=0,
+        baseline="item mean",
+        left_out={},
+    )
+
+
+def ratings(*pairs: tuple[int, float]) -> Ratings:
+    return Ratings(np.array([code for code, _ in pairs], np.int64), np.array([value for _, value in pairs], np.float32))
+
+
+SUPPORT = ratings((0, 5.0), (1, 4.5), (2, 2.0), (3, 1.5), (8, 4.0), (UNRATED, 5.0))
+CANDIDATES = np.array([4, 5, 6, 7, UNRATED, 20], np.int64)
+every_method = pytest.mark.parametrize("method", FITS)
+
+
+@every_method
+def test_a_method_is_called_what_the_suite_calls_it_and_keeps_finite_memory(method: str) -> None:
+    assert fitted(method).name == method
+    assert isinstance(fitted(method).bytes_per_user, int)
+    assert 0 <= fitted(method).bytes_per_user < 1e6
+
+
+@every_method
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_any_support_and_candidates_get_finite_scores(method: str, data: st.DataObject) -> None:
+    codes = st.integers(0, 40)
+    rated = data.draw(st.dictionaries(codes, st.integers(1, 10), max_size=12))
+    asked = np.array(data.draw(st.lists(codes, max_size=12)), np.int64)
+    support = ratings(*((code, half / 2) for code, half in rated.items()))
+    (scores,) = fitted(method).score([Request("somebody new", support, asked)])
+    assert scores.shape == (len(asked),)
+    assert scores.dtype.is_floating_point
+    assert scores.isfinite().all()
+
+
+@every_method
+def test_a_batch_scores_as_one_by_one(method: str) -> None:
+    requests = [
+        Request("a", SUPPORT, CANDIDATES),
+        Request("b", Ratings.empty(), CANDIDATES[:3]),
+        Request("c", SUPPORT.head(2), np.arange(41)),
+        Request("d", SUPPORT.head(1), np.zeros(0, np.int64)),
+    ]
+    together = fitted(method).score(requests)
+    assert [len(scores) for scores in together] == [6, 3, 41, 0]
+    for request, scores in zip(requests, together, strict=True):
+        (alone,) = fitted(method).score([request])
+        np.testing.assert_allclose(scores, alone, rtol=1e-4, atol=1e-5)
+    assert fitted(method).score([]) == []
+
+
+@every_method
+def test_the_order_of_items_and_of_ratings_does_not_matter(method: str) -> None:
+    (scores,) = fitted(method).score([Request("a", SUPPORT, CANDIDATES)])
+    backwards = Ratings(SUPPORT.items[::-1].copy(), SUPPORT.values[::-1].copy())
+    (turned,) = fitted(method).score([Request("a", backwards, CANDIDATES[::-1].copy())])
+    np.testing.assert_allclose(turned.flip(0), scores, rtol=1e-4, atol=1e-5)
+
+
+@every_method
+def test_an_item_asked_twice_scores_the_same_twice(method: str) -> None:
+    (scores,) = fitted(method).score([Request("a", SUPPORT, np.array([7, 4, 7], np.int64))])
+    assert scores[0] == pytest.approx(float(scores[2]), abs=1e-6)
+
+
+@every_method
+def test_the_users_name_tells_nothing(method: str) -> None:
+    """A new user, a meta-training user and a test user who say the same get the same, but for the random method."""
+    requests = [Request(user, SUPPORT, CANDIDATES) for user in ("nobody", "u0", "u59")]
+    first, *others = fitted(method).score(requests)
+    for other in others:
+        same = np.allclose(first, other, atol=1e-6)
+        assert same != (method == "random")
+
+
+@every_method
+def test_without_ratings_every_user_gets_the_same_ranking(method: str) -> None:
+    if method == "random":
+        pytest.skip("draws for every user")
+    empty = Ratings.empty()
+    first, second = fitted(method).score([Request(user, empty, np.arange(41)) for user in "ab"])
+    np.testing.assert_array_equal(first, second)
+
+
+@every_method
+def test_only_the_methods_that_should_listen_to_the_user_do(method: str) -> None:
+    turned = Ratings(SUPPORT.items, (6 - SUPPORT.values).astype(np.float32))
+    first, second = fitted(method).score([Request("a", support, CANDIDATES) for support in (SUPPORT, turned)])
+    assert np.allclose(first, second) == (method in IMPERSONAL)
+
+
+@every_method
+@pytest.mark.parametrize("code", [-1, 41])
+@pytest.mark.parametrize("place", ["candidate", "support"])
+def test_an_item_code_outside_the_catalog_is_refused(method: str, code: int, place: str) -> None:
+    outside = np.array([code], np.int64)
+    request = Request("a", SUPPORT, outside)
+    if place == "support":
+        request = Request("a", Ratings(outside, np.array([4.0], np.float32)), CANDIDATES)
+    with pytest.raises(UnknownItemError, match=rf"{place} item code {code} is not one of the 41"):
+        fitted(method).score([request])
+
+
+@every_method
+def test_ratings_of_test_users_change_no_score(method: str) -> None:
+    """Fitted again in a world where test users say the opposite, a method scores exactly the same."""
+    theirs = np.isin(WORLD.user, TEST)
+    turned = replace(WORLD, rating=np.where(theirs, 6 - WORLD.rating, WORLD.rating).astype(np.float32))
+    again = FITS[method](turned, fit_item_mean(turned, TRAIN))
+    request = Request("u59", SUPPORT, CANDIDATES)
+    np.testing.assert_array_equal(fitted(method).score([request])[0], again.score([request])[0])
+
+
+# AUC at K = 10 where two opposite tastes hide behind items that all have the same mean: (least, most).
+BANDS = {
+    "item mean": (0.40, 0.65),
+    "popularity": (0.40, 0.60),
+    "constant": (0.5, 0.5),
+    "random": (0.40, 0.60),
+    "ALS": (0.95, 1.0),
+    "EASE": (0.95, 1.0),
+    "item-kNN": (0.95, 1.0),
+    "user-kNN": (0.95, 1.0),
+    "text ridge": (0.90, 1.0),
+    "text ridge, no prior": (0.90, 1.0),
+    "text logistic": (0.90, 1.0),
+    "text logistic, no prior": (0.90, 1.0),
+    "two-tower cosine": (0.90, 1.0),
+    "GP": (0.95, 1.0),
+    "MeLU": (0.80, 1.0),
+    "neural process": (0.80, 1.0),
+}
+
+
+@every_method
+def test_accuracy_where_the_answer_is_known(method: str) -> None:
+    low, high = BANDS[method]
+    assert low <= report(method).values(method, 10).mean() <= high
+
+
+@pytest.mark.parametrize("method", sorted(set(FITS) - IMPERSONAL))
+def test_ratings_help(method: str) -> None:
+    gain, (low, _) = report(method).difference(method, 10, method, 0)
+    assert low > 0, gain
+
+
+def test_random_scores_change_with_the_seed() -> None:
+    first, second = (Random(WORLD.catalog, seed).score([Request("a", SUPPORT, CANDIDATES)])[0] for seed in (0, 1))
+    assert not np.allclose(first, second)
+
+
+def test_a_residual_does_not_hold_its_own_rating() -> None:
+    """Changing one rating moves its residual by exactly that change: its prior has not seen it."""
+    prior = fit_item_mean(WORLD, TRAIN)
+    row = int(np.flatnonzero(np.isin(WORLD.user, TRAIN))[0])
+    moved = WORLD.rating.copy()
+    moved[row] += 1.0
+    item = WORLD.item[row]
+    total = prior.total.copy()
+    total[item] += 1.0 / prior.scale
+    other = training_residuals(replace(WORLD, rating=moved), TRAIN, replace(prior, total=total))
+    assert other.value[0] - training_residuals(WORLD, TRAIN, prior).value[0] == pytest.approx(1 / prior.scale, rel=1e-3)
+
+
+def test_als_recovers_the_rank_of_a_noiseless_world() -> None:
+    """Two tastes are one factor: with a single factor a new user's ten ratings predict the rest."""
+    prior = fit_item_mean(WORLD, TRAIN)
+    one = fit_als(WORLD, TRAIN, prior, factors=1)
+    liked = (CANDIDATES[:4] % 4 < 2).astype(float)
+    (scores,) = one.score([Request("a", SUPPORT, CANDIDATES[:4])])
+    assert np.corrcoef(scores, liked)[0, 1] > 0.9
+
+
+def test_ease_weights_are_each_items_own_ridge_regression() -> None:
+    """Steck's closed form equals a ridge regression of every item's column on all the others."""
+    prior = fit_item_mean(WORLD, TRAIN)
+    model = fit_ease(WORLD, TRAIN, prior, penalty=10.0)
+    dense = training_residuals(WORLD, TRAIN, prior).centred(2.0).matrix().toarray()[:, model.place >= 0]
+    for column in (0, 17):
+        others = np.delete(np.arange(dense.shape[1]), column)
+        ridge = Ridge(10.0, fit_intercept=False).fit(dense[:, others], dense[:, column])
+        np.testing.assert_allclose(model.weights[others, column], ridge.coef_, rtol=1e-3, atol=1e-4)
+
+
+def test_ease_keeps_the_most_rated_items_and_says_when_there_are_none() -> None:
+    prior = fit_item_mean(WORLD, TRAIN)
+    model = fit_ease(WORLD, TRAIN, prior, max_items=7)
+    kept = np.flatnonzero(model.place >= 0)
+    assert len(kept) == 7
+    assert prior.count[kept].min() >= np.sort(prior.count)[-7]
+    with pytest.raises(DataError, match="no item has 100 ratings"):
+        fit_ease(WORLD, TRAIN, prior, min_ratings=100)
+
+
+def test_similarity_is_the_cosine_over_common_raters_shrunk() -> None:
+    matrix = training_residuals(WORLD, TRAIN, fit_item_mean(WORLD, TRAIN)).matrix().T.tocsr()
+    dense, seen = matrix.toarray(), matrix.toarray() != 0
+    found = similarity(matrix[:3], matrix[3:6], 7.0)
+    for left in range(3):
+        for right in range(3):
+            both = seen[left] & seen[3 + right]
+            a, b = dense[left][both], dense[3 + right][both]
+            expected = a @ b / np.sqrt(a @ a * (b @ b)) * both.sum() / (both.sum() + 7)
+            assert found[left, right] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("penalty", [0.1, 1.0, 20.0])
+def test_the_dual_logistic_regression_is_sklearns(penalty: float) -> None:
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(12, 5))
+    liked = generator.random(12) < 0.5
+    dual = logistic_dual(features @ features.T, liked, np.zeros(12), penalty)
+    model = LogisticRegression(C=1 / penalty, fit_intercept=False, tol=1e-10, max_iter=1000).fit(features, liked)
+    np.testing.assert_allclose(features.T @ dual, model.coef_[0], rtol=1e-3, atol=1e-4)
+
+
+def test_the_two_tower_user_is_liked_minus_disliked() -> None:
+    model = fit_two_tower(VECTORS, threshold=THRESHOLD)
+    unit = model.vectors
+    support = ratings((0, 5.0), (1, 4.0), (2, 1.0))
+    taste = unit[[0, 1]].mean(0) - unit[2]
+    (scores,) = model.score([Request("a", support, CANDIDATES)])
+    np.testing.assert_allclose(scores, unit[CANDIDATES] @ taste / np.linalg.norm(taste), rtol=1e-5)
+
+
+def gp() -> GaussianProcess:
+    scorer = fitted("GP")
+    assert isinstance(scorer, GaussianProcess)
+    return scorer
+
+
+def test_the_gp_without_ratings_is_its_item_mean() -> None:
+    np.testing.assert_allclose(gp().posterior_mean(Ratings.empty(), CANDIDATES), gp().mean[CANDIDATES], rtol=1e-6)
+
+
+def test_the_gp_posterior_is_the_textbook_one() -> None:
+    """In item space: k(q, S) (k(S, S) + noise)^-1 (r - m), Rasmussen and Williams 2006, eq. 2.25."""
+    model = replace(gp(), choice=np.zeros_like(gp().choice))
+    loadings, items = model.loadings, SUPPORT.items
+    residual = (SUPPORT.values - model.mean_rating) / model.scale - model.mean[items]
+    kernel = loadings @ loadings.T
+    weights = np.linalg.solve(kernel[np.ix_(items, items)] + np.diag(model.noise[items]), residual)
+    expected = model.mean[CANDIDATES] + kernel[np.ix_(CANDIDATES, items)] @ weights
+    np.testing.assert_allclose(model.posterior_mean(SUPPORT, CANDIDATES), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gp_learns_no_factors_from_noise() -> None:
+    """Where ratings are coin flips, what is learned of items' covariance is next to nothing."""
+    coins = np.random.default_rng(0).choice([2.0, 4.0], len(WORLD)).astype(np.float32)
+    worlds = (replace(WORLD, rating=coins), WORLD)
+    noise, signal = ((fit_gp(data, TRAIN, {}, factors=4).loadings[:, :4] ** 2).sum(1).mean() for data in worlds)
+    assert noise < 0.2 * signal
+
+
+def test_a_generous_user_does_not_raise_the_items_that_happen_to_be_theirs() -> None:
+    """Half the users give everything one star more; an item that only they rated is not a better item."""
+    generator = np.random.default_rng(0)
+    user = np.repeat(np.arange(60), 12)
+    own = np.concatenate([generator.choice(10, 6, replace=False) + 10 * (code % 2) for code in range(60)])
+    common = np.concatenate([generator.choice(np.arange(20, 40), 6, replace=False) for _ in range(60)])
+    item = np.concatenate([own.reshape(60, 6), common.reshape(60, 6)], 1).ravel()
+    rating = (3.0 + (user % 2) + generator.choice([-0.5, 0.0, 0.5], len(user))).astype(np.float32)
+    data = replace(WORLD, user=user, item=item, rating=rating, timestamp=None)
+    centred = fit_gp(data, np.arange(60), {}, factors=2).mean
+    plain = fit_item_mean(data, np.arange(60)).values(np.arange(40))
+    gaps = [float(mean[10:20].mean() - mean[:10].mean()) for mean in (centred, plain)]
+    assert abs(gaps[0]) < 0.4 * gaps[1]
+
+
+def test_features_come_from_the_fields_there_are() -> None:
+    catalog = replace(
+        WORLD.catalog,
+        ids=tuple(map(str, range(12))),
+        fields={
+            "title": ("x",) * 12,
+            "genres": ("Drama, War",) * 5 + ("Drama",) * 4 + ("Noir", "", "Sci-Fi, Noir"),
+            "year": ("1950", "1960", "1970", "1980", "1990", "2000", "2010", "", "-300", "1999", "2001", "2002"),
+        },
+    )
+    blocks = item_features(catalog)
+    assert set(blocks) == {"genres", "year"}
+    np.testing.assert_array_equal(blocks["genres"].sum(0), [9, 5])
+    assert np.isfinite(blocks["year"]).all()
+    assert (np.diff(blocks["year"][[8, 0, 3, 6]].sum(1)) > 0).all()
+    spaced = replace(catalog, fields={"title": ("x",) * 12, "genres": ("Drama War",) * 12})
+    assert item_features(spaced)["genres"].shape == (12, 2)
+    assert item_features(replace(catalog, fields={"title": ("x",) * 12})) == {}
