@@ -1,9 +1,9 @@
 """Adapters and feedback on disk: a durable log of who rated what, and every user's versioned PEFT directories.
 
-The feedback log is the source of truth. A user's version is the number of ratings they have given, so an adapter that is
-lost or damaged is computed again from the log under the same name. The index and the log live in SQLite (WAL,
-``synchronous=FULL``) or in PostgreSQL, adapters in directories that appear complete or not at all and are read only while
-every byte of them is as it was written. User ids stay inside the index: directories carry a random name.
+The feedback log is the source of truth. A user's version is the number of ratings they have given, so an adapter that
+is lost or damaged is computed again from the log under the same name. The index and the log live in SQLite (WAL,
+``synchronous=FULL``) or in PostgreSQL, adapters in directories that appear complete or not at all and are read only
+while every byte of them is as it was written. User ids stay inside the index: directories carry a random name.
 
 Knows nothing of models, prompts or HTTP: how an adapter is written is the caller's.
 """
@@ -548,28 +548,27 @@ class AdapterStore:
         Returns:
             The newest undamaged adapter or None, and the damaged ones that are newer.
         """
-        damaged = []
+        damaged: list[AdapterRecord] = []
         for record in self.records(key):
             if record.recommender != recommender:
                 continue
-            try:
-                self.verify(record)
-            except (ArtifactError, OSError):
-                damaged.append(record)
-            else:
+            if self._is_good(record):
                 return record, damaged
+            damaged.append(record)
         return None, damaged
 
-    def damaged(self) -> Iterator[tuple[str, AdapterRecord | None]]:
+    def verify_all(self) -> Iterator[tuple[str, AdapterRecord | None]]:
         """Checks every adapter of every user; yields the user's name, and the adapter where it is damaged."""
         for name, profile in self.users():
             for record in self.records(profile.key):
-                try:
-                    self.verify(record)
-                except (ArtifactError, OSError):
-                    yield name, record
-                else:
-                    yield name, None
+                yield name, None if self._is_good(record) else record
+
+    def _is_good(self, record: AdapterRecord) -> bool:
+        try:
+            self.verify(record)
+        except (ArtifactError, OSError):
+            return False
+        return True
 
     def gc(self, *, keep: int = 2, grace: float = _GRACE_SECONDS) -> int:
         """Removes what nobody needs: old versions, directories of erased users, what a crash left half-written.
