@@ -1,4 +1,4 @@
-"""The command line: ``metarec doctor | model | train | evaluate | adapt | recommend | quickstart``.
+"""The command line: ``metarec doctor | model | train | evaluate | adapt | recommend | quickstart | serve | store | export``.
 
 Results go to standard output (with ``--json`` as JSON alone), progress and errors to standard error. A user's mistake
 ends with one line and status 2, Ctrl-C with status 130 and a checkpoint. Heavy imports happen inside the commands, so
@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from metarec.cli import runs
+from metarec.cli import runs, serve, store
 from metarec.errors import MetarecError
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(runs.app)
+app.add_typer(serve.app)
+app.add_typer(store.app)
 
 
 @app.callback(invoke_without_command=True)

@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from metarec.errors import ArtifactError, ConfigError, ConflictError, UnknownItemError
+from metarec.errors import ArtifactError, ConfigError, ConflictError, MetarecError, UnknownItemError
 from metarec.interactions import Catalog, Codes, Ratings
 from metarec.metrics import rank_order
 from metarec.prompts import tokenize_catalog
@@ -108,7 +108,6 @@ class Engine:
         store: Feedback and adapters.
         hot_bytes: Bytes of adapters to keep in memory.
         candidates: How many items are scored exactly when a whole catalog is ranked.
-        save: Called with adapters to keep; None keeps them before it goes on.
     """
 
     def __init__(
@@ -118,7 +117,6 @@ class Engine:
         *,
         hot_bytes: int = 256 << 20,
         candidates: int = 256,
-        save: Callable[[NewAdapter], None] | None = None,
     ) -> None:
         if candidates < 2 * _ANCHORS:
             raise ConfigError(f"candidates is {candidates}", f"Choose {2 * _ANCHORS} or more")
@@ -128,7 +126,7 @@ class Engine:
         self.hot: HotAdapters[Person] = HotAdapters(hot_bytes)
         self.counters = Counters()
         self._candidates = candidates
-        self._save = save or self.keep
+        self._save = self.keep
         # Every adapter has the same shape, so one user's size is everybody's.
         self.stranger = recommender.adapt([])
         self._adapter_bytes = sum(value.numel() * value.element_size() for value in self.stranger.state.values())
@@ -283,11 +281,15 @@ class Engine:
             self._save(NewAdapter(profile.key, profile.version, self.digest, adapted.save))
         return found
 
+    def save_with(self, save: Callable[[NewAdapter], None]) -> None:
+        """Hands adapters that are to be kept to somebody else, who calls `keep`."""
+        self._save = save
+
     def keep(self, adapter: NewAdapter) -> None:
         """Writes an adapter into the store; a full disk costs a later computation, not the answer."""
         try:
             self.store.put([adapter])
-        except OSError as error:
+        except (OSError, MetarecError) as error:
             self.counters.unsaved += 1
             _LOG.error("an adapter could not be kept", extra={"failure": type(error).__name__})
 
