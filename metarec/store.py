@@ -552,7 +552,7 @@ class AdapterStore:
         for record in self.records(key):
             if record.recommender != recommender:
                 continue
-            if self._is_good(record):
+            if self.is_good(record):
                 return record, damaged
             damaged.append(record)
         return None, damaged
@@ -561,9 +561,10 @@ class AdapterStore:
         """Checks every adapter of every user; yields the user's name, and the adapter where it is damaged."""
         for name, profile in self.users():
             for record in self.records(profile.key):
-                yield name, None if self._is_good(record) else record
+                yield name, None if self.is_good(record) else record
 
-    def _is_good(self, record: AdapterRecord) -> bool:
+    def is_good(self, record: AdapterRecord) -> bool:
+        """Says whether every byte of an adapter is as it was written."""
         try:
             self.verify(record)
         except (ArtifactError, OSError):

@@ -1,4 +1,4 @@
-"""The command line: ``metarec doctor | model | train | evaluate | adapt | recommend | quickstart | serve | store | export``.
+"""The command line: the verbs of a run (`runs`), of the service (`serve`) and of its store (`store`).
 
 Results go to standard output (with ``--json`` as JSON alone), progress and errors to standard error. A user's mistake
 ends with one line and status 2, Ctrl-C with status 130 and a checkpoint. Heavy imports happen inside the commands, so

@@ -27,9 +27,7 @@ def serve(
     checkpoint: Annotated[Path, typer.Option(help="Directory of a run, or of a saved recommender.")],
     store: Annotated[
         str | None,
-        typer.Option(
-            help="Directory of the store, or postgresql://... (default: CHECKPOINT/store).", show_default=False
-        ),
+        typer.Option(help="Directory, or postgresql://... (default: CHECKPOINT/store).", show_default=False),
     ] = None,
     adapters: Annotated[
         Path | None, typer.Option(help="Where adapters lie, with a PostgreSQL store.", show_default=False)
@@ -60,7 +58,7 @@ def serve(
     if api_key_file is None and not is_loopback(host):
         raise ConfigError(
             f"--host {host} can be reached by others",
-            "Give --api-key-file (metarec api-key makes one), or leave it out",
+            "Give --api-key-file (see: metarec api-key), or leave it out",
         )
     keys = read_keys(api_key_file) if api_key_file else ()
     import logging.config

@@ -1,5 +1,6 @@
-"""The verbs of a store: ``store ls | verify | gc | export | erase-user``, ``export --vllm``; and what ``adapt --users``
-and ``recommend --store`` do.
+"""The verbs of a store: ``store ls | verify | gc | export | erase-user`` and ``export --vllm``.
+
+Also what ``adapt --users`` and ``recommend --store`` do.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def ls(
     if not users:
         show(facts, json)
         return
-    listed = [
+    listed: list[dict[str, Any]] = [
         {
             "user": name,
             "ratings": profile.version,
@@ -57,7 +58,7 @@ def ls(
         print_json({**facts, "listed": listed})
         return
     for line in listed:
-        versions = ", ".join(map(str, line["adapters"])) or "none"
+        versions = ", ".join(f"{version}" for version in line["adapters"]) or "none"
         typer.echo(f"{line['user']}\t{line['ratings']} ratings\tadapters: {versions}")
 
 
@@ -115,7 +116,7 @@ def export_user(
     if held is None or profile is None:
         raise StoreError(f"'{store}' has no user '{user}'", "See: metarec store ls STORE --users")
     if out is not None:
-        good = next((record for record in opened.records(profile.key) if _is_good(opened, record)), None)
+        good = next((record for record in opened.records(profile.key) if opened.is_good(record)), None)
         if good is None:
             raise StoreError(f"'{user}' has no undamaged adapter", "Run: metarec recommend RUN --store STORE --user ID")
         with replace_dir(out, "adapter") as directory:
@@ -123,16 +124,6 @@ def export_user(
                 if file.name != MANIFEST:
                     shutil.copyfile(file, directory / file.name)
     print_json(held)
-
-
-def _is_good(opened: AdapterStore, record: Any) -> bool:
-    from metarec.errors import ArtifactError
-
-    try:
-        opened.verify(record)
-    except ArtifactError:
-        return False
-    return True
 
 
 @store_app.command("erase-user", epilog="Example: metarec store erase-user runs/mine/store --user ann")

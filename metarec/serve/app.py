@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -211,7 +211,7 @@ class ServeSettings:
         ui: Serves the page.
     """
 
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     waiting: int = 64
     seconds: float = 30.0
     ui: bool = False
@@ -276,15 +276,13 @@ class Service:
 
         Raises:
             BusyError: The queue is full.
-            StoreError: It did not come to an end in time.
+            HTTPException: It did not come to an end in time.
         """
         future = asyncio.wrap_future(self.worker.submit(job))
         try:
             return await asyncio.wait_for(future, self.settings.seconds)
         except asyncio.TimeoutError:
-            raise StoreError(
-                "the answer takes too long", "Try again; with an idempotency key nothing is doubled"
-            ) from (None)
+            raise HTTPException(503, "the answer takes too long", {"Retry-After": "5"}) from None
 
     async def person(self, user: str, answer: Callable[[Person], Any]) -> Any:
         """Does something with a user's adapter in the worker."""

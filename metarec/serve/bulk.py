@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from metarec.errors import DataError, MetarecError
+from metarec.interactions import Catalog, RatingScale
 from metarec.progress import progress
 from metarec.serve.engine import Engine
 from metarec.store import Feedback, NewAdapter, check_id
@@ -50,16 +52,20 @@ def read_feedback(path: Path, engine: Engine) -> dict[str, list[tuple[str, float
             if missing := [name for name in _COLUMNS if name not in (rows.fieldnames or ())]:
                 raise DataError(f"'{path}' has no column '{missing[0]}'", "Start the file with: user,item,rating")
             for number, row in enumerate(rows, start=2):
-                try:
-                    user, item, rating = (row[name] or "" for name in _COLUMNS)
-                    code = catalog.find(item)
-                    value = scale.check(rating, f"'{item}'")
-                    users.setdefault(check_id(user, "user id"), []).append((catalog.ids[code], value))
-                except MetarecError as error:
-                    raise DataError(f"'{path}' row {number}: {error.problem}", error.cure) from None
+                user, item, rating = _read(row, catalog, scale, f"'{path}' row {number}")
+                users.setdefault(user, []).append((item, rating))
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"'{path}' cannot be read: {error}", "Give a CSV file: user,item,rating") from None
     return users
+
+
+def _read(row: Mapping[str, str | None], catalog: Catalog, scale: RatingScale, where: str) -> tuple[str, str, float]:
+    user, item, rating = (row[name] or "" for name in _COLUMNS)
+    try:
+        found = catalog.ids[catalog.find(item)]
+        return check_id(user, "user id"), found, scale.check(cast("float", rating), f"'{item}'")
+    except MetarecError as error:
+        raise DataError(f"{where}: {error.problem}", error.cure) from None
 
 
 def adapt_users(engine: Engine, users: dict[str, list[tuple[str, float]]]) -> Bulk:

@@ -37,6 +37,7 @@ MAX_RATINGS = 64
 _ANCHORS = 64
 _DIMENSIONS = 32
 _RIDGE = 1.0
+_BLOCK = 64
 _SEARCHED = 100
 _TASTE_IN_SEARCH = 0.25
 
@@ -126,7 +127,8 @@ class Engine:
         self.hot: HotAdapters[Person] = HotAdapters(hot_bytes)
         self.counters = Counters()
         self._candidates = candidates
-        self._save = self.keep
+        self._longest = longest(recommender.fitted.reader)
+        self._save: Callable[[NewAdapter], object] = self.keep
         # Every adapter has the same shape, so one user's size is everybody's.
         self.stranger = recommender.adapt([])
         self._adapter_bytes = sum(value.numel() * value.element_size() for value in self.stranger.state.values())
@@ -281,7 +283,7 @@ class Engine:
             self._save(NewAdapter(profile.key, profile.version, self.digest, adapted.save))
         return found
 
-    def save_with(self, save: Callable[[NewAdapter], None]) -> None:
+    def save_with(self, save: Callable[[NewAdapter], object]) -> None:
         """Hands adapters that are to be kept to somebody else, who calls `keep`."""
         self._save = save
 
@@ -319,9 +321,8 @@ class Engine:
 
     def _ruler(self, width: int) -> Ratings:
         """Ratings of nobody that make every batch as wide, and its prompts as long, as any batch can be."""
-        fitted = self.trained.fitted
-        code = longest(fitted.reader)
-        return Ratings(np.full(width, code, np.int64), np.full(width, fitted.prior.mean, np.float32))
+        mean = self.trained.fitted.prior.mean
+        return Ratings(np.full(width, self._longest, np.int64), np.full(width, mean, np.float32))
 
     def erase(self, user: str) -> bool:
         """Removes a user from memory and from the store."""
@@ -333,7 +334,10 @@ class Engine:
     # Rankings.
 
     def _scores(self, adapted: AdaptedUser, codes: Codes) -> NDArray[np.float32]:
-        return adapted.scores(codes).numpy() if len(codes) else np.zeros(0, np.float32)
+        # Whole blocks, each with the longest prompt in it: an item scores the same whatever is asked with it.
+        spare = np.full(_BLOCK - len(codes) % _BLOCK, self._longest, np.int64)
+        scores: NDArray[np.float32] = adapted.scores(np.concatenate([codes, spare])).numpy()
+        return scores[: len(codes)]
 
     def score(self, person: Person, items: Sequence[str]) -> tuple[Person, list[float]]:
         """Scores items by id; higher is better.

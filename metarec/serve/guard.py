@@ -30,6 +30,7 @@ _LOG = logging.getLogger("metarec.serve")
 _OPEN = ("/healthz", "/readyz")
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 _BODY_SECONDS = 10.0
+_MAKE_KEYS = "Run: metarec api-key FILE --name NAME"
 # Facts that a log line may carry; whatever else somebody logs is dropped.
 _FACTS = ("method", "route", "status", "ms", "request", "key", "failure", "count")
 _HEADERS = (
@@ -78,12 +79,10 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
             continue
         match = re.fullmatch(r"([A-Za-z0-9._-]{1,64}) +([0-9a-f]{64})\s*", line)
         if match is None:
-            raise ConfigError(
-                f"line {number} of '{path}' is not 'NAME SHA256'", "Run: metarec api-key FILE --name NAME"
-            )
+            raise ConfigError(f"line {number} of '{path}' is not 'NAME SHA256'", _MAKE_KEYS)
         keys.append(ApiKey(*match.groups()))
     if not keys or len({key.name for key in keys}) < len(keys):
-        raise ConfigError(f"'{path}' holds no key, or a name twice", "Run: metarec api-key FILE --name NAME")
+        raise ConfigError(f"'{path}' holds no key, or a name twice", _MAKE_KEYS)
     return tuple(keys)
 
 
