@@ -38,6 +38,8 @@ _ANCHORS = 64
 _DIMENSIONS = 32
 _RIDGE = 1.0
 _BLOCK = 64
+# What a tensor takes beside its numbers: for small adapters that is most of it.
+_TENSOR_BYTES = 512
 _SEARCHED = 100
 _TASTE_IN_SEARCH = 0.25
 
@@ -131,7 +133,8 @@ class Engine:
         self._save: Callable[[NewAdapter], object] = self.keep
         # Every adapter has the same shape, so one user's size is everybody's.
         self.stranger = recommender.adapt([])
-        self._adapter_bytes = sum(value.numel() * value.element_size() for value in self.stranger.state.values())
+        tensors = self.stranger.state.values()
+        self._adapter_bytes = sum(value.numel() * value.element_size() + _TENSOR_BYTES for value in tensors)
         self._learn_catalog()
         self.reload_items()
 
