@@ -31,7 +31,7 @@ _LOG = logging.getLogger(__name__)
 
 # The one shape in which users are adapted: so many at a time and a row that keeps the shape, with ratings padded to a
 # power of two. Larger batches serve more users a second and make a single one wait longer.
-USERS_AT_ONCE = 4
+USERS_AT_ONCE = 3
 _FEWEST_RATINGS = 8
 MAX_RATINGS = 64
 _ANCHORS = 64
@@ -337,8 +337,10 @@ class Engine:
     # Rankings.
 
     def _scores(self, adapted: AdaptedUser, codes: Codes) -> NDArray[np.float32]:
-        # Whole blocks, each with the longest prompt in it: an item scores the same whatever is asked with it.
-        spare = np.full(_BLOCK - len(codes) % _BLOCK, self._longest, np.int64)
+        if not len(codes):
+            return np.zeros(0, np.float32)
+        # Whole blocks, so that one item more or less in the catalog does not change how the others are rounded.
+        spare = np.resize(codes, -len(codes) % _BLOCK)
         scores: NDArray[np.float32] = adapted.scores(np.concatenate([codes, spare])).numpy()
         return scores[: len(codes)]
 
