@@ -50,6 +50,14 @@ class ArtifactError(MetarecError):
     """A checkpoint or adapter on disk is missing, truncated, altered or of another schema."""
 
 
+class StoreError(MetarecError):
+    """A store of adapters and feedback cannot be opened, read or written."""
+
+
+class ConflictError(StoreError):
+    """What is asked contradicts what the store already holds."""
+
+
 class EvaluationError(MetarecError):
     """A score or a metric argument from which no honest number can be computed."""
 

@@ -77,7 +77,7 @@ def collate(ratings: Sequence[Ratings], prior: ItemPrior, reader: Reader, thresh
         return padded.to(reader.backbone.device)
 
     items = pad([rating.items for rating in ratings], torch.long)
-    frozen = reader.frozen_log_odds - reader.frozen_log_odds.mean()
+    frozen = reader.frozen_log_odds - reader.frozen_mean
     return Batch(
         gathered=reader.gather(items.cpu()),
         prior=pad([_prior_of(rating, prior, seen) for rating in ratings], torch.float32),
@@ -146,7 +146,7 @@ def score(state: Mapping[str, Tensor], batch: Batch, reader: Reader) -> Tensor:
 def _score_and_features(state: Mapping[str, Tensor], batch: Batch, reader: Reader) -> tuple[Tensor, Tensor]:
     adapters = {name: value for name, value in state.items() if not name.startswith("score.")}
     states = reader.last_states(batch.gathered, adapters)
-    frozen = batch.frozen + reader.frozen_log_odds.mean()
+    frozen = batch.frozen + reader.frozen_mean
     learned = reader.answer(states) - frozen
     parts = ((PRIOR_WEIGHT, batch.prior), (PROMPT_WEIGHT, batch.frozen), (LLM_WEIGHT, learned))
     total = torch.stack([state[name][:, None] * part for name, part in parts]).sum(0)

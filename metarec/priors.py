@@ -121,15 +121,47 @@ def smooth_by_text(prior: ItemPrior, states: np.ndarray, seed: int) -> ItemPrior
         states: A vector of each item's text, shape (items, features).
         seed: Seed of the folds.
     """
-    rated = np.flatnonzero(prior.count > 0)
-    shrunk = prior.total[rated] / (prior.count[rated] + prior.strength)
-    weight = np.sqrt(prior.count[rated] / (prior.count[rated] + prior.strength))
+    rated, shrunk, weight = _rated_means(prior)
     if len(rated) < 10 * _FOLDS:
         return prior
-    features = StandardScaler().fit_transform(states)
-    penalty = RidgeCV(_RIDGE_PENALTIES).fit(features[rated], shrunk, sample_weight=weight).alpha_
-    model = Ridge(penalty)
+    scaler, model = _text_regression(prior, states)
+    features = scaler.transform(states)
     folds = KFold(_FOLDS, shuffle=True, random_state=seed)
-    centre = model.fit(features[rated], shrunk, sample_weight=weight).predict(features)
+    centre = model.predict(features)
     centre[rated] = cross_val_predict(model, features[rated], shrunk, cv=folds, params={"sample_weight": weight})
     return replace(prior, centre=centre.astype(np.float32))
+
+
+def extend_by_text(prior: ItemPrior, states: np.ndarray, new: np.ndarray) -> ItemPrior:
+    """Adds items that nobody has rated: their prior is what `smooth_by_text` says of such items.
+
+    Args:
+        prior: The prior of the items it was fitted on; their values stay as they are.
+        states: A vector of each of those items' text, shape (items, features).
+        new: A vector of each new item's text, shape (new items, features).
+    """
+    centre = np.zeros(len(new), np.float32)
+    if len(_rated_means(prior)[0]) >= 10 * _FOLDS:
+        scaler, model = _text_regression(prior, states)
+        centre = model.predict(scaler.transform(new)).astype(np.float32)
+    nothing = np.zeros_like(centre)
+    return replace(
+        prior,
+        total=np.concatenate([prior.total, nothing]),
+        count=np.concatenate([prior.count, nothing]),
+        centre=np.concatenate([prior.centre, centre]),
+    )
+
+
+def _rated_means(prior: ItemPrior) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rated = np.flatnonzero(prior.count > 0)
+    shrunk = prior.total[rated] / (prior.count[rated] + prior.strength)
+    return rated, shrunk, np.sqrt(prior.count[rated] / (prior.count[rated] + prior.strength))
+
+
+def _text_regression(prior: ItemPrior, states: np.ndarray) -> tuple[StandardScaler, Ridge]:
+    rated, shrunk, weight = _rated_means(prior)
+    scaler = StandardScaler().fit(states)
+    features = scaler.transform(states[rated])
+    penalty = RidgeCV(_RIDGE_PENALTIES).fit(features, shrunk, sample_weight=weight).alpha_
+    return scaler, Ridge(penalty).fit(features, shrunk, sample_weight=weight)

@@ -90,11 +90,12 @@ class Reader:
 
     def features(self, states: Tensor) -> Tensor:
         """Returns states around the catalog's frozen mean, so that a frozen item has length one on average."""
-        centre, length = self._frozen_moments
+        centre, length = self.frozen_moments
         return (states - centre) / length
 
     @cached_property
-    def _frozen_moments(self) -> tuple[Tensor, Tensor]:
+    def frozen_moments(self) -> tuple[Tensor, Tensor]:
+        """The catalog's mean frozen state, shape (hidden,), and the root mean square length around it, a scalar."""
         centre = self.states.mean(0)
         return centre, (self.states - centre).square().sum(1).mean().sqrt()
 
@@ -107,6 +108,11 @@ class Reader:
     def frozen_log_odds(self) -> Tensor:
         """Every item's log-odds under the frozen model, shape (catalog,)."""
         return self.answer(self.states)
+
+    @cached_property
+    def frozen_mean(self) -> Tensor:
+        """Mean of the catalog's log-odds under the frozen model, a scalar."""
+        return self.frozen_log_odds.mean()
 
     @cached_property
     def _answer_axis(self) -> tuple[Tensor, Tensor]:

@@ -426,6 +426,10 @@ class AdaptedUser:
             dtype=getattr(torch, recommender.config.adapter.storage),
         )
 
+    def scores(self, codes: np.ndarray) -> Tensor:
+        """Scores items by code, shape (items,); higher is better."""
+        return self._scores(codes)
+
     @torch.no_grad()
     def _scores(self, codes: np.ndarray) -> Tensor:
         fitted = self.recommender.fitted

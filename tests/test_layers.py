@@ -17,7 +17,7 @@ PACKAGE = ROOT / "metarec"
 LAYERS = [
     ["errors"],
     ["artifacts", "interactions", "packing", "progress"],
-    ["metrics", "lora", "config"],
+    ["metrics", "lora", "config", "store"],
     ["heads", "meta", "transformer", "sources", "labels"],
     ["episodes", "backbone", "learn2learn", "quality"],
     ["prompts", "scorer", "priors", "views"],
@@ -26,6 +26,7 @@ LAYERS = [
     ["objective", "train"],
     ["scorers"],
     ["recommender", "doctor"],
+    ["serve"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,4 +1,4 @@
-"""The command line: ``metarec doctor | model | train | evaluate | adapt | recommend | quickstart | tasks | data``.
+"""The command line: verbs of a run (`runs`), of tasks and data, of the service (`serve`) and its store (`store`).
 
 Results go to standard output (with ``--json`` as JSON alone), progress and errors to standard error. A user's mistake
 ends with one line and status 2, Ctrl-C with status 130 and a checkpoint. Heavy imports happen inside the commands, so
@@ -15,9 +15,7 @@ from typing import Annotated
 
 import typer
 
-from metarec.cli import runs
-from metarec.cli.data import data_app
-from metarec.cli.tasks import tasks_app
+from metarec.cli import data, runs, serve, store, tasks
 from metarec.errors import MetarecError
 
 app = typer.Typer(
@@ -29,8 +27,10 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(runs.app)
-app.add_typer(tasks_app, name="tasks")
-app.add_typer(data_app, name="data")
+app.add_typer(tasks.tasks_app, name="tasks")
+app.add_typer(data.data_app, name="data")
+app.add_typer(serve.app)
+app.add_typer(store.app)
 
 
 @app.callback(invoke_without_command=True)

@@ -23,6 +23,7 @@ from metarec.cli.options import (
     print_json,
     show,
 )
+from metarec.cli.store import AdaptersOption, StoreOption, adapt_bulk, recommend_stored
 from metarec.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -102,7 +103,10 @@ def evaluate(
     _evaluate(load_run(run), run, json)
 
 
-@app.command(epilog="Example: metarec adapt runs/mine --rating 'Toy Story=5' --rating 'Heat=2' --out runs/mine/me")
+@app.command(
+    epilog="Example: metarec adapt runs/mine --rating 'Toy Story=5' --rating 'Heat=2' --out runs/mine/me; "
+    "many at once: metarec adapt runs/mine --users feedback.csv --store runs/mine/store"
+)
 def adapt(
     run: Annotated[Path, typer.Argument(help="Directory of a run.")],
     rating: RatingOption = None,
@@ -110,9 +114,21 @@ def adapt(
     out: Annotated[
         Path | None, typer.Option(help="Where to write the adapter, as a PEFT directory.", show_default=False)
     ] = None,
+    users: Annotated[
+        Path | None, typer.Option(help="CSV file with the columns user,item,rating.", show_default=False)
+    ] = None,
+    store: StoreOption = None,
+    adapters: AdaptersOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Adapt to one person's ratings and keep the adapter."""
+    """Adapt to one person's ratings and keep the adapter; or to many people's, in a store."""
+    if (users is None) != (store is None):
+        raise ConfigError("--users and --store belong together", "Give both, or neither")
+    if users is not None and store is not None:
+        if rating or ratings or out:
+            raise ConfigError("--users and one person's options are both given", "Choose one of the two")
+        adapt_bulk(load_run(run), users, store, adapters, json)
+        return
     user = _adapted(load_run(run), rating, ratings)
     if out is not None:
         user.save(out)
@@ -129,24 +145,44 @@ def adapt(
 def recommend(
     run: Annotated[Path, typer.Argument(help="Directory of a run.")],
     user: Annotated[
-        Path | None, typer.Option(help="An adapter written by 'metarec adapt'.", show_default=False)
+        str | None,
+        typer.Option(help="An adapter written by 'metarec adapt', or with --store a user's id.", show_default=False),
     ] = None,
     rating: RatingOption = None,
     ratings: RatingsOption = None,
     k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
+    store: StoreOption = None,
+    adapters: AdaptersOption = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say which ratings moved an item most (with --store).")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Rank the catalog for a saved person, or for the ratings given here; with neither, as for anybody."""
     if user is not None and (rating or ratings):
         raise ConfigError("--user and ratings are both given", "A saved person brings their own ratings")
+    if store is not None:
+        if user is None:
+            raise ConfigError("--store is given without --user", "Name the user: metarec store ls STORE --users")
+        stored = recommend_stored(load_run(run), store, adapters, user, k, explain)
+        _print_ranking(stored["items"], stored if json else None)
+        return
+    if explain:
+        raise ConfigError("--explain is given without --store", "Only users of a store have explained rankings")
     recommender = load_run(run)
     person = recommender.load_user(user) if user else _adapted(recommender, rating, ratings)
-    ranked = person.recommend(k)
-    if json:
-        print_json([vars(entry) for entry in ranked])
+    ranked = [vars(entry) for entry in person.recommend(k)]
+    _print_ranking(ranked, ranked if json else None)
+
+
+def _print_ranking(entries: list[dict[str, Any]], as_json: Any | None) -> None:
+    if as_json is not None:
+        print_json(as_json)
         return
-    for place, entry in enumerate(ranked, start=1):
-        typer.echo(f"{place:3d}  {entry.score:+.3f}  {entry.title}")
+    for place, entry in enumerate(entries, start=1):
+        typer.echo(f"{place:3d}  {entry['score']:+.3f}  {entry['title']}")
+        for reason in entry.get("because") or []:
+            typer.echo(f"             {reason['moved']:+.3f} by {reason['rating']:g} for {reason['title']}")
 
 
 @app.command(epilog="Example: metarec quickstart --seed 1 --name second")

@@ -1,0 +1,448 @@
+"""The service under load, under fire and over time.
+
+    python benchmarks/serve.py PART --checkpoint runs/x
+
+latency    feedback to new ranking over 1,000 items, with 1 and with 32 clients
+bulk       users adapted per second
+overload   twice the load that it can take: 429, and healthy
+kills      8 clients writing while the server is killed 20 times
+memory     resident memory over 100,000 adapters; use a tiny model and --users 100000
+retrieval  what the two-stage ranking misses of the exhaustive one
+stream     warm start against the meta-initialization, for quality and for forgetting
+
+Each writes its part of ``benchmarks/results/serve.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results" / "serve.json"
+
+
+class Server:
+    """`metarec serve` in a process of its own."""
+
+    def __init__(self, checkpoint: Path, store: Path, *options: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "metarec.cli", "serve", "--checkpoint", str(checkpoint), "--store", str(store)]
+        command += ["--port", str(self.port), "--rate", "0", *options]
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
+
+    def wait(self, seconds: float = 300) -> Server:
+        """Returns once it answers."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                self.log.seek(0)
+                raise RuntimeError(self.log.read().decode()[-2000:])
+            try:
+                if self.ask("GET", "/readyz")[0] == 200:
+                    return self
+            except OSError:
+                time.sleep(0.05)
+        raise TimeoutError("the server did not become ready")
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+        """Returns the status and the body."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            content = None if body is None else json.dumps(body).encode()
+            connection.request(method, path, content, {"Content-Type": "application/json", **headers})
+            answer = connection.getresponse()
+            text = answer.read()
+            is_json = answer.headers.get_content_type() == "application/json"
+            return answer.status, json.loads(text) if is_json else text.decode()
+        finally:
+            connection.close()
+
+    def stop(self, how: int = signal.SIGTERM) -> float:
+        """Returns how many seconds it took to go."""
+        began = time.monotonic()
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        self.process.wait(60)
+        self.log.close()
+        return time.monotonic() - began
+
+
+@contextmanager
+def serving(checkpoint: Path, *options: str) -> Any:
+    with tempfile.TemporaryDirectory() as scratch:
+        server = Server(checkpoint, Path(scratch) / "store", *options)
+        try:
+            yield server.wait()
+        finally:
+            server.stop()
+
+
+def smaller(checkpoint: Path, items: int, out: Path) -> Path:
+    """Saves the recommender over its most rated items alone."""
+    from metarec.cli.runs import load_run
+    from metarec.interactions import Catalog
+    from metarec.recommender import MetaRecommender, _reader
+
+    full = load_run(checkpoint)
+    fitted = full.fitted
+    if len(fitted.catalog) <= items:
+        return checkpoint
+    chosen = np.sort(np.argsort(-fitted.prior.count, kind="stable")[:items])
+    fields = {name: tuple(column[code] for code in chosen) for name, column in fitted.catalog.fields.items()}
+    catalog = Catalog(tuple(fitted.catalog.ids[code] for code in chosen), fields)
+    columns = {name: getattr(fitted.prior, name)[chosen] for name in ("total", "count", "centre")}
+    reader = _reader(full.backbone, full.config, fitted.task.template, catalog)
+    _ = reader.frozen_log_odds
+    less = replace(fitted, catalog=catalog, prior=replace(fitted.prior, **columns), reader=reader)
+    MetaRecommender(full.backbone, full.config, less).save_pretrained(out)
+    return out
+
+
+def item_ids(checkpoint: Path) -> list[str]:
+    model = checkpoint / "model" if (checkpoint / "model").is_dir() else checkpoint
+    return list(json.loads((model / "catalog.json").read_text())["ids"])
+
+
+def closed_loop(server: Server, ids: list[str], clients: int, rounds: int) -> dict[str, float]:
+    """Every client says what it thinks of one item and asks for its new ranking, again and again."""
+    taken: list[float] = []
+
+    def client(number: int) -> None:
+        generator = np.random.default_rng(number)
+        for item in generator.choice(len(ids), rounds, replace=False):
+            began = time.perf_counter()
+            said = {"item": ids[item], "rating": float(generator.integers(1, 6))}
+            first, _ = server.ask("POST", f"/v1/users/c{clients}-{number}/feedback", said)
+            second, _ = server.ask("GET", f"/v1/users/c{clients}-{number}/recommendations?k=10")
+            if (first, second) == (200, 200):
+                taken.append(time.perf_counter() - began)
+
+    began = time.perf_counter()
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - began
+    milliseconds = 1000 * np.array(taken)
+    return {
+        "clients": clients,
+        "rounds": len(taken),
+        "p50_ms": round(float(np.percentile(milliseconds, 50)), 1),
+        "p99_ms": round(float(np.percentile(milliseconds, 99)), 1),
+        "rounds_per_second": round(len(taken) / seconds, 2),
+    }
+
+
+def latency(arguments: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = smaller(arguments.checkpoint, arguments.items, Path(scratch) / "model")
+        ids = item_ids(checkpoint)
+        with serving(checkpoint, "--threads", str(arguments.threads)) as server:
+            closed_loop(server, ids, 2, 3)
+            runs = [
+                closed_loop(server, ids, clients, max(5, arguments.rounds // clients))
+                for clients in (1, arguments.clients)
+            ]
+    return {"items": len(ids), "runs": runs, "bar": "p50 <= 150 ms for one client on 2 cores"}
+
+
+def bulk(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from metarec.cli.runs import load_run
+    from metarec.serve.bulk import adapt_users
+    from metarec.serve.engine import Engine
+    from metarec.store import AdapterStore
+
+    torch.set_num_threads(arguments.threads)
+    recommender = load_run(arguments.checkpoint)
+    generator = np.random.default_rng(0)
+    ids = recommender.fitted.catalog.ids
+    users = {
+        f"u{number}": [
+            (ids[item], float(generator.integers(1, 6)))
+            for item in generator.choice(len(ids), arguments.ratings, replace=False)
+        ]
+        for number in range(arguments.users)
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        engine = Engine(recommender, AdapterStore(Path(scratch)), hot_bytes=0)
+        adapt_users(engine, dict(list(users.items())[:8]))
+        began = time.perf_counter()
+        done = adapt_users(engine, users)
+        seconds = time.perf_counter() - began
+    return {
+        "users": len(users),
+        "ratings_each": arguments.ratings,
+        "users_per_second": round(done.adapted / seconds, 1),
+        "bar": ">= 50 a second",
+    }
+
+
+def overload(arguments: argparse.Namespace) -> dict[str, Any]:
+    ids = item_ids(arguments.checkpoint)
+    with serving(arguments.checkpoint, "--threads", str(arguments.threads), "--waiting", "16") as server:
+        capacity = closed_loop(server, ids, 8, arguments.rounds)["rounds_per_second"]
+        interval = 1 / (2 * capacity)
+        statuses: list[int] = []
+        health: list[int] = []
+
+        def visit(number: int) -> None:
+            said = {"item": ids[number % len(ids)], "rating": 4.0}
+            statuses.append(server.ask("POST", f"/v1/users/o{number}/feedback", said)[0])
+            statuses.append(server.ask("GET", f"/v1/users/o{number}/recommendations?k=10")[0])
+
+        threads = []
+        for number in range(min(int(arguments.seconds / interval), 4000)):
+            threads.append(threading.Thread(target=visit, args=(number,)))
+            threads[-1].start()
+            if number % 10 == 0:
+                health.append(server.ask("GET", "/healthz")[0])
+            time.sleep(interval)
+        for thread in threads:
+            thread.join()
+        after = closed_loop(server, ids, 1, 5)
+    return {
+        "capacity_rounds_per_second": capacity,
+        "offered_rounds_per_second": 2 * capacity,
+        "answers": {str(status): statuses.count(status) for status in sorted(set(statuses))},
+        "health": {str(status): health.count(status) for status in sorted(set(health))},
+        "p50_ms_after": after["p50_ms"],
+    }
+
+
+def kills(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Writers repeat a request with the same key until it is acknowledged; killed servers are started again."""
+    ids = item_ids(arguments.checkpoint)
+    acknowledged: list[tuple[str, str, int]] = []
+    stopping = threading.Event()
+    with tempfile.TemporaryDirectory() as scratch:
+        holder = [Server(arguments.checkpoint, Path(scratch) / "store").wait()]
+
+        def writer(number: int) -> None:
+            for count in range(10**9):
+                if stopping.is_set():
+                    return
+                user, key = f"writer{number % 3}", f"w{number}n{count}"
+                said = {"item": ids[count % len(ids)], "rating": 1.0 + number % 5}
+                while not stopping.is_set():
+                    try:
+                        status, answer = holder[0].ask(
+                            "POST", f"/v1/users/{user}/feedback", said, **{"Idempotency-Key": key}
+                        )
+                    except (OSError, http.client.HTTPException, ValueError):
+                        time.sleep(0.05)
+                        continue
+                    if status == 200:
+                        acknowledged.append((user, key, answer["adapter"]["version"]))
+                        break
+                    time.sleep(0.05)
+
+        threads = [threading.Thread(target=writer, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        generator = np.random.default_rng(0)
+        for _ in range(arguments.kills):
+            before = len(acknowledged)
+            while len(acknowledged) < before + 8:
+                time.sleep(0.01)
+            time.sleep(float(generator.uniform(0, 0.3)))
+            holder[0].stop(signal.SIGKILL)
+            holder[0] = Server(arguments.checkpoint, Path(scratch) / "store").wait()
+        before = len(acknowledged)
+        while len(acknowledged) < before + 8:
+            time.sleep(0.01)
+        stopping.set()
+        for thread in threads:
+            thread.join()
+        logged = sum(len(holder[0].ask("GET", f"/v1/users/writer{number}")[1]["ratings"]) for number in range(3))
+        seconds = holder[0].stop()
+        from metarec.store import AdapterStore
+
+        store = AdapterStore(Path(scratch) / "store", create=False)
+        keys = [key for (key,) in store._index.execute("SELECT idempotency_key FROM requests")]
+        damaged = [record for _, record in store.verify_all() if record is not None]
+    said = [key for _, key, _ in acknowledged]
+    return {
+        "kills": arguments.kills,
+        "writers": 8,
+        "acknowledged": len(said),
+        "lost": len(set(said) - set(keys)),
+        # A request that was in flight when the writers stopped may be in the log without having been acknowledged.
+        "doubled": logged - len(set(keys)),
+        "damaged_adapters": len(damaged),
+        "seconds_to_stop": round(seconds, 2),
+    }
+
+
+def memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from metarec.cli.runs import load_run
+    from metarec.serve.bulk import adapt_users
+    from metarec.serve.engine import Engine
+    from metarec.store import AdapterStore
+
+    torch.set_num_threads(arguments.threads)
+    recommender = load_run(arguments.checkpoint)
+    ids = recommender.fitted.catalog.ids
+    generator = np.random.default_rng(0)
+    shared = Path("/dev/shm")  # where there is memory instead of a disk, writing takes no time of its own
+    samples = []
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as scratch:
+        engine = Engine(recommender, AdapterStore(Path(scratch)), hot_bytes=4 << 20)
+        block = max(1, arguments.users // 10)
+        for start in range(0, arguments.users, block):
+            users = {
+                f"u{number}": [(ids[item], 4.0) for item in generator.choice(len(ids), 5, replace=False)]
+                for number in range(start, start + block)
+            }
+            adapt_users(engine, users)
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            samples.append({"adapters": start + block, "resident_mib": round(resident / 2**20, 1)})
+        sizes = engine.store.sizes()
+        hot = engine.hot.bytes
+    return {"samples": samples, "adapters_kept": sizes["adapters"], "bytes_on_disk": sizes["bytes"], "hot_bytes": hot}
+
+
+def retrieval(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from metarec.cli.runs import load_run
+    from metarec.serve.engine import Engine, Person
+    from metarec.store import AdapterStore
+
+    torch.set_num_threads(arguments.threads)
+    recommender = load_run(arguments.checkpoint)
+    episodes = recommender.task_data().episodes("test")[0][: arguments.users]
+    with tempfile.TemporaryDirectory() as scratch:
+        engine = Engine(recommender, AdapterStore(Path(scratch)))
+        overlaps: dict[str, list[float]] = {"two stages": [], "prior alone": []}
+        supports = [episode.support.head(arguments.ratings) for episode in episodes]
+        for adapted, _ in engine.adapt(supports):
+            person = Person(adapted, 1, 1)
+            codes = np.setdiff1d(np.arange(len(engine.catalog)), adapted.support.items)
+            exact = set(codes[np.argsort(-engine._scores(adapted, codes), kind="stable")[:10]])
+            overlaps["two stages"].append(len(exact & set(engine.retrieve(person, 10))) / 10)
+            by_prior = codes[np.argsort(-engine._prior_scores[codes], kind="stable")[: engine._candidates]]
+            overlaps["prior alone"].append(len(exact & set(by_prior)) / 10)
+    return {
+        "items": len(engine.catalog),
+        "candidates": engine._candidates,
+        "users": len(episodes),
+        "share_of_the_exhaustive_top_ten": {
+            name: round(statistics.mean(values), 4) for name, values in overlaps.items()
+        },
+    }
+
+
+def stream(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Feedback comes five ratings at a time: adapt the last adapter further, or start again from all ratings."""
+    import torch
+
+    from metarec.cli.runs import load_run
+    from metarec.interactions import Ratings
+    from metarec.lora import expand_users, select_user
+    from metarec.metrics import auc, bootstrap_interval
+    from metarec.objective import candidates, collate, score, support_loss
+
+    torch.set_num_threads(arguments.threads)
+    recommender = load_run(arguments.checkpoint)
+    fitted, scorer = recommender.fitted, recommender.scorer()
+    episodes = [episode for episode in recommender.task_data().episodes("test")[0] if len(episode.support) >= 20][
+        : arguments.users
+    ]
+    quality: dict[str, list[float]] = {}
+    forgetting: dict[str, list[float]] = {}
+    for episode in episodes:
+        support, query = episode.support.head(20), episode.query
+        labels = query.values >= fitted.task.like_threshold
+        if labels.all() or not labels.any():
+            continue
+        first = collate([support.head(5)], fitted.prior, fitted.reader, fitted.task.like_threshold, seen=False)
+        early = support_loss(
+            first, fitted.reader, shrinkage=scorer.inner.shrinkage, bias_strength=scorer.inner.bias_strength
+        )
+        state = fitted.meta.init
+        for name in ("warm start, new ratings", "warm start, all ratings", "meta-initialization, all ratings"):
+            state = fitted.meta.init
+            for stop in (5, 10, 15, 20):
+                seen = slice(stop - 5 if name.endswith("new ratings") else 0, stop)
+                part = Ratings(support.items[seen], support.values[seen])
+                start = fitted.meta.init if name.startswith("meta") else state
+                state = select_user(replace(scorer, meta=replace(fitted.meta, init=start)).adapt([part]).state, 0)
+            with torch.no_grad():
+                batch = candidates([query.items], fitted.prior, fitted.reader)
+                values = score(expand_users(state, 1), batch, fitted.reader)[0].numpy()
+                quality.setdefault(name, []).append(auc(values, labels) or 0.0)
+                forgetting.setdefault(name, []).append(float(early(expand_users(state, 1))[0]))
+    base = np.array(quality["meta-initialization, all ratings"])
+    gains = {name: np.array(values) - base for name, values in quality.items()}
+    intervals = {name: [float(gain.mean()), *bootstrap_interval(gain, 0)] for name, gain in gains.items()}
+    return {
+        "users": len(base),
+        "ratings": "20, five at a time",
+        "auc": {name: round(float(np.mean(values)), 4) for name, values in quality.items()},
+        "auc_minus_default": {name: [round(value, 4) for value in values] for name, values in intervals.items()},
+        "loss_on_the_first_five_at_the_end": {
+            name: round(float(np.mean(values)), 4) for name, values in forgetting.items()
+        },
+    }
+
+
+PARTS = {part.__name__: part for part in (latency, bulk, overload, kills, memory, retrieval, stream)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--items", type=int, default=1000)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--users", type=int, default=300)
+    parser.add_argument("--ratings", type=int, default=5)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    from metarec.artifacts import write_json
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=RESULTS.parent)
+    facts = {
+        "commit": git.stdout.strip(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": arguments.threads,
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+    result = {**PARTS[arguments.part](arguments), **facts}
+    print(json.dumps(result, indent=2))
+    kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    write_json(arguments.out, {**kept, arguments.part: result})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The verbs of a store: ``store ls | verify | gc | export | erase-user`` and ``export --vllm``.
+
+Also what ``adapt --users`` and ``recommend --store`` do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from metarec.cli.options import JsonOption, print_json, show
+from metarec.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:
+    from metarec.recommender import MetaRecommender
+    from metarec.store import AdapterStore
+
+app = typer.Typer()
+store_app = typer.Typer(help="Feedback and adapters on disk.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+
+StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="Directory of a store, or postgresql://...")]
+StoreOption = Annotated[
+    str | None,
+    typer.Option("--store", help="Directory of a store, or postgresql://... .", show_default=False),
+]
+AdaptersOption = Annotated[
+    Path | None, typer.Option("--adapters", help="Where adapters lie, with PostgreSQL.", show_default=False)
+]
+
+
+def _open(store: str, adapters: Path | None, create: bool = False) -> AdapterStore:
+    from metarec.store import AdapterStore
+
+    return AdapterStore(store, adapters, create=create)
+
+
+@store_app.command("ls", epilog="Example: metarec store ls runs/mine/store")
+def ls(
+    store: StoreArgument,
+    adapters: AdaptersOption = None,
+    users: Annotated[bool, typer.Option("--users", help="List every user.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Say what a store holds."""
+    opened = _open(store, adapters)
+    facts: dict[str, Any] = {"store": opened.location, **opened.sizes()}
+    if not users:
+        show(facts, json)
+        return
+    listed: list[dict[str, Any]] = [
+        {
+            "user": name,
+            "ratings": profile.version,
+            "adapters": [record.version for record in opened.records(profile.key)],
+        }
+        for name, profile in opened.users()
+    ]
+    if json:
+        print_json({**facts, "listed": listed})
+        return
+    for line in listed:
+        versions = ", ".join(f"{version}" for version in line["adapters"]) or "none"
+        typer.echo(f"{line['user']}\t{line['ratings']} ratings\tadapters: {versions}")
+
+
+@store_app.command(epilog="Example: metarec store verify runs/mine/store")
+def verify(store: StoreArgument, adapters: AdaptersOption = None, json: JsonOption = False) -> None:
+    """Check every byte of every adapter; status 1 if one is damaged. A server computes damaged ones again."""
+    from metarec.progress import progress
+
+    opened = _open(store, adapters)
+    damaged = []
+    with progress("verifying", opened.sizes()["adapters"], after=2.0) as advance:
+        for done, (user, record) in enumerate(opened.verify_all(), start=1):
+            if record is not None:
+                damaged.append({"user": user, "version": record.version, "path": str(opened.path(record))})
+            advance(done)
+        checked = opened.sizes()["adapters"]
+    if json:
+        print_json({"checked": checked, "damaged": damaged})
+    else:
+        typer.echo(f"checked: {checked}\ndamaged: {len(damaged)}")
+        for line in damaged:
+            typer.echo(f"  version {line['version']} of '{line['user']}': {line['path']}")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@store_app.command(epilog="Example: metarec store gc runs/mine/store --keep 1")
+def gc(
+    store: StoreArgument,
+    adapters: AdaptersOption = None,
+    keep: Annotated[int, typer.Option(min=1, help="Newest versions of each user that stay.")] = 2,
+    json: JsonOption = False,
+) -> None:
+    """Remove old versions and what crashes left behind. Safe beside a running server."""
+    show({"removed": _open(store, adapters).gc(keep=keep)}, json)
+
+
+@store_app.command("export", epilog="Example: metarec store export runs/mine/store --user ann --out ann")
+def export_user(
+    store: StoreArgument,
+    user: Annotated[str, typer.Option(help="The user's id.")],
+    adapters: AdaptersOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also copy the newest adapter here, as a PEFT directory.", show_default=False)
+    ] = None,
+) -> None:
+    """Print everything a store holds of a user, as JSON."""
+    import shutil
+
+    from metarec.artifacts import MANIFEST, replace_dir
+
+    opened = _open(store, adapters)
+    held = opened.export(user)
+    profile = opened.profile(user)
+    if held is None or profile is None:
+        raise StoreError(f"'{store}' has no user '{user}'", "See: metarec store ls STORE --users")
+    if out is not None:
+        good = next((record for record in opened.records(profile.key) if opened.is_good(record)), None)
+        if good is None:
+            raise StoreError(f"'{user}' has no undamaged adapter", "Run: metarec recommend RUN --store STORE --user ID")
+        with replace_dir(out, "adapter") as directory:
+            for file in opened.path(good).iterdir():
+                if file.name != MANIFEST:
+                    shutil.copyfile(file, directory / file.name)
+    print_json(held)
+
+
+@store_app.command("erase-user", epilog="Example: metarec store erase-user runs/mine/store --user ann")
+def erase_user(
+    store: StoreArgument,
+    user: Annotated[str, typer.Option(help="The user's id.")],
+    adapters: AdaptersOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Erase a user: ratings, index, adapters, write-ahead log. A running server forgets them with the next request."""
+    if not _open(store, adapters).erase(user):
+        raise StoreError(f"'{store}' has no user '{user}'", "See: metarec store ls STORE --users")
+    show({"erased": True}, json)
+
+
+@app.command("export", epilog="Example: metarec export runs/mine/store --vllm --out lora --base-model /models/smollm2")
+def export(
+    store: StoreArgument,
+    out: Annotated[Path, typer.Option(help="Directory that vLLM's LoRA resolver reads.")],
+    vllm: Annotated[bool, typer.Option("--vllm", help="In the form that vLLM takes; there is no other yet.")] = False,
+    adapters: AdaptersOption = None,
+    user: Annotated[list[str] | None, typer.Option(help="Only this user; may be repeated.", show_default=False)] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="What 'vllm serve' is called with (default: the adapter's own).", show_default=False),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Write the newest adapters for another server; prints which name is whose."""
+    if not vllm:
+        raise ConfigError("no form is named", "Add --vllm")
+    from metarec.serve.vllm import export_adapters
+
+    opened = _open(store, adapters)
+    names = export_adapters(opened, out, users=user, base_model=base_model)
+    if json:
+        print_json(names)
+        return
+    for name, adapter in names.items():
+        typer.echo(f"{adapter}\t{name}")
+
+
+def adapt_bulk(recommender: MetaRecommender, feedback: Path, store: str, adapters: Path | None, json: bool) -> None:
+    """Adapts every user of a CSV file; ``metarec adapt RUN --users FILE --store DIR``."""
+    import time
+
+    from metarec.serve.bulk import adapt_users, read_feedback
+    from metarec.serve.engine import Engine
+
+    engine = Engine(recommender, _open(store, adapters, create=True), hot_bytes=0)
+    users = read_feedback(feedback, engine)
+    began = time.perf_counter()
+    try:
+        bulk = adapt_users(engine, users)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing is lost: run the same command again", err=True)
+        raise
+    seconds = time.perf_counter() - began
+    show(
+        {**vars(bulk), "seconds": round(seconds, 2), "users_per_second": round(len(users) / max(seconds, 1e-9), 1)},
+        json,
+    )
+
+
+def recommend_stored(
+    recommender: MetaRecommender, store: str, adapters: Path | None, user: str, k: int, explain: bool
+) -> dict[str, Any]:
+    """Ranks the catalog for a user of a store; ``metarec recommend RUN --store DIR --user U``.
+
+    Returns:
+        The adapter's version and the ranking, JSON-able.
+    """
+    from dataclasses import asdict
+
+    from metarec.serve.engine import Engine
+
+    opened = _open(store, adapters)
+    if opened.profile(user) is None:
+        raise StoreError(f"'{store}' has no user '{user}'", "See: metarec store ls STORE --users")
+    engine = Engine(recommender, opened)
+    person, ranked = engine.recommend(engine.people([user])[user], k, explain=explain)
+    return {
+        "adapter": person.facts(),
+        "items": [{**vars(entry), "because": [asdict(reason) for reason in reasons]} for entry, reasons in ranked],
+    }

@@ -1,0 +1,107 @@
+"""Adapts many users from one file, as the service would have adapted them one by one.
+
+Can be interrupted anywhere: feedback that is in the log is not written again, adapters that are there are not computed
+again. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from metarec.errors import DataError, MetarecError
+from metarec.interactions import Catalog, RatingScale
+from metarec.progress import progress
+from metarec.serve.engine import Engine
+from metarec.store import Feedback, NewAdapter, check_id
+
+_USERS_AT_ONCE = 256
+_WRITERS = 4
+_COLUMNS = ("user", "item", "rating")
+
+
+@dataclass(frozen=True)
+class Bulk:
+    """What became of a file: users in it, ratings new to the log, adapters computed, inner loops that diverged."""
+
+    users: int
+    ratings: int
+    adapted: int
+    diverged: int
+
+
+def read_feedback(path: Path, engine: Engine) -> dict[str, list[tuple[str, float]]]:
+    """Reads a CSV file with the columns ``user,item,rating``, rows in any order.
+
+    Returns:
+        Each user's ``(item id, rating)`` pairs in the file's order.
+
+    Raises:
+        DataError: The file or a row is not what it has to be; the row is named.
+    """
+    users: dict[str, list[tuple[str, float]]] = {}
+    catalog, scale = engine.catalog, engine.trained.fitted.scale
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            rows = csv.DictReader(stream, strict=True)
+            if missing := [name for name in _COLUMNS if name not in (rows.fieldnames or ())]:
+                raise DataError(f"'{path}' has no column '{missing[0]}'", "Start the file with: user,item,rating")
+            for number, row in enumerate(rows, start=2):
+                user, item, rating = _read(row, catalog, scale, f"'{path}' row {number}")
+                users.setdefault(user, []).append((item, rating))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"'{path}' cannot be read: {error}", "Give a CSV file: user,item,rating") from None
+    return users
+
+
+def _read(row: Mapping[str, str | None], catalog: Catalog, scale: RatingScale, where: str) -> tuple[str, str, float]:
+    user, item, rating = (row[name] or "" for name in _COLUMNS)
+    try:
+        found = catalog.ids[catalog.find(item)]
+        return check_id(user, "user id"), found, scale.check(cast("float", rating), f"'{item}'")
+    except MetarecError as error:
+        raise DataError(f"{where}: {error.problem}", error.cure) from None
+
+
+def adapt_users(engine: Engine, users: dict[str, list[tuple[str, float]]]) -> Bulk:
+    """Writes users' ratings to the log and keeps an adapter for each of them.
+
+    Args:
+        engine: Over the store to write to.
+        users: See `read_feedback`. The same ratings of a user again change nothing.
+    """
+    ratings = adapted = diverged = done = 0
+    with progress("adapting users", len(users)) as advance, ThreadPoolExecutor(_WRITERS) as writers:
+        for block in _blocks(sorted(users), _USERS_AT_ONCE):
+            said = [Feedback(user, tuple(users[user]), _request(users[user])) for user in block]
+            outcomes = engine.store.append(said)
+            for outcome, feedback in zip(outcomes, said, strict=True):
+                if isinstance(outcome, MetarecError):
+                    raise outcome
+                ratings += 0 if outcome.replayed else len(feedback.ratings)
+            written: list[NewAdapter] = []
+            engine.save_with(written.append)
+            before = engine.counters.diverged
+            engine.people(block)
+            parts = [written[start::_WRITERS] for start in range(_WRITERS)]
+            list(writers.map(engine.store.put, [part for part in parts if part]))
+            adapted += len(written)
+            diverged += engine.counters.diverged - before
+            done += len(block)
+            advance(done)
+    return Bulk(len(users), ratings, adapted, diverged)
+
+
+def _request(ratings: Sequence[tuple[str, float]]) -> str:
+    """Names a user's ratings by what they are, so that a file that is read again is not written again."""
+    return "bulk " + hashlib.sha256(repr(list(ratings)).encode()).hexdigest()
+
+
+def _blocks(users: Sequence[str], size: int) -> Iterator[list[str]]:
+    for start in range(0, len(users), size):
+        yield list(users[start : start + size])

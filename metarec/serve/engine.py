@@ -1,0 +1,486 @@
+"""What the service computes: adapters from feedback, rankings from adapters, reasons from both.
+
+One thread calls it. Users are adapted in batches of one fixed shape, so that nobody's numbers depend, to the last bit,
+on who else is in the batch. A whole catalog is ranked in two stages: an adapter's effect is read off a few anchor
+items, carried to all others along the language model's own vectors, and the best candidates are then scored exactly.
+
+Knows nothing of HTTP, queues or keys.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metarec.errors import ArtifactError, ConfigError, ConflictError, MetarecError, UnknownItemError
+from metarec.interactions import Catalog, Codes, Ratings
+from metarec.metrics import rank_order
+from metarec.prompts import tokenize_catalog
+from metarec.recommender import AdaptedUser, MetaRecommender, Recommendation
+from metarec.serve.items import check_fields, extend, longest
+from metarec.store import AdapterStore, HotAdapters, NewAdapter, Profile, latest_ratings
+from metarec.trunk import PlainTrunk
+
+_LOG = logging.getLogger(__name__)
+
+# The one shape in which users are adapted: so many at a time and a row that keeps the shape, with ratings padded to a
+# power of two. Larger batches serve more users a second and make a single one wait longer.
+USERS_AT_ONCE = 3
+_FEWEST_RATINGS = 8
+MAX_RATINGS = 64
+_ANCHORS = 64
+_DIMENSIONS = 32
+_RIDGE = 1.0
+_BLOCK = 64
+# What a tensor takes beside its numbers: for small adapters that is most of it.
+_TENSOR_BYTES = 512
+_SEARCHED = 100
+_TASTE_IN_SEARCH = 0.25
+
+
+@dataclass(frozen=True)
+class Person:
+    """A user as they are served.
+
+    Args:
+        adapted: The adapter and the ratings it was adapted to.
+        version: How many ratings the user had given when it was adapted; 0 is the meta-initialization.
+        latest: How many ratings the user has given.
+        losses: Support loss before each inner step, where this process took the steps.
+        left_out: Ratings of items that the catalog does not have, and of more items than count.
+    """
+
+    adapted: AdaptedUser
+    version: int
+    latest: int
+    losses: tuple[float, ...] = ()
+    left_out: int = 0
+
+    def facts(self) -> dict[str, object]:
+        """What every answer says of the adapter that it used."""
+        return {
+            "version": self.version,
+            "ratings": len(self.adapted.support),
+            "diverged": self.adapted.diverged,
+            "stale": self.version != self.latest,
+        }
+
+
+@dataclass(frozen=True)
+class Reason:
+    """A rated item, and how far a recommended item's score would fall without that rating."""
+
+    item: str
+    title: str
+    rating: float
+    moved: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """An item found by text: cosine of its vector and the query's, and the user's score where there is a user."""
+
+    item: str
+    title: str
+    similarity: float
+    score: float | None
+
+
+@dataclass
+class Counters:
+    """What happened so far, for the metrics."""
+
+    adapted: int = 0
+    diverged: int = 0
+    damaged: int = 0
+    failed: int = 0
+    unsaved: int = 0
+
+
+class Engine:
+    """A recommender over a store.
+
+    Args:
+        recommender: The fitted recommender.
+        store: Feedback and adapters.
+        hot_bytes: Bytes of adapters to keep in memory.
+        candidates: How many items are scored exactly when a whole catalog is ranked.
+    """
+
+    def __init__(
+        self,
+        recommender: MetaRecommender,
+        store: AdapterStore,
+        *,
+        hot_bytes: int = 256 << 20,
+        candidates: int = 256,
+    ) -> None:
+        if candidates < 2 * _ANCHORS:
+            raise ConfigError(f"candidates is {candidates}", f"Choose {2 * _ANCHORS} or more")
+        self.trained = self.recommender = recommender
+        self.digest = recommender.digest
+        self.store = store
+        self.hot: HotAdapters[Person] = HotAdapters(hot_bytes)
+        self.counters = Counters()
+        self._candidates = candidates
+        self._longest = longest(recommender.fitted.reader)
+        self._save: Callable[[NewAdapter], object] = self.keep
+        # Every adapter has the same shape, so one user's size is everybody's.
+        self.stranger = recommender.adapt([])
+        tensors = self.stranger.state.values()
+        self._adapter_bytes = sum(value.numel() * value.element_size() + _TENSOR_BYTES for value in tensors)
+        self._learn_catalog()
+        self.reload_items()
+
+    # The catalog.
+
+    @property
+    def catalog(self) -> Catalog:
+        """The items that can be recommended now."""
+        return self.recommender.fitted.catalog
+
+    def _learn_catalog(self) -> None:
+        """Prepares what ranking the current catalog needs: everybody's scores before adaptation, and vectors."""
+        fitted = self.recommender.fitted
+        self._code = {item: code for code, item in enumerate(fitted.catalog.ids)}
+        known = len(getattr(self, "_prior_scores", ()))
+        self.stranger = AdaptedUser(self.recommender, Ratings.empty(), self.stranger.state, False, 0.0)
+        fresh = self._scores(self.stranger, np.arange(known, len(fitted.catalog)))
+        self._prior_scores = np.concatenate([getattr(self, "_prior_scores", fresh[:0]), fresh])
+        self.vectors = self._project(fitted.reader.states.cpu().numpy())
+        self._title_words = [set(_words(title)) for title in fitted.catalog.fields["title"]]
+        order = np.argsort(-self._prior_scores, kind="stable")
+        others = np.random.default_rng(0).permutation(order[_ANCHORS // 2 :])
+        self._anchors = np.concatenate([order[: _ANCHORS // 2], others[: _ANCHORS - _ANCHORS // 2]])
+
+    @cached_property
+    def _projection(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean, spread and whitened principal directions of the trained catalog's states."""
+        states = self.trained.fitted.reader.states.cpu().numpy().astype(np.float64)
+        mean, spread = states.mean(0), states.std(0) + 1e-6
+        values, directions = np.linalg.eigh(np.cov((states - mean) / spread, rowvar=False))
+        top = np.argsort(-values)[:_DIMENSIONS]
+        return mean, spread, directions[:, top] / np.sqrt(np.maximum(values[top], 1e-6))
+
+    def _project(self, states: np.ndarray) -> NDArray[np.float32]:
+        mean, spread, directions = self._projection
+        projected: NDArray[np.float32] = (((states - mean) / spread) @ directions).astype(np.float32)
+        return projected
+
+    def code(self, item: str) -> int:
+        """Returns an item's code.
+
+        Raises:
+            UnknownItemError: The catalog has no such id.
+        """
+        if item not in self._code:
+            raise UnknownItemError("no item has that id", "Find ids with GET /v1/search")
+        return self._code[item]
+
+    def add_items(self, items: Sequence[tuple[str, Mapping[str, str]]]) -> int:
+        """Adds items; they can be recommended at once.
+
+        Returns:
+            How many were new.
+
+        Raises:
+            ConfigError: A field is unknown or the title is missing.
+            ConflictError: An item is there already with other fields.
+        """
+        self.reload_items()
+        checked = {item: check_fields(self.trained.fitted.catalog, fields) for item, fields in items}
+        trained = set(self.trained.fitted.catalog.ids)
+        for item, fields in items:
+            if item in trained or checked[item] != check_fields(self.trained.fitted.catalog, fields):
+                raise ConflictError("an item of that id is there already", "Choose another id")
+        # The model reads them first: what it cannot read is not kept.
+        fresh = [(item, fields) for item, fields in checked.items() if item not in self._code]
+        longer = extend(self.trained, self.recommender, fresh) if fresh else self.recommender
+        new = self.store.add_items(list(checked.items()))
+        self.recommender = longer
+        self._learn_catalog()
+        return new
+
+    def reload_items(self) -> None:
+        """Takes over items that another server, or an earlier run, has added to the store."""
+        if self.store.count_items() <= len(self.catalog) - len(self.trained.fitted.catalog):
+            return
+        empty = dict.fromkeys(self.trained.fitted.catalog.fields, "")
+        fresh = [(item, empty | fields) for item, fields in self.store.items() if item not in self._code]
+        if fresh:
+            self.recommender = extend(self.trained, self.recommender, fresh)
+            self._learn_catalog()
+
+    # People.
+
+    def people(self, users: Sequence[str]) -> dict[str, Person]:
+        """Returns users as the log has them now: from memory, from the store, or adapted here."""
+        self.reload_items()
+        found: dict[str, Person] = {}
+        waiting: list[tuple[str, Profile]] = []
+        for user in dict.fromkeys(users):
+            profile = self.store.profile(user)
+            if profile is None or profile.version == 0:
+                found[user] = Person(self.stranger, 0, 0)
+            elif (hot := self.hot.get(profile.key, profile.version)) is not None:
+                found[user] = self._renewed(hot)
+            elif (kept := self._from_store(profile)) is not None and kept.version == profile.version:
+                found[user] = kept
+                self.hot.put(profile.key, profile.version, kept, self._adapter_bytes)
+            else:
+                waiting.append((user, profile))
+        try:
+            found |= self._adapt_people(waiting)
+        except RuntimeError as error:
+            # Out of memory, say: an older adapter is better than no answer.
+            self.counters.failed += len(waiting)
+            _LOG.error("adapting failed", extra={"failure": type(error).__name__})
+            for user, profile in waiting:
+                found[user] = self._from_store(profile) or Person(self.stranger, 0, profile.version)
+        return found
+
+    def _renewed(self, person: Person) -> Person:
+        adapted = person.adapted
+        if adapted.recommender is self.recommender:
+            return person
+        current = AdaptedUser(self.recommender, adapted.support, adapted.state, adapted.diverged, adapted.seconds)
+        return Person(current, person.version, person.latest, person.losses, person.left_out)
+
+    def _from_store(self, profile: Profile) -> Person | None:
+        """Reads the last good version of an adapter."""
+        record, damaged = self.store.newest(profile.key, self.digest)
+        self.counters.damaged += len(damaged)
+        if damaged:
+            _LOG.error("damaged adapters were refused", extra={"count": len(damaged)})
+        if record is None:
+            return None
+        try:
+            adapted = self.recommender.load_user(self.store.path(record))
+        except (ArtifactError, UnknownItemError, OSError) as error:
+            _LOG.error("an adapter cannot be read", extra={"failure": type(error).__name__})
+            return None
+        return Person(adapted, record.version, profile.version)
+
+    def _adapt_people(self, waiting: Sequence[tuple[str, Profile]]) -> dict[str, Person]:
+        supports, left_out = [], []
+        for user, _ in waiting:
+            events = self.store.events(user)
+            latest = latest_ratings(events, MAX_RATINGS)
+            known = sorted((self._code[item], rating) for item, rating in latest if item in self._code)
+            items, values = [code for code, _ in known], [rating for _, rating in known]
+            supports.append(Ratings(np.array(items, np.int64), np.array(values, np.float32)))
+            left_out.append(len({event.item for event in events}) - len(known))
+        found = {}
+        for (user, profile), missing, (adapted, losses) in zip(waiting, left_out, self.adapt(supports), strict=True):
+            person = Person(adapted, profile.version, profile.version, losses, missing)
+            found[user] = person
+            self.counters.adapted += 1
+            self.counters.diverged += adapted.diverged
+            self.hot.put(profile.key, profile.version, person, self._adapter_bytes)
+            self._save(NewAdapter(profile.key, profile.version, self.digest, adapted.save))
+        return found
+
+    def save_with(self, save: Callable[[NewAdapter], object]) -> None:
+        """Hands adapters that are to be kept to somebody else, who calls `keep`."""
+        self._save = save
+
+    def keep(self, adapter: NewAdapter) -> None:
+        """Writes an adapter into the store; a full disk costs a later computation, not the answer."""
+        try:
+            self.store.put([adapter])
+        except (OSError, MetarecError) as error:
+            self.counters.unsaved += 1
+            _LOG.error("an adapter could not be kept", extra={"failure": type(error).__name__})
+
+    def adapt(self, supports: Sequence[Ratings]) -> list[tuple[AdaptedUser, tuple[float, ...]]]:
+        """Adapts to several users' ratings, each exactly as if they were alone.
+
+        Returns:
+            Each user's adapter, and their support loss before each step.
+        """
+        scorer = self.recommender.scorer()
+        results: dict[int, tuple[AdaptedUser, tuple[float, ...]]] = {}
+        widths = [max(_FEWEST_RATINGS, 1 << max(len(support) - 1, 0).bit_length()) for support in supports]
+        for width in sorted(set(widths)):
+            rows = [row for row, own in enumerate(widths) if own == width]
+            for start in range(0, len(rows), USERS_AT_ONCE):
+                block = rows[start : start + USERS_AT_ONCE]
+                spare = [Ratings.empty()] * (USERS_AT_ONCE - len(block))
+                began = time.perf_counter()
+                adapted = scorer.adapt([*(supports[row] for row in block), *spare, self._ruler(width)])
+                seconds = (time.perf_counter() - began) / len(block)
+                for place, row in enumerate(block):
+                    state = {name: value[place].clone() for name, value in adapted.state.items()}
+                    diverged = bool(adapted.diverged[place])
+                    user = AdaptedUser(self.recommender, supports[row], state, diverged, seconds)
+                    results[row] = (user, tuple(map(float, adapted.losses[:, place])))
+        return [results[row] for row in range(len(supports))]
+
+    def _ruler(self, width: int) -> Ratings:
+        """Ratings of nobody that make every batch as wide, and its prompts as long, as any batch can be."""
+        mean = self.trained.fitted.prior.mean
+        return Ratings(np.full(width, self._longest, np.int64), np.full(width, mean, np.float32))
+
+    def erase(self, user: str) -> bool:
+        """Removes a user from memory and from the store."""
+        profile = self.store.profile(user)
+        if profile is not None:
+            self.hot.drop(profile.key)
+        return self.store.erase(user)
+
+    # Rankings.
+
+    def _scores(self, adapted: AdaptedUser, codes: Codes) -> NDArray[np.float32]:
+        if not len(codes):
+            return np.zeros(0, np.float32)
+        # Whole blocks, so that one item more or less in the catalog does not change how the others are rounded.
+        spare = np.resize(codes, -len(codes) % _BLOCK)
+        scores: NDArray[np.float32] = adapted.scores(np.concatenate([codes, spare])).numpy()
+        return scores[: len(codes)]
+
+    def score(self, person: Person, items: Sequence[str]) -> tuple[Person, list[float]]:
+        """Scores items by id; higher is better.
+
+        Returns:
+            Who was served, who is nobody in particular where the scores were not finite, and the scores.
+
+        Raises:
+            UnknownItemError: An item is not in the catalog.
+        """
+        codes = np.array([self.code(item) for item in items], np.int64)
+        person, scores = self._finite(person, codes)
+        return person, [float(value) for value in scores]
+
+    def _finite(self, person: Person, codes: Codes) -> tuple[Person, NDArray[np.float32]]:
+        scores = self._scores(person.adapted, codes)
+        if np.isfinite(scores).all():
+            return person, scores
+        self.counters.diverged += 1
+        _LOG.error("an adapter scored what is not a number; the prior is served")
+        prior = AdaptedUser(self.recommender, person.adapted.support, self.stranger.state, True, 0.0)
+        return Person(prior, person.version, person.latest, (), person.left_out), self._scores(prior, codes)
+
+    def recommend(
+        self, person: Person, k: int, *, exclude_seen: bool = True, explain: bool = False
+    ) -> tuple[Person, list[tuple[Recommendation, list[Reason]]]]:
+        """Ranks the catalog.
+
+        Args:
+            person: For whom.
+            k: How many items; fewer come back where there are fewer.
+            exclude_seen: Leaves out what the user has rated.
+            explain: Adds the ratings that moved each item's score most.
+
+        Returns:
+            Who was served (see `score`), and the best items, each with its reasons.
+        """
+        codes = self.retrieve(person, k, exclude_seen)
+        person, scores = self._finite(person, codes)
+        catalog = self.catalog
+        order = rank_order(scores, [catalog.ids[code] for code in codes], self.recommender.config.seed)[:k]
+        best = [
+            Recommendation(catalog.ids[codes[row]], catalog.title(int(codes[row])), float(scores[row])) for row in order
+        ]
+        reasons = self.explain(person, codes[order]) if explain else [[] for _ in best]
+        return person, list(zip(best, reasons, strict=True))
+
+    def retrieve(self, person: Person, k: int, exclude_seen: bool = True) -> Codes:
+        """Chooses the candidates that are worth an exact score: the whole catalog where it is small enough.
+
+        An adapter's effect on the anchors is fitted by ridge regression on the items' vectors and carried to all items.
+        """
+        seen = person.adapted.support.items if exclude_seen else np.zeros(0, np.int64)
+        codes = np.setdiff1d(np.arange(len(self.catalog)), seen)
+        count = max(self._candidates, 2 * k)
+        if len(codes) <= count or person.adapted.state is self.stranger.state:
+            approximate = self._prior_scores
+        else:
+            moved = self._scores(person.adapted, self._anchors) - self._prior_scores[self._anchors]
+            features = np.column_stack([np.ones(len(self.catalog)), self._prior_scores, self.vectors])
+            anchors = features[self._anchors]
+            weights = np.linalg.solve(
+                anchors.T @ anchors + _RIDGE * np.eye(anchors.shape[1]), anchors.T @ np.nan_to_num(moved)
+            )
+            approximate = self._prior_scores + features @ weights
+        best = np.argsort(-approximate[codes], kind="stable")[:count]
+        chosen: Codes = np.sort(codes[best])
+        return chosen
+
+    def explain(self, person: Person, codes: Codes, most: int = 3) -> list[list[Reason]]:
+        """Says which ratings moved some items' scores most, by adapting again without each of them.
+
+        Returns:
+            Up to `most` reasons per item, the strongest first; none where nothing was rated.
+        """
+        support = person.adapted.support
+        if not len(support) or person.adapted.diverged or not len(codes):
+            return [[] for _ in codes]
+        without = [
+            Ratings(np.delete(support.items, row), np.delete(support.values, row)) for row in range(len(support))
+        ]
+        full = self._scores(person.adapted, codes)
+        moved = np.stack([full - self._scores(adapted, codes) for adapted, _ in self.adapt(without)])
+        catalog = self.catalog
+        return [
+            [
+                Reason(
+                    catalog.ids[support.items[row]],
+                    catalog.title(int(support.items[row])),
+                    float(support.values[row]),
+                    float(column[row]),
+                )
+                for row in np.argsort(-np.abs(column), kind="stable")[:most]
+            ]
+            for column in moved.T
+        ]
+
+    def search(self, text: str, k: int, person: Person | None = None) -> list[Found]:
+        """Finds items by text: the query is read as if it were a title, and compared with the items' vectors.
+
+        Words that a title shares with the query count too. With a user, the best hundred are ordered by similarity and
+        taste together.
+        """
+        fitted = self.trained.fitted
+        fields = {name: (text if name == "title" else "",) for name in fitted.catalog.fields}
+        prompts = tokenize_catalog(self.trained.backbone, fitted.task.template, Catalog(("query",), fields))
+        # The whole model runs without a cache: a query must leave nothing on disk.
+        states = PlainTrunk(self.trained.backbone, prompts, fitted.reader.placement).frozen_states()
+        query = self._project(states.cpu().numpy())[0]
+        norms = np.linalg.norm(self.vectors, axis=1) * np.linalg.norm(query)
+        similarity = self.vectors @ query / np.maximum(norms, 1e-6)
+        words = set(_words(text))
+        shared = np.array([len(words & title) / len(words | title) for title in self._title_words])
+        similarity = similarity + shared
+        # A title that was asked for by name comes first, whatever the vectors or the taste say.
+        named = shared < 1
+        best = np.lexsort((-similarity, named))[: max(k, _SEARCHED)]
+        scores = None
+        if person is not None:
+            scores = self._finite(person, best)[1]
+            both = _standard(similarity[best]) + _TASTE_IN_SEARCH * _standard(scores)
+            order = np.lexsort((-both, named[best]))
+            best, scores = best[order], scores[order]
+        return [
+            Found(
+                self.catalog.ids[code],
+                self.catalog.title(int(code)),
+                float(similarity[code]),
+                None if scores is None else float(scores[place]),
+            )
+            for place, code in enumerate(best[:k])
+        ]
+
+
+def _words(text: str) -> list[str]:
+    return "".join(char if char.isalnum() else " " for char in text.casefold()).split()
+
+
+def _standard(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    spread = values.std()
+    return (values - values.mean()) / spread if spread > 0 else values * 0

@@ -1,0 +1,268 @@
+"""Who may ask, how often, how much; and what is written down about it, which is nobody's name and no title.
+
+A plain ASGI middleware around the whole application, the API keys it checks, and the format of the log.
+Knows nothing of recommenders.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import logging
+import math
+import re
+import secrets
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from metarec.errors import ConfigError
+
+_LOG = logging.getLogger("metarec.serve")
+_OPEN = ("/healthz", "/readyz")
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+_BODY_SECONDS = 10.0
+_MAKE_KEYS = "Run: metarec api-key FILE --name NAME"
+# Facts that a log line may carry; whatever else somebody logs is dropped.
+_FACTS = ("method", "route", "status", "ms", "request", "key", "failure", "count")
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        b"img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    ),
+)
+
+Messages = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """A key's name and the SHA-256 of the key; the key itself is kept by its owner alone."""
+
+    name: str
+    digest: str
+
+
+def new_key(name: str) -> tuple[str, ApiKey]:
+    """Returns a fresh key of 256 random bits, and what the key file keeps of it.
+
+    Raises:
+        ConfigError: The name is not plain.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
+        raise ConfigError(f"the key's name {name!r} is not plain", "Use letters, digits, '.', '_' and '-'")
+    key = secrets.token_urlsafe(32)
+    return key, ApiKey(name, hashlib.sha256(key.encode()).hexdigest())
+
+
+def read_keys(path: Path) -> tuple[ApiKey, ...]:
+    """Reads a key file: one ``NAME SHA256`` a line, as ``metarec api-key`` writes it.
+
+    Raises:
+        ConfigError: A line is not of that form, a name comes twice, or there is no key.
+    """
+    keys = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"([A-Za-z0-9._-]{1,64}) +([0-9a-f]{64})\s*", line)
+        if match is None:
+            raise ConfigError(f"line {number} of '{path}' is not 'NAME SHA256'", _MAKE_KEYS)
+        keys.append(ApiKey(*match.groups()))
+    if not keys or len({key.name for key in keys}) < len(keys):
+        raise ConfigError(f"'{path}' holds no key, or a name twice", _MAKE_KEYS)
+    return tuple(keys)
+
+
+def is_loopback(host: str) -> bool:
+    """Says whether an address can be reached from this machine alone."""
+    return host in _LOOPBACK or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may do.
+
+    Args:
+        keys: Who may ask; with none, everybody on this machine may, and nobody else.
+        rate: Requests a second for each key, in the long run; 0 is any number.
+        burst: Requests at once.
+        body: Bytes of a request's body.
+    """
+
+    keys: tuple[ApiKey, ...] = ()
+    rate: float = 0.0
+    burst: int = 100
+    body: int = 1 << 20
+
+
+@dataclass
+class _Bucket:
+    tokens: float
+    at: float
+
+
+@dataclass
+class Guard:
+    """Checks every request before the application sees it, and writes one log line after.
+
+    Args:
+        app: The application.
+        limits: See `Limits`.
+        observe: Told of every answer: method, route, status, seconds.
+    """
+
+    app: Messages
+    limits: Limits
+    observe: Callable[[str, str, int, float], None]
+    _buckets: dict[str, _Bucket] = field(default_factory=dict)
+
+    async def __call__(self, scope: dict[str, Any], receive: Messages, send: Messages) -> None:
+        """Serves one connection; anything but HTTP goes through as it is."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status, key = time.perf_counter(), 500, ""
+
+        async def answer(message: dict[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], *_HEADERS]}
+            await send(message)
+
+        try:
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            key, refusal = self._check(scope["path"], headers, scope["method"])
+            if refusal is None:
+                body, refusal = await self._body(headers, receive)
+            if refusal is not None:
+                await _refuse(answer, *refusal)
+                return
+            await self.app(scope, _replay(body, receive), answer)
+        finally:
+            route = getattr(scope.get("route"), "path", "unmatched")
+            seconds = time.perf_counter() - began
+            self.observe(scope["method"], route, status, seconds)
+            facts = {"method": scope["method"], "route": route, "status": status, "ms": round(1000 * seconds, 1)}
+            _LOG.info("request", extra={**facts, "key": key})
+
+    def _check(self, path: str, headers: Mapping[str, str], method: str) -> tuple[str, tuple[int, str, int] | None]:
+        if path in _OPEN:
+            return "", None
+        host = headers.get("host", "")
+        origin = headers.get("origin")
+        if origin is not None and method not in ("GET", "HEAD") and origin.partition("://")[2] != host:
+            return "", (403, "another site's page may not ask", 0)
+        if not self.limits.keys:
+            # A name that resolves to this machine would let a web page in through the user's browser.
+            if not is_loopback(re.sub(r":\d+$", "", host)):
+                return "", (403, "without API keys only this machine is served, by the name localhost", 0)
+            return "", self._take("")
+        name = self._who(headers)
+        if name is None:
+            return "", (401, "an API key is needed: Authorization: Bearer KEY", 0)
+        return name, self._take(name)
+
+    def _who(self, headers: Mapping[str, str]) -> str | None:
+        scheme, _, value = headers.get("authorization", "").partition(" ")
+        given = value.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        if scheme.lower() == "basic":  # what a browser sends for the page; any name, the key as password
+            try:
+                given = base64.b64decode(value, validate=True).decode("utf-8").partition(":")[2]
+            except (binascii.Error, UnicodeDecodeError):
+                given = ""
+        digest = hashlib.sha256(given.encode()).hexdigest()
+        # Every key is compared, in constant time, whichever it is.
+        found = [key.name for key in self.limits.keys if hmac.compare_digest(key.digest, digest)]
+        return found[0] if found else None
+
+    def _take(self, name: str) -> tuple[int, str, int] | None:
+        if not self.limits.rate:
+            return None
+        now = time.monotonic()
+        bucket = self._buckets.setdefault(name, _Bucket(self.limits.burst, now))
+        bucket.tokens = min(self.limits.burst, bucket.tokens + (now - bucket.at) * self.limits.rate)
+        bucket.at = now
+        if bucket.tokens < 1:
+            return 429, "this key asks too often", max(1, math.ceil((1 - bucket.tokens) / self.limits.rate))
+        bucket.tokens -= 1
+        return None
+
+    async def _body(self, headers: Mapping[str, str], receive: Messages) -> tuple[bytes, tuple[int, str, int] | None]:
+        too_large = (413, f"the body is larger than {self.limits.body} bytes", 0)
+        declared = headers.get("content-length", "0")
+        if not declared.isdigit() or int(declared[:20]) > self.limits.body:
+            return b"", too_large
+        parts, size, more = [], 0, True
+        deadline = time.monotonic() + _BODY_SECONDS
+        while more:
+            try:
+                message = await asyncio.wait_for(receive(), max(0.01, deadline - time.monotonic()))
+            except asyncio.TimeoutError:
+                return b"", (408, "the body did not arrive in time", 0)
+            if message["type"] == "http.disconnect":
+                break
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            more = message.get("more_body", False)
+            if size > self.limits.body:
+                return b"", too_large
+        return b"".join(parts), None
+
+
+def _replay(body: bytes, receive: Messages) -> Messages:
+    sent = False
+
+    async def again() -> Any:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+async def _refuse(send: Messages, status: int, message: str, retry_after: int) -> None:
+    body = json.dumps(error_body(status, message)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if retry_after:
+        headers.append((b"retry-after", str(retry_after).encode()))
+    if status == 401:
+        headers.append((b"www-authenticate", b'Bearer, Basic realm="metarec", charset="UTF-8"'))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def error_body(status: int, message: str, cure: str = "") -> dict[str, Any]:
+    """Returns the JSON of every error answer."""
+    return {"error": {"status": status, "message": message, "cure": cure}}
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line. Of an exception it says the type and the place, never the message, which may quote."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter.format`."""
+        at = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {"at": at, "level": record.levelname.lower(), "logger": record.name}
+        line["event"] = record.getMessage().splitlines()[0] if record.getMessage() else ""
+        line |= {name: getattr(record, name) for name in _FACTS if getattr(record, name, "") != ""}
+        if record.exc_info and record.exc_info[0] is not None:
+            frames = traceback.extract_tb(record.exc_info[2])
+            line["failure"] = record.exc_info[0].__name__
+            line["where"] = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-5:]]
+        return json.dumps(line, ensure_ascii=False)

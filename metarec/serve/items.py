@@ -1,0 +1,175 @@
+"""Items that came after training: a fitted recommender over a longer catalog.
+
+What was there keeps its scores to the last bit. A new item is read by the same model through the same prompt; its prior
+is predicted from its text, as for every item that nobody has rated. Knows nothing of users, queues or HTTP.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from metarec.errors import ConfigError, suggest
+from metarec.interactions import Catalog
+from metarec.priors import extend_by_text
+from metarec.prompts import CatalogPrompts, tokenize_catalog
+from metarec.reader import Reader, open_reader
+from metarec.recommender import Fitted, MetaRecommender
+from metarec.trunk import CachedTrunk, Gathered
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Items added together: the code of the first, and a reader of their own."""
+
+    start: int
+    reader: Reader
+
+    def __len__(self) -> int:
+        return len(self.reader.prompts.tokens)
+
+
+@dataclass(frozen=True)
+class GrowingReader(Reader):
+    """A reader of a catalog and of what was added to it.
+
+    Args:
+        base: Reads the items it was trained with.
+        segments: Read the others, in the order of their codes.
+    """
+
+    base: Reader
+    segments: tuple[Segment, ...]
+
+    def gather(self, items: Tensor) -> Gathered:
+        """See `Reader.gather`."""
+        known = len(self.base.prompts.tokens)
+        parts = []
+        for segment in self.segments:
+            inside = (items >= segment.start) & (items < segment.start + len(segment))
+            if inside.any():
+                # The longest item stands in for strangers, so that what others ask never changes a shape.
+                local = torch.where(inside, items - segment.start, longest(segment.reader))
+                parts.append((segment.reader, segment.reader.gather(local), inside))
+        base = self.base.gather(torch.where(items < known, items, longest(self.base)))
+        return Gathered(items, (base, parts))
+
+    def last_states(self, gathered: Gathered, state: Mapping[str, Tensor] | None) -> Tensor:
+        """See `Reader.last_states`."""
+        base, parts = gathered.inputs
+        values = self.base.last_states(base, state)
+        for reader, own, inside in parts:
+            values = torch.where(inside.to(values.device)[..., None], reader.last_states(own, state), values)
+        return values
+
+    @cached_property
+    def states(self) -> Tensor:
+        """See `Reader.states`."""
+        return torch.cat([self.base.states, *(segment.reader.states for segment in self.segments)])
+
+    @cached_property
+    def frozen_mean(self) -> Tensor:
+        """See `Reader.frozen_mean`; scores are around the mean of the catalog that was trained on."""
+        return self.base.frozen_mean
+
+    @cached_property
+    def frozen_moments(self) -> tuple[Tensor, Tensor]:
+        """See `Reader.frozen_moments`; features are around the mean of the catalog that was trained on."""
+        return self.base.frozen_moments
+
+
+def longest(reader: Reader) -> int:
+    """Returns the code of the item with the longest prompt."""
+    lengths = [len(tokens) for tokens in reader.prompts.tokens]
+    return lengths.index(max(lengths))
+
+
+def check_fields(catalog: Catalog, fields: Mapping[str, str]) -> dict[str, str]:
+    """Returns an item's fields, those left out empty.
+
+    Raises:
+        ConfigError: The title is missing, or a field is not one of the catalog's.
+    """
+    unknown = sorted(set(fields) - set(catalog.fields))
+    if unknown:
+        raise ConfigError(f"the catalog has no field '{unknown[0]}'", suggest(unknown[0], catalog.fields))
+    if not fields.get("title", "").strip():
+        raise ConfigError("an item has no title", "Give it one")
+    return {name: fields.get(name, "") for name in catalog.fields}
+
+
+def extend(
+    trained: MetaRecommender, current: MetaRecommender, items: Sequence[tuple[str, Mapping[str, str]]]
+) -> MetaRecommender:
+    """Returns a recommender that also knows some new items; no score that there was changes.
+
+    Args:
+        trained: The recommender without any added item.
+        current: The recommender as it is.
+        items: Ids and fields that `current` does not have.
+    """
+    added = [*_added(trained, current), *items]
+    known = len(trained.fitted.catalog)
+    reader = current.fitted.reader
+    segments = list(reader.segments) if isinstance(reader, GrowingReader) else []
+    start = len(current.fitted.catalog)
+    # Segments of like size become one, so their number stays logarithmic and so does how often an item is read.
+    while segments and len(segments[-1]) <= known + len(added) - start:
+        start = segments.pop().start
+    segments.append(Segment(start, _read(trained, added[start - known :])))
+    if isinstance(reader, GrowingReader):
+        for segment in set(reader.segments) - set(segments):
+            if isinstance(segment.reader.trunk, CachedTrunk):
+                shutil.rmtree(segment.reader.trunk.path, ignore_errors=True)
+    return _over(trained, segments, added)
+
+
+def _read(trained: MetaRecommender, items: Sequence[tuple[str, Mapping[str, str]]]) -> Reader:
+    base = trained.fitted.reader
+    prompts = tokenize_catalog(trained.backbone, trained.fitted.task.template, _catalog(trained.fitted.catalog, items))
+    reader = open_reader(trained.backbone, _as_trained(prompts, base.prompts), base.placement)
+    _ = reader.frozen_log_odds
+    return reader
+
+
+def _as_trained(prompts: CatalogPrompts, base: CatalogPrompts) -> CatalogPrompts:
+    """Divides prompts where the trained catalog's are divided, however few and alike the new ones are."""
+    tail = base.tokens[0][len(base.tokens[0]) - base.suffix :]
+    suffix = base.suffix
+    while suffix and any(tokens[-suffix:] != tail[-suffix:] for tokens in prompts.tokens):
+        suffix -= 1
+    shortest = min(map(len, prompts.tokens))
+    return replace(prompts, prefix=min(prompts.prefix, base.prefix, shortest - max(suffix, 1)), suffix=suffix)
+
+
+def _catalog(like: Catalog, items: Sequence[tuple[str, Mapping[str, str]]]) -> Catalog:
+    fields = {name: tuple(values[name] for _, values in items) for name in like.fields}
+    return Catalog(tuple(item for item, _ in items), fields)
+
+
+def _added(trained: MetaRecommender, current: MetaRecommender) -> list[tuple[str, Mapping[str, str]]]:
+    catalog = current.fitted.catalog
+    codes = range(len(trained.fitted.catalog), len(catalog))
+    return [(catalog.ids[code], {name: column[code] for name, column in catalog.fields.items()}) for code in codes]
+
+
+def _over(
+    trained: MetaRecommender, segments: Sequence[Segment], added: Sequence[tuple[str, Mapping[str, str]]]
+) -> MetaRecommender:
+    fitted, base = trained.fitted, trained.fitted.reader
+    reader = GrowingReader(base.backbone, base.prompts, base.placement, base.trunk, base, tuple(segments))
+    new = _catalog(fitted.catalog, added)
+    fields = {name: column + new.fields[name] for name, column in fitted.catalog.fields.items()}
+    states = torch.cat([segment.reader.states for segment in segments]).cpu().numpy()
+    longer: Fitted = replace(
+        fitted,
+        catalog=Catalog(fitted.catalog.ids + new.ids, fields),
+        prior=extend_by_text(fitted.prior, base.states.cpu().numpy(), states),
+        reader=reader,
+    )
+    return MetaRecommender(trained.backbone, trained.config, longer)

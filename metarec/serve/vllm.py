@@ -1,0 +1,64 @@
+"""Adapters in the form that vLLM's file system LoRA resolver reads: a directory of PEFT directories by name.
+
+A name is a user's random key and version, never an id, so that a server that caches by name never serves an old adapter
+for a new one. What the score adds to the language model (the item prior and its weights) is not part of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from metarec.artifacts import dump_json, load_json, replace_dir
+from metarec.errors import ArtifactError, StoreError
+from metarec.store import AdapterStore
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def export_adapters(
+    store: AdapterStore, out: Path, *, users: Collection[str] | None = None, base_model: str | None = None
+) -> dict[str, str]:
+    """Writes the newest adapter of each user.
+
+    Args:
+        store: Where they are.
+        out: ``VLLM_LORA_RESOLVER_CACHE_DIR``; adapters that are there under the same name are left alone.
+        users: Whose; None takes everybody.
+        base_model: The name under which vLLM serves the base model; None keeps the adapter's own.
+
+    Returns:
+        The adapter's name by user.
+
+    Raises:
+        StoreError: A user is unknown or has no adapter.
+        ArtifactError: An adapter is damaged, or not a LoRA.
+    """
+    names = {}
+    found = set()
+    for user, profile in store.users():
+        if users is not None and user not in users:
+            continue
+        found.add(user)
+        records = store.records(profile.key)
+        if not records:
+            continue
+        store.verify(records[0])
+        source = store.path(records[0])
+        config = load_json(source / _CONFIG)
+        if config["peft_type"] != "LORA":
+            raise ArtifactError(f"the adapter is a {config['peft_type']}", "vLLM takes LoRA: set the adapter's kind")
+        if base_model is not None:
+            config["base_model_name_or_path"] = base_model
+        names[user] = source.name
+        if (out / source.name).exists():
+            continue
+        with replace_dir(out / source.name, "vllm adapter") as directory:
+            shutil.copyfile(source / _WEIGHTS, directory / _WEIGHTS)
+            (directory / _CONFIG).write_text(dump_json(config), encoding="utf-8")
+    if missing := sorted({*(users or ())} - names.keys()):
+        state = "has no adapter" if missing[0] in found else "is unknown"
+        raise StoreError(f"user '{missing[0]}' {state}", "See: metarec store ls STORE --users")
+    return names

@@ -1,0 +1,301 @@
+"""The service as a process, and the verbs of its store."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import LOVES_DRAMA, LOVES_HORROR, small_recommender
+from typer.testing import CliRunner
+
+pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
+from metarec.cli import app
+from metarec.errors import ConfigError, DataError, MetarecError, StoreError
+from metarec.recommender import MetaRecommender
+from metarec.serve.bulk import adapt_users, read_feedback
+from metarec.serve.engine import Engine
+from metarec.serve.guard import read_keys
+from metarec.store import AdapterStore
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def recommender(model_dir: Callable[[str], Path]) -> MetaRecommender:
+    return small_recommender(model_dir("llama"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(recommender: MetaRecommender, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "model"
+    recommender.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def feedback(tmp_path: Path) -> Path:
+    file = tmp_path / "feedback.csv"
+    rows = [f"user{number},{item},{rating}" for number in range(6) for item, rating in LOVES_DRAMA]
+    rows += [f"bob,{item},{rating}" for item, rating in LOVES_HORROR]
+    file.write_text("\n".join(["user,item,rating", *rows]) + "\n")
+    return file
+
+
+def invoke(*arguments: Any) -> Any:
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    if isinstance(result.exception, MetarecError):
+        raise result.exception
+    return result
+
+
+def facts(*arguments: Any) -> Any:
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def model(recommender: MetaRecommender, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "model"
+    recommender.save_pretrained(path)
+    return path
+
+
+def test_bulk_adapts_everybody_once_and_goes_on_where_it_stopped(
+    recommender: MetaRecommender, model: Path, feedback: Path, tmp_path: Path
+) -> None:
+    store = str(tmp_path / "store")
+    done = facts("adapt", model, "--users", feedback, "--store", store)
+    assert (done["users"], done["ratings"], done["adapted"]) == (7, 35, 7)
+    again = facts("adapt", model, "--users", feedback, "--store", store)
+    assert (again["users"], again["ratings"], again["adapted"]) == (7, 0, 0)
+    assert facts("store", "ls", store) == {"store": store, "users": 7, "ratings": 35, "adapters": 7, "items": 0} | {
+        "bytes": facts("store", "ls", store)["bytes"]
+    }
+    ranked = facts("recommend", model, "--store", store, "--user", "user3", "-k", 5, "--explain")
+    assert ranked["adapter"]["version"] == 5
+    expected = recommender.adapt(sorted(LOVES_DRAMA)).recommend(5)
+    assert [entry["item"] for entry in ranked["items"]] == [entry.item for entry in expected]
+    printed = invoke("recommend", model, "--store", store, "--user", "user3", "-k", 5, "--explain").stdout
+    assert expected[0].title in printed
+    assert " for " in printed, "every item says which rating moved it"
+    with pytest.raises(StoreError, match="has no user"):
+        invoke("recommend", model, "--store", store, "--user", "nobody")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("adapt", "--users", "f.csv"), "--users and --store belong together"),
+        (("adapt", "--users", "f.csv", "--store", "s", "--rating", "m1=4"), "one person's options are both given"),
+        (("recommend", "--store", "s"), "--store is given without --user"),
+        (("recommend", "--explain"), "--explain is given without --store"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(arguments: tuple[str, ...], problem: str, model: Path) -> None:
+    verb, *rest = arguments
+    with pytest.raises(ConfigError, match=problem):
+        invoke(verb, model, *rest)
+
+
+def test_bulk_that_is_interrupted_loses_nothing(
+    recommender: MetaRecommender, feedback: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from metarec.serve import bulk
+
+    monkeypatch.setattr(bulk, "_USERS_AT_ONCE", 2)
+    engine = Engine(recommender, AdapterStore(tmp_path / "store"))
+    users = read_feedback(feedback, engine)
+    people, calls = engine.people, []
+
+    def interrupted(names: Any) -> Any:
+        calls.append(names)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return people(names)
+
+    monkeypatch.setattr(engine, "people", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        adapt_users(engine, users)
+    assert engine.store.sizes()["adapters"] == 4
+    rest = adapt_users(Engine(recommender, engine.store), users)
+    assert (rest.adapted, rest.ratings) == (3, 5)
+    assert engine.store.sizes()["ratings"] == 35
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("user,item\na,m1\n", "no column 'rating'"),
+        ("user,item,rating\na,m1,5\na,m1x,5\n", "row 3: no item"),
+        ("user,item,rating\na,m1,NaN\n", "row 2: .*not finite"),
+        ('user,item,rating\na,"m1,5\n', "cannot be read"),
+        ("user,item,rating\n,m1,5\n", "row 2: the user id"),
+    ],
+)
+def test_a_feedback_file_that_is_wrong_says_where(
+    text: str, message: str, recommender: MetaRecommender, tmp_path: Path
+) -> None:
+    file = tmp_path / "feedback.csv"
+    file.write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_feedback(file, Engine(recommender, AdapterStore(tmp_path / "store")))
+
+
+@pytest.fixture
+def full_store(recommender: MetaRecommender, feedback: Path, tmp_path: Path) -> AdapterStore:
+    store = AdapterStore(tmp_path / "full")
+    engine = Engine(recommender, store)
+    adapt_users(engine, read_feedback(feedback, engine))
+    return store
+
+
+def test_the_store_verbs_list_verify_collect_export_and_erase(
+    full_store: AdapterStore, recommender: MetaRecommender, tmp_path: Path
+) -> None:
+    where = full_store.location
+    assert "bob\t5 ratings\tadapters: 5" in invoke("store", "ls", where, "--users").stdout
+    assert facts("store", "verify", where) == {"checked": 7, "damaged": []}
+    held = invoke("store", "export", where, "--user", "bob", "--out", tmp_path / "bob")
+    assert json.loads(held.stdout)["user"] == "bob"
+    ranked, expected = (
+        [entry.item for entry in user.recommend(3)]
+        for user in (recommender.load_user(tmp_path / "bob"), recommender.adapt(LOVES_HORROR))
+    )
+    assert ranked == expected
+    profile = full_store.profile("bob")
+    assert profile is not None
+    weights = full_store.path(full_store.records(profile.key)[0]) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    result = invoke("store", "verify", where)
+    assert result.exit_code == 1
+    assert "version 5 of 'bob'" in result.stdout
+    assert facts("store", "gc", where) == {"removed": 0}
+    assert facts("store", "erase-user", where, "--user", "bob") == {"erased": True}
+    assert full_store.profile("bob") is None
+    for command in ("export", "erase-user"):
+        with pytest.raises(StoreError, match="no user 'bob'"):
+            invoke("store", command, where, "--user", "bob")
+    with pytest.raises(StoreError, match="holds no store"):
+        invoke("store", "ls", tmp_path / "nothing")
+
+
+def test_the_vllm_export_is_what_its_resolver_reads(full_store: AdapterStore, tmp_path: Path) -> None:
+    out = tmp_path / "lora"
+    names = facts("export", full_store.location, "--vllm", "--out", out, "--base-model", "/models/base")
+    assert len(names) == 7
+    for user, name in names.items():
+        assert user not in name
+        config = json.loads((out / name / "adapter_config.json").read_text())
+        assert config["peft_type"] == "LORA"
+        assert config["base_model_name_or_path"] == "/models/base"
+        assert (out / name / "adapter_model.safetensors").exists()
+        assert not (out / name / "user.json").exists()
+    with pytest.raises(StoreError, match="unknown"):
+        invoke("export", full_store.location, "--vllm", "--out", out, "--user", "nobody")
+    with pytest.raises(ConfigError, match="--vllm"):
+        invoke("export", full_store.location, "--out", out)
+
+
+def test_other_addresses_need_keys_and_keys_are_shown_once(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--api-key-file"):
+        invoke("serve", "--checkpoint", checkpoint, "--host", "0.0.0.0")
+    made = facts("api-key", tmp_path / "keys", "--name", "shop")
+    facts("api-key", tmp_path / "keys", "--name", "other")
+    assert [key.name for key in read_keys(tmp_path / "keys")] == ["shop", "other"]
+    assert made["key"] not in (tmp_path / "keys").read_text()
+    with pytest.raises(ConfigError, match="has a key named"):
+        invoke("api-key", tmp_path / "keys", "--name", "shop")
+    with pytest.raises(ConfigError, match="not plain"):
+        invoke("api-key", tmp_path / "keys", "--name", "a b")
+
+
+def test_without_the_extra_serve_says_what_to_install(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ConfigError, match=r"pip install 'metarec\[serve\]'"):
+        invoke("serve", "--checkpoint", checkpoint)
+
+
+def run(part: str, checkpoint: Path, out: Path, *options: str) -> Any:
+    command = [sys.executable, str(ROOT / "benchmarks" / "serve.py"), part, "--checkpoint", str(checkpoint)]
+    done = subprocess.run([*command, "--out", str(out), "--threads", "1", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())[part]
+
+
+def test_every_acknowledged_rating_survives_kills_exactly_once(checkpoint: Path, tmp_path: Path) -> None:
+    found = run("kills", checkpoint, tmp_path / "out.json", "--kills", "2")
+    assert found["acknowledged"] >= 24
+    assert (found["lost"], found["doubled"], found["damaged_adapters"]) == (0, 0, 0)
+    assert found["seconds_to_stop"] < 10
+
+
+def start(checkpoint: Path, store: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "metarec.cli", "serve", "--checkpoint", str(checkpoint), "--store", str(store)]
+    process = subprocess.Popen([*command, "--port", str(port), *options], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "Uvicorn running" in line:
+            break
+    return process, f"http://127.0.0.1:{port}"
+
+
+def ask(url: str, body: Any = None) -> Any:
+    content = None if body is None else json.dumps(body).encode()
+    asked = urllib.request.Request(url, content, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        return json.loads(answer.read())
+
+
+def test_a_terminated_server_has_everything_it_accepted_and_logs_nobody(checkpoint: Path, tmp_path: Path) -> None:
+    process, url = start(checkpoint, tmp_path / "store", "--threads", "1")
+    said = [ask(f"{url}/v1/users/secret-user/feedback", {"item": item, "rating": r}) for item, r in LOVES_DRAMA]
+    assert [answer["adapter"]["version"] for answer in said] == [1, 2, 3, 4, 5]
+    with pytest.raises(urllib.error.HTTPError, match="422"):
+        ask(f"{url}/v1/users/secret-user/feedback", {"item": "secret-item", "rating": 1})
+    process.terminate()
+    log, _ = process.communicate(timeout=10)
+    assert "secret" not in log
+    assert all(json.loads(line)["at"] for line in log.splitlines())
+    store = AdapterStore(tmp_path / "store", create=False)
+    assert [(event.item, event.rating) for event in store.events("secret-user")] == list(LOVES_DRAMA)
+    profile = store.profile("secret-user")
+    assert profile is not None
+    assert store.newest(profile.key, store.records(profile.key)[0].recommender)[0].version == 5  # type: ignore[union-attr]
+
+
+def test_schemathesis_finds_no_5xx(checkpoint: Path, tmp_path: Path) -> None:
+    command = shutil.which("schemathesis", path=str(Path(sys.executable).parent)) or shutil.which("schemathesis")
+    if command is None:
+        pytest.skip("schemathesis is not installed (pip install schemathesis)")
+    process, url = start(checkpoint, tmp_path / "store", "--threads", "1", "--rate", "0")
+    try:
+        options = ["--checks", "not_a_server_error", "--max-examples", "10", "--phases", "fuzzing", "--seed", "0"]
+        done = subprocess.run(
+            [command, "run", f"{url}/openapi.json", *options], capture_output=True, text=True, cwd=tmp_path
+        )
+    finally:
+        process.kill()
+        process.communicate()
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_the_log_format_keeps_exceptions_text_out() -> None:
+    from metarec.serve.guard import JsonLines
+
+    record = logging.LogRecord("x", logging.INFO, "f", 1, "hello %s", ("there",), None)
+    record.user = "ann"
+    assert json.loads(JsonLines().format(record)).keys() == {"at", "level", "logger", "event"}

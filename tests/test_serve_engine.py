@@ -1,0 +1,258 @@
+"""What the service computes: isolated users, cold items, honest fallbacks, reasons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from serving import LOVES_DRAMA, LOVES_HORROR, small_recommender
+
+from metarec.errors import ConfigError, ConflictError, UnknownItemError
+from metarec.recommender import MetaRecommender
+from metarec.scorers.adapted import MetaScorer
+from metarec.serve import engine as engine_module
+from metarec.serve.engine import Engine, Person
+from metarec.serve.items import GrowingReader
+from metarec.store import AdapterStore, Feedback
+
+NEW = ("n1", {"title": "night war of love", "genres": "drama"})
+
+
+@pytest.fixture(scope="session")
+def recommender(model_dir: Callable[[str], Path]) -> MetaRecommender:
+    return small_recommender(model_dir("llama"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "store")
+
+
+@pytest.fixture
+def engine(recommender: MetaRecommender, store: AdapterStore) -> Engine:
+    return Engine(recommender, store)
+
+
+def rate(engine: Engine, user: str, ratings: tuple[tuple[str, float], ...]) -> Person:
+    engine.store.append([Feedback(user, ratings)])
+    return engine.people([user])[user]
+
+
+def all_scores(engine: Engine, person: Person) -> list[float]:
+    return engine.score(person, [f"m{code}" for code in range(40)])[1]
+
+
+def test_the_served_adapter_is_the_one_the_python_api_gives(engine: Engine, recommender: MetaRecommender) -> None:
+    person = rate(engine, "ann", LOVES_DRAMA)
+    expected = recommender.adapt(sorted(LOVES_DRAMA))
+    np.testing.assert_allclose(all_scores(engine, person), expected.score([f"m{c}" for c in range(40)]), atol=1e-5)
+    assert (person.version, person.latest, len(person.losses)) == (5, 5, 3)
+    assert person.losses[-1] < person.losses[0]
+
+
+def test_a_neighbours_feedback_erasure_or_adapter_never_changes_a_bit_of_yours(
+    recommender: MetaRecommender, tmp_path: Path
+) -> None:
+    alone = Engine(recommender, AdapterStore(tmp_path / "alone"))
+    mine = rate(alone, "me", LOVES_DRAMA)
+    generator = np.random.default_rng(0)
+    for crowd in (1, 3, 9):
+        busy = Engine(recommender, AdapterStore(tmp_path / f"busy{crowd}"))
+        for other in range(crowd):
+            items = generator.choice(40, generator.integers(1, 9), replace=False)
+            ratings = tuple((f"m{item}", float(generator.choice([1.0, 5.0]))) for item in items)
+            busy.store.append([Feedback(f"other{other}", ratings)])
+        busy.store.append([Feedback("me", LOVES_DRAMA)])
+        names = [f"other{other}" for other in range(crowd)]
+        names.insert(crowd // 2, "me")
+        person = busy.people(names)["me"]
+        for name, tensor in mine.adapted.state.items():
+            assert torch.equal(tensor, person.adapted.state[name]), (crowd, name)
+        busy.erase("other0")
+        assert all_scores(busy, busy.people(["me"])["me"]) == all_scores(alone, mine)
+
+
+def test_an_adapter_read_back_or_computed_again_is_the_same_to_the_last_bit(
+    recommender: MetaRecommender, store: AdapterStore
+) -> None:
+    first = Engine(recommender, store)
+    scores = all_scores(first, rate(first, "ann", LOVES_DRAMA))
+    second = Engine(recommender, store)
+    assert all_scores(second, second.people(["ann"])["ann"]) == scores
+    assert second.counters.adapted == 0
+    forgetful = Engine(recommender, store, hot_bytes=0)
+    record = store.records(store.profile("ann").key)[0]  # type: ignore[union-attr]
+    damaged = store.path(record) / "adapter_model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(bytes(content))
+    assert all_scores(forgetful, forgetful.people(["ann"])["ann"]) == scores
+    assert (forgetful.counters.damaged, forgetful.counters.adapted) == (1, 1)
+    store.verify(store.records(record.key)[0])
+
+
+def test_when_nothing_can_be_computed_the_last_good_version_is_served(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = all_scores(engine, rate(engine, "ann", LOVES_DRAMA))
+    engine.hot.limit = 0
+    engine.hot.drop(engine.store.profile("ann").key)  # type: ignore[union-attr]
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(MetaScorer, "adapt", fail)
+    person = rate(engine, "ann", (("m9", 1.0),))
+    assert person.facts() == {"version": 5, "ratings": 5, "diverged": False, "stale": True}
+    assert all_scores(engine, person) == old
+    assert rate(engine, "new", (("m9", 1.0),)).facts()["version"] == 0
+
+
+def test_a_diverged_adaptation_serves_the_prior_and_says_so(
+    engine: Engine, recommender: MetaRecommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapt = MetaScorer.adapt
+    monkeypatch.setattr(MetaScorer, "adapt", lambda self, supports: adapt(replace(self, rate_scale=1e30), supports))
+    person = rate(engine, "ann", LOVES_DRAMA)
+    assert person.facts()["diverged"]
+    assert all_scores(engine, person) == recommender.adapt([]).score([f"m{code}" for code in range(40)])
+    assert engine.counters.diverged == 1
+
+
+def test_scores_that_are_not_numbers_are_never_served(engine: Engine) -> None:
+    person = rate(engine, "ann", LOVES_DRAMA)
+    for tensor in person.adapted.state.values():
+        tensor.fill_(math.nan)
+    served, scores = engine.score(person, ["m1", "m2"])
+    assert served.facts()["diverged"]
+    assert scores == engine.score(engine.people(["nobody"])["nobody"], ["m1", "m2"])[1]
+    served, ranked = engine.recommend(person, 3)
+    assert served.facts()["diverged"]
+    assert len(ranked) == 3
+
+
+def test_a_ranking_is_the_python_apis(engine: Engine, recommender: MetaRecommender) -> None:
+    person = rate(engine, "ann", LOVES_DRAMA)
+    _, ranked = engine.recommend(person, 10)
+    assert [entry.item for entry, _ in ranked] == [
+        entry.item for entry in recommender.adapt(sorted(LOVES_DRAMA)).recommend(10)
+    ]
+    assert {"m0", "m1"} <= {entry.item for entry, _ in engine.recommend(person, 40, exclude_seen=False)[1]}
+    assert len(engine.recommend(person, 1000)[1]) == 35
+
+
+def test_retrieval_finds_what_the_adapter_ranks_best(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, recommender: MetaRecommender
+) -> None:
+    monkeypatch.setattr(engine_module, "_ANCHORS", 16)
+    narrow = Engine(recommender, engine.store, candidates=32)
+    narrow._candidates = 14
+    hits = []
+    for user, taste in (("ann", LOVES_DRAMA), ("bob", LOVES_HORROR)):
+        exact = {entry.item for entry, _ in engine.recommend(rate(engine, user, taste), 7)[1]}
+        found = {entry.item for entry, _ in narrow.recommend(narrow.people([user])[user], 7)[1]}
+        assert len(narrow.retrieve(narrow.people([user])[user], 7)) == 14
+        hits.append(len(exact & found))
+    assert sum(hits) >= 10, hits  # candidates at random would find 6 of 14
+
+
+def test_the_reasons_are_what_leaving_a_rating_out_changes(engine: Engine, recommender: MetaRecommender) -> None:
+    person = rate(engine, "ann", LOVES_DRAMA)
+    _, ranked = engine.recommend(person, 2, explain=True)
+    (best, reasons), _ = ranked
+    for reason in reasons:
+        without = [(item, rating) for item, rating in sorted(LOVES_DRAMA) if item != reason.item]
+        assert reason.moved == pytest.approx(best.score - recommender.adapt(without).score([best.item])[0], abs=1e-4)
+    assert [abs(reason.moved) for reason in reasons] == sorted((abs(r.moved) for r in reasons), reverse=True)
+    assert engine.recommend(engine.people(["nobody"])["nobody"], 2, explain=True)[1][0][1] == []
+
+
+def test_a_cold_item_is_recommendable_at_once_and_changes_nobodys_scores(engine: Engine) -> None:
+    person = rate(engine, "ann", LOVES_DRAMA)
+    before = all_scores(engine, person)
+    assert engine.add_items([NEW]) == 1
+    assert engine.add_items([NEW]) == 0
+    person = engine.people(["ann"])["ann"]
+    assert all_scores(engine, person) == before
+    assert "n1" in {entry.item for entry, _ in engine.recommend(person, 40)[1]}
+    again = rate(engine, "bob", LOVES_DRAMA)
+    assert all_scores(engine, again) == before
+    rated = rate(engine, "ann", (("n1", 1.0),))
+    assert len(rated.adapted.support) == 6
+    assert all_scores(engine, rated) != before
+    assert "n1" not in {entry.item for entry, _ in engine.recommend(rated, 40)[1]}
+
+
+def test_an_added_item_scores_as_if_it_had_always_been_there(engine: Engine, recommender: MetaRecommender) -> None:
+    catalog = recommender.fitted.catalog
+    twin = {name: column[7] for name, column in catalog.fields.items()}
+    others = [(f"n{number}", {"title": f"{word} city", "genres": "action"}) for number, word in enumerate(("a", "of"))]
+    for item in [("twin", twin), *others]:
+        engine.add_items([item])
+    reader = engine.recommender.fitted.reader
+    assert isinstance(reader, GrowingReader)
+    assert len(reader.segments) == 2
+    torch.testing.assert_close(reader.states[40], reader.states[7], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(reader.frozen_log_odds[40], reader.frozen_log_odds[7], atol=1e-5, rtol=1e-4)
+    person = rate(engine, "ann", (*LOVES_DRAMA, ("n0", 4.0)))
+    weight = float(person.adapted.state["score.prior_weight"]) * (
+        engine.recommender.fitted.prior.values(np.array([40])) - recommender.fitted.prior.values(np.array([7]))
+    )
+    twin_score, own = engine.score(person, ["twin", "m7"])[1]
+    assert twin_score - float(weight[0]) == pytest.approx(own, abs=1e-5)
+
+
+def test_added_items_survive_a_restart_with_the_ratings_of_them(
+    recommender: MetaRecommender, store: AdapterStore
+) -> None:
+    first = Engine(recommender, store)
+    first.add_items([NEW])
+    first.add_items([("n2", {"title": "dead king"}), ("n3", {"title": "the house"})])
+    person = rate(first, "ann", (*LOVES_DRAMA, ("n1", 5.0)))
+    second = Engine(recommender, store)
+    again = second.people(["ann"])["ann"]
+    assert second.counters.adapted == 0
+    assert second.catalog.ids == first.catalog.ids
+    np.testing.assert_allclose(second.score(again, ["n1", "n2"])[1], first.score(person, ["n1", "n2"])[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("item", "error"),
+    [
+        (("n1", {"genres": "drama"}), ConfigError),
+        (("n1", {"title": "x", "director": "y"}), ConfigError),
+        (("m1", {"title": "x"}), ConflictError),
+    ],
+)
+def test_items_that_cannot_be_added_are_refused(
+    item: tuple[str, dict[str, str]], error: type[Exception], engine: Engine
+) -> None:
+    with pytest.raises(error):
+        engine.add_items([item])
+    assert engine.store.count_items() == 0
+    assert len(engine.catalog) == 40
+
+
+def test_search_finds_titles_and_a_taste_moves_what_is_alike(engine: Engine) -> None:
+    title = engine.catalog.fields["title"][11]
+    assert engine.search(title, 3)[0].title == title
+    plain = engine.search("drama of love", 40)
+    drama, horror = (
+        engine.search("drama of love", 40, rate(engine, user, taste))
+        for user, taste in (("ann", LOVES_DRAMA), ("bob", LOVES_HORROR))
+    )
+    assert [entry.item for entry in drama] != [entry.item for entry in horror]
+    assert sorted(entry.item for entry in drama) == sorted(entry.item for entry in plain)
+    assert plain[0].score is None
+
+
+def test_unknown_items_in_the_log_are_left_out_and_counted(engine: Engine) -> None:
+    person = rate(engine, "ann", (*LOVES_DRAMA, ("gone", 5.0)))
+    assert (len(person.adapted.support), person.left_out, person.version) == (5, 1, 6)
+    with pytest.raises(UnknownItemError):
+        engine.score(person, ["gone"])

@@ -1,0 +1,347 @@
+"""The store: what was acknowledged is there once, what is damaged is refused, what is erased is gone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metarec.artifacts import replace_dir
+from metarec.errors import ArtifactError, ConfigError, ConflictError, StoreError
+from metarec.store import (
+    Accepted,
+    AdapterStore,
+    Event,
+    Feedback,
+    HotAdapters,
+    NewAdapter,
+    check_id,
+    latest_ratings,
+)
+
+
+def writer(content: bytes = b"weights") -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with replace_dir(path, "adapter") as directory:
+            (directory / "adapter_model.safetensors").write_bytes(content)
+            (directory / "adapter_config.json").write_text("{}\n")
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """A real PostgreSQL server of our own, on a socket in a temporary directory."""
+    found = shutil.which("initdb") or next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
+    if found is None:
+        pytest.skip("PostgreSQL is not installed: no initdb")
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    binaries = Path(found).resolve().parent
+    as_user = {}
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+        import pwd
+
+        try:
+            as_user = {"user": pwd.getpwnam("postgres").pw_uid}
+        except KeyError:
+            pytest.skip("running as root, and there is no user 'postgres' to run the server as")
+    root = Path(tempfile.mkdtemp(dir="/tmp", prefix="pg"))
+    root.chmod(0o777)
+    try:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": "/", **as_user}
+        subprocess.run(
+            [binaries / "initdb", "-D", root / "data", "-A", "trust", "-U", "metarec", "--no-sync"], check=True, **quiet
+        )
+        command = [binaries / "postgres", "-D", root / "data", "-k", root, "-c", "listen_addresses="]
+        server = subprocess.Popen(command, **quiet)
+        try:
+            url = f"postgresql://metarec@/postgres?host={root}"
+            deadline = time.monotonic() + 30
+            while subprocess.run([binaries / "pg_isready", "-h", root], check=False, **quiet).returncode:
+                assert time.monotonic() < deadline, "PostgreSQL did not start"
+                time.sleep(0.05)
+            yield url
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(30)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[AdapterStore]:
+    if request.param == "sqlite":
+        opened = AdapterStore(tmp_path / "store")
+    else:
+        opened = AdapterStore(request.getfixturevalue("postgres"), tmp_path / "adapters")
+        for name, _ in list(opened.users()):
+            opened.erase(name)
+        opened._index.execute("DELETE FROM items")
+    yield opened
+    opened.close()
+
+
+def test_feedback_is_kept_in_order_and_counts_the_version(store: AdapterStore) -> None:
+    first = store.append([Feedback("ann", (("m1", 5.0), ("m2", 1.0))), Feedback("bob", (("m1", 3.0),))])
+    second = store.append([Feedback("ann", (("m1", 2.0),))])
+    assert first == [Accepted(2, False), Accepted(1, False)]
+    assert second == [Accepted(3, False)]
+    events = store.events("ann")
+    assert [(event.version, event.item, event.rating) for event in events] == [(1, "m1", 5), (2, "m2", 1), (3, "m1", 2)]
+    assert latest_ratings(events, 10) == [("m1", 2.0), ("m2", 1.0)]
+    assert latest_ratings(events, 1) == [("m1", 2.0)]
+    assert store.profile("nobody") is None
+    assert [(name, profile.version) for name, profile in store.users()] == [("ann", 3), ("bob", 1)]
+
+
+def test_the_same_idempotency_key_counts_once(store: AdapterStore) -> None:
+    once = Feedback("ann", (("m1", 5.0),), "k1")
+    assert store.append([once, once, Feedback("bob", once.ratings, "k1")]) == [
+        Accepted(1, False),
+        Accepted(1, True),
+        Accepted(1, False),
+    ]
+    store.append([Feedback("ann", (("m2", 1.0),))])
+    other = Feedback("ann", (("m1", 4.0),), "k1")
+    replay, conflict = store.append([once, other])
+    assert replay == Accepted(1, True)
+    assert isinstance(conflict, ConflictError)
+    assert store.profile("ann").version == 2  # type: ignore[union-attr]
+
+
+def test_writers_side_by_side_lose_nothing(store: AdapterStore) -> None:
+    def write(worker: int) -> None:
+        for number in range(20):
+            users = ("shared", f"own{worker}") if worker % 2 else (f"own{worker}", "shared")
+            store.append([Feedback(user, ((f"w{worker}n{number}", 4.0),)) for user in users])
+
+    threads = [threading.Thread(target=write, args=(worker,)) for worker in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    shared = [event.item for event in store.events("shared")]
+    assert sorted(shared) == sorted(f"w{worker}n{number}" for worker in range(4) for number in range(20))
+    assert [event.version for event in store.events("shared")] == list(range(1, 81))
+
+
+def key_of(store: AdapterStore, user: str = "ann") -> str:
+    store.append([Feedback(user, (("m1", 5.0),))])
+    profile = store.profile(user)
+    assert profile is not None
+    return profile.key
+
+
+def test_the_newest_versions_stay_and_directories_carry_no_id(store: AdapterStore) -> None:
+    key = key_of(store, "ann@example.org")
+    for version in (1, 2, 3):
+        assert store.put([NewAdapter(key, version, "r", writer())]) == 1
+    records = store.records(key)
+    assert [record.version for record in records] == [3, 2]
+    assert sorted(path.name for path in store._shard(key).iterdir()) == [f"{key}-2", f"{key}-3"]
+    assert store.newest(key, "r") == (records[0], [])
+    assert store.newest(key, "another recommender") == (None, [])
+    assert store.sizes()["adapters"] == 2
+
+
+def test_every_single_byte_corruption_is_refused_and_the_last_good_version_found(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    key = key_of(store)
+    store.put([NewAdapter(key, 1, "r", writer(b"old"))])
+    store.put([NewAdapter(key, 2, "r", writer(bytes(range(64))))])
+    newest, good = store.records(key)
+    files = sorted(store.path(newest).iterdir())
+    assert len(files) == 3
+    tried = 0
+    for file in files:
+        content = file.read_bytes()
+        for place in range(len(content)):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << place % 8
+            file.write_bytes(bytes(damaged))
+            with pytest.raises(ArtifactError):
+                store.verify(newest)
+            tried += 1
+        file.write_bytes(content[:-1])
+        assert store.newest(key, "r") == (good, [newest])
+        file.write_bytes(content)
+    assert tried > 300
+    store.verify(newest)
+    (store.path(newest) / "stray.py").write_text("")
+    with pytest.raises(ArtifactError, match="does not belong"):
+        store.verify(newest)
+
+
+def holds(root: Path, needle: bytes) -> list[str]:
+    return [str(file) for file in root.rglob("*") if file.is_file() and needle in file.read_bytes()]
+
+
+def test_erasing_leaves_no_byte_of_the_user(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    secrets = [b"ann@example.org", b"very-rare-item", b"secret-request", b"ann's weights"]
+    for user in ("bob", "ann@example.org", "eve"):
+        rare = "very-rare-item" if user.startswith("ann") else "m1"
+        store.append([Feedback(user, ((rare, 5.0),) * 50, "secret-request" if user.startswith("ann") else "k")])
+    keys = {name: profile.key for name, profile in store.users()}
+    for name, key in keys.items():
+        store.put([NewAdapter(key, 1, "r", writer(b"ann's weights" if name.startswith("ann") else b"w"))])
+    half_written = store._shard(keys["ann@example.org"]) / f".{keys['ann@example.org']}-2.abc"
+    half_written.mkdir()
+    (half_written / "adapter_model.safetensors").write_bytes(b"ann's weights")
+    assert all(holds(tmp_path, secret) for secret in secrets)
+    assert store.erase("ann@example.org")
+    for secret in [*secrets, keys["ann@example.org"].encode()]:
+        assert not holds(tmp_path, secret), secret
+    assert not list(tmp_path.rglob(f"*{keys['ann@example.org']}*"))
+    assert not store.erase("ann@example.org")
+    assert store.newest(keys["bob"], "r")[0] is not None
+    assert len(store.events("eve")) == 50
+
+
+def test_an_adapter_that_arrives_after_the_erasure_is_not_kept(store: AdapterStore) -> None:
+    key = key_of(store)
+    store.erase("ann")
+    assert store.put([NewAdapter(key, 1, "r", writer())]) == 0
+    assert not list(store._adapters.glob("*/*"))
+    assert store.append([Feedback("ann", (("m1", 5.0),))]) == [Accepted(1, False)]
+    assert key_of(store) != key
+
+
+def test_gc_removes_what_nobody_needs_and_nothing_else(store: AdapterStore) -> None:
+    key = key_of(store)
+    store.put([NewAdapter(key, 1, "r", writer()), NewAdapter(key, 2, "r", writer())])
+    shard = store._shard(key)
+    for name in (f".{key}-3.tmp", f"{key}-9", "deadbeef-1", ".deadbeef-2.tmp"):
+        (shard / name).mkdir()
+    assert store.gc() == 2  # what may still be on its way into the index stays for an hour
+    assert store.gc(grace=0) == 2
+    assert sorted(path.name for path in shard.iterdir()) == [f"{key}-1", f"{key}-2"]
+    assert store.gc(keep=1) == 1
+    assert [record.version for record in store.records(key)] == [2]
+
+
+def test_added_items_are_kept_and_never_replaced(store: AdapterStore) -> None:
+    assert store.add_items([("x1", {"title": "New"}), ("x2", {"title": "Newer"})]) == 2
+    assert store.add_items([("x1", {"title": "New"})]) == 0
+    with pytest.raises(ConflictError):
+        store.add_items([("x3", {"title": "Third"}), ("x1", {"title": "Other"})])
+    assert store.items() == [("x1", {"title": "New"}), ("x2", {"title": "Newer"})]
+    assert store.count_items() == 2
+
+
+def test_a_store_opens_again_with_everything_in_it(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    key = key_of(store)
+    store.put([NewAdapter(key, 1, "r", writer())])
+    store.close()
+    again = AdapterStore(tmp_path, create=False)
+    assert again.export("ann")["version"] == 1  # type: ignore[index]
+    again.verify(again.records(key)[0])
+    assert tmp_path.stat().st_mode & 0o077 == 0
+
+
+def test_wrong_places_get_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="holds no store"):
+        AdapterStore(tmp_path / "nothing", create=False)
+    with pytest.raises(ConfigError, match="--adapters"):
+        AdapterStore("postgresql://nowhere")
+    pytest.importorskip("psycopg")
+    with pytest.raises(StoreError, match="does not answer") as caught:
+        AdapterStore(f"postgresql://me:hunter2@/x?host={tmp_path}", tmp_path / "adapters")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_store_of_another_schema_is_refused(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    store._index.execute("UPDATE facts SET value = '99'")
+    store.close()
+    with pytest.raises(StoreError, match="schema version 99"):
+        AdapterStore(tmp_path)
+
+
+WRITERS = 8
+_KILLED = """
+import sys, threading
+from metarec.store import AdapterStore, Feedback
+store = AdapterStore(sys.argv[1])
+lock = threading.Lock()
+def write(worker):
+    number = 0
+    while True:
+        item = f"{sys.argv[2]}.{worker}.{number}"
+        store.append([Feedback(f"user{worker % 3}", ((item, 4.0),), item)])
+        with lock:
+            sys.stdout.write(item + chr(10)); sys.stdout.flush()
+        number += 1
+for worker in range(int(sys.argv[3])):
+    threading.Thread(target=write, args=(worker,)).start()
+"""
+
+
+def test_what_was_acknowledged_before_a_kill_is_there_exactly_once(tmp_path: Path) -> None:
+    acknowledged: list[str] = []
+    for round_ in range(3):
+        command = [sys.executable, "-c", _KILLED, str(tmp_path), str(round_), str(WRITERS)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            acknowledged.append(process.stdout.readline().strip())
+            time.sleep(0.2)
+            process.kill()
+            # A line without its end was being said when the process died.
+            acknowledged += [line.strip() for line in process.stdout if line.endswith("\n")]
+    store = AdapterStore(tmp_path)
+    stored = [event.item for name, _ in store.users() for event in store.events(name)]
+    assert len(acknowledged) > 3 * WRITERS
+    assert len(stored) == len(set(stored))
+    assert set(acknowledged) <= set(stored)
+    assert len(stored) - len(acknowledged) <= 3 * WRITERS
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 5), st.integers(0, 60)), max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_the_hot_adapters_stay_within_their_bytes_and_never_lie(steps: list[tuple[str, int, int]]) -> None:
+    hot: HotAdapters[str] = HotAdapters(100)
+    for key, version, size in steps:
+        hot.put(key, version, f"{key}{version}", size)
+        assert hot.bytes == sum(size for _, _, size in hot._kept.values()) <= 100
+        assert hot.get(key, version) == f"{key}{version}"
+        assert hot.get(key, version + 1) is None
+    hot.drop("a")
+    assert all(hot.get("a", version) is None for version in range(1, 6))
+
+
+def test_the_least_recently_used_adapter_goes_first() -> None:
+    hot: HotAdapters[str] = HotAdapters(100)
+    hot.put("a", 1, "A", 50)
+    hot.put("b", 1, "B", 50)
+    hot.get("a", 1)
+    hot.put("c", 1, "C", 50)
+    assert (hot.get("a", 1), hot.get("b", 1), hot.get("c", 1)) == ("A", None, "C")
+    hot.put("d", 1, "D", 101)
+    assert hot.get("d", 1) is None
+
+
+@pytest.mark.parametrize("name", ["", "x" * 257, "a\nb", "a\x00b", "\ud800"])
+def test_ids_that_cannot_be_said_again_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="the user id"):
+        check_id(name, "user id")
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.floats(0.5, 5)), max_size=12), st.randoms())
+def test_the_order_of_different_items_does_not_matter(ratings: list[tuple[str, float]], random: object) -> None:
+    events = [Event(version, item, rating, 0.0) for version, (item, rating) in enumerate(ratings, start=1)]
+    last = dict(ratings)
+    shuffled = sorted(last.items(), key=lambda _: random.random())  # type: ignore[attr-defined]
+    again = [Event(version, item, rating, 0.0) for version, (item, rating) in enumerate(shuffled, start=1)]
+    assert latest_ratings(events, 99) == latest_ratings(again, 99) == sorted(last.items())
