@@ -380,7 +380,10 @@ def stream(arguments: argparse.Namespace) -> dict[str, Any]:
         labels = query.values >= fitted.task.like_threshold
         if labels.all() or not labels.any():
             continue
-        first = collate([support.head(5)], fitted.prior, fitted.reader, fitted.task.like_threshold, seen=False)
+        told = fitted.taste and [fitted.taste.leave_one_out(support.head(5))]
+        first = collate(
+            [support.head(5)], fitted.prior, fitted.reader, fitted.task.like_threshold, seen=False, expected=told
+        )
         early = support_loss(
             first, fitted.reader, shrinkage=scorer.inner.shrinkage, bias_strength=scorer.inner.bias_strength
         )
@@ -393,7 +396,8 @@ def stream(arguments: argparse.Namespace) -> dict[str, Any]:
                 start = fitted.meta.init if name.startswith("meta") else state
                 state = select_user(replace(scorer, meta=replace(fitted.meta, init=start)).adapt([part]).state, 0)
             with torch.no_grad():
-                batch = candidates([query.items], fitted.prior, fitted.reader)
+                told = fitted.taste and [fitted.taste.posterior_mean(support, query.items)]
+                batch = candidates([query.items], fitted.prior, fitted.reader, told)
                 values = score(expand_users(state, 1), batch, fitted.reader)[0].numpy()
                 quality.setdefault(name, []).append(auc(values, labels) or 0.0)
                 forgetting.setdefault(name, []).append(float(early(expand_users(state, 1))[0]))

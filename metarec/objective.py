@@ -2,11 +2,13 @@
 
 The score of user u for item i is
 
-    score(u, i) = prior_weight_u prior(i) + prompt_weight frozen(i) + llm_weight (log_odds(i; adapter_u) - frozen(i))
+    score(u, i) = prior_weight_u prior(i) + taste_weight taste(u, i) + prompt_weight frozen(i)
+                  + llm_weight (log_odds(i; adapter_u) - frozen(i))
 
-in units of the rating's standard deviation: what the item's raters say, what the frozen language model says, and what
-the adapter has learned that neither knew. A fresh adapter adds exactly nothing. Where a head is fitted in closed form
-(`metarec.heads`), its product with the item's features is added. Knows nothing of files, optimizers or statistics.
+in units of the rating's standard deviation: what the item's raters say, what users of like taste say, what the frozen
+language model says, and what the adapter has learned that none of them knew. A fresh adapter adds exactly nothing.
+Where a head is fitted in closed form (`metarec.heads`), its product with the item's features is added. Knows nothing
+of files, optimizers or statistics.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from metarec.reader import Reader
 from metarec.trunk import Gathered
 
 PRIOR_WEIGHT = "score.prior_weight"
+TASTE_WEIGHT = "score.taste_weight"
 PROMPT_WEIGHT = "score.prompt_weight"
 LLM_WEIGHT = "score.llm_weight"
 HEAD = "score.head"
@@ -44,6 +47,7 @@ class Batch:
     Args:
         gathered: The items, ready for the language model, shape (users, items).
         prior: Item priors, shape (users, items).
+        taste: What a collaborative method expects of the user beyond `prior`, shape (users, items).
         frozen: Log-odds of the items under the frozen model, around the catalog's mean, shape (users, items).
         target: Standardized ratings, shape (users, items).
         liked: Whether the label rule calls the rating a like, shape (users, items).
@@ -52,13 +56,22 @@ class Batch:
 
     gathered: Gathered
     prior: Tensor
+    taste: Tensor
     frozen: Tensor
     target: Tensor
     liked: Tensor
     real: Tensor
 
 
-def collate(ratings: Sequence[Ratings], prior: ItemPrior, reader: Reader, threshold: float, *, seen: bool) -> Batch:
+def collate(
+    ratings: Sequence[Ratings],
+    prior: ItemPrior,
+    reader: Reader,
+    threshold: float,
+    *,
+    seen: bool,
+    expected: Sequence[Values] | None = None,
+) -> Batch:
     """Pads several users' ratings into one batch.
 
     Args:
@@ -67,6 +80,8 @@ def collate(ratings: Sequence[Ratings], prior: ItemPrior, reader: Reader, thresh
         reader: The language model.
         threshold: Ratings from here on are likes.
         seen: Whether `prior` was fitted on these very ratings; then each is taken out of its own item's mean.
+        expected: What a collaborative method that has not seen these ratings expects of each, in the prior's units;
+            None where there is no such method.
     """
     width = max((len(rating) for rating in ratings), default=0)
 
@@ -78,9 +93,14 @@ def collate(ratings: Sequence[Ratings], prior: ItemPrior, reader: Reader, thresh
 
     items = pad([rating.items for rating in ratings], torch.long)
     frozen = reader.frozen_log_odds - reader.frozen_mean
+    means = [prior.values_without(rating) if seen else prior.values(rating.items) for rating in ratings]
+    beyond = [np.zeros_like(mean) for mean in means]
+    if expected is not None:
+        beyond = [value - mean for value, mean in zip(expected, means, strict=True)]
     return Batch(
         gathered=reader.gather(items.cpu()),
-        prior=pad([_prior_of(rating, prior, seen) for rating in ratings], torch.float32),
+        prior=pad(means, torch.float32),
+        taste=pad(beyond, torch.float32),
         frozen=frozen[items],
         target=pad([prior.standardize(rating.values) for rating in ratings], torch.float32),
         liked=pad([rating.likes(threshold) for rating in ratings], torch.bool),
@@ -88,15 +108,12 @@ def collate(ratings: Sequence[Ratings], prior: ItemPrior, reader: Reader, thresh
     )
 
 
-def _prior_of(rating: Ratings, prior: ItemPrior, seen: bool) -> Values:
-    return prior.values_without(rating) if seen else prior.values(rating.items)
-
-
-def candidates(items: Sequence[Codes], prior: ItemPrior, reader: Reader) -> Batch:
+def candidates(
+    items: Sequence[Codes], prior: ItemPrior, reader: Reader, expected: Sequence[Values] | None = None
+) -> Batch:
     """Pads several users' unlabelled candidates; targets are zero and mean nothing."""
-    return collate(
-        [Ratings(codes, np.zeros(len(codes), np.float32)) for codes in items], prior, reader, np.inf, seen=False
-    )
+    unrated = [Ratings(codes, np.zeros(len(codes), np.float32)) for codes in items]
+    return collate(unrated, prior, reader, np.inf, seen=False, expected=expected)
 
 
 def initial_state(
@@ -115,7 +132,8 @@ def initial_state(
     Args:
         reader: Says which adapters there are.
         inner_lr: Inner rate that every adapted tensor starts with.
-        llm_weight: Weight of the adapter's log-odds at the start; the prior's is one, the frozen model's zero.
+        llm_weight: Weight of the adapter's log-odds at the start; the prior's and the taste's are one,
+            the frozen model's zero.
         seed: Seed of the adapter's A.
         top_only: The inner loop adapts the topmost block alone; the others learn in the outer loop (ANIL, Raghu et
             al. 2020).
@@ -125,7 +143,7 @@ def initial_state(
         head: Fit users by such a head in closed form, and nothing by gradient steps.
     """
     adapter = init_adapter(reader.spec, torch.Generator().manual_seed(seed))
-    weights = {PRIOR_WEIGHT: 1.0, PROMPT_WEIGHT: 0.0, LLM_WEIGHT: llm_weight}
+    weights = {PRIOR_WEIGHT: 1.0, TASTE_WEIGHT: 1.0, PROMPT_WEIGHT: 0.0, LLM_WEIGHT: llm_weight}
     weights |= {} if head is None else {LOG_PENALTY: 0.0} if head == "ridge" else {LOG_SCALE: -1.0}
     fresh = adapter | {name: torch.tensor(value) for name, value in weights.items()}
     init = {name: value.to(reader.backbone.device) for name, value in fresh.items()}
@@ -148,8 +166,13 @@ def _score_and_features(state: Mapping[str, Tensor], batch: Batch, reader: Reade
     states = reader.last_states(batch.gathered, adapters)
     frozen = batch.frozen + reader.frozen_mean
     learned = reader.answer(states) - frozen
-    parts = ((PRIOR_WEIGHT, batch.prior), (PROMPT_WEIGHT, batch.frozen), (LLM_WEIGHT, learned))
-    total = torch.stack([state[name][:, None] * part for name, part in parts]).sum(0)
+    parts = {
+        PRIOR_WEIGHT: batch.prior,
+        TASTE_WEIGHT: batch.taste,
+        PROMPT_WEIGHT: batch.frozen,
+        LLM_WEIGHT: learned,
+    }
+    total = torch.stack([state[name][:, None] * part for name, part in parts.items()]).sum(0)
     features = reader.features(states)
     if HEAD in state:
         total = total + (features @ state[HEAD].unsqueeze(-1)).squeeze(-1)

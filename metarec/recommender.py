@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from metarec import learn2learn
@@ -27,11 +29,12 @@ from metarec.config import Dtype, RunConfig, validated
 from metarec.episodes import Episode, training_batch
 from metarec.errors import ArtifactError, ConfigError
 from metarec.evaluate import Report, evaluate, mean_auc
-from metarec.interactions import Catalog, Ratings, RatingScale, read_ratings
+from metarec.interactions import Catalog, Codes, Ratings, RatingScale, Values, read_ratings
 from metarec.lora import AdapterState, expand_users, load_adapter, read_tensors, save_adapter, select_user
 from metarec.meta import ALGORITHMS, Loss, MetaGradient, MetaState, closed_form
 from metarec.metrics import rank_order
 from metarec.objective import (
+    TASTE_WEIGHT,
     Batch,
     Head,
     candidates,
@@ -49,6 +52,8 @@ from metarec.reader import Reader, default_placement, open_reader
 from metarec.scorer import Scorer
 from metarec.scorers.adapted import InnerLoop, MetaScorer
 from metarec.scorers.expected import expected_rating
+from metarec.scorers.features import item_features
+from metarec.scorers.gp import GaussianProcess, cross_fit_gp, fit_gp
 from metarec.scorers.prompted import ZeroShot
 from metarec.scorers.trivial import ItemMean
 from metarec.task import Task, TaskData, load_task, load_task_data
@@ -56,7 +61,11 @@ from metarec.train import Trained, train
 
 BASELINE = "item mean"
 _ITEMS_AT_ONCE = 512
+_TEXT_COMPONENTS = 48
 _PRIOR_COLUMNS = ("total", "count", "centre")
+_TASTE = "taste."
+_TASTE_COLUMNS = ("mean", "loadings", "noise", "centre", "choice")
+_TASTE_NUMBERS = ("mean_rating", "scale", "choice_strength")
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class Fitted:
         catalog: The items.
         scale: The rating scale.
         prior: Shrunk item means smoothed by text: an input of the score.
+        taste: What users of like taste say: another input, or None.
         meta: The meta-parameters.
         reader: The language model, reading this catalog.
         training: A JSON-able summary of the training.
@@ -77,6 +87,7 @@ class Fitted:
     catalog: Catalog
     scale: RatingScale
     prior: ItemPrior
+    taste: GaussianProcess | None
     meta: MetaState
     reader: Reader
     training: dict[str, Any]
@@ -207,12 +218,18 @@ class MetaRecommender:
 
     def _prepare(self, data: TaskData) -> Fitted:
         reader = _reader(self.backbone, self.config, data.task.template, data.interactions.catalog)
-        item_mean = fit_item_mean(data.interactions, data.parts["train"])
+        train_users = data.parts["train"]
+        item_mean = fit_item_mean(data.interactions, train_users)
+        taste = None
+        if self.config.taste == "gp":
+            features = _features(reader, data, self.config.seed)
+            taste = fit_gp(data.interactions, train_users, features, seed=self.config.seed)
         return Fitted(
             task=data.task,
             catalog=data.interactions.catalog,
             scale=data.interactions.scale,
             prior=smooth_by_text(item_mean, reader.states.cpu().numpy(), self.config.seed),
+            taste=taste,
             meta=initial_state(
                 reader,
                 inner_lr=self.config.inner_lr,
@@ -240,8 +257,9 @@ class MetaRecommender:
         return _scorer(self.fitted, self.config, rate_scale=rate_scale, steps=steps, name=name)
 
     def scorers(self) -> list[Scorer]:
-        """Returns the rows of the default table: item mean, zero-shot prompt, before and after adaptation.
+        """Returns the rows of the default table: item mean, GP, zero-shot prompt, before and after adaptation.
 
+        Before adaptation the adapter is everybody's; the Gaussian process knows the support all the same.
         A task whose prompt names an answer word per rating gets the expected rating as well.
         """
         fitted = self.fitted
@@ -249,6 +267,7 @@ class MetaRecommender:
         expected = [expected_rating(fitted.reader, template, fitted.catalog, words, fitted.scale)] if words else []
         return [
             ItemMean(fitted.prior.without_text(), name=BASELINE),
+            *([] if fitted.taste is None else [fitted.taste]),
             ZeroShot(fitted.reader),
             *expected,
             self.scorer(steps=0, name="metarec, before adaptation"),
@@ -334,6 +353,9 @@ class MetaRecommender:
         """
         fitted = self.fitted
         columns = {name: torch.from_numpy(getattr(fitted.prior, name)) for name in _PRIOR_COLUMNS}
+        taste = fitted.taste
+        if taste is not None:
+            columns |= {_TASTE + name: torch.from_numpy(getattr(taste, name)) for name in _TASTE_COLUMNS}
         facts = {
             "metarec": version("metarec"),
             "backbone_fingerprint": self.backbone.fingerprint,
@@ -341,6 +363,7 @@ class MetaRecommender:
             "task": fitted.task.model_dump(mode="json"),
             "scale": [fitted.scale.low, fitted.scale.high],
             "prior": {name: getattr(fitted.prior, name) for name in ("mean", "scale", "strength")},
+            "taste": None if taste is None else {name: getattr(taste, name) for name in _TASTE_NUMBERS},
             "training": fitted.training,
         }
         catalog = {"ids": fitted.catalog.ids, "fields": dict(fitted.catalog.fields)}
@@ -377,7 +400,7 @@ class AdaptedUser:
         """
         catalog = self.recommender.fitted.catalog
         codes = np.array([catalog.find(item) for item in items], np.int64)
-        return [float(value) for value in self._scores(codes)]
+        return [float(value) for value in self.scores(codes)]
 
     def recommend(self, k: int = 10, *, exclude: Sequence[str] = ()) -> list[Recommendation]:
         """Ranks the whole catalog and returns its best items that the person has not rated.
@@ -394,12 +417,22 @@ class AdaptedUser:
         codes = np.array([code for code in range(len(catalog)) if code not in left_out], np.int64)
         if not 1 <= k <= len(codes):
             raise ConfigError(f"k is {k}", f"There are {len(codes)} items to recommend: choose 1 to {len(codes)}")
-        scores = self._scores(codes).numpy()
+        scores = self.scores(codes).numpy()
         order = rank_order(scores, [catalog.ids[code] for code in codes], self.recommender.config.seed)
         return [
             Recommendation(catalog.ids[codes[row]], catalog.title(int(codes[row])), float(scores[row]))
             for row in order[:k]
         ]
+
+    def taste(self) -> Values:
+        """What the Gaussian process adds to every item's score because of the person's ratings, shape (items,)."""
+        fitted = self.recommender.fitted
+        everything = np.arange(len(fitted.catalog))
+        if fitted.taste is None:
+            return np.zeros(len(everything), np.float32)
+        told = fitted.taste.posterior_mean(self.support, everything)
+        silent = fitted.taste.posterior_mean(Ratings.empty(), everything)
+        return (told - silent) * float(self.state[TASTE_WEIGHT])
 
     def save(self, path: str | Path) -> None:
         """Writes the adapter as a PEFT directory, with the person's ratings beside it.
@@ -426,19 +459,17 @@ class AdaptedUser:
             dtype=getattr(torch, recommender.config.adapter.storage),
         )
 
-    def scores(self, codes: np.ndarray) -> Tensor:
-        """Scores items by code, shape (items,); higher is better."""
-        return self._scores(codes)
-
     @torch.no_grad()
-    def _scores(self, codes: np.ndarray) -> Tensor:
+    def scores(self, codes: Codes) -> Tensor:
+        """Scores items by code, shape (items,); higher is better."""
         fitted = self.recommender.fitted
         state = expand_users(self.state, 1)
         blocks = np.array_split(codes, max(1, -(-len(codes) // _ITEMS_AT_ONCE)))
         values = []
         with progress("ranking", len(blocks), after=2.0) as advance:
             for done, block in enumerate(blocks, start=1):
-                batch = candidates([block], fitted.prior, fitted.reader)
+                expected = None if fitted.taste is None else [fitted.taste.posterior_mean(self.support, block)]
+                batch = candidates([block], fitted.prior, fitted.reader, expected)
                 values.append(score(state, batch, fitted.reader)[0].cpu())
                 advance(done)
         return torch.cat(values)
@@ -448,6 +479,11 @@ def _meta_train(
     data: TaskData, prepared: Fitted, config: RunConfig, identity: dict[str, Any], checkpoint: Path, resume: bool
 ) -> Trained:
     reader, prior = prepared.reader, prepared.prior
+    unseen = None
+    if prepared.taste is not None:
+        # A process that has seen a user's ratings would teach the adapter that nothing is left to learn.
+        features = _features(reader, data, config.seed)
+        unseen = cross_fit_gp(data.interactions, data.parts["train"], features, seed=config.seed)
     threshold = data.task.like_threshold
     episodes, _ = data.episodes("validation")
     one_by_one = config.meta.engine == "learn2learn"
@@ -457,7 +493,11 @@ def _meta_train(
         )
 
     def support_of(batch: Sequence[Episode]) -> Batch:
-        return collate([episode.support for episode in batch], prior, reader, threshold, seen=True)
+        supports = [episode.support for episode in batch]
+        expected = None
+        if unseen is not None:
+            expected = [unseen.without(episode.user).leave_one_out(episode.support) for episode in batch]
+        return collate(supports, prior, reader, threshold, seen=True, expected=expected)
 
     def inner(batch: Sequence[Episode]) -> Loss:
         return support_loss(
@@ -465,7 +505,13 @@ def _meta_train(
         )
 
     def outer(batch: Sequence[Episode]) -> Loss:
-        query = collate([episode.query for episode in batch], prior, reader, threshold, seen=True)
+        expected = None
+        if unseen is not None:
+            expected = [
+                unseen.without(episode.user).posterior_mean(episode.support, episode.query.items) for episode in batch
+            ]
+        queries = [episode.query for episode in batch]
+        query = collate(queries, prior, reader, threshold, seen=True, expected=expected)
         return pairwise_loss(query, reader, sharpness=config.train.sharpness)
 
     def gradient_at(meta: MetaState, step: int) -> MetaGradient:
@@ -532,7 +578,14 @@ def _scorer(
         storage=getattr(torch, config.adapter.storage),
     )
     return MetaScorer(
-        fitted.meta, fitted.reader, fitted.prior, inner, fitted.task.like_threshold, rate_scale=rate_scale, name=name
+        fitted.meta,
+        fitted.reader,
+        fitted.prior,
+        fitted.taste,
+        inner,
+        fitted.task.like_threshold,
+        rate_scale=rate_scale,
+        name=name,
     )
 
 
@@ -565,6 +618,14 @@ def _reader(backbone: Backbone, config: RunConfig, template: PromptTemplate, cat
     return open_reader(backbone, prompts, placement, torch.bfloat16 if config.dtype == "mixed" else None)
 
 
+def _features(reader: Reader, data: TaskData, seed: int) -> dict[str, np.ndarray]:
+    """What the Gaussian process knows of items: the language model's frozen states, and the catalog's fields."""
+    states = StandardScaler().fit_transform(reader.states.cpu().numpy())
+    count = min(_TEXT_COMPONENTS, *states.shape)
+    text = PCA(count, random_state=seed).fit_transform(states).astype(np.float64)
+    return {"text": text, **item_features(data.interactions.catalog)}
+
+
 def _load(path: Path, place: Mapping[str, str]) -> MetaRecommender:
     verify_dir(path, "recommender")
     facts = load_json(path / "recommender.json")
@@ -581,11 +642,16 @@ def _load(path: Path, place: Mapping[str, str]) -> MetaRecommender:
     catalog = Catalog(tuple(listed["ids"]), fields)
     tensors = read_tensors(path / "prior.safetensors")
     columns: dict[str, Any] = {name: tensors[name].numpy() for name in _PRIOR_COLUMNS}
+    taste = None
+    if facts["taste"] is not None:
+        learned: dict[str, Any] = {name: tensors[_TASTE + name].numpy() for name in _TASTE_COLUMNS}
+        taste = GaussianProcess(**facts["taste"], **learned)
     fitted = Fitted(
         task=task,
         catalog=catalog,
         scale=RatingScale(*facts["scale"]),
         prior=ItemPrior(**facts["prior"], **columns),
+        taste=taste,
         meta=MetaState.from_tensors(read_tensors(path / "meta.safetensors", config.device)),
         reader=_reader(backbone, config, task.template, catalog),
         training=facts["training"],

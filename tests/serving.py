@@ -16,4 +16,6 @@ LOVES_HORROR = tuple((item, 5.5 - rating) for item, rating in LOVES_DRAMA)
 
 @functools.cache
 def small_recommender(model: Path) -> MetaRecommender:
-    return MetaRecommender.from_pretrained(model, validated(RunConfig, SETTINGS, "test")).fit(known_task())
+    return MetaRecommender.from_pretrained(model, validated(RunConfig, SETTINGS | {"taste": "gp"}, "test")).fit(
+        known_task()
+    )

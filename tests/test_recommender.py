@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import known_interactions
@@ -24,6 +25,7 @@ from metarec.scorer import Request, Scorer
 from metarec.task import Task, TaskData
 
 SETTINGS = {
+    "taste": "none",
     "adapter": {"layers": 2, "rank": 2, "alpha": 4.0},
     "meta": {"inner_steps": 3, "inner_lr": 0.3, "shrinkage": 1.0},
     "train": {"steps": 40, "users": 8, "shots": [5, 10], "max_query": 10, "validate_every": 20, "lr": 0.01},
@@ -56,6 +58,34 @@ def known_task(seed: int = 0) -> TaskData:
 def fitted(model_dir: Callable[[str], Path]) -> MetaRecommender:
     config = validated(RunConfig, SETTINGS, "test")
     return MetaRecommender.from_pretrained(model_dir("llama"), config).fit(known_task())
+
+
+@pytest.fixture(scope="module")
+def fitted_with_gp(model_dir: Callable[[str], Path]) -> MetaRecommender:
+    config = validated(RunConfig, SETTINGS | {"taste": "gp"}, "test")
+    return MetaRecommender.from_pretrained(model_dir("llama"), config).fit(known_task())
+
+
+def test_the_gaussian_process_is_an_input_that_adapting_does_not_spoil(
+    fitted_with_gp: MetaRecommender, tmp_path: Path
+) -> None:
+    data = known_task()
+    report = fitted_with_gp.evaluate(data)
+    means = {(cell.method, cell.shots): cell.means["auc"] for cell in report.cells()}
+    assert means["GP", 10] > 0.9
+    assert means["metarec, adapted", 10] > 0.9
+    fitted_with_gp.save_pretrained(tmp_path / "model")
+    again = MetaRecommender.from_pretrained(tmp_path / "model").evaluate(data)
+    pd.testing.assert_frame_equal(again.per_user, report.per_user)
+
+
+def test_a_users_taste_is_what_ratings_add_to_the_score_beside_the_adapter(fitted_with_gp: MetaRecommender) -> None:
+    person, stranger = fitted_with_gp.adapt([("m1", 5.0), ("m2", 1.0)]), fitted_with_gp.adapt([])
+    everything = np.arange(40)
+    same_adapter = replace(person, state=stranger.state)
+    added = (same_adapter.scores(everything) - stranger.scores(everything)).numpy()
+    np.testing.assert_allclose(added, same_adapter.taste(), atol=1e-5)
+    assert np.abs(added).max() > 0.01
 
 
 def test_adapting_beats_the_item_mean_and_the_unadapted_model_where_taste_is_all(fitted: MetaRecommender) -> None:
@@ -285,13 +315,18 @@ def some_requests() -> list[Request]:
 SCORERS = ["item mean", "zero-shot prompt", "metarec, before adaptation", "metarec, adapted"]
 
 
-@pytest.fixture(params=SCORERS)
-def scorer(request: pytest.FixtureRequest, fitted: MetaRecommender) -> Scorer:
-    return next(scorer for scorer in fitted.scorers() if scorer.name == request.param)
+@pytest.fixture(params=[*SCORERS, "with GP: GP", "with GP: metarec, adapted"])
+def scorer(request: pytest.FixtureRequest, fitted: MetaRecommender, fitted_with_gp: MetaRecommender) -> Scorer:
+    name: str = request.param
+    recommender = fitted_with_gp if name.startswith("with GP: ") else fitted
+    return next(scorer for scorer in recommender.scorers() if scorer.name == name.removeprefix("with GP: "))
 
 
-def test_the_conformance_suite_covers_the_default_table(fitted: MetaRecommender) -> None:
+def test_the_conformance_suite_covers_the_default_table(
+    fitted: MetaRecommender, fitted_with_gp: MetaRecommender
+) -> None:
     assert [scorer.name for scorer in fitted.scorers()] == SCORERS
+    assert {scorer.name for scorer in fitted_with_gp.scorers()} == {*SCORERS, "GP"}
 
 
 def test_a_score_for_every_candidate(scorer: Scorer) -> None:

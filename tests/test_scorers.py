@@ -24,7 +24,7 @@ from metarec.priors import ItemPrior, fit_item_mean
 from metarec.scorer import Request, Scorer
 from metarec.scorers.features import item_features
 from metarec.scorers.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn, similarity
-from metarec.scorers.gp import GaussianProcess, fit_gp
+from metarec.scorers.gp import GaussianProcess, cross_fit_gp, fit_gp
 from metarec.scorers.networks import fit_network
 from metarec.scorers.residuals import training_residuals
 from metarec.scorers.text import fit_text_logistic, fit_text_ridge, fit_two_tower, logistic_dual
@@ -342,6 +342,30 @@ def test_the_gp_posterior_is_the_textbook_one() -> None:
     weights = np.linalg.solve(kernel[np.ix_(items, items)] + np.diag(model.noise[items]), residual)
     expected = model.mean[CANDIDATES] + kernel[np.ix_(CANDIDATES, items)] @ weights
     np.testing.assert_allclose(model.posterior_mean(SUPPORT, CANDIDATES), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_leaving_one_rating_out_is_the_posterior_of_the_others() -> None:
+    # Which items were chosen stays known, so that part is switched off.
+    model = replace(gp(), choice=np.zeros_like(gp().choice))
+    support = ratings((0, 5.0), (3, 1.5), (7, 4.0), (12, 2.0))
+    found = model.leave_one_out(support)
+    for place in range(len(support)):
+        others = Ratings(np.delete(support.items, place), np.delete(support.values, place))
+        np.testing.assert_allclose(found[place], model.posterior_mean(others, support.items[[place]])[0], rtol=1e-4)
+    assert model.leave_one_out(Ratings.empty()).shape == (0,)
+
+
+def test_a_cross_fitted_process_does_not_change_with_the_users_it_has_not_seen() -> None:
+    data = world()
+    crossed = cross_fit_gp(data, TRAIN, {}, folds=2)
+    name = data.users[TRAIN[0]]
+    same_fold = [code for code in TRAIN if crossed.fold[data.users[code]] == crossed.fold[name]]
+    rating = data.rating.copy()
+    theirs = np.isin(data.user, same_fold)
+    rating[theirs] = 5.5 - rating[theirs]
+    changed = cross_fit_gp(replace(data, rating=rating), TRAIN, {}, folds=2)
+    np.testing.assert_array_equal(changed.without(name).loadings, crossed.without(name).loadings)
+    assert set(crossed.fold) == {data.users[code] for code in TRAIN}
 
 
 def test_the_gp_learns_no_factors_from_noise() -> None:

@@ -113,14 +113,16 @@ def test_when_nothing_can_be_computed_the_last_good_version_is_served(
     assert rate(engine, "new", (("m9", 1.0),)).facts()["version"] == 0
 
 
-def test_a_diverged_adaptation_serves_the_prior_and_says_so(
+def test_a_diverged_adaptation_serves_everybodys_adapter_and_says_so(
     engine: Engine, recommender: MetaRecommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapt = MetaScorer.adapt
     monkeypatch.setattr(MetaScorer, "adapt", lambda self, supports: adapt(replace(self, rate_scale=1e30), supports))
     person = rate(engine, "ann", LOVES_DRAMA)
     assert person.facts()["diverged"]
-    assert all_scores(engine, person) == recommender.adapt([]).score([f"m{code}" for code in range(40)])
+    # The Gaussian process still knows what was rated: it takes no steps that could diverge.
+    unadapted = replace(person.adapted, state=recommender.adapt([]).state)
+    assert all_scores(engine, person) == unadapted.score([f"m{code}" for code in range(40)])
     assert engine.counters.diverged == 1
 
 
@@ -130,7 +132,8 @@ def test_scores_that_are_not_numbers_are_never_served(engine: Engine) -> None:
         tensor.fill_(math.nan)
     served, scores = engine.score(person, ["m1", "m2"])
     assert served.facts()["diverged"]
-    assert scores == engine.score(engine.people(["nobody"])["nobody"], ["m1", "m2"])[1]
+    unadapted = replace(person.adapted, state=engine.stranger.state)
+    assert scores == pytest.approx(unadapted.score(["m1", "m2"]), abs=1e-5)
     served, ranked = engine.recommend(person, 3)
     assert served.facts()["diverged"]
     assert len(ranked) == 3
@@ -200,11 +203,15 @@ def test_an_added_item_scores_as_if_it_had_always_been_there(engine: Engine, rec
     torch.testing.assert_close(reader.states[40], reader.states[7], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(reader.frozen_log_odds[40], reader.frozen_log_odds[7], atol=1e-5, rtol=1e-4)
     person = rate(engine, "ann", (*LOVES_DRAMA, ("n0", 4.0)))
-    weight = float(person.adapted.state["score.prior_weight"]) * (
-        engine.recommender.fitted.prior.values(np.array([40])) - recommender.fitted.prior.values(np.array([7]))
-    )
-    twin_score, own = engine.score(person, ["twin", "m7"])[1]
-    assert twin_score - float(weight[0]) == pytest.approx(own, abs=1e-5)
+    # What the ratings of others say differs, for nobody has rated the twin; what the model reads does not.
+    prior, state = engine.recommender.fitted.prior.values(np.array([40, 7])), person.adapted.state
+    nobody = engine.stranger.score(["twin", "m7"])
+    base = np.array(nobody) - float(engine.stranger.state["score.prior_weight"]) * prior
+    scores = np.array(engine.score(person, ["twin", "m7"])[1])
+    read = scores - float(state["score.prior_weight"]) * prior - person.adapted.taste()[[40, 7]] - base
+    assert read[0] == pytest.approx(read[1], abs=1e-5)
+    assert abs(read[0]) > 1e-4
+    assert person.adapted.taste()[40] == 0
 
 
 def test_added_items_survive_a_restart_with_the_ratings_of_them(

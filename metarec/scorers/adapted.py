@@ -15,6 +15,7 @@ from metarec.objective import HEAD, Batch, Head, candidates, collate, head_solve
 from metarec.priors import ItemPrior
 from metarec.reader import Reader
 from metarec.scorer import Request
+from metarec.scorers.gp import GaussianProcess
 
 # Larger batches only cost memory: the work per user is the same.
 USERS_AT_ONCE = 16
@@ -47,6 +48,7 @@ class MetaScorer:
         meta: The meta-learned parameters.
         reader: The language model.
         prior: The item prior.
+        taste: What users of like taste say, or None to leave it out.
         inner: How users are adapted.
         threshold: Ratings from here on are likes.
         rate_scale: Factor on every inner rate; at 0 scores are exactly those before adaptation.
@@ -56,6 +58,7 @@ class MetaScorer:
     meta: MetaState
     reader: Reader
     prior: ItemPrior
+    taste: GaussianProcess | None
     inner: InnerLoop
     threshold: float
     rate_scale: float = 1.0
@@ -84,7 +87,11 @@ class MetaScorer:
         for start in range(0, len(requests), USERS_AT_ONCE):
             block = requests[start : start + USERS_AT_ONCE]
             state = self.adapt([request.support for request in block]).state
-            batch = candidates([request.candidates for request in block], self.prior, self.reader)
+            codes = [request.candidates for request in block]
+            expected = None
+            if self.taste is not None:
+                expected = [self.taste.posterior_mean(request.support, request.candidates) for request in block]
+            batch = candidates(codes, self.prior, self.reader, expected)
             with torch.no_grad():
                 values = score(state, batch, self.reader).cpu()
             scores += [row[: len(request.candidates)] for row, request in zip(values, block, strict=True)]
@@ -100,7 +107,8 @@ class MetaScorer:
         Returns:
             Every user's state.
         """
-        batch = collate(supports, self.prior, self.reader, self.threshold, seen=False)
+        expected = None if self.taste is None else [self.taste.leave_one_out(support) for support in supports]
+        batch = collate(supports, self.prior, self.reader, self.threshold, seen=False, expected=expected)
         adapted = self._solve(batch) if self.inner.head is not None and self._adapts else self._descend(batch)
         stored = round_adapter(adapted.state, self.reader.spec.tensor_shapes, self.inner.storage)
         return replace(adapted, state=stored)

@@ -59,14 +59,22 @@ class GaussianProcess:
 
     def taste(self, support: Ratings) -> Floats:
         """Returns the posterior mean of a user's weights of the loadings, shape (loadings,)."""
-        rated, count = self.loadings[support.items], len(support)
-        if count == 0:
+        if len(support) == 0:
             return np.zeros(self.loadings.shape[1])
-        expected = self.choice * (rated.mean(0) - self.centre) * count / (count + self.choice_strength)
-        residual = (support.values - self.mean_rating) / self.scale - self.mean[support.items] - rated @ expected
-        covariance = rated @ rated.T + np.diag(self.noise[support.items])
+        rated = self.loadings[support.items]
+        expected, residual, covariance = self._conditions(support)
         posterior: Floats = expected + rated.T @ np.linalg.solve(covariance, residual)
         return posterior
+
+    def _conditions(self, support: Ratings) -> tuple[Floats, Floats, Floats]:
+        """Taste before any rating is looked at, what the ratings say beyond it, and the ratings' covariance."""
+        rated, count = self.loadings[support.items], len(support)
+        expected = self.choice * (rated.mean(0) - self.centre) * count / (count + self.choice_strength)
+        residual = self._standardize(support) - self.mean[support.items] - rated @ expected
+        return expected, residual, rated @ rated.T + np.diag(self.noise[support.items])
+
+    def _standardize(self, support: Ratings) -> Floats:
+        return (support.values.astype(np.float64) - self.mean_rating) / self.scale
 
     def posterior_mean(self, support: Ratings, candidates: Codes) -> Values:
         """Predicts ratings in the units of `ItemPrior`, the user's level included.
@@ -80,6 +88,33 @@ class GaussianProcess:
         """
         values = self.mean[candidates] + self.loadings[candidates] @ self.taste(support)
         return values.astype(np.float32)
+
+    def leave_one_out(self, support: Ratings) -> Values:
+        """Predicts each rating of a support from the others, in the units of `ItemPrior`, shape (ratings,).
+
+        Source: Rasmussen and Williams 2006, eq. 5.12.
+        """
+        if len(support) == 0:
+            return np.zeros(0, np.float32)
+        _, residual, covariance = self._conditions(support)
+        inverse = np.linalg.inv(covariance)
+        predicted: Values = (self._standardize(support) - inverse @ residual / np.diag(inverse)).astype(np.float32)
+        return predicted
+
+    def extended(self, mean: Values) -> GaussianProcess:
+        """Returns the same process with new items of which only the expected rating is known.
+
+        Args:
+            mean: What an unknown user is expected to give each new item, shape (new items,).
+        """
+        silent = np.zeros((len(mean), self.loadings.shape[1]))
+        noise = np.full(len(mean), self.noise.max())
+        return replace(
+            self,
+            mean=np.concatenate([self.mean, mean]),
+            loadings=np.concatenate([self.loadings, silent]),
+            noise=np.concatenate([self.noise, noise]),
+        )
 
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
@@ -144,6 +179,40 @@ def fit_gp(
         choice=chosen,
         choice_strength=choice_strength,
     )
+
+
+@dataclass(frozen=True)
+class CrossFitted:
+    """Processes that each have not seen a fold of the meta-training users: what those users look like when new.
+
+    Args:
+        folds: One process per fold, fitted on the users of all others.
+        fold: Which fold each meta-training user is in, by user id.
+    """
+
+    folds: tuple[GaussianProcess, ...]
+    fold: Mapping[str, int]
+
+    def without(self, user: str) -> GaussianProcess:
+        """Returns the process that has not seen a user."""
+        return self.folds[self.fold[user]]
+
+
+def cross_fit_gp(
+    interactions: Interactions, users: Codes, features: Mapping[str, Floats], *, folds: int = 4, seed: int = 0
+) -> CrossFitted:
+    """Fits a process without each fold of the meta-training users, so that they can be trained on as if new.
+
+    Args:
+        interactions: The dataset.
+        users: The meta-training users.
+        features: See `fit_gp`.
+        folds: How many.
+        seed: Seed of the folds and of the fits.
+    """
+    order = np.random.default_rng(seed).permutation(len(users)) % folds
+    fitted = tuple(fit_gp(interactions, users[order != fold], features, seed=seed) for fold in range(folds))
+    return CrossFitted(fitted, {interactions.users[code]: int(fold) for code, fold in zip(users, order, strict=True)})
 
 
 def _centred_means(

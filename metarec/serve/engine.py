@@ -401,13 +401,15 @@ class Engine:
         if len(codes) <= count or person.adapted.state is self.stranger.state:
             approximate = self._prior_scores
         else:
-            moved = self._scores(person.adapted, self._anchors) - self._prior_scores[self._anchors]
+            # The Gaussian process is cheap enough for everything; the language model's part is carried over.
+            taste = person.adapted.taste()
+            moved = self._scores(person.adapted, self._anchors) - (self._prior_scores + taste)[self._anchors]
             features = np.column_stack([np.ones(len(self.catalog)), self._prior_scores, self.vectors])
             anchors = features[self._anchors]
             weights = np.linalg.solve(
                 anchors.T @ anchors + _RIDGE * np.eye(anchors.shape[1]), anchors.T @ np.nan_to_num(moved)
             )
-            approximate = self._prior_scores + features @ weights
+            approximate = self._prior_scores + taste + features @ weights
         best = np.argsort(-approximate[codes], kind="stable")[:count]
         chosen: Codes = np.sort(codes[best])
         return chosen
