@@ -24,6 +24,7 @@ from metarec.config import RunConfig, override, validated
 from metarec.evaluate import Report
 from metarec.recommender import BASELINE, MetaRecommender
 from metarec.report import findings
+from metarec.task import load_task, load_task_data
 
 ROOT = Path(__file__).parent
 
@@ -60,6 +61,7 @@ def main() -> None:
         "seeds": list(range(arguments.seeds)),
         "fit_seconds": seconds,
         "gain_by_seed": gain_by_seed(reports),
+        "hashes_by_seed": [load_task_data(load_task(config.task), seed).hashes for seed in range(arguments.seeds)],
         "findings": findings(pooled, "metarec, adapted", "metarec, before adaptation"),
         **facts,
         **pooled.to_json(),

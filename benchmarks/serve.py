@@ -172,7 +172,7 @@ def bulk(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from metarec.cli.runs import load_run
     from metarec.serve.bulk import adapt_users
-    from metarec.serve.engine import Engine
+    from metarec.serve.engine import BULK_USERS_AT_ONCE, Engine
     from metarec.store import AdapterStore
 
     torch.set_num_threads(arguments.threads)
@@ -187,7 +187,8 @@ def bulk(arguments: argparse.Namespace) -> dict[str, Any]:
         for number in range(arguments.users)
     }
     with tempfile.TemporaryDirectory() as scratch:
-        engine = Engine(recommender, AdapterStore(Path(scratch)), hot_bytes=0)
+        store = AdapterStore(Path(scratch))
+        engine = Engine(recommender, store, hot_bytes=0, users_at_once=BULK_USERS_AT_ONCE)
         adapt_users(engine, dict(list(users.items())[:8]))
         began = time.perf_counter()
         done = adapt_users(engine, users)

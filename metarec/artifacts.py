@@ -150,11 +150,11 @@ def write_json(path: Path, value: object) -> None:
     replace_file(path, lambda target: target.write_text(dump_json(value), encoding="utf-8"))
 
 
-def load_json(path: Path) -> Any:
+def parse_json(text: str) -> Any:
     """Reads strict JSON.
 
     Raises:
-        ArtifactError: The file is not JSON, repeats a key, or holds NaN or Infinity.
+        ValueError: It is not JSON, repeats a key, or holds NaN or Infinity.
     """
 
     def refuse(constant: str) -> None:
@@ -165,8 +165,17 @@ def load_json(path: Path) -> Any:
             raise ValueError("repeats a key")
         return dict(pairs)
 
+    return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
+
+
+def load_json(path: Path) -> Any:
+    """Reads a file of strict JSON.
+
+    Raises:
+        ArtifactError: The file is missing, or not what `parse_json` reads.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse, object_pairs_hook=unique)
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"'{path}' does not exist", "Check the path") from None
     except (ValueError, RecursionError) as error:

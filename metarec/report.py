@@ -47,11 +47,17 @@ def _lines(cell: Cell, baseline: str) -> Sequence[str]:
 def findings(report: Report, adapted: str, unadapted: str) -> list[str]:
     """Says in sentences what adapting did, whichever way it went."""
     most = int(report.costs["shots"].max())
-    against = (
+    others = dict.fromkeys(report.costs["method"])
+    best = max(
+        (name for name in others if name not in (adapted, unadapted)), key=lambda name: report.values(name, most).mean()
+    )
+    against = [
         ("its own K = 0", adapted, 0),
         ("inner rate 0, same K", unadapted, most),
         (report.baseline, report.baseline, most),
-    )
+    ]
+    if best != report.baseline:
+        against.append((f"{best}, the best other row", best, most))
     lines = []
     for label, other, shots in against:
         gain, (low, high) = report.difference(adapted, most, other, shots)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -210,3 +212,32 @@ def known_interactions(users: int = 60, items: int = 40, seed: int = 0) -> Inter
 def interactions() -> Interactions:
     """Sixty users of two opposite tastes."""
     return known_interactions()
+
+
+@dataclass
+class Ran:
+    """What a command did: its exit status, and what it printed where."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def metarec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Returns what runs ``metarec`` with some arguments."""
+    from metarec import cli
+
+    monkeypatch.setenv("METAREC_TASKS", "")  # so that what --include-path adds goes again
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["metarec", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Ran(status, captured.out, captured.err)
+
+    return run

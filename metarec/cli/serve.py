@@ -41,7 +41,7 @@ def serve(
     body: Annotated[int, typer.Option(min=1024, help="Bytes of a request's body at most.")] = 1 << 20,
     waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait for the model.")] = 64,
     hot_megabytes: Annotated[int, typer.Option(min=0, help="Memory for adapters, in MiB.")] = 256,
-    candidates: Annotated[int, typer.Option(min=128, help="Items scored exactly in a ranking.")] = 256,
+    candidates: Annotated[int, typer.Option(min=64, help="Items scored exactly in a ranking.")] = 128,
     threads: Annotated[int, typer.Option(min=0, help="Threads of the model; 0 takes all cores.")] = 0,
     ui: Annotated[bool, typer.Option("--ui", help="Serve a page to try it on.")] = False,
 ) -> None:

@@ -175,9 +175,10 @@ def adapt_bulk(recommender: MetaRecommender, feedback: Path, store: str, adapter
     import time
 
     from metarec.serve.bulk import adapt_users, read_feedback
-    from metarec.serve.engine import Engine
+    from metarec.serve.engine import BULK_USERS_AT_ONCE, Engine
 
-    engine = Engine(recommender, _open(store, adapters, create=True), hot_bytes=0)
+    opened = _open(store, adapters, create=True)
+    engine = Engine(recommender, opened, hot_bytes=0, users_at_once=BULK_USERS_AT_ONCE)
     users = read_feedback(feedback, engine)
     began = time.perf_counter()
     try:

@@ -29,12 +29,14 @@ from metarec.trunk import PlainTrunk
 
 _LOG = logging.getLogger(__name__)
 
-# The one shape in which users are adapted: so many at a time and a row that keeps the shape, with ratings padded to a
-# power of two. Larger batches serve more users a second and make a single one wait longer.
+# The shape in which users are adapted: so many at a time and a row that keeps the shape, with ratings padded to a
+# multiple of four. Larger batches serve more users a second and make a single one wait longer.
 USERS_AT_ONCE = 3
+BULK_USERS_AT_ONCE = 15
 _FEWEST_RATINGS = 8
+_RATINGS_STEP = 4
 MAX_RATINGS = 64
-_ANCHORS = 64
+_ANCHORS = 32
 _DIMENSIONS = 32
 _RIDGE = 1.0
 _BLOCK = 64
@@ -111,6 +113,7 @@ class Engine:
         store: Feedback and adapters.
         hot_bytes: Bytes of adapters to keep in memory.
         candidates: How many items are scored exactly when a whole catalog is ranked.
+        users_at_once: In what company users are adapted; the same number gives the same bits.
     """
 
     def __init__(
@@ -119,7 +122,8 @@ class Engine:
         store: AdapterStore,
         *,
         hot_bytes: int = 256 << 20,
-        candidates: int = 256,
+        candidates: int = 128,
+        users_at_once: int = USERS_AT_ONCE,
     ) -> None:
         if candidates < 2 * _ANCHORS:
             raise ConfigError(f"candidates is {candidates}", f"Choose {2 * _ANCHORS} or more")
@@ -129,6 +133,7 @@ class Engine:
         self.hot: HotAdapters[Person] = HotAdapters(hot_bytes)
         self.counters = Counters()
         self._candidates = candidates
+        self._users_at_once = users_at_once
         self._longest = longest(recommender.fitted.reader)
         self._save: Callable[[NewAdapter], object] = self.keep
         # Every adapter has the same shape, so one user's size is everybody's.
@@ -306,12 +311,12 @@ class Engine:
         """
         scorer = self.recommender.scorer()
         results: dict[int, tuple[AdaptedUser, tuple[float, ...]]] = {}
-        widths = [max(_FEWEST_RATINGS, 1 << max(len(support) - 1, 0).bit_length()) for support in supports]
+        widths = [max(_FEWEST_RATINGS, -(-len(support) // _RATINGS_STEP) * _RATINGS_STEP) for support in supports]
         for width in sorted(set(widths)):
             rows = [row for row, own in enumerate(widths) if own == width]
-            for start in range(0, len(rows), USERS_AT_ONCE):
-                block = rows[start : start + USERS_AT_ONCE]
-                spare = [Ratings.empty()] * (USERS_AT_ONCE - len(block))
+            for start in range(0, len(rows), self._users_at_once):
+                block = rows[start : start + self._users_at_once]
+                spare = [Ratings.empty()] * (self._users_at_once - len(block))
                 began = time.perf_counter()
                 adapted = scorer.adapt([*(supports[row] for row in block), *spare, self._ruler(width)])
                 seconds = (time.perf_counter() - began) / len(block)

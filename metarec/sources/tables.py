@@ -19,6 +19,7 @@ import pyarrow as pa
 from pyarrow import csv as arrow_csv
 from pyarrow import json as arrow_json
 
+from metarec.artifacts import parse_json
 from metarec.errors import DataError, suggest
 from metarec.sources.files import File
 
@@ -334,22 +335,10 @@ def first_object(file: File) -> dict[str, Any]:
 
 
 def _parsed(line: str, literals: bool) -> dict[str, Any]:
-    record = ast.literal_eval(line.strip()) if literals and not line.lstrip().startswith('{"') else _strict_json(line)
+    record = ast.literal_eval(line.strip()) if literals and not line.lstrip().startswith('{"') else parse_json(line)
     if not isinstance(record, dict):
         raise ValueError(f"found a {type(record).__name__}")
     return record
-
-
-def _strict_json(line: str) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"holds {constant}")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError("repeats a key")
-        return dict(pairs)
-
-    return json.loads(line, parse_constant=refuse, object_pairs_hook=unique)
 
 
 def as_text(value: Any) -> str:
