@@ -44,6 +44,7 @@ def main() -> None:
             recommender = MetaRecommender.from_pretrained(config.backbone, config)
             recommender.fit(checkpoint=run / "checkpoint", resume=True)
             fit_seconds = time.perf_counter() - started
+            recommender.save_pretrained(run / "model")
             report = recommender.evaluate()
             replace_file(run / "per_user.parquet", report.per_user.to_parquet)
             replace_file(run / "costs.parquet", report.costs.to_parquet)

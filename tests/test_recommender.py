@@ -349,6 +349,13 @@ def test_scores_follow_the_item_not_its_place(scorer: Scorer) -> None:
     torch.testing.assert_close(scorer.score([turned])[0].flip(0), scorer.score([asked])[0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("code", [-1, 40])
+def test_an_item_code_outside_the_catalog_is_refused(code: int, scorer: Scorer) -> None:
+    asked = replace(some_requests()[0], candidates=np.array([code], np.int64))
+    with pytest.raises(UnknownItemError, match=f"candidate item code {code} is not one of the 40"):
+        scorer.score([asked])
+
+
 def test_the_users_name_does_not_matter(scorer: Scorer) -> None:
     asked = some_requests()[0]
     for name in ("nobody", "../x", ""):

@@ -16,6 +16,7 @@ from metarec.priors import ItemPrior
 from metarec.reader import Reader
 from metarec.scorer import Request
 from metarec.scorers.gp import GaussianProcess
+from metarec.scorers.residuals import check_codes
 
 # Larger batches only cost memory: the work per user is the same.
 USERS_AT_ONCE = 16
@@ -83,6 +84,7 @@ class MetaScorer:
 
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
+        check_codes(requests, len(self.prior.count))
         scores: list[Tensor] = []
         for start in range(0, len(requests), USERS_AT_ONCE):
             block = requests[start : start + USERS_AT_ONCE]

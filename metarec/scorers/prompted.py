@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metarec.reader import Reader
 from metarec.scorer import Request
+from metarec.scorers.residuals import check_codes
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class ZeroShot:
     @torch.no_grad()
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
+        check_codes(requests, len(self.reader.prompts.tokens))
         return [
             self.reader.log_odds(self.reader.gather(torch.from_numpy(request.candidates)[None]), None)[0].cpu()
             for request in requests
