@@ -5,6 +5,7 @@ another; it computes the last position's logits alone. Beside it stands its best
 answer words' rows of the vocabulary. All sides' meta-gradients are compared before anything is timed; then rounds of
 all sides alternate in one process. On a CPU everything runs on one thread and is measured in CPU seconds, so that
 other programs disturb little. Ours is timed with its caches in place; what they cost stands beside it.
+Adapting users, last, takes all cores and wall-clock time.
 
     python benchmarks/speed.py
 
@@ -18,7 +19,7 @@ import argparse
 import copy
 import json
 import platform
-import resource
+import re
 import shutil
 import statistics
 import subprocess
@@ -35,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from metarec.artifacts import dump_json, write_json
+from metarec.artifacts import dump_json, load_json, write_json
 from metarec.backbone import Backbone, load_backbone
 from metarec.config import RunConfig
 from metarec.interactions import Catalog
@@ -50,7 +51,8 @@ from metarec.sources import read_source
 from metarec.task import load_task
 from metarec.trunk import CachedTrunk, Placement
 
-ROOT = Path(__file__).parent
+_RESULTS = Path(__file__).parent / "results"
+RESULTS = {"cpu": _RESULTS / "speed.json", "cuda": _RESULTS / "speed-cuda.json"}
 USERS, SUPPORT, QUERY, STEPS, RANK, ALPHA, RATE = 8, 10, 10, 3, 8, 16.0, 0.05
 ITEMS = 160
 
@@ -78,29 +80,38 @@ EFFICIENCY_BARS = {"float32": 0.6, "mixed": 0.3}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--adapting-only", action="store_true", help="only adapt users, and print that as JSON")
+    parser.add_argument("--part", choices=("all", "adapting"), default="all", help="adapting: only that, anew")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.adapting_only:
+    if arguments.child:
         print(dump_json(adapting()))
         return
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        backbone = load_backbone("smollm2-135m-instruct", device=device)
-        prompts = small_prompts(backbone)
-        rows = [compare(case, backbone, prompts, arguments.rounds) for case in CASES]
-        result = {
-            "command": f"python benchmarks/speed.py --rounds {arguments.rounds}",
-            "commit": commit,
-            "setting": {"users": USERS, "support": SUPPORT, "query": QUERY, "inner_steps": STEPS, "rank": RANK},
-            "measured": "CPU seconds of one thread" if device == "cpu" else "wall-clock seconds",
-            "meta_steps": rows,
-            "hardware": {"machine": platform.machine(), "device": device, "cpu": cpu_flags()},
-        }
-        if device == "cpu":
-            result["adapting"] = adapting_alone()
-            print(result["adapting"])
-        write_json(ROOT / "results" / ("speed.json" if device == "cpu" else "speed-cuda.json"), result)
+    if arguments.part == "all":
+        torch.set_num_threads(1)
+        for device in RESULTS if torch.cuda.is_available() else ("cpu",):
+            write_json(RESULTS[device], meta_steps(device, arguments.rounds))
+    result = load_json(RESULTS["cpu"]) | {"adapting": adapting_alone()}
+    print(result["adapting"])
+    write_json(RESULTS["cpu"], result)
+
+
+def meta_steps(device: str, rounds: int) -> dict[str, Any]:
+    """Measures the table on a device."""
+    backbone = load_backbone("smollm2-135m-instruct", device=device)
+    prompts = small_prompts(backbone)
+    return {
+        "command": f"python benchmarks/speed.py --rounds {rounds}",
+        "commit": commit(),
+        "setting": {"users": USERS, "support": SUPPORT, "query": QUERY, "inner_steps": STEPS, "rank": RANK},
+        "measured": "CPU seconds of one thread" if device == "cpu" else "wall-clock seconds",
+        "hardware": {"machine": platform.machine(), "device": device, "cpu": cpu_flags()},
+        "meta_steps": [compare(case, backbone, prompts, rounds) for case in CASES],
+    }
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def cpu_flags() -> list[str]:
@@ -273,13 +284,12 @@ class Baseline:
 
 def adapting_alone() -> dict[str, Any]:
     """Adapts in a process of its own, so that its peak memory is its own."""
-    done = subprocess.run([sys.executable, __file__, "--adapting-only"], capture_output=True, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    done = subprocess.run([sys.executable, __file__, "--child"], capture_output=True, text=True, check=True)
+    return {"commit": commit(), **json.loads(done.stdout)}
 
 
 def adapting() -> dict[str, Any]:
-    """Adapts one user, and a thousand, to ten ratings; and counts what a default user takes on disk."""
+    """Adapts one user, and a thousand, to ten ratings on all cores, in wall-clock time; and weighs a default user."""
     backbone = load_backbone("smollm2-135m-instruct")
     prompts = small_prompts(backbone)
     placed = Placement(4, ("q_proj", "v_proj"), RANK, ALPHA, 1)
@@ -295,15 +305,25 @@ def adapting() -> dict[str, Any]:
         for block in torch.arange(users).split(USERS_AT_ONCE):
             adapt(meta, squared_error(reader, items[block], targets[block]), len(block), STEPS)
 
+    def seconds(users: int) -> float:
+        started = time.perf_counter()
+        run(users)
+        return time.perf_counter() - started
+
     run(1)
-    alone = statistics.median(clock(lambda: run(1)) for _ in range(9))
-    seconds = {users: clock(lambda count=users: run(count)) for users in (250, 500, 1000)}
     return {
-        "one_user_seconds": alone,
-        "seconds_by_users": {str(users): value for users, value in seconds.items()},
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "threads": torch.get_num_threads(),
+        "one_user_seconds": statistics.median(seconds(1) for _ in range(15)),
+        "seconds_by_users": {str(users): seconds(users) for users in (250, 500, 1000)},
+        "peak_memory_bytes": peak_memory(),
         "default_adapter": default_adapter_bytes(backbone, prompts),
     }
+
+
+def peak_memory() -> int:
+    """Returns this process's own peak; what getrusage gives may be that of the process it was forked from."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def default_adapter_bytes(backbone: Backbone, prompts: CatalogPrompts) -> dict[str, Any]:
