@@ -39,7 +39,7 @@ lint: setup  ## style and types
 	$(BIN)/mypy
 
 test: lint  ## lint, then all tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto
 
 clean:  ## remove what setup made; caches of models and data stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -286,8 +286,8 @@ def test_every_kind_of_adaptation_learns_the_task_and_survives_saving(
 ) -> None:
     longer = {**SETTINGS["train"], "steps": 100, "lr": 0.03, "score_lr": 0.05, "sharpness": 4.0}
     settings = {**SETTINGS, "train": longer, "meta": {**SETTINGS["meta"], "inner_lr": None, "inner_steps": 5}}
-    sections = {name: {**settings[name], **ADAPTATIONS[kind].get(name, {})} for name in settings}
-    config = validated(RunConfig, sections, "test")
+    changed = {name: {**settings[name], **section} for name, section in ADAPTATIONS[kind].items()}
+    config = validated(RunConfig, settings | changed, "test")
     data = known_task()
     recommender = MetaRecommender.from_pretrained(model_dir("llama"), config).fit(data)
     report = recommender.evaluate(data)
