@@ -113,7 +113,10 @@ def smaller(checkpoint: Path, items: int, out: Path) -> Path:
     columns = {name: getattr(fitted.prior, name)[chosen] for name in ("total", "count", "centre")}
     reader = _reader(full.backbone, full.config, fitted.task.template, catalog)
     _ = reader.frozen_log_odds
-    less = replace(fitted, catalog=catalog, prior=replace(fitted.prior, **columns), reader=reader)
+    taste = fitted.taste
+    if taste is not None:
+        taste = replace(taste, mean=taste.mean[chosen], loadings=taste.loadings[chosen], noise=taste.noise[chosen])
+    less = replace(fitted, catalog=catalog, prior=replace(fitted.prior, **columns), taste=taste, reader=reader)
     MetaRecommender(full.backbone, full.config, less).save_pretrained(out)
     return out
 
@@ -124,16 +127,17 @@ def item_ids(checkpoint: Path) -> list[str]:
 
 
 def closed_loop(server: Server, ids: list[str], clients: int, rounds: int) -> dict[str, float]:
-    """Every client says what it thinks of one item and asks for its new ranking, again and again."""
+    """Every client says what it thinks of one item and asks for the new ranking; after ten, somebody new begins."""
     taken: list[float] = []
 
     def client(number: int) -> None:
         generator = np.random.default_rng(number)
-        for item in generator.choice(len(ids), rounds, replace=False):
+        for turn, item in enumerate(generator.choice(len(ids), rounds, replace=False)):
+            user = f"c{clients}-{number}-{turn // 10}"
             began = time.perf_counter()
             said = {"item": ids[item], "rating": float(generator.integers(1, 6))}
-            first, _ = server.ask("POST", f"/v1/users/c{clients}-{number}/feedback", said)
-            second, _ = server.ask("GET", f"/v1/users/c{clients}-{number}/recommendations?k=10")
+            first, _ = server.ask("POST", f"/v1/users/{user}/feedback", said)
+            second, _ = server.ask("GET", f"/v1/users/{user}/recommendations?k=10")
             if (first, second) == (200, 200):
                 taken.append(time.perf_counter() - began)
 
@@ -168,14 +172,12 @@ def latency(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def bulk(arguments: argparse.Namespace) -> dict[str, Any]:
-    import torch
 
     from metarec.cli.runs import load_run
     from metarec.serve.bulk import adapt_users
-    from metarec.serve.engine import BULK_USERS_AT_ONCE, Engine
+    from metarec.serve.engine import BULK_USERS_AT_ONCE, Engine, side_by_side
     from metarec.store import AdapterStore
 
-    torch.set_num_threads(arguments.threads)
     recommender = load_run(arguments.checkpoint)
     generator = np.random.default_rng(0)
     ids = recommender.fitted.catalog.ids
@@ -188,7 +190,8 @@ def bulk(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as scratch:
         store = AdapterStore(Path(scratch))
-        engine = Engine(recommender, store, hot_bytes=0, users_at_once=BULK_USERS_AT_ONCE)
+        workers = side_by_side(arguments.threads)
+        engine = Engine(recommender, store, hot_bytes=0, users_at_once=BULK_USERS_AT_ONCE, workers=workers)
         adapt_users(engine, dict(list(users.items())[:8]))
         began = time.perf_counter()
         done = adapt_users(engine, users)

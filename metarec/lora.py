@@ -212,8 +212,8 @@ def save_adapter(
     if invocation_tokens is not None:
         config["alora_invocation_tokens"] = list(invocation_tokens)
     with replace_dir(path, "adapter") as directory:
-        save_file(weights, directory / _PEFT_WEIGHTS, metadata={"format": "pt"})
-        save_file(score, directory / _SCORE_FILE)
+        write_tensors(directory / _PEFT_WEIGHTS, weights)
+        write_tensors(directory / _SCORE_FILE, score)
         (directory / _PEFT_CONFIG).write_text(dump_json(config), encoding="utf-8")
         (directory / _USER_FILE).write_text(dump_json(dict(user)), encoding="utf-8")
 
@@ -289,6 +289,18 @@ def load_adapter(path: Path, spec: AdapterSpec, device: str = "cpu") -> tuple[Ad
     state = {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in state.items()}
     state |= read_tensors(path / _SCORE_FILE, device)
     return state, load_json(path / _USER_FILE)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        ArtifactError: The file cannot be written: the disk is full, say, or the directory is gone.
+    """
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"'{path}' cannot be written: {error}", "Make room, or choose another place") from None
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:

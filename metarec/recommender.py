@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
@@ -30,7 +29,15 @@ from metarec.episodes import Episode, training_batch
 from metarec.errors import ArtifactError, ConfigError
 from metarec.evaluate import Report, evaluate, mean_auc
 from metarec.interactions import Catalog, Codes, Ratings, RatingScale, Values, read_ratings
-from metarec.lora import AdapterState, expand_users, load_adapter, read_tensors, save_adapter, select_user
+from metarec.lora import (
+    AdapterState,
+    expand_users,
+    load_adapter,
+    read_tensors,
+    save_adapter,
+    select_user,
+    write_tensors,
+)
 from metarec.meta import ALGORITHMS, Loss, MetaGradient, MetaState, closed_form
 from metarec.metrics import rank_order
 from metarec.objective import (
@@ -368,8 +375,8 @@ class MetaRecommender:
         }
         catalog = {"ids": fitted.catalog.ids, "fields": dict(fitted.catalog.fields)}
         with replace_dir(Path(path), "recommender") as directory:
-            save_file(fitted.meta.tensors(), directory / "meta.safetensors")
-            save_file(columns, directory / "prior.safetensors")
+            write_tensors(directory / "meta.safetensors", fitted.meta.tensors())
+            write_tensors(directory / "prior.safetensors", columns)
             (directory / "catalog.json").write_text(dump_json(catalog), encoding="utf-8")
             (directory / "recommender.json").write_text(dump_json(facts), encoding="utf-8")
 

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
 from metarec.config import TrainConfig
 from metarec.errors import ArtifactError
-from metarec.lora import read_tensors
+from metarec.lora import read_tensors, write_tensors
 from metarec.meta import MetaGradient, MetaState
 from metarec.progress import progress
 
@@ -212,9 +211,9 @@ def _save(
     state = asdict(at)
     state["best_value"] = None if math.isinf(at.best_value) else at.best_value
     with replace_dir(path, "checkpoint") as directory:
-        save_file(dict(tensors), directory / "meta.safetensors")
-        save_file(dict(best), directory / "best.safetensors")
-        save_file(moments, directory / "optimizer.safetensors")
+        write_tensors(directory / "meta.safetensors", tensors)
+        write_tensors(directory / "best.safetensors", best)
+        write_tensors(directory / "optimizer.safetensors", moments)
         (directory / _STATE).write_text(dump_json({"identity": dict(identity), **state}), encoding="utf-8")
 
 

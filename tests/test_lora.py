@@ -23,6 +23,7 @@ from metarec.lora import (
     round_adapter,
     save_adapter,
     select_user,
+    write_tensors,
 )
 from metarec.prompts import CatalogPrompts
 from metarec.reader import Reader, check_placement
@@ -123,6 +124,11 @@ def test_rounding_keeps_numbers_finite_and_leaves_the_others_alone() -> None:
     assert rounded["a"].tolist() == [65504.0, -65504.0, pytest.approx(1 / 3, abs=1e-4)]
     assert rounded["a"][2] != state["a"][2]
     assert rounded["score.b"] is state["score.b"]
+
+
+def test_tensors_that_cannot_be_written_are_an_error_that_says_where(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"gone.*cannot be written"):
+        write_tensors(tmp_path / "gone" / "x.safetensors", {"a": torch.zeros(1)})
 
 
 def test_an_adapter_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def serve(
     body: Annotated[int, typer.Option(min=1024, help="Bytes of a request's body at most.")] = 1 << 20,
     waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait for the model.")] = 64,
     hot_megabytes: Annotated[int, typer.Option(min=0, help="Memory for adapters, in MiB.")] = 256,
-    candidates: Annotated[int, typer.Option(min=64, help="Items scored exactly in a ranking.")] = 128,
-    threads: Annotated[int, typer.Option(min=0, help="Threads of the model; 0 takes all cores.")] = 0,
+    candidates: Annotated[int, typer.Option(min=32, help="Items scored exactly in a ranking.")] = 64,
+    threads: Annotated[int, typer.Option(min=0, help="Batches of users adapted side by side; 0: one per core.")] = 0,
     ui: Annotated[bool, typer.Option("--ui", help="Serve a page to try it on.")] = False,
 ) -> None:
     """Serve recommendations over HTTP: users rate, adapters learn, rankings follow. Logs go to standard output."""
@@ -63,19 +63,16 @@ def serve(
     keys = read_keys(api_key_file) if api_key_file else ()
     import logging.config
 
-    import torch
-
     from metarec.cli.runs import load_run
     from metarec.serve.app import ServeSettings, create_app
-    from metarec.serve.engine import Engine
+    from metarec.serve.engine import Engine, side_by_side
     from metarec.store import AdapterStore
 
-    if threads:
-        torch.set_num_threads(threads)
+    workers = side_by_side(threads)
     recommender = load_run(checkpoint)
     opened = AdapterStore(store or checkpoint / "store", adapters)
     opened.gc()
-    engine = Engine(recommender, opened, hot_bytes=hot_megabytes << 20, candidates=candidates)
+    engine = Engine(recommender, opened, hot_bytes=hot_megabytes << 20, candidates=candidates, workers=workers)
     limits = Limits(keys, rate, max(1, round(2 * rate)), body)
     application = create_app(engine, ServeSettings(limits, waiting, ui=ui))
     logging.config.dictConfig(_LOGGING)

@@ -175,10 +175,11 @@ def adapt_bulk(recommender: MetaRecommender, feedback: Path, store: str, adapter
     import time
 
     from metarec.serve.bulk import adapt_users, read_feedback
-    from metarec.serve.engine import BULK_USERS_AT_ONCE, Engine
+    from metarec.serve.engine import BULK_USERS_AT_ONCE, Engine, side_by_side
 
     opened = _open(store, adapters, create=True)
-    engine = Engine(recommender, opened, hot_bytes=0, users_at_once=BULK_USERS_AT_ONCE)
+    workers = side_by_side()
+    engine = Engine(recommender, opened, hot_bytes=0, users_at_once=BULK_USERS_AT_ONCE, workers=workers)
     users = read_feedback(feedback, engine)
     began = time.perf_counter()
     try:

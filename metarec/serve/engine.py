@@ -12,10 +12,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from metarec.errors import ArtifactError, ConfigError, ConflictError, MetarecError, UnknownItemError
@@ -36,7 +38,7 @@ BULK_USERS_AT_ONCE = 15
 _FEWEST_RATINGS = 8
 _RATINGS_STEP = 4
 MAX_RATINGS = 64
-_ANCHORS = 32
+_ANCHORS = 16
 _DIMENSIONS = 32
 _RIDGE = 1.0
 _BLOCK = 64
@@ -114,6 +116,7 @@ class Engine:
         hot_bytes: Bytes of adapters to keep in memory.
         candidates: How many items are scored exactly when a whole catalog is ranked.
         users_at_once: In what company users are adapted; the same number gives the same bits.
+        workers: How many such batches are adapted side by side.
     """
 
     def __init__(
@@ -122,8 +125,9 @@ class Engine:
         store: AdapterStore,
         *,
         hot_bytes: int = 256 << 20,
-        candidates: int = 128,
+        candidates: int = 64,
         users_at_once: int = USERS_AT_ONCE,
+        workers: int = 1,
     ) -> None:
         if candidates < 2 * _ANCHORS:
             raise ConfigError(f"candidates is {candidates}", f"Choose {2 * _ANCHORS} or more")
@@ -134,6 +138,7 @@ class Engine:
         self.counters = Counters()
         self._candidates = candidates
         self._users_at_once = users_at_once
+        self._workers = ThreadPoolExecutor(workers, "adapt")
         self._longest = longest(recommender.fitted.reader)
         self._save: Callable[[NewAdapter], object] = self.keep
         # Every adapter has the same shape, so one user's size is everybody's.
@@ -310,22 +315,38 @@ class Engine:
             Each user's adapter, and their support loss before each step.
         """
         scorer = self.recommender.scorer()
-        results: dict[int, tuple[AdaptedUser, tuple[float, ...]]] = {}
         widths = [max(_FEWEST_RATINGS, -(-len(support) // _RATINGS_STEP) * _RATINGS_STEP) for support in supports]
+        blocks: list[tuple[int, list[int]]] = []
         for width in sorted(set(widths)):
             rows = [row for row, own in enumerate(widths) if own == width]
-            for start in range(0, len(rows), self._users_at_once):
-                block = rows[start : start + self._users_at_once]
-                spare = [Ratings.empty()] * (self._users_at_once - len(block))
-                began = time.perf_counter()
-                adapted = scorer.adapt([*(supports[row] for row in block), *spare, self._ruler(width)])
-                seconds = (time.perf_counter() - began) / len(block)
-                for place, row in enumerate(block):
-                    state = {name: value[place].clone() for name, value in adapted.state.items()}
-                    diverged = bool(adapted.diverged[place])
-                    user = AdaptedUser(self.recommender, supports[row], state, diverged, seconds)
-                    results[row] = (user, tuple(map(float, adapted.losses[:, place])))
-        return [results[row] for row in range(len(supports))]
+            blocks += [
+                (width, rows[start : start + self._users_at_once]) for start in range(0, len(rows), self._users_at_once)
+            ]
+
+        def adapt_block(job: tuple[int, list[int]]) -> list[tuple[AdaptedUser, tuple[float, ...]]]:
+            width, block = job
+            spare = [Ratings.empty()] * (self._users_at_once - len(block))
+            began = time.perf_counter()
+            adapted = scorer.adapt([*(supports[row] for row in block), *spare, self._ruler(width)])
+            seconds = (time.perf_counter() - began) / len(block)
+            states = [
+                {name: value[place].clone() for name, value in adapted.state.items()} for place in range(len(block))
+            ]
+            return [
+                (
+                    AdaptedUser(self.recommender, supports[row], state, bool(adapted.diverged[place]), seconds),
+                    tuple(map(float, adapted.losses[:, place])),
+                )
+                for place, (row, state) in enumerate(zip(block, states, strict=True))
+            ]
+
+        done = self._workers.map(adapt_block, blocks) if len(blocks) > 1 else map(adapt_block, blocks)
+        found = {
+            row: user
+            for (_, block), users in zip(blocks, done, strict=True)
+            for row, user in zip(block, users, strict=True)
+        }
+        return [found[row] for row in range(len(supports))]
 
     def _ruler(self, width: int) -> Ratings:
         """Ratings of nobody that make every batch as wide, and its prompts as long, as any batch can be."""
@@ -482,6 +503,20 @@ class Engine:
             )
             for place, code in enumerate(best[:k])
         ]
+
+
+def side_by_side(workers: int = 0) -> int:
+    """Gives every batch one core of its own, which serves more users than all cores on one batch after another.
+
+    Args:
+        workers: How many batches; 0 takes one per core.
+
+    Returns:
+        How many.
+    """
+    workers = workers or torch.get_num_threads()
+    torch.set_num_threads(1)
+    return workers
 
 
 def _words(text: str) -> list[str]:
