@@ -17,7 +17,7 @@ from metarec.errors import DataError
 from metarec.interactions import Codes, Interactions
 from metarec.priors import ItemPrior
 from metarec.scorer import Request
-from metarec.scorers.residuals import Floats, Scores, level, score_each, support_residuals, training_residuals
+from metarec.scorers.residuals import Floats, Scores, centred_residuals, score_each, training_residuals
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class ALS:
         return score_each(requests, len(self.factors), self._values)
 
     def _values(self, request: Request) -> Scores:
-        residual = support_residuals(self.prior, request.support)
-        residual = residual - level(residual, self.bias_strength)
+        residual = centred_residuals(self.prior, request.support, self.bias_strength)
         rated = self.factors[request.support.items]
         taste = np.linalg.solve(rated.T @ rated + self.penalty * np.eye(rated.shape[1]), rated.T @ residual)
         return self.prior.values(request.candidates) + self.factors[request.candidates] @ taste
@@ -127,8 +126,7 @@ class EASE:
         return score_each(requests, len(self.place), self._values)
 
     def _values(self, request: Request) -> Scores:
-        residual = support_residuals(self.prior, request.support)
-        residual = residual - level(residual, self.bias_strength)
+        residual = centred_residuals(self.prior, request.support, self.bias_strength)
         rows, columns = self.place[request.support.items], self.place[request.candidates]
         told = residual[rows >= 0] @ self.weights[rows[rows >= 0]][:, columns]
         return self.prior.values(request.candidates) + np.where(columns >= 0, told, 0.0)
@@ -205,8 +203,7 @@ class ItemKNN:
         prior = self.prior.values(request.candidates)
         if len(request.support) == 0:
             return prior
-        residual = support_residuals(self.prior, request.support)
-        residual = residual - level(residual, self.bias_strength)
+        residual = centred_residuals(self.prior, request.support, self.bias_strength)
         alike = similarity(self.ratings[request.candidates], self.ratings[request.support.items], self.shrinkage)
         told: Floats = alike @ residual / (np.abs(alike).sum(1) + self.strength)
         return prior + told
@@ -284,8 +281,7 @@ class UserKNN:
         prior = self.prior.values(request.candidates)
         if len(request.support) == 0:
             return prior
-        residual = support_residuals(self.prior, request.support)
-        residual = residual - level(residual, self.bias_strength)
+        residual = centred_residuals(self.prior, request.support, self.bias_strength)
         rated = request.support.items
         asked = csr_array((residual, (np.zeros(len(rated), np.int64), rated)), (1, self.ratings.shape[1]))
         alike = np.maximum(similarity(asked, self.ratings, self.shrinkage)[0], 0.0)

@@ -80,6 +80,12 @@ def level(residuals: Floats, strength: float) -> float:
     return float(residuals.sum() / (len(residuals) + strength)) if len(residuals) else 0.0
 
 
+def centred_residuals(prior: ItemPrior, support: Ratings, strength: float) -> Floats:
+    """Returns a new user's residuals around their own level, see `level`."""
+    residuals = support_residuals(prior, support)
+    return residuals - level(residuals, strength)
+
+
 def check_codes(requests: Sequence[Request], items: int) -> None:
     """Refuses requests that name a code outside the catalog.
 

@@ -62,15 +62,8 @@ class File:
                     stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]
                 packed = self.member is not None or self.name.endswith(".gz")
                 yield io.BufferedReader(_Guard(stream, size, str(self)), _MB) if packed else stream
-        except (
-            zipfile.BadZipFile,
-            gzip.BadGzipFile,
-            zlib.error,
-            EOFError,
-            OSError,
-            NotImplementedError,
-            RuntimeError,
-        ) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+            # zipfile says RuntimeError of members that are encrypted or packed in a way it does not know.
             raise DataError(f"{self} cannot be read: {error}", "Fetch the file again") from None
 
     @contextmanager
