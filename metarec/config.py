@@ -96,6 +96,9 @@ class RunConfig(Section):
     dtype: Dtype = Field(
         "float32", description="of frozen weights; mixed: caches by float32 weights, the adapted blocks bfloat16"
     )
+    prior: Literal["item mean", "none"] = Field(
+        "item mean", description="none: neither the score nor the Gaussian process knows any item's mean"
+    )
     taste: Literal["gp", "none"] = Field(
         "gp", description="gp: a Gaussian process over the ratings of users of like taste is an input of the score"
     )

@@ -61,20 +61,25 @@ class Report:
     Args:
         per_user: One row per method, K and user: columns ``method``, ``shots``, ``user`` and the metrics.
         costs: One row per method and K: columns ``method``, ``shots``, ``seconds_per_user``, ``bytes_per_user``.
+        predictions: One row per method, K, user and candidate: columns ``method``, ``shots``, ``user``, ``item``,
+            ``rating``, ``liked`` and ``score``.
         baseline: The method that paired differences are taken to.
         seed: Seed of tie-breaking and bootstrap.
         left_out: How many users were left out, by reason.
         metrics: The metrics there are, the first of which differences and intervals are taken of.
         hashes: Content hashes of what was evaluated on: data, split, prompt.
+        people: Whose episode each user is, where one person has several, as over split seeds; empty: each their own.
     """
 
     per_user: pd.DataFrame
     costs: pd.DataFrame
+    predictions: pd.DataFrame
     baseline: str
     seed: int
     left_out: Mapping[str, int]
     metrics: tuple[str, ...] = METRICS
     hashes: Mapping[str, str] = field(default_factory=dict)
+    people: Mapping[str, str] = field(default_factory=dict)
 
     def values(self, method: str, shots: int, metric: str = "auc") -> pd.Series:
         """Returns a metric by user, sorted by user id; users for whom it is not defined are left out."""
@@ -84,9 +89,14 @@ class Report:
     def difference(
         self, method: str, shots: int, other: str, other_shots: int, metric: str = "auc"
     ) -> tuple[float, tuple[float, float]]:
-        """Returns the mean paired difference between two cells and its 95% bootstrap interval."""
-        paired = self.values(method, shots, metric) - self.values(other, other_shots, metric)
-        return float(paired.mean()), bootstrap_interval(paired.to_numpy(), self.seed)
+        """Returns the mean paired difference between two cells and its 95% bootstrap interval over people."""
+        paired = self.paired(method, shots, other, other_shots, metric)
+        people = [self.people.get(user, user) for user in paired.index]
+        return float(paired.mean()), bootstrap_interval(paired.to_numpy(), self.seed, people)
+
+    def paired(self, method: str, shots: int, other: str, other_shots: int, metric: str = "auc") -> pd.Series:
+        """Returns the difference between two cells by user, of the users that both have."""
+        return (self.values(method, shots, metric) - self.values(other, other_shots, metric)).dropna()
 
     def cells(self) -> Iterator[Cell]:
         """Summarizes method by method, K by K, in the order they were evaluated in."""
@@ -182,6 +192,7 @@ def evaluate(
     one_class = len(episodes) - len(both)
     rows: list[dict[str, Any]] = []
     costs: list[dict[str, Any]] = []
+    predictions: list[pd.DataFrame] = []
     for scorer in scorers:
         for count in shots:
             requests = [request(episode, count) for episode in kept]
@@ -201,20 +212,38 @@ def evaluate(
                 values = scores.detach().numpy()
                 check_scores(values, f"method '{scorer.name}', K = {count}")
                 items = [catalog.ids[code] for code in episode.query.items]
+                liked = labels[episode.user]
+                predictions.append(_predictions(scorer.name, count, episode, items, liked, values))
                 error = None if to_rating is None else to_rating(episode, values) - episode.query.values
                 measured = {
-                    metric: _measure(metric, values, episode.query, labels[episode.user], items, error, seed)
-                    for metric in metrics
+                    metric: _measure(metric, values, episode.query, liked, items, error, seed) for metric in metrics
                 }
                 rows.append({"method": scorer.name, "shots": count, "user": episode.user, **measured})
     return Report(
         per_user=pd.DataFrame(rows).astype(dict.fromkeys(metrics, float)),
         costs=pd.DataFrame(costs),
+        predictions=pd.concat(predictions, ignore_index=True),
         baseline=baseline,
         seed=seed,
         left_out={**left_out, **({"query of one class": one_class} if one_class else {})},
         metrics=metrics,
         hashes=hashes or {},
+    )
+
+
+def _predictions(
+    method: str, shots: int, episode: Episode, items: Sequence[str], liked: Flags, scores: NDArray[np.floating]
+) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "method": method,
+            "shots": shots,
+            "user": episode.user,
+            "item": items,
+            "rating": episode.query.values,
+            "liked": liked,
+            "score": scores.astype(np.float32),
+        }
     )
 
 

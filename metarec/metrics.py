@@ -7,13 +7,16 @@ gets and no method gains from the order of its input. A score that is not a fini
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import ir_measures
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
 
 from metarec.errors import EvaluationError
 
@@ -128,12 +131,16 @@ def rank_order(scores: NDArray[np.floating], items: Sequence[str], seed: int) ->
     return np.lexsort((np.array(ties), -np.asarray(scores, np.float64)))
 
 
-def bootstrap_interval(values: NDArray[np.floating], seed: int) -> tuple[float, float]:
+def bootstrap_interval(
+    values: NDArray[np.floating], seed: int, clusters: Sequence[Hashable] | None = None
+) -> tuple[float, float]:
     """95% percentile bootstrap interval of a mean (Efron 1979); over paired differences, a paired bootstrap.
 
     Args:
         values: One number per user.
         seed: Seed of the 9,999 resamples.
+        clusters: Whom each number belongs to, where one person has several; whole people are drawn then (Davison and
+            Hinkley 1997, section 3.8).
 
     Returns:
         The lower and the upper end; both are the mean itself where all values are the same.
@@ -141,5 +148,76 @@ def bootstrap_interval(values: NDArray[np.floating], seed: int) -> tuple[float, 
     if len(values) < 2 or np.ptp(values) == 0:
         mean = float(np.mean(values)) if len(values) else float("nan")
         return mean, mean
-    result = stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(seed))
+    grouped = pd.Series(values).groupby(list(range(len(values)) if clusters is None else clusters), sort=False)
+    sums, counts = grouped.sum().to_numpy(), grouped.count().to_numpy()
+    if len(sums) < 2:
+        return float(np.mean(values)), float(np.mean(values))
+
+    def mean_of(sums: NDArray[np.floating], counts: NDArray[np.integer], axis: int = -1) -> NDArray[np.floating]:
+        means: NDArray[np.floating] = sums.sum(axis) / counts.sum(axis)
+        return means
+
+    result = stats.bootstrap(
+        (sums, counts), mean_of, paired=True, vectorized=True, method="percentile", rng=np.random.default_rng(seed)
+    )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def paired_p_value(differences: NDArray[np.floating]) -> float:
+    """Two-sided p-value of paired differences by the signed-rank test (Wilcoxon 1945); 1 where none differs.
+
+    Args:
+        differences: One number per person.
+    """
+    if not np.any(differences):
+        return 1.0
+    return float(stats.wilcoxon(differences).pvalue)
+
+
+def calibration_error(chance: NDArray[np.floating], liked: NDArray[np.bool_], bins: int = 15) -> float:
+    """Expected calibration error over bins of equally many predictions (Nixon et al. 2019, adaptive binning).
+
+    Args:
+        chance: Predicted probabilities of a like, shape (predictions,).
+        liked: What happened, shape (predictions,).
+        bins: How many bins.
+    """
+    order = np.argsort(chance, kind="stable")
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    gaps = [abs(chance[part].mean() - liked[part].mean()) * len(part) for part in parts]
+    return float(np.sum(gaps) / len(order))
+
+
+def calibrated(
+    scores: NDArray[np.floating], liked: NDArray[np.bool_], people: Sequence[Hashable], folds: int = 5
+) -> NDArray[np.floating]:
+    """Turns scores into probabilities of a like by logistic regression, every person's fitted on the others.
+
+    Args:
+        scores: Shape (predictions,).
+        liked: What happened, shape (predictions,).
+        people: Whose prediction each is; fewer people than folds make fewer folds.
+        folds: How many folds of people.
+
+    Returns:
+        Shape (predictions,).
+
+    Raises:
+        EvaluationError: There is one person only, or all predictions of a fold's others are of one class.
+
+    Source: Platt 1999, "Probabilistic outputs for support vector machines", without its target smoothing.
+    """
+    folds = min(folds, len(set(people)))
+    if folds < 2:
+        raise EvaluationError("one person's scores cannot be calibrated on others", "Evaluate more users")
+    spread = np.std(scores) or 1.0
+    model = LogisticRegression(C=1e3)
+    chance: NDArray[np.floating] = cross_val_predict(
+        model,
+        ((scores - np.mean(scores)) / spread)[:, None],
+        liked,
+        groups=pd.factorize(pd.Series(list(people)))[0],
+        cv=GroupKFold(folds),
+        method="predict_proba",
+    )[:, 1]
+    return chance

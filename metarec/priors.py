@@ -34,6 +34,7 @@ class ItemPrior:
         count: Number of each item's ratings, shape (items,).
         centre: What each item's mean is shrunk towards, standardized, shape (items,).
         strength: How many ratings the centre counts for.
+        silent: Whether every item's prior is zero instead.
     """
 
     mean: float
@@ -42,10 +43,15 @@ class ItemPrior:
     count: Values
     centre: Values
     strength: float
+    silent: bool = False
 
     def without_text(self) -> ItemPrior:
         """Returns the same means shrunk towards the global mean: the baseline."""
-        return replace(self, centre=np.zeros_like(self.centre))
+        return replace(self, centre=np.zeros_like(self.centre), silent=False)
+
+    def silenced(self) -> ItemPrior:
+        """Returns the same scale with a prior of zero for every item; `without_text` still gives the means."""
+        return replace(self, silent=True)
 
     def standardize(self, ratings: Values) -> Values:
         """Returns ratings in the prior's units."""
@@ -61,7 +67,7 @@ class ItemPrior:
 
     def _shrunk(self, items: Codes, total: Values, count: Values) -> Values:
         shrunk: Values = (total + self.strength * self.centre[items]) / (count + self.strength)
-        return shrunk.astype(np.float32)
+        return np.zeros(len(items), np.float32) if self.silent else shrunk.astype(np.float32)
 
 
 def fit_item_mean(interactions: Interactions, users: Codes) -> ItemPrior:

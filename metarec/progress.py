@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+# Set in the environment of a process that works beside others, whose bars would write over each other.
+QUIET = "METAREC_NO_PROGRESS"
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -47,7 +50,7 @@ def progress(description: str, total: float, *, after: float = 0.0) -> Iterator[
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    console = Console(file=sys.stderr)
+    console = Console(file=sys.stderr, quiet=bool(os.environ.get(QUIET)))
     bars = Progress(*columns, console=console, refresh_per_second=4)
     task = bars.add_task(description, total=total, note="")
     started = said = time.monotonic()

@@ -70,6 +70,7 @@ BASELINE = "item mean"
 _ITEMS_AT_ONCE = 512
 _TEXT_COMPONENTS = 48
 _PRIOR_COLUMNS = ("total", "count", "centre")
+_PRIOR_NUMBERS = ("mean", "scale", "strength", "silent")
 _TASTE = "taste."
 _TASTE_COLUMNS = ("mean", "loadings", "noise", "centre", "choice")
 _TASTE_NUMBERS = ("mean_rating", "scale", "choice_strength")
@@ -194,6 +195,18 @@ class MetaRecommender:
                 return self._fit(data, prepared, Path(scratch) / "checkpoint", resume)
         return self._fit(data, prepared, Path(checkpoint), resume)
 
+    def prepare(self, task: str | Task | TaskData | None = None) -> MetaRecommender:
+        """Fits everything but the meta-parameters, which stay as they start: nothing is meta-trained.
+
+        Args:
+            task: See `fit`.
+
+        Returns:
+            Itself, ready to score and to adapt from a fresh adapter.
+        """
+        self._fitted = self._prepare(self.task_data(task))
+        return self
+
     def _fit(self, data: TaskData, prepared: Fitted, checkpoint: Path, resume: bool) -> MetaRecommender:
         trained = _meta_train(data, prepared, self.config, self._identity(data), checkpoint, resume)
         training = {
@@ -226,16 +239,21 @@ class MetaRecommender:
     def _prepare(self, data: TaskData) -> Fitted:
         reader = _reader(self.backbone, self.config, data.task.template, data.interactions.catalog)
         train_users = data.parts["train"]
-        item_mean = fit_item_mean(data.interactions, train_users)
+        prior = smooth_by_text(
+            fit_item_mean(data.interactions, train_users), reader.states.cpu().numpy(), self.config.seed
+        )
         taste = None
         if self.config.taste == "gp":
-            features = _features(reader, data, self.config.seed)
-            taste = fit_gp(data.interactions, train_users, features, seed=self.config.seed)
+            taste = fit_gp(
+                data.interactions, train_users, _features(reader, data, self.config.seed), seed=self.config.seed
+            )
+        if self.config.prior == "none":
+            prior, taste = prior.silenced(), taste and taste.without_mean()
         return Fitted(
             task=data.task,
             catalog=data.interactions.catalog,
             scale=data.interactions.scale,
-            prior=smooth_by_text(item_mean, reader.states.cpu().numpy(), self.config.seed),
+            prior=prior,
             taste=taste,
             meta=initial_state(
                 reader,
@@ -369,7 +387,7 @@ class MetaRecommender:
             "config": self.config.model_dump(mode="json"),
             "task": fitted.task.model_dump(mode="json"),
             "scale": [fitted.scale.low, fitted.scale.high],
-            "prior": {name: getattr(fitted.prior, name) for name in ("mean", "scale", "strength")},
+            "prior": {name: getattr(fitted.prior, name) for name in _PRIOR_NUMBERS},
             "taste": None if taste is None else {name: getattr(taste, name) for name in _TASTE_NUMBERS},
             "training": fitted.training,
         }
@@ -491,6 +509,8 @@ def _meta_train(
         # A process that has seen a user's ratings would teach the adapter that nothing is left to learn.
         features = _features(reader, data, config.seed)
         unseen = cross_fit_gp(data.interactions, data.parts["train"], features, seed=config.seed)
+        if config.prior == "none":
+            unseen = replace(unseen, folds=tuple(process.without_mean() for process in unseen.folds))
     threshold = data.task.like_threshold
     episodes, _ = data.episodes("validation")
     one_by_one = config.meta.engine == "learn2learn"

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from metarec.evaluate import CUTOFF, METRICS, Cell, Report
+from metarec.pooled import Pooled
+
+_SIGNIFICANT = 0.05
 
 
 def table(report: Report) -> Table:
@@ -42,6 +45,38 @@ def _lines(cell: Cell, baseline: str) -> Sequence[str]:
         f"{cell.seconds_per_user:.4f}",
         f"{cell.bytes_per_user:,}",
     )
+
+
+def standings(pooled: Pooled) -> Table:
+    """Returns a benchmark's table: a line per method, best at the largest K first, a column per K."""
+    rows = pooled.rows()
+    shots = sorted({row["shots"] for row in rows})
+    by_method = {name: {row["shots"]: row for row in rows if row["method"] == name} for name in pooled.methods}
+    size = "" if pooled.train_users is None else f", {pooled.train_users} meta-training users"
+    result = Table(title=f"{pooled.task}{size}: AUC, and the paired difference to the {pooled.report.baseline}")
+    result.add_column("method")
+    for count in shots:
+        result.add_column(f"K = {count}", justify="right", no_wrap=True)
+    for column in ("hurt\nECE", "fit s\ns/user", "users\nB/user"):
+        result.add_column(column, justify="right", no_wrap=True)
+    ranked = sorted((cells for cells in by_method.values() if cells), key=lambda cells: -cells[shots[-1]]["auc"])
+    for cells in ranked:
+        last = cells[shots[-1]]
+        versus = f"versus {pooled.report.baseline}"
+        texts = [
+            f"{cells[count]['auc']:.4f} "
+            + (f"\n{cells[count][versus]['difference']:+.4f}" if versus in last else "")
+            + ("*" if versus in last and cells[count][versus]["p_holm"] < _SIGNIFICANT else " ")
+            for count in shots
+        ]
+        costs = (
+            f"{last['hurt']:.0%}\n{last['ece']:.3f}",
+            f"{last['fit_seconds']:.1f}\n{last['seconds_per_user']:.4f}",
+            f"{last['episodes']}\n{last['bytes_per_user']:,}",
+        )
+        result.add_row(last["method"], *texts, *costs)
+    result.caption = "* differs after Holm's correction (signed ranks, 5%); hurt: users worse off than at K = 0"
+    return result
 
 
 def findings(report: Report, adapted: str, unadapted: str) -> list[str]:

@@ -22,11 +22,12 @@ LAYERS = [
     ["episodes", "backbone", "learn2learn", "quality"],
     ["prompts", "scorer", "priors", "views"],
     ["trunk", "evaluate"],
-    ["reader", "report", "task"],
-    ["objective", "train"],
+    ["reader", "pooled", "task"],
+    ["objective", "train", "report", "webpage"],
     ["scorers"],
     ["recommender", "doctor"],
-    ["serve"],
+    ["methods"],
+    ["bench", "serve"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

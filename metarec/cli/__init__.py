@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from metarec.cli import data, runs, serve, store, tasks
+from metarec.cli import bench, data, runs, serve, store, tasks
 from metarec.errors import MetarecError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(runs.app)
+app.add_typer(bench.app)
 app.add_typer(tasks.tasks_app, name="tasks")
 app.add_typer(data.data_app, name="data")
 app.add_typer(serve.app)

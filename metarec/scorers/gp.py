@@ -101,6 +101,10 @@ class GaussianProcess:
         predicted: Values = (self._standardize(support) - inverse @ residual / np.diag(inverse)).astype(np.float32)
         return predicted
 
+    def without_mean(self) -> GaussianProcess:
+        """Returns the same covariance around a mean of zero for every item."""
+        return replace(self, mean=np.zeros_like(self.mean))
+
     def extended(self, mean: Values) -> GaussianProcess:
         """Returns the same process with new items of which only the expected rating is known.
 

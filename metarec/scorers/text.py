@@ -229,11 +229,12 @@ class TwoTower:
         return self.vectors[request.candidates] @ (taste / length if length > 1e-9 else taste)
 
 
-def fit_two_tower(vectors: Floats, *, threshold: float) -> TwoTower:
+def fit_two_tower(vectors: Floats, *, threshold: float, name: str = "two-tower cosine") -> TwoTower:
     """Prepares the item tower.
 
     Args:
         vectors: A vector of each item's text, shape (items, features).
         threshold: Ratings from here on are likes.
+        name: How the method is called in tables.
     """
-    return TwoTower(unit_vectors(vectors), threshold)
+    return TwoTower(unit_vectors(vectors), threshold, name)

@@ -1,0 +1,303 @@
+"""Methods x tasks x seeds x K on the same episodes: cells that can be stopped and repeated, and what they say together.
+
+A cell is one method on one split; a cell that is done is not measured again. Users of all seeds are pooled:
+differences are paired within user and seed, intervals resample people, and tests are corrected for how many there are.
+Knows no method but by its name.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from metarec.artifacts import (
+    SCHEMA_VERSION,
+    content_hash,
+    dump_json,
+    load_json,
+    parse_json,
+    replace_dir,
+    verify_dir,
+)
+from metarec.config import Section, read_yaml, validated
+from metarec.errors import ArtifactError, ConfigError, EvaluationError, suggest
+from metarec.evaluate import evaluate, request
+from metarec.methods import METHODS, Row, Setting
+from metarec.pooled import CELL_FACTS, CELL_TABLES
+from metarec.progress import QUIET, progress
+from metarec.recommender import BASELINE
+from metarec.scorer import Request
+from metarec.task import TaskData, load_task, load_task_data
+
+_SHOWN_USERS, _SHOWN_PROMPTS = 3, 2
+
+
+class Part(Section):
+    """A block of cells: every method on every task and seed of the block."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    methods: tuple[str, ...] = Field(min_length=1, description="names, or groups such as fold-in")
+    seeds: int = Field(10, ge=1, description="how many split seeds, from 0")
+    users: int | None = Field(None, ge=2, description="only so many test users of each split, the same for all methods")
+    train_users: tuple[int | None, ...] = Field(
+        (None,), min_length=1, description="sizes of meta-training; null is all"
+    )
+
+
+class Plan(Section):
+    """What a benchmark measures."""
+
+    name: str
+    description: str = ""
+    parts: tuple[Part, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one split.
+
+    Args:
+        task: The task's name, or its file.
+        method: The method's name in `METHODS`.
+        seed: The split's seed.
+        users: At most so many test users; None for all.
+        train_users: At most so many meta-training users; None for all.
+    """
+
+    task: str
+    method: str
+    seed: int
+    users: int | None = None
+    train_users: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the cell lies below the benchmark's folder."""
+        size = "" if self.train_users is None else f"-{self.train_users}-train-users"
+        some = "" if self.users is None else f"-{self.users}-users"
+        file = Path(self.task)
+        task = file.stem if file.suffix in (".yaml", ".yml") else self.task
+        return Path(_slug(task)) / str(self.seed) / f"{_slug(self.method)}{size}{some}"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.casefold()).strip("-")
+
+
+def read_plan(path: Path) -> Plan:
+    """Reads a plan from YAML.
+
+    Raises:
+        ConfigError: The file is not a plan, or names a method that there is not.
+    """
+    return validated(Plan, read_yaml(path), str(path))
+
+
+def cells(plan: Plan) -> list[Cell]:
+    """Returns a plan's cells, those of one split side by side.
+
+    Raises:
+        ConfigError: A method's name is not known.
+    """
+    found: dict[Cell, None] = {}
+    for part in plan.parts:
+        methods = [name for given in part.methods for name in _named(given)]
+        if not set(methods) & {BASELINE}:
+            methods = [BASELINE, *methods]
+        for task, seed, method, size in product(part.tasks, range(part.seeds), methods, part.train_users):
+            found[Cell(task, method, seed, part.users, size)] = None
+    return list(found)
+
+
+def _named(name: str) -> list[str]:
+    if name in METHODS:
+        return [name]
+    group = [method for method in METHODS if METHODS[method].group == name]
+    if not group:
+        groups = dict.fromkeys(method.group for method in METHODS.values())
+        raise ConfigError(f"no method or group is called '{name}'", suggest(name, [*METHODS, *groups]))
+    return group
+
+
+def run(plan: Plan, out: Path, *, jobs: int = 1, fresh: bool = False) -> None:
+    """Measures the cells of a plan that are not there yet.
+
+    Args:
+        plan: What to measure.
+        out: Folder of the cells and of what trainings keep.
+        jobs: Processes; each takes its share of the cores.
+        fresh: Measures all of them again.
+
+    Raises:
+        ConfigError: A task or a method is not known.
+        EvaluationError: A cell failed; all others were measured first.
+        KeyboardInterrupt: Everything that is done is kept, trainings in their checkpoints.
+    """
+    wanted = cells(plan)
+    for task in {cell.task for cell in wanted}:
+        load_task(task)  # so that a task that cannot be read ends it here, and not every cell
+    missing_cells = wanted if fresh else missing(wanted, out)
+    failed: dict[Cell, str] = {}
+    with progress("cells", len(missing_cells)) as advance:
+        for done, (cell, problem) in enumerate(_measured(missing_cells, out, jobs, fresh), start=1):
+            if problem:
+                failed[cell] = problem
+            advance(done, f"{cell.method} on {cell.task}, seed {cell.seed}")
+    if failed:
+        cell, problem = next(iter(failed.items()))
+        raise EvaluationError(
+            f"{len(failed)} of {len(missing_cells)} cells failed, the first '{cell.method}' on '{cell.task}', seed "
+            f"{cell.seed}: {problem.strip().splitlines()[-1]}",
+            f"The others are kept; the whole errors are in {out / 'failed.json'}",
+        )
+
+
+def missing(wanted: Sequence[Cell], out: Path) -> list[Cell]:
+    """Returns the cells that were not measured yet, or not as they would be now."""
+    return [cell for cell in wanted if not _is_done(cell, out)]
+
+
+def _measured(wanted: Sequence[Cell], out: Path, jobs: int, fresh: bool) -> Iterator[tuple[Cell, str]]:
+    failures = out / "failed.json"
+    failures.unlink(missing_ok=True)
+    problems: dict[str, str] = {}
+
+    def noted(cell: Cell, problem: str) -> tuple[Cell, str]:
+        if problem:
+            problems[str(cell.folder)] = problem
+            failures.write_text(dump_json(problems), encoding="utf-8")
+        return cell, problem
+
+    if jobs == 1:
+        for cell in wanted:
+            yield noted(cell, _try(cell, out, fresh))
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker, (threads,))
+    try:
+        futures = {pool.submit(_try, cell, out, fresh): cell for cell in wanted}
+        for future in as_completed(futures):
+            yield noted(futures[future], future.result())
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(threads: int) -> None:
+    import torch
+
+    os.environ[QUIET] = "1"
+    torch.set_num_threads(threads)
+
+
+def _try(cell: Cell, out: Path, fresh: bool) -> str:
+    """Measures a cell; returns the error that kept it from being measured, or nothing."""
+    try:
+        _measure(cell, out, fresh)
+    except Exception:
+        # Of a hundred cells one may fail for a reason of its own; `run` says so at the end, with status 2.
+        return traceback.format_exc()
+    return ""
+
+
+@lru_cache(maxsize=1)
+def _data(task: str, seed: int) -> TaskData:
+    return load_task_data(load_task(task), seed)
+
+
+def _identity(cell: Cell) -> dict[str, Any]:
+    options = dict(METHODS[cell.method].options)
+    task = load_task(cell.task)
+    return {**asdict(cell), "task": task.name, "task_digest": task.digest, "options": options}
+
+
+def _is_done(cell: Cell, out: Path) -> bool:
+    """Says whether a cell was measured as it would be now; a damaged one was not."""
+    folder = out / "cells" / cell.folder
+    try:
+        verify_dir(folder, "cell")
+    except ArtifactError:
+        return False
+    return bool(load_json(folder / CELL_FACTS)["identity"] == parse_json(dump_json(_identity(cell))))
+
+
+def _measure(cell: Cell, out: Path, fresh: bool) -> None:
+    data = _data(cell.task, cell.seed)
+    # What a training leaves behind belongs to the method's options as well as to the cell.
+    folder = out / "work" / cell.folder.parent / f"{cell.folder.name}-{content_hash(_identity(cell))[:8]}"
+    if fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    setting = Setting(data, folder, cell.train_users)
+    episodes, short = data.episodes("test")
+    labels = [episode.query.likes(data.task.like_threshold) for episode in episodes]
+    both = [episode for episode, liked in zip(episodes, labels, strict=True) if 0 < liked.sum() < len(liked)]
+    chosen = episodes if cell.users is None else both[: cell.users]
+    started = time.perf_counter()
+    rows = METHODS[cell.method].rows(setting)
+    fit_seconds = time.perf_counter() - started
+    report = evaluate(
+        [row.scorer for row in rows],
+        chosen,
+        data.task.shots,
+        data.interactions.catalog,
+        threshold=data.task.like_threshold,
+        seed=cell.seed,
+        baseline=rows[0].scorer.name,
+        left_out={"too few ratings": short} if short else {},
+        short_supports=data.task.short_supports,
+        hashes=data.hashes,
+    )
+    facts = {
+        "schema_version": SCHEMA_VERSION,
+        "identity": _identity(cell),
+        "group": METHODS[cell.method].group,
+        "fit_seconds": fit_seconds,
+        "left_out": dict(report.left_out),
+        "hashes": data.hashes,
+        "metarec": version("metarec"),
+        "processor": platform.processor() or platform.machine(),
+        "rows": [
+            {
+                "method": row.scorer.name,
+                "parameters": int(row.parameters),
+                "log_odds": row.log_odds,
+                "step": row.step,
+                "tokens": {
+                    str(shots): float(np.mean([row.tokens(request(episode, shots)) for episode in chosen]))
+                    for shots in data.task.shots
+                },
+                "prompts": _prompts(row, [request(episode, max(data.task.shots)) for episode in chosen], data),
+            }
+            for row in rows
+        ],
+    }
+    with replace_dir(out / "cells" / cell.folder, "cell") as directory:
+        (directory / CELL_FACTS).write_text(dump_json(facts), encoding="utf-8")
+        for name in CELL_TABLES:
+            getattr(report, name).to_parquet(directory / f"{name}.parquet", index=False)
+
+
+def _prompts(row: Row, requests: Sequence[Request], data: TaskData) -> dict[str, dict[str, str]]:
+    """Returns what a language model reads of a few users' first candidates, by user and item."""
+    if row.prompt is None:
+        return {}
+    ids = data.interactions.catalog.ids
+    return {
+        asked.user: {ids[code]: row.prompt(asked, int(code)) for code in asked.candidates[:_SHOWN_PROMPTS]}
+        for asked in requests[:_SHOWN_USERS]
+    }

@@ -1,0 +1,356 @@
+"""Every method there is, by the name it has in tables: one function from a split to the rows of a benchmark.
+
+Ties the scorers to a task's data, each part that several methods share computed once. Knows nothing of tables,
+statistics or files, but for where a long training keeps its checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metarec.backbone import MINILM, load_backbone
+from metarec.config import MetaConfig, RunConfig, override, validated
+from metarec.episodes import Episode
+from metarec.interactions import Catalog, Codes, Interactions
+from metarec.priors import ItemPrior, fit_item_mean, smooth_by_text
+from metarec.prompts import PromptTemplate, tokenize_catalog
+from metarec.reader import Reader, default_placement, open_reader
+from metarec.recommender import BASELINE, MetaRecommender
+from metarec.scorer import Request, Scorer
+from metarec.scorers.features import item_features
+from metarec.scorers.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn
+from metarec.scorers.gp import fit_gp
+from metarec.scorers.networks import Form, Network, fit_network
+from metarec.scorers.prompted import ZeroShot
+from metarec.scorers.residuals import Floats
+from metarec.scorers.text import fit_text_logistic, fit_text_ridge, fit_two_tower
+from metarec.scorers.trivial import Constant, ItemMean, Popularity, Random
+from metarec.task import TaskData
+
+_TEXT = PromptTemplate(
+    "{{ title }}{% if year %} ({{ year }}){% endif %}"
+    "{% for field in [genres, authors] if field %}, {{ field }}{% endfor %}",
+    "good",
+    "bad",
+)
+_COMPONENTS = 48
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One split of a task, with what methods are fitted from.
+
+    Args:
+        data: The task's data.
+        workspace: Where a long training keeps its checkpoint and its result.
+        train_users: Only so many of the meta-training users, drawn by the split's seed; None for all.
+    """
+
+    data: TaskData
+    workspace: Path
+    train_users: int | None = None
+
+    @property
+    def seed(self) -> int:
+        """Seed of the split, and of everything a method draws."""
+        return self.data.seed
+
+    @cached_property
+    def users(self) -> Codes:
+        """The meta-training users."""
+        users = self.data.parts["train"]
+        if self.train_users is None:
+            return users
+        return np.sort(np.random.default_rng(self.seed).permutation(users)[: self.train_users])
+
+    @cached_property
+    def task_data(self) -> TaskData:
+        """The task's data with no other meta-training users than `users`."""
+        return replace(self.data, parts={**self.data.parts, "train": self.users})
+
+    @property
+    def interactions(self) -> Interactions:
+        """What training may see."""
+        return self.data.interactions
+
+    @property
+    def threshold(self) -> float:
+        """Ratings from here on are likes."""
+        return self.data.task.like_threshold
+
+    @cached_property
+    def mean(self) -> ItemPrior:
+        """Shrunk item means."""
+        return fit_item_mean(self.interactions, self.users)
+
+    @cached_property
+    def prior(self) -> ItemPrior:
+        """Item means smoothed by text."""
+        return smooth_by_text(self.mean, self.vectors, self.seed)
+
+    @cached_property
+    def vectors(self) -> Floats:
+        """The sentence encoder's vector of every item's text, shape (items, features)."""
+        return text_vectors(self.interactions.catalog)
+
+    @cached_property
+    def blocks(self) -> dict[str, Floats]:
+        """Features of items, block by block: text and the catalog's fields."""
+        return {"text": self.vectors, **item_features(self.interactions.catalog)}
+
+    @cached_property
+    def features(self) -> Floats:
+        """The blocks side by side, text reduced to its principal components, each of mean length one."""
+        left, values, _ = np.linalg.svd(self.vectors - self.vectors.mean(0), full_matrices=False)
+        blocks = {**self.blocks, "text": left[:, :_COMPONENTS] * values[:_COMPONENTS]}
+        return np.concatenate([block / np.sqrt((block**2).sum(1).mean()) for block in blocks.values()], 1)
+
+    @cached_property
+    def untrained(self) -> MetaRecommender:
+        """The default language model on the task's prompts with the item prior, not meta-trained, without the GP."""
+        config = RunConfig(seed=self.seed, taste="none")
+        return MetaRecommender.from_pretrained(config.backbone, config).prepare(self.task_data)
+
+    @cached_property
+    def validation(self) -> Sequence[Episode]:
+        """Episodes of the validation users, for early stopping."""
+        return self.data.episodes("validation")[0]
+
+
+def text_vectors(catalog: Catalog) -> Floats:
+    """Reads every item with the sentence encoder; kept on disk from then on.
+
+    Args:
+        catalog: The items.
+
+    Returns:
+        Shape (items, features).
+    """
+    empty = {name: ("",) * len(catalog) for name in ("year", "genres", "authors")}
+    backbone = load_backbone(MINILM)
+    prompts = tokenize_catalog(backbone, _TEXT, Catalog(catalog.ids, {**empty, **catalog.fields}))
+    placement = default_placement(backbone, prompts, layers=1, targets=None, rank=1, alpha=1.0, active_tokens=None)
+    return open_reader(backbone, prompts, placement).states.numpy().astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a benchmark: a scorer, and what it costs beside time and memory.
+
+    Args:
+        scorer: The fitted method.
+        parameters: How many numbers fitting learned that all users share; tables of counts and means not included.
+        tokens: How many tokens of text a language model reads to answer a request.
+        prompt: The text it reads for one candidate of a request, or None where it reads none.
+        log_odds: Whether scores are meant as log-odds of a like, so that their calibration can be looked at as it is.
+        step: The inner step whose scores these are, where they are a point of the adaptation's trajectory alone.
+    """
+
+    scorer: Scorer
+    parameters: int = 0
+    tokens: Callable[[Request], int] = lambda _: 0
+    prompt: Callable[[Request, int], str] | None = None
+    log_odds: bool = False
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a row, or several that share a fit, come from a setting.
+
+    Args:
+        fit: Fits the method.
+        group: ``trivial``, ``fold-in``, ``prompt``, ``fine-tuning``, ``meta`` or ``ablation``.
+        about: One line that says what it is.
+        options: What `fit` was called with beside the setting; part of a cell's identity.
+    """
+
+    fit: Callable[..., Sequence[Row]]
+    group: str
+    about: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def rows(self, setting: Setting) -> Sequence[Row]:
+        """Fits the method with its options."""
+        return self.fit(setting, **self.options)
+
+
+def _plain(fit: Callable[..., Scorer], parameters: Callable[[Any], int] = lambda _: 0) -> Callable[..., Sequence[Row]]:
+    def rows(setting: Setting, **options: Any) -> Sequence[Row]:
+        scorer = fit(setting, **options)
+        return [Row(scorer, parameters(scorer))]
+
+    return rows
+
+
+def _network(form: Form, setting: Setting, **options: Any) -> Scorer:
+    return fit_network(
+        form,
+        setting.interactions,
+        setting.users,
+        setting.prior,
+        setting.features,
+        validation=setting.validation,
+        threshold=setting.threshold,
+        seed=setting.seed,
+        **options,
+    )
+
+
+def _network_size(network: Network) -> int:
+    return sum(value.numel() for value in network.meta.tensors().values())
+
+
+def _llm_two_tower(setting: Setting) -> Sequence[Row]:
+    reader = setting.untrained.fitted.reader
+    states = reader.states.cpu().numpy().astype(np.float64)
+    return [Row(fit_two_tower(states, threshold=setting.threshold, name="two-tower cosine, LLM"))]
+
+
+def _zero_shot(setting: Setting) -> Sequence[Row]:
+    untrained = setting.untrained
+    reader = untrained.fitted.reader
+    return [Row(ZeroShot(reader), 0, _tokens_read(reader), _item_prompt(untrained), log_odds=True)]
+
+
+def _per_user_lora(setting: Setting, *, inner_lr: float, steps: int) -> Sequence[Row]:
+    """Every user's own LoRA from a fresh one, by plain gradient steps: what meta-training saves."""
+    config = setting.untrained.config.model_copy(
+        update={"meta": MetaConfig(inner_lr=inner_lr, inner_steps=steps, shrinkage=0.0)}
+    )
+    recommender = MetaRecommender(setting.untrained.backbone, config).prepare(setting.task_data)
+    scorer = recommender.scorer(name="per-user LoRA")
+    return [Row(scorer, 0, _tokens_read(recommender.fitted.reader), _item_prompt(recommender))]
+
+
+def _recommender(setting: Setting, settings: Mapping[str, Any]) -> MetaRecommender:
+    """Trains a recommender on the setting, or loads the one that was trained there before."""
+    model = setting.workspace / "model"
+    if (model / "recommender.json").exists():
+        return MetaRecommender.from_pretrained(model)
+    assignments = [f"{key}={value}" for key, value in settings.items()]
+    config = validated(RunConfig, override({"seed": setting.seed}, assignments), "method options")
+    recommender = MetaRecommender.from_pretrained(config.backbone, config)
+    recommender.fit(setting.task_data, checkpoint=setting.workspace / "checkpoint", resume=True)
+    recommender.save_pretrained(model)
+    return recommender
+
+
+def _metarec(setting: Setting, *, name: str = "metarec", **settings: Any) -> Sequence[Row]:
+    """Adapted, and step by step on the way there; the default also without adaptation and without the LLM."""
+    recommender = _recommender(setting, settings)
+    reader, meta = recommender.fitted.reader, recommender.fitted.meta
+    parameters = sum(value.numel() for value in meta.tensors().values())
+    read = _tokens_read(reader)
+
+    def row(steps: int | None, called: str, step: int | None = None) -> Row:
+        return Row(recommender.scorer(steps=steps, name=called), parameters, read, _item_prompt(recommender), step=step)
+
+    rows = [row(None, name)]
+    if name == "metarec":
+        rows += [row(0, "metarec, no adaptation")]
+        if (gp := recommender.fitted.taste) is not None:
+            rows += [Row(replace(gp, name="metarec, no LLM"), gp.loadings.size)]
+        steps = recommender.config.meta.inner_steps
+        rows += [row(step, f"metarec, step {step}", step) for step in range(steps + 1)]
+    return rows
+
+
+def _tokens_read(reader: Reader) -> Callable[[Request], int]:
+    lengths = np.array([len(ids) for ids in reader.prompts.tokens])
+    return lambda request: int(lengths[request.support.items].sum() + lengths[request.candidates].sum())
+
+
+def _item_prompt(recommender: MetaRecommender) -> Callable[[Request, int], str]:
+    fitted, special = recommender.fitted, recommender.backbone.special_tokens
+    return lambda _, code: fitted.task.template.render(fitted.catalog, code, special)
+
+
+METHODS: dict[str, Method] = {
+    BASELINE: Method(_plain(lambda s: ItemMean(s.mean)), "trivial", "shrunk item means; what gains are measured from"),
+    "random": Method(_plain(lambda s: Random(s.interactions.catalog, s.seed)), "trivial", "a hash of user and item"),
+    "constant": Method(_plain(lambda s: Constant(s.interactions.catalog)), "trivial", "what ties are worth"),
+    "popularity": Method(_plain(lambda s: Popularity(s.mean)), "trivial", "how often an item was rated"),
+    "item mean with text": Method(
+        _plain(lambda s: ItemMean(s.prior, name="item mean with text")), "trivial", "means shrunk towards a text ridge"
+    ),
+    "ALS": Method(
+        _plain(
+            lambda s, **o: fit_als(s.interactions, s.users, s.prior, seed=s.seed, **o), lambda als: als.factors.size
+        ),
+        "fold-in",
+        "matrix factorization of residuals",
+    ),
+    "EASE": Method(
+        _plain(lambda s, **o: fit_ease(s.interactions, s.users, s.prior, **o), lambda ease: ease.weights.size),
+        "fold-in",
+        "a linear autoencoder of residuals",
+    ),
+    "item-kNN": Method(
+        _plain(lambda s, **o: fit_item_knn(s.interactions, s.users, s.prior, **o)), "fold-in", "similar items"
+    ),
+    "user-kNN": Method(
+        _plain(lambda s, **o: fit_user_knn(s.interactions, s.users, s.prior, **o)), "fold-in", "similar users"
+    ),
+    "text ridge": Method(
+        _plain(lambda s, **o: fit_text_ridge(s.prior, s.vectors, **o)), "fold-in", "ridge on text, prior as offset"
+    ),
+    "text ridge, no prior": Method(
+        _plain(lambda s, **o: fit_text_ridge(s.prior, s.vectors, offset=False, **o)), "fold-in", "ridge on text alone"
+    ),
+    "text logistic": Method(
+        _plain(
+            lambda s, **o: fit_text_logistic(s.interactions, s.users, s.prior, s.vectors, threshold=s.threshold, **o)
+        ),
+        "fold-in",
+        "logistic regression on text, prior as offset",
+    ),
+    "text logistic, no prior": Method(
+        _plain(
+            lambda s, **o: fit_text_logistic(
+                s.interactions, s.users, s.prior, s.vectors, threshold=s.threshold, offset=False, **o
+            )
+        ),
+        "fold-in",
+        "logistic regression on text alone",
+    ),
+    "two-tower cosine": Method(
+        _plain(lambda s: fit_two_tower(s.vectors, threshold=s.threshold)), "fold-in", "retrieval by MiniLM vectors"
+    ),
+    "two-tower cosine, LLM": Method(_llm_two_tower, "fold-in", "retrieval by the language model's own states"),
+    "zero-shot prompt": Method(_zero_shot, "prompt", "the frozen model's answer, whoever asks"),
+    "per-user LoRA": Method(
+        _per_user_lora,
+        "fine-tuning",
+        "a fresh LoRA per user, item prior as offset",
+        {"inner_lr": 0.3, "steps": 10},
+    ),
+    "GP": Method(
+        _plain(lambda s, **o: fit_gp(s.interactions, s.users, s.blocks, seed=s.seed, **o), lambda gp: gp.loadings.size),
+        "fold-in",
+        "Gaussian process with learned item covariance, text and fields",
+    ),
+    "MeLU": Method(_plain(partial(_network, "melu"), _network_size), "meta", "decision layers adapted by MAML"),
+    "neural process": Method(
+        _plain(partial(_network, "neural process"), _network_size), "meta", "the support is read in one pass"
+    ),
+    "metarec": Method(_metarec, "meta", "the default: prior, Gaussian process and adapted language model"),
+    "metarec, no GP": Method(
+        _metarec, "ablation", "prior and adapted language model", {"name": "metarec, no GP", "taste": "none"}
+    ),
+    "metarec, no prior": Method(
+        _metarec, "ablation", "no item means at all", {"name": "metarec, no prior", "prior": "none"}
+    ),
+    "metarec, text only": Method(
+        _metarec,
+        "ablation",
+        "the adapted language model alone",
+        {"name": "metarec, text only", "prior": "none", "taste": "none"},
+    ),
+}

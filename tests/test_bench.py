@@ -1,0 +1,272 @@
+"""The benchmark: cells that resume, statistics over people, one page that fetches nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import Ran, known_interactions
+
+from metarec import bench, methods
+from metarec.artifacts import load_json
+from metarec.errors import ArtifactError, ConfigError, EvaluationError
+from metarec.interactions import Ratings
+from metarec.methods import METHODS, Method, Row, Setting
+from metarec.pooled import Pooled, holm, read_cells
+from metarec.recommender import BASELINE
+from metarec.scorers.trivial import ItemMean, Random
+from metarec.webpage import render
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The known world as a task of CSV files."""
+    folder = tmp_path_factory.mktemp("known")
+    data = known_interactions()
+    rated = zip(data.user, data.item, data.rating, strict=True)
+    with (folder / "ratings.csv").open("w", newline="") as stream:
+        lines = csv.writer(stream)
+        lines.writerow(["user", "item", "rating"])
+        lines.writerows([data.users[u], data.catalog.ids[i], f"{value:.1f}"] for u, i, value in rated)
+    with (folder / "items.csv").open("w", newline="") as stream:
+        lines = csv.writer(stream)
+        lines.writerow(["item", "title", "genres"])
+        lines.writerows(zip(data.catalog.ids, *data.catalog.fields.values(), strict=True))
+    described = {
+        "name": "known/user-cold",
+        "version": 1,
+        "description": "Two opposite tastes.",
+        "licence": "made up",
+        "dataset": {"source": "table", "path": str(folder)},
+        "split": {"fractions": [0.6, 0.2, 0.2]},
+        "shots": [0, 5, 10],
+        "query": {"max": 14, "min": 5},
+        "label": "rating >= 3.5",
+        "prompt": {"text": "{{ title }} answer :", "positive": " Yes", "negative": " No"},
+    }
+    path = folder / "known.yaml"
+    path.write_text(yaml.safe_dump(described))
+    return str(path)
+
+
+def plan(task: str, *names: str, seeds: int = 2, **more: object) -> bench.Plan:
+    return bench.Plan.model_validate(
+        {"name": "t", "parts": [{"tasks": [task], "methods": names, "seeds": seeds, **more}]}
+    )
+
+
+@pytest.fixture
+def oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that knows the two tastes, with a trajectory, prompts and tokens; ``broken`` fails to fit."""
+
+    class Oracle(ItemMean):
+        def score(self, requests):  # type: ignore[no-untyped-def]
+            def told(support: Ratings) -> float:
+                return 0.01 * float(((support.items % 4 < 2) * 2 - 1) @ (support.values - 3)) if len(support) else 0.0
+
+            return [
+                torch.from_numpy(told(asked.support) * ((asked.candidates % 4 < 2) * 2.0 - 1)) for asked in requests
+            ]
+
+    def rows(setting: Setting) -> list[Row]:
+        best = Oracle(setting.mean, name="metarec")
+        return [
+            Row(best, 7, lambda asked: 3 * len(asked.candidates), lambda asked, code: f"item {code}</script>", True),
+            *(Row(replace(best, name=f"metarec, step {step}"), step=step) for step in range(2)),
+        ]
+
+    def broken(setting: Setting) -> list[Row]:
+        raise FloatingPointError("nothing fits")
+
+    monkeypatch.setitem(METHODS, "metarec", Method(rows, "meta", "knows"))
+    monkeypatch.setitem(METHODS, "broken", Method(broken, "meta", "fails"))
+
+
+def test_every_method_is_measured_on_the_same_users_and_the_baseline_joins_by_itself(task: str, tmp_path: Path) -> None:
+    bench.run(plan(task, "random", "popularity"), tmp_path)
+    (pooled,) = read_cells(tmp_path, BASELINE)
+    assert list(pooled.methods) == [BASELINE, "random", "popularity"]
+    users = {name: sorted(pooled.report.values(name, 5).index) for name in pooled.methods}
+    assert users[BASELINE] == users["random"] == users["popularity"]
+    assert {user.split("/")[0] for user in users[BASELINE]} == {"0", "1"}
+
+
+def test_a_cell_that_is_done_is_not_measured_again(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = plan(task, "random", seeds=1)
+    bench.run(wanted, tmp_path)
+    fits = []
+    original = METHODS["random"]
+    counted = Method(lambda setting: fits.append(1) or original.rows(setting), "trivial", "counts")
+    monkeypatch.setitem(METHODS, "random", counted)
+    bench.run(wanted, tmp_path)
+    assert not fits
+    bench.run(wanted, tmp_path, fresh=True)
+    assert len(fits) == 1
+
+
+@pytest.mark.parametrize("harm", ["options", "damage"])
+def test_a_cell_with_other_options_or_a_changed_byte_is_measured_again(
+    harm: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = plan(task, "random", seeds=1)
+    bench.run(wanted, tmp_path)
+    cell = next(cell for cell in bench.cells(wanted) if cell.method == "random")
+    if harm == "damage":
+        file = tmp_path / "cells" / cell.folder / "per_user.parquet"
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+    else:
+        changed = Method(lambda setting, **_: METHODS["constant"].rows(setting), "trivial", "", {"strength": 2})
+        monkeypatch.setitem(METHODS, "random", changed)
+    assert bench.missing(bench.cells(wanted), tmp_path) == [cell]
+    bench.run(wanted, tmp_path)
+    assert bench.missing(bench.cells(wanted), tmp_path) == []
+
+
+@pytest.mark.usefixtures("oracle")
+def test_a_method_that_fails_stops_no_other_and_is_named_at_the_end(task: str, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"1 of 3 cells failed, the first 'broken' .* nothing fits"):
+        bench.run(plan(task, "broken", "random", seeds=1), tmp_path)
+    (pooled,) = read_cells(tmp_path, BASELINE)
+    assert set(pooled.methods) == {BASELINE, "random"}
+    assert "FloatingPointError" in next(iter(load_json(tmp_path / "failed.json").values()))
+
+
+def test_several_processes_measure_what_one_does(task: str, tmp_path: Path) -> None:
+    wanted = plan(task, "random", "popularity", seeds=2)
+    for jobs in (1, 2):
+        bench.run(wanted, tmp_path / str(jobs), jobs=jobs)
+    one, two = (read_cells(tmp_path / str(jobs), BASELINE)[0].report.per_user for jobs in (1, 2))
+    keys = ["method", "shots", "user"]
+    pd.testing.assert_frame_equal(
+        one.sort_values(keys, ignore_index=True), two.sort_values(keys, ignore_index=True), check_like=True
+    )
+
+
+def test_limited_users_and_limited_training_are_cells_of_their_own(task: str, tmp_path: Path) -> None:
+    bench.run(plan(task, "popularity", seeds=1, train_users=[5, None], users=4), tmp_path)
+    small, whole = sorted(read_cells(tmp_path, BASELINE), key=lambda group: group.train_users or 99)
+    assert (small.train_users, whole.train_users) == (5, None)
+    assert len(small.report.values("popularity", 0)) == len(whole.report.values("popularity", 0)) == 4
+    assert small.report.values("popularity", 0).tolist() != whole.report.values("popularity", 0).tolist()
+
+
+@pytest.fixture
+def known(oracle: None, task: str, tmp_path: Path) -> Pooled:
+    bench.run(plan(task, "metarec", "random", seeds=3), tmp_path)
+    return read_cells(tmp_path, BASELINE)[0]
+
+
+def test_a_row_says_what_is_known_by_hand(known: Pooled) -> None:
+    rows = {(row["method"], row["shots"]): row for row in known.rows("metarec")}
+    assert {name for name, _ in rows} == {BASELINE, "metarec", "random"}, "points of a trajectory are no rows"
+    best = rows["metarec", 10]
+    assert best["auc"] == 1.0
+    assert best["seeds"] == 3
+    assert best["people"] <= best["episodes"]
+    assert best["parameters"] == 7
+    assert best["tokens"] == 3 * 14
+    assert best["hurt"] == 0.0
+    assert best["ece"] < 0.02 < best["ece_uncalibrated"]
+    assert rows["metarec", 0]["auc"] == 0.5
+    gain = best[f"versus {BASELINE}"]
+    assert gain["low"] <= gain["difference"] <= gain["high"]
+    assert gain["difference"] == pytest.approx(1 - rows[BASELINE, 10]["auc"])
+    assert gain["p"] <= gain["p_holm"] < 0.01
+    lost = rows["random", 10]["versus metarec"]
+    assert lost["high"] < 0
+    assert f"versus {BASELINE}" not in rows[BASELINE, 10]
+
+
+def test_a_person_in_two_seeds_is_one_person(known: Pooled) -> None:
+    """Intervals resample people: doubling every episode under the same person changes none of them."""
+    report = known.report
+    copies = report.per_user.assign(user="copy/" + report.per_user["user"])
+    people = report.people | {f"copy/{user}": person for user, person in report.people.items()}
+    doubled = replace(report, per_user=pd.concat([report.per_user, copies]), people=people)
+    once, twice = (side.difference("random", 5, BASELINE, 5) for side in (report, doubled))
+    assert twice[0] == pytest.approx(once[0])
+    np.testing.assert_allclose(once[1], twice[1], atol=1e-9)
+    naive = replace(doubled, people={}).difference("random", 5, BASELINE, 5)[1]
+    assert naive[1] - naive[0] < 0.85 * (twice[1][1] - twice[1][0])
+
+
+def test_holm_is_the_step_down_correction() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+
+
+def test_a_folder_without_cells_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="holds no measured cells"):
+        read_cells(tmp_path, BASELINE)
+
+
+def test_an_unknown_method_is_named_with_the_nearest_one(task: str) -> None:
+    with pytest.raises(ConfigError, match=r"'populrity'.*'popularity'"):
+        bench.cells(plan(task, "populrity"))
+
+
+def test_a_group_stands_for_its_methods(task: str) -> None:
+    names = {cell.method for cell in bench.cells(plan(task, "trivial"))}
+    assert names == {name for name, method in METHODS.items() if method.group == "trivial"}
+
+
+def test_every_method_says_what_it_is_in_one_line() -> None:
+    for name, method in METHODS.items():
+        assert method.about, name
+        assert len(method.about) < 90, name
+        assert "\n" not in method.about, name
+
+
+def test_limited_training_sees_only_those_users(task: str, tmp_path: Path) -> None:
+    from metarec.task import load_task, load_task_data
+
+    data = load_task_data(load_task(task), 0)
+    setting = methods.Setting(data, tmp_path, 5)
+    assert len(setting.users) == 5
+    assert set(setting.users) <= set(data.parts["train"])
+    assert set(setting.task_data.parts["test"]) == set(data.parts["test"])
+    assert setting.mean.count.sum() == np.isin(data.interactions.user, setting.users).sum()
+
+
+def test_the_page_holds_everything_and_fetches_nothing(known: Pooled) -> None:
+    page = render([known], "metarec")
+    outside = page.replace(re.search(r"<script>(.*?)</script>", page, re.S).group(1), "")  # type: ignore[union-attr]
+    assert not re.search(r"(src|href)=|https?://|@import", outside)
+    assert page.count("Plotly.newPlot(") >= 4
+    for text in ("metarec", "random", "trajectory", "known/user-cold"):
+        assert text in outside
+    # A prompt with a closing tag must not end the script that carries it.
+    assert '</script>"' not in page
+    assert "\\u003c/script>" in outside
+
+
+def test_bench_report_and_compare_from_the_command_line(task: str, tmp_path: Path, metarec: Callable[..., Ran]) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump({"name": "t", "parts": [{"tasks": [task], "methods": ["random"], "seeds": 1}]}))
+    dry = metarec("bench", file, "--out", tmp_path / "a", "--dry-run")
+    assert dry.out.count("missing") == 2
+    done = metarec("bench", file, "--out", tmp_path / "a", "--json")
+    assert done.status == 0, done.err
+    assert {row["method"] for row in json.loads(done.out)["tables"][0]["rows"]} == {BASELINE, "random"}
+    again = metarec("bench", "--task", task, "--method", "random", "--seeds", 1, "--out", tmp_path / "b")
+    assert again.status == 0, again.err
+    assert "random" in again.out
+    page, results = tmp_path / "r.html", tmp_path / "r.json"
+    told = metarec("report", tmp_path / "a", "--html", page, "--results", results)
+    assert told.status == 0, told.err
+    assert page.stat().st_size > 1e6
+    assert load_json(results)["baseline"] == BASELINE
+    same = json.loads(metarec("compare", tmp_path / "a", tmp_path / "b", "--json").out)
+    assert {row["difference"] for row in same} == {0.0}
+    assert {row["p_holm"] for row in same} == {1.0}
+    assert metarec("bench", file, "--method", "random").status == 2
+    assert metarec("report", tmp_path / "nothing").status == 2
