@@ -20,6 +20,7 @@ from metarec.episodes import split_users
 from metarec.errors import ArtifactError, ConfigError, EvaluationError, RatingError, UnknownItemError
 from metarec.evaluate import evaluate
 from metarec.interactions import Ratings
+from metarec.objective import tangent
 from metarec.recommender import MetaRecommender
 from metarec.scorer import Request, Scorer
 from metarec.task import Task, TaskData
@@ -268,6 +269,44 @@ def test_other_backbones_learn_the_same_task(family: str, model_dir: Callable[[s
     report = MetaRecommender.from_pretrained(model_dir(family), config).fit(data).evaluate(data)
     gain, (low, _) = report.difference("metarec, adapted", 10, "metarec, before adaptation", 10)
     assert low > 0, gain
+
+
+NEAR = {
+    "LoRA": {},
+    "biases": {"adapter": {"kind": "bias", "active_tokens": None}},
+    "a prefix": {"adapter": {"kind": "prefix", "active_tokens": None}},
+    "the topmost block alone": {"meta": {"adapt": "top"}},
+    "a rate for every number": {"meta": {"rates": "number"}},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(NEAR))
+def test_items_read_once_at_the_initialization_give_the_same_first_step(
+    kind: str, model_dir: Callable[[str], Path]
+) -> None:
+    """To first order around the initialization the items are the language model's own, so the adapter is the same."""
+    changed = {name: {**SETTINGS[name], **section} for name, section in NEAR[kind].items()}
+    config = validated(RunConfig, SETTINGS | {"taste": "gp"} | changed, "test")
+    recommender = MetaRecommender.from_pretrained(model_dir("llama"), config)
+    fitted = recommender._prepare(known_task())
+    generator = torch.Generator().manual_seed(0)
+    # Training moves the initialization away from where an adapter changes nothing.
+    init = {
+        name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in fitted.meta.init.items()
+    }
+    recommender._fitted = replace(fitted, meta=replace(fitted.meta, init=init))
+    scorer = recommender.scorer()
+    ratings = known_interactions().ratings(np.flatnonzero(known_interactions().item > 0)[:7])
+    supports = [ratings, Ratings.empty(), ratings.head(3)]
+    near = tangent(scorer.reader, scorer.meta, np.arange(1, 40)[::-1].copy())
+    assert near.covers(supports[0].items)
+    assert not near.covers(np.array([0]))
+    assert not near.covers(np.array([40]))
+    expected, found = scorer.adapt(supports), scorer.adapt(supports, near)
+    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-4, atol=1e-6)
+    for name, value in expected.state.items():
+        torch.testing.assert_close(found.state[name], value, rtol=1e-3, atol=2e-5)
+    assert not torch.equal(expected.state["score.prior_weight"][0], init["score.prior_weight"])
 
 
 ADAPTATIONS = {
