@@ -113,6 +113,7 @@ def adapt(
     rate_scale: float = 1.0,
     pull: float = 0.0,
     keep_path: bool = False,
+    first: Loss | None = None,
 ) -> Adapted:
     """Takes `steps` gradient steps per user from the initialization.
 
@@ -124,6 +125,7 @@ def adapt(
         rate_scale: Multiplies every inner rate; 0 returns the initialization exactly.
         pull: Strength of a proximal term ``pull / 2 * |state - init|^2`` (iMAML).
         keep_path: Keeps the tensors and gradients of every step, which an outer gradient needs.
+        first: A cheaper loss for the first step, of the same value and gradient at the initialization.
 
     Returns:
         The adapted states, the support losses and which users diverged; nothing in it carries a graph.
@@ -138,7 +140,8 @@ def adapt(
     diverged = torch.zeros(users, dtype=torch.bool, device=next(iter(start.values())).device)
     losses: list[Tensor] = []
     for step in range(steps):
-        loss, gradients = _support_gradient(support_loss, current, shared)
+        objective = first if step == 0 and first is not None else support_loss
+        loss, gradients = _support_gradient(objective, current, shared)
         diverged = diverged | ~loss.isfinite() | ~_finite_users(gradients)
         losses.append(loss)
         if keep_path:

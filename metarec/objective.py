@@ -24,9 +24,10 @@ from torch.nn import functional
 
 from metarec.heads import prototype_head, ridge_head
 from metarec.interactions import Codes, Ratings, Values
-from metarec.lora import AdapterState, init_adapter
+from metarec.lora import AdapterState, expand_users, init_adapter
 from metarec.meta import Loss, MetaState, Solve, initial_meta_state
 from metarec.priors import ItemPrior
+from metarec.progress import progress
 from metarec.reader import Reader
 from metarec.trunk import Gathered
 
@@ -38,6 +39,7 @@ HEAD = "score.head"
 LOG_PENALTY = "score.log_penalty"
 LOG_SCALE = "score.log_scale"
 Head = Literal["ridge", "prototypes"]
+_TANGENT_ITEMS = 64
 
 
 @dataclass(frozen=True)
@@ -164,19 +166,78 @@ def score(state: Mapping[str, Tensor], batch: Batch, reader: Reader) -> Tensor:
 def _score_and_features(state: Mapping[str, Tensor], batch: Batch, reader: Reader) -> tuple[Tensor, Tensor]:
     adapters = {name: value for name, value in state.items() if not name.startswith("score.")}
     states = reader.last_states(batch.gathered, adapters)
-    frozen = batch.frozen + reader.frozen_mean
-    learned = reader.answer(states) - frozen
-    parts = {
-        PRIOR_WEIGHT: batch.prior,
-        TASTE_WEIGHT: batch.taste,
-        PROMPT_WEIGHT: batch.frozen,
-        LLM_WEIGHT: learned,
-    }
-    total = torch.stack([state[name][:, None] * part for name, part in parts.items()]).sum(0)
+    total = _mix(state, batch, reader, reader.answer(states))
     features = reader.features(states)
     if HEAD in state:
         total = total + (features @ state[HEAD].unsqueeze(-1)).squeeze(-1)
     return total, features
+
+
+def _mix(state: Mapping[str, Tensor], batch: Batch, reader: Reader, log_odds: Tensor) -> Tensor:
+    parts = {
+        PRIOR_WEIGHT: batch.prior,
+        TASTE_WEIGHT: batch.taste,
+        PROMPT_WEIGHT: batch.frozen,
+        LLM_WEIGHT: log_odds - (batch.frozen + reader.frozen_mean),
+    }
+    return torch.stack([state[name][:, None] * part for name, part in parts.items()]).sum(0)
+
+
+@dataclass(frozen=True)
+class Tangent:
+    """Log-odds of some items to first order around an adapter that all users start from.
+
+    At that adapter they and their gradient are the language model's own, so a gradient step from there needs no
+    language model.
+
+    Args:
+        start: The adapted tensors of the language model, without a user dimension.
+        place: Each item's row below, -1 where it has none, shape (catalog,), on the CPU.
+        values: Log-odds under `start`, shape (rows,).
+        slopes: Their gradient, all tensors of `start` one after another, shape (rows, numbers).
+    """
+
+    start: AdapterState
+    place: Tensor
+    values: Tensor
+    slopes: Tensor
+
+    def covers(self, items: Codes) -> bool:
+        """Says whether all of some items have a row."""
+        return bool((items < len(self.place)).all()) and bool((self.place[torch.from_numpy(items)] >= 0).all())
+
+    def log_odds(self, items: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """Reads items, shape (users, items), under adapters near `start`; those without a row get any number."""
+        rows = self.place[items.clamp(max=len(self.place) - 1)].clamp(min=0).to(self.values.device)
+        moved = torch.cat([(state[name] - value).flatten(1) for name, value in self.start.items()], 1)
+        return self.values[rows] + (self.slopes[rows] @ moved.unsqueeze(-1)).squeeze(-1)
+
+
+def tangent(reader: Reader, meta: MetaState, items: Codes) -> Tangent:
+    """Reads items and their gradients at the meta-initialization, once for all users.
+
+    Args:
+        reader: The language model.
+        meta: The meta-parameters; gradients are with respect to the language model's tensors that have an inner rate.
+        items: The items, each once.
+    """
+    adapter = {name: value.detach() for name, value in meta.init.items() if not name.startswith("score.")}
+    start = {name: value for name, value in adapter.items() if name in meta.log_rate}
+    values, slopes = [], []
+    with progress("reading items at the start", len(items), after=2.0) as advance:
+        for block in torch.from_numpy(items).split(_TANGENT_ITEMS):
+            # One item per user: the gradient of the sum then holds each item's own.
+            leaves = {name: value.clone().requires_grad_() for name, value in expand_users(start, len(block)).items()}
+            with torch.enable_grad():
+                state = {**expand_users(adapter, len(block)), **leaves}
+                read = reader.log_odds(reader.gather(block[:, None]), state)[:, 0]
+                gradients = torch.autograd.grad(read.sum(), list(leaves.values()))
+            values.append(read.detach())
+            slopes.append(torch.cat([gradient.flatten(1) for gradient in gradients], 1))
+            advance(sum(map(len, values)))
+    place = torch.full((len(reader.prompts.tokens),), -1)
+    place[torch.from_numpy(items)] = torch.arange(len(items))
+    return Tangent(start, place, torch.cat(values), torch.cat(slopes))
 
 
 def head_solver(batch: Batch, reader: Reader, head: Head, *, bias_strength: float) -> Solve:
@@ -207,7 +268,9 @@ def _around_level(error: Tensor, real: Tensor, bias_strength: float) -> Tensor:
     return (kept - kept.sum(1, keepdim=True) / (real.sum(1) + bias_strength)[:, None]) * real
 
 
-def support_loss(batch: Batch, reader: Reader, *, shrinkage: float, bias_strength: float) -> Loss:
+def support_loss(
+    batch: Batch, reader: Reader, *, shrinkage: float, bias_strength: float, near: Tangent | None = None
+) -> Loss:
     """Squared error on a user's ratings around the user's own level.
 
     The level is fitted in closed form, shrunk as if `bias_strength` ratings had been exactly as predicted. Dividing
@@ -218,13 +281,19 @@ def support_loss(batch: Batch, reader: Reader, *, shrinkage: float, bias_strengt
         reader: The language model.
         shrinkage: Ratings that the initialization counts for.
         bias_strength: Ratings that the level zero counts for.
+        near: Reads the items to first order around the initialization instead; there the loss and its gradient are the
+            same.
 
     Returns:
         A loss with one number per user; zero for a user without ratings.
     """
 
     def loss(state: AdapterState) -> Tensor:
-        error = _around_level(batch.target - score(state, batch, reader), batch.real, bias_strength)
+        if near is None:
+            scores = score(state, batch, reader)
+        else:
+            scores = _mix(state, batch, reader, near.log_odds(batch.gathered.items, state))
+        error = _around_level(batch.target - scores, batch.real, bias_strength)
         return error.square().sum(1) / (batch.real.sum(1) + shrinkage)
 
     return loss

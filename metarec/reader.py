@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from metarec.artifacts import content_hash
 from metarec.backbone import Backbone, LlamaWeights
 from metarec.errors import ConfigError, suggest
 from metarec.lora import AdapterKind, AdapterSpec
@@ -51,6 +52,15 @@ class Reader:
     prompts: CatalogPrompts
     placement: Placement
     trunk: Trunk
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Names what its answers depend on, but for precision: the backbone, the prompts and the placement."""
+        return {
+            "backbone": self.backbone.fingerprint,
+            "prompts": self.prompts.digest,
+            "placement": content_hash(asdict(self.placement)),
+        }
 
     @cached_property
     def spec(self) -> AdapterSpec:

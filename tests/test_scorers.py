@@ -1,247 +1,30 @@
-"""Every scorer's conformance, and what each classical method must get right where the answer is known.
-
-A scorer is added to the suite by one line in `FITS`.
-"""
+"""What each classical method must get right where the answer is known; what all must hold is `test_conformance`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
-from conftest import known_interactions
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from known import CANDIDATES, GENRE, SUPPORT, THRESHOLD, TRAIN, VECTORS, WORLD, ratings, world
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from metarec.episodes import Episode, evaluation_episodes
-from metarec.errors import DataError, UnknownItemError
-from metarec.evaluate import Report, evaluate
-from metarec.interactions import Interactions, Ratings
-from metarec.priors import ItemPrior, fit_item_mean
-from metarec.scorer import Request, Scorer
+from metarec.errors import DataError
+from metarec.interactions import Ratings
+from metarec.priors import fit_item_mean
+from metarec.scorer import Request
 from metarec.scorers.features import item_features
-from metarec.scorers.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn, similarity
+from metarec.scorers.foldin import fit_als, fit_ease, similarity
 from metarec.scorers.gp import GaussianProcess, cross_fit_gp, fit_gp
-from metarec.scorers.networks import fit_network
 from metarec.scorers.residuals import training_residuals
-from metarec.scorers.text import fit_text_logistic, fit_text_ridge, fit_two_tower, logistic_dual
-from metarec.scorers.trivial import Constant, ItemMean, Popularity, Random
-
-THRESHOLD = 3.5
-TRAIN, VALIDATION, TEST = np.split(np.arange(60), [40, 48])
-UNRATED = 40
-
-
-def world() -> Interactions:
-    """The known world and one more item, which nobody ever rated."""
-    data = known_interactions()
-    fields = {name: (*column, column[0]) for name, column in data.catalog.fields.items()}
-    return replace(data, catalog=replace(data.catalog, ids=(*data.catalog.ids, "unrated"), fields=fields))
-
-
-WORLD = world()
-GENRE = item_features(WORLD.catalog)["genres"]
-VECTORS = np.concatenate([GENRE, 0.3 * np.random.default_rng(0).normal(size=(41, 8))], 1)
-
-
-def episodes(data: Interactions, users: np.ndarray) -> list[Episode]:
-    return evaluation_episodes(data, users, max_support=10, max_query=14, min_query=5, order="random", seed=0)[0]
-
-
-def network(form: str) -> Callable[[Interactions, ItemPrior], Scorer]:
-    def fit(data: Interactions, prior: ItemPrior) -> Scorer:
-        settings = {"shots": (5, 10), "steps": 60, "validate_every": 20, "hidden": 16, "lr": 0.01}
-        held_out = episodes(data, VALIDATION)
-        return fit_network(form, data, TRAIN, prior, VECTORS, validation=held_out, threshold=THRESHOLD, **settings)
-
-    return fit
-
-
-FITS: dict[str, Callable[[Interactions, ItemPrior], Scorer]] = {
-    "item mean": lambda data, prior: ItemMean(prior),
-    "popularity": lambda data, prior: Popularity(prior),
-    "constant": lambda data, prior: Constant(data.catalog),
-    "random": lambda data, prior: Random(data.catalog, seed=0),
-    "ALS": lambda data, prior: fit_als(data, TRAIN, prior, factors=4),
-    "EASE": lambda data, prior: fit_ease(data, TRAIN, prior),
-    "item-kNN": lambda data, prior: fit_item_knn(data, TRAIN, prior),
-    "user-kNN": lambda data, prior: fit_user_knn(data, TRAIN, prior),
-    "text ridge": lambda data, prior: fit_text_ridge(prior, VECTORS),
-    "text ridge, no prior": lambda data, prior: fit_text_ridge(prior, VECTORS, offset=False),
-    "text logistic": lambda data, prior: fit_text_logistic(data, TRAIN, prior, VECTORS, threshold=THRESHOLD),
-    "text logistic, no prior": lambda data, prior: fit_text_logistic(
-        data, TRAIN, prior, VECTORS, threshold=THRESHOLD, offset=False
-    ),
-    "two-tower cosine": lambda data, prior: fit_two_tower(VECTORS, threshold=THRESHOLD),
-    "GP": lambda data, prior: fit_gp(data, TRAIN, {"text": VECTORS, "genres": GENRE}, factors=4),
-    "MeLU": network("melu"),
-    "neural process": network("neural process"),
-}
-IMPERSONAL = {"item mean", "popularity", "constant", "random"}
+from metarec.scorers.text import fit_two_tower, logistic_dual
+from metarec.scorers.trivial import Random
 
 
 @cache
-def fitted(method: str) -> Scorer:
-    return FITS[method](WORLD, fit_item_mean(WORLD, TRAIN))
-
-
-@cache
-def report(method: str) -> Report:
-    scorers = [fitted("item mean"), *([fitted(method)] if method != "item mean" else [])]
-    return evaluate(
-        scorers,
-        episodes(WORLD, TEST),
-        (0, 5, 10),
-        WORLD.catalog,
-        threshold=THRESHOLD,
-        seed=0,
-        baseline="item mean",
-        left_out={},
-    )
-
-
-def ratings(*pairs: tuple[int, float]) -> Ratings:
-    return Ratings(np.array([code for code, _ in pairs], np.int64), np.array([value for _, value in pairs], np.float32))
-
-
-SUPPORT = ratings((0, 5.0), (1, 4.5), (2, 2.0), (3, 1.5), (8, 4.0), (UNRATED, 5.0))
-CANDIDATES = np.array([4, 5, 6, 7, UNRATED, 20], np.int64)
-every_method = pytest.mark.parametrize("method", FITS)
-
-
-@every_method
-def test_a_method_is_called_what_the_suite_calls_it_and_keeps_finite_memory(method: str) -> None:
-    assert fitted(method).name == method
-    assert isinstance(fitted(method).bytes_per_user, int)
-    assert 0 <= fitted(method).bytes_per_user < 1e6
-
-
-@every_method
-@given(data=st.data())
-@settings(max_examples=25, deadline=None)
-def test_any_support_and_candidates_get_finite_scores(method: str, data: st.DataObject) -> None:
-    codes = st.integers(0, 40)
-    rated = data.draw(st.dictionaries(codes, st.integers(1, 10), max_size=12))
-    asked = np.array(data.draw(st.lists(codes, max_size=12)), np.int64)
-    support = ratings(*((code, half / 2) for code, half in rated.items()))
-    (scores,) = fitted(method).score([Request("somebody new", support, asked)])
-    assert scores.shape == (len(asked),)
-    assert scores.dtype.is_floating_point
-    assert scores.isfinite().all()
-
-
-@every_method
-def test_a_batch_scores_as_one_by_one(method: str) -> None:
-    requests = [
-        Request("a", SUPPORT, CANDIDATES),
-        Request("b", Ratings.empty(), CANDIDATES[:3]),
-        Request("c", SUPPORT.head(2), np.arange(41)),
-        Request("d", SUPPORT.head(1), np.zeros(0, np.int64)),
-    ]
-    together = fitted(method).score(requests)
-    assert [len(scores) for scores in together] == [6, 3, 41, 0]
-    for request, scores in zip(requests, together, strict=True):
-        (alone,) = fitted(method).score([request])
-        np.testing.assert_allclose(scores, alone, rtol=1e-4, atol=1e-5)
-    assert fitted(method).score([]) == []
-
-
-@every_method
-def test_the_order_of_items_and_of_ratings_does_not_matter(method: str) -> None:
-    (scores,) = fitted(method).score([Request("a", SUPPORT, CANDIDATES)])
-    backwards = Ratings(SUPPORT.items[::-1].copy(), SUPPORT.values[::-1].copy())
-    (turned,) = fitted(method).score([Request("a", backwards, CANDIDATES[::-1].copy())])
-    np.testing.assert_allclose(turned.flip(0), scores, rtol=1e-4, atol=1e-5)
-
-
-@every_method
-def test_an_item_asked_twice_scores_the_same_twice(method: str) -> None:
-    (scores,) = fitted(method).score([Request("a", SUPPORT, np.array([7, 4, 7], np.int64))])
-    assert scores[0] == pytest.approx(float(scores[2]), abs=1e-6)
-
-
-@every_method
-def test_the_users_name_tells_nothing(method: str) -> None:
-    """A new user, a meta-training user and a test user who say the same get the same, but for the random method."""
-    requests = [Request(user, SUPPORT, CANDIDATES) for user in ("nobody", "u0", "u59")]
-    first, *others = fitted(method).score(requests)
-    for other in others:
-        same = np.allclose(first, other, atol=1e-6)
-        assert same != (method == "random")
-
-
-@every_method
-def test_without_ratings_every_user_gets_the_same_ranking(method: str) -> None:
-    if method == "random":
-        pytest.skip("draws for every user")
-    empty = Ratings.empty()
-    first, second = fitted(method).score([Request(user, empty, np.arange(41)) for user in "ab"])
-    np.testing.assert_array_equal(first, second)
-
-
-@every_method
-def test_only_the_methods_that_should_listen_to_the_user_do(method: str) -> None:
-    turned = Ratings(SUPPORT.items, (6 - SUPPORT.values).astype(np.float32))
-    first, second = fitted(method).score([Request("a", support, CANDIDATES) for support in (SUPPORT, turned)])
-    assert np.allclose(first, second) == (method in IMPERSONAL)
-
-
-@every_method
-@pytest.mark.parametrize("code", [-1, 41])
-@pytest.mark.parametrize("place", ["candidate", "support"])
-def test_an_item_code_outside_the_catalog_is_refused(method: str, code: int, place: str) -> None:
-    outside = np.array([code], np.int64)
-    request = Request("a", SUPPORT, outside)
-    if place == "support":
-        request = Request("a", Ratings(outside, np.array([4.0], np.float32)), CANDIDATES)
-    with pytest.raises(UnknownItemError, match=rf"{place} item code {code} is not one of the 41"):
-        fitted(method).score([request])
-
-
-@every_method
-def test_ratings_of_test_users_change_no_score(method: str) -> None:
-    """Fitted again in a world where test users say the opposite, a method scores exactly the same."""
-    theirs = np.isin(WORLD.user, TEST)
-    turned = replace(WORLD, rating=np.where(theirs, 6 - WORLD.rating, WORLD.rating).astype(np.float32))
-    again = FITS[method](turned, fit_item_mean(turned, TRAIN))
-    request = Request("u59", SUPPORT, CANDIDATES)
-    np.testing.assert_array_equal(fitted(method).score([request])[0], again.score([request])[0])
-
-
-# AUC at K = 10 where two opposite tastes hide behind items that all have the same mean: (least, most).
-BANDS = {
-    "item mean": (0.40, 0.65),
-    "popularity": (0.40, 0.60),
-    "constant": (0.5, 0.5),
-    "random": (0.40, 0.60),
-    "ALS": (0.95, 1.0),
-    "EASE": (0.95, 1.0),
-    "item-kNN": (0.95, 1.0),
-    "user-kNN": (0.95, 1.0),
-    "text ridge": (0.90, 1.0),
-    "text ridge, no prior": (0.90, 1.0),
-    "text logistic": (0.90, 1.0),
-    "text logistic, no prior": (0.90, 1.0),
-    "two-tower cosine": (0.90, 1.0),
-    "GP": (0.95, 1.0),
-    "MeLU": (0.80, 1.0),
-    "neural process": (0.80, 1.0),
-}
-
-
-@every_method
-def test_accuracy_where_the_answer_is_known(method: str) -> None:
-    low, high = BANDS[method]
-    assert low <= report(method).values(method, 10).mean() <= high
-
-
-@pytest.mark.parametrize("method", sorted(set(FITS) - IMPERSONAL))
-def test_ratings_help(method: str) -> None:
-    gain, (low, _) = report(method).difference(method, 10, method, 0)
-    assert low > 0, gain
+def gp() -> GaussianProcess:
+    return fit_gp(WORLD, TRAIN, {"text": VECTORS, "genres": GENRE}, factors=4)
 
 
 def test_random_scores_change_with_the_seed() -> None:
@@ -321,12 +104,6 @@ def test_the_two_tower_user_is_liked_minus_disliked() -> None:
     taste = unit[[0, 1]].mean(0) - unit[2]
     (scores,) = model.score([Request("a", support, CANDIDATES)])
     np.testing.assert_allclose(scores, unit[CANDIDATES] @ taste / np.linalg.norm(taste), rtol=1e-5)
-
-
-def gp() -> GaussianProcess:
-    scorer = fitted("GP")
-    assert isinstance(scorer, GaussianProcess)
-    return scorer
 
 
 def test_the_gp_without_ratings_is_its_item_mean() -> None:

@@ -19,6 +19,7 @@ from metarec.serve import engine as engine_module
 from metarec.serve.engine import Engine, Person
 from metarec.serve.items import GrowingReader
 from metarec.store import AdapterStore, Feedback
+from metarec.trunk import CachedTrunk
 
 NEW = ("n1", {"title": "night war of love", "genres": "drama"})
 
@@ -43,6 +44,12 @@ def rate(engine: Engine, user: str, ratings: tuple[tuple[str, float], ...]) -> P
     return engine.people([user])[user]
 
 
+def bytes_per_item(recommender: MetaRecommender) -> int:
+    """What an engine keeps of an item for the first step."""
+    meta = recommender.fitted.meta
+    return 4 * sum(value.numel() for name, value in meta.init.items() if name in meta.log_rate)
+
+
 def all_scores(engine: Engine, person: Person) -> list[float]:
     return engine.score(person, [f"m{code}" for code in range(40)])[1]
 
@@ -55,14 +62,18 @@ def test_the_served_adapter_is_the_one_the_python_api_gives(engine: Engine, reco
     assert person.losses[-1] < person.losses[0]
 
 
+@pytest.mark.parametrize("users_at_once", [1, 3])
+@pytest.mark.parametrize("covered", [0, 6, 40])
 def test_a_neighbours_feedback_erasure_or_adapter_never_changes_a_bit_of_yours(
-    recommender: MetaRecommender, tmp_path: Path
+    recommender: MetaRecommender, tmp_path: Path, users_at_once: int, covered: int
 ) -> None:
-    alone = Engine(recommender, AdapterStore(tmp_path / "alone"))
+    """Whatever company users are adapted in, and of however many items the first step is known beforehand."""
+    shape = {"users_at_once": users_at_once, "tangent_bytes": covered * bytes_per_item(recommender)}
+    alone = Engine(recommender, AdapterStore(tmp_path / "alone"), **shape)
     mine = rate(alone, "me", LOVES_DRAMA)
     generator = np.random.default_rng(0)
     for crowd in (1, 3, 9):
-        busy = Engine(recommender, AdapterStore(tmp_path / f"busy{crowd}"))
+        busy = Engine(recommender, AdapterStore(tmp_path / f"busy{crowd}"), **shape)
         for other in range(crowd):
             items = generator.choice(40, generator.integers(1, 9), replace=False)
             ratings = tuple((f"m{item}", float(generator.choice([1.0, 5.0]))) for item in items)
@@ -75,6 +86,29 @@ def test_a_neighbours_feedback_erasure_or_adapter_never_changes_a_bit_of_yours(
             assert torch.equal(tensor, person.adapted.state[name]), (crowd, name)
         busy.erase("other0")
         assert all_scores(busy, busy.people(["me"])["me"]) == all_scores(alone, mine)
+
+
+def test_a_first_step_from_what_was_read_at_the_start_is_the_models_own(
+    recommender: MetaRecommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Engine(recommender, AdapterStore(tmp_path / "plain"))
+    quick = Engine(recommender, AdapterStore(tmp_path / "quick"), tangent_bytes=1 << 20)
+    read = []
+    last_states = CachedTrunk.last_states
+    monkeypatch.setattr(CachedTrunk, "last_states", lambda *given: read.append(given) or last_states(*given))
+    people = []
+    for engine in (plain, quick):
+        read.clear()
+        people.append(rate(engine, "ann", LOVES_DRAMA))
+        assert len(read) == (3 if engine is plain else 2)
+    mine, theirs = people
+    assert mine.losses == pytest.approx(theirs.losses, rel=1e-5)
+    np.testing.assert_allclose(all_scores(quick, theirs), all_scores(plain, mine), atol=1e-5)
+    # An item that came later is not known beforehand; then all steps ask the model.
+    quick.add_items([NEW])
+    read.clear()
+    rate(quick, "ann", (("n1", 1.0),))
+    assert len(read) == 6  # each step reads both the trained catalog's part and the added one's
 
 
 def test_an_adapter_read_back_or_computed_again_is_the_same_to_the_last_bit(
@@ -117,7 +151,7 @@ def test_a_diverged_adaptation_serves_everybodys_adapter_and_says_so(
     engine: Engine, recommender: MetaRecommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapt = MetaScorer.adapt
-    monkeypatch.setattr(MetaScorer, "adapt", lambda self, supports: adapt(replace(self, rate_scale=1e30), supports))
+    monkeypatch.setattr(MetaScorer, "adapt", lambda self, *given: adapt(replace(self, rate_scale=1e30), *given))
     person = rate(engine, "ann", LOVES_DRAMA)
     assert person.facts()["diverged"]
     # The Gaussian process still knows what was rated: it takes no steps that could diverge.

@@ -41,6 +41,9 @@ def serve(
     body: Annotated[int, typer.Option(min=1024, help="Bytes of a request's body at most.")] = 1 << 20,
     waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait for the model.")] = 64,
     hot_megabytes: Annotated[int, typer.Option(min=0, help="Memory for adapters, in MiB.")] = 256,
+    item_megabytes: Annotated[
+        int, typer.Option(min=0, help="Memory for what makes the first step fast, in MiB, read at the start.")
+    ] = 256,
     candidates: Annotated[int, typer.Option(min=32, help="Items scored exactly in a ranking.")] = 64,
     threads: Annotated[int, typer.Option(min=0, help="Batches of users adapted side by side; 0: one per core.")] = 0,
     ui: Annotated[bool, typer.Option("--ui", help="Serve a page to try it on.")] = False,
@@ -72,7 +75,14 @@ def serve(
     recommender = load_run(checkpoint)
     opened = AdapterStore(store or checkpoint / "store", adapters)
     opened.gc()
-    engine = Engine(recommender, opened, hot_bytes=hot_megabytes << 20, candidates=candidates, workers=workers)
+    engine = Engine(
+        recommender,
+        opened,
+        hot_bytes=hot_megabytes << 20,
+        candidates=candidates,
+        workers=workers,
+        tangent_bytes=item_megabytes << 20,
+    )
     limits = Limits(keys, rate, max(1, round(2 * rate)), body)
     application = create_app(engine, ServeSettings(limits, waiting, ui=ui))
     logging.config.dictConfig(_LOGGING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from metarec.interactions import Ratings
 from metarec.lora import expand_users, round_adapter
 from metarec.meta import Adapted, MetaState, adapt
-from metarec.objective import HEAD, Batch, Head, candidates, collate, head_solver, score, support_loss
+from metarec.objective import HEAD, Batch, Head, Tangent, candidates, collate, head_solver, score, support_loss
 from metarec.priors import ItemPrior
 from metarec.reader import Reader
 from metarec.scorer import Request
@@ -100,25 +101,33 @@ class MetaScorer:
         return scores
 
     @torch.no_grad()
-    def adapt(self, supports: Sequence[Ratings]) -> Adapted:
+    def adapt(self, supports: Sequence[Ratings], near: Tangent | None = None) -> Adapted:
         """Adapts to several users' ratings at once.
 
         Args:
             supports: One entry per user; an empty one keeps the initialization.
+            near: The items at the initialization, which spares the first step the language model; it covers them all.
 
         Returns:
             Every user's state.
         """
         expected = None if self.taste is None else [self.taste.leave_one_out(support) for support in supports]
         batch = collate(supports, self.prior, self.reader, self.threshold, seen=False, expected=expected)
-        adapted = self._solve(batch) if self.inner.head is not None and self._adapts else self._descend(batch)
+        adapted = self._solve(batch) if self.inner.head is not None and self._adapts else self._descend(batch, near)
         stored = round_adapter(adapted.state, self.reader.spec.tensor_shapes, self.inner.storage)
         return replace(adapted, state=stored)
 
-    def _descend(self, batch: Batch) -> Adapted:
-        loss = support_loss(batch, self.reader, shrinkage=self.inner.shrinkage, bias_strength=self.inner.bias_strength)
+    def _descend(self, batch: Batch, near: Tangent | None) -> Adapted:
+        inner = partial(
+            support_loss,
+            batch,
+            self.reader,
+            shrinkage=self.inner.shrinkage,
+            bias_strength=self.inner.bias_strength,
+        )
+        first = None if near is None else inner(near=near)
         steps = self.inner.steps if batch.real.shape[1] and self.inner.head is None else 0
-        return adapt(self.meta, loss, len(batch.real), steps, rate_scale=self.rate_scale)
+        return adapt(self.meta, inner(), len(batch.real), steps, rate_scale=self.rate_scale, first=first)
 
     def _solve(self, batch: Batch) -> Adapted:
         assert self.inner.head is not None

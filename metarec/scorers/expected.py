@@ -14,6 +14,7 @@ from metarec.interactions import Catalog, RatingScale
 from metarec.prompts import PromptTemplate
 from metarec.reader import Reader
 from metarec.scorer import Request
+from metarec.scorers.residuals import check_codes
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ExpectedRating:
 
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
+        check_codes(requests, len(self.expected))
         return [self.expected[torch.from_numpy(request.candidates)] for request in requests]
 
 

@@ -1,8 +1,10 @@
 """What the service computes: adapters from feedback, rankings from adapters, reasons from both.
 
-One thread calls it. Users are adapted in batches of one fixed shape, so that nobody's numbers depend, to the last bit,
-on who else is in the batch. A whole catalog is ranked in two stages: an adapter's effect is read off a few anchor
-items, carried to all others along the language model's own vectors, and the best candidates are then scored exactly.
+One thread calls it. Users are adapted one by one, or in bulk in batches of one fixed shape, so that nobody's numbers
+depend, to the last bit, on who else is there. The first step starts where everybody starts, so what it needs of an item
+may be read once, when the service starts. A whole catalog is ranked in two stages: an adapter's effect is read off a
+few anchor items, carried to all others along the language model's own vectors, and the best candidates are then scored
+exactly.
 
 Knows nothing of HTTP, queues or keys.
 """
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 from metarec.errors import ArtifactError, ConfigError, ConflictError, MetarecError, UnknownItemError
 from metarec.interactions import Catalog, Codes, Ratings
 from metarec.metrics import rank_order
+from metarec.objective import Tangent, tangent
 from metarec.prompts import tokenize_catalog
 from metarec.recommender import AdaptedUser, MetaRecommender, Recommendation
 from metarec.serve.items import check_fields, extend, longest
@@ -31,9 +34,9 @@ from metarec.trunk import PlainTrunk
 
 _LOG = logging.getLogger(__name__)
 
-# The shape in which users are adapted: so many at a time and a row that keeps the shape, with ratings padded to a
+# In bulk users are adapted in one shape: so many at a time and a row that keeps the shape, with ratings padded to a
 # multiple of four. Larger batches serve more users a second and make a single one wait longer.
-USERS_AT_ONCE = 3
+USERS_AT_ONCE = 1
 BULK_USERS_AT_ONCE = 15
 _FEWEST_RATINGS = 8
 _RATINGS_STEP = 4
@@ -116,6 +119,8 @@ class Engine:
         hot_bytes: Bytes of adapters to keep in memory.
         candidates: How many items are scored exactly when a whole catalog is ranked.
         users_at_once: In what company users are adapted; the same number gives the same bits.
+        tangent_bytes: Bytes of what the first step needs of items, read when the service starts; where not all fit,
+            the most rated ones have it. Other items cost a longer first step.
         workers: How many such batches are adapted side by side.
     """
 
@@ -128,6 +133,7 @@ class Engine:
         candidates: int = 64,
         users_at_once: int = USERS_AT_ONCE,
         workers: int = 1,
+        tangent_bytes: int = 0,
     ) -> None:
         if candidates < 2 * _ANCHORS:
             raise ConfigError(f"candidates is {candidates}", f"Choose {2 * _ANCHORS} or more")
@@ -145,6 +151,7 @@ class Engine:
         self.stranger = recommender.adapt([])
         tensors = self.stranger.state.values()
         self._adapter_bytes = sum(value.numel() * value.element_size() + _TENSOR_BYTES for value in tensors)
+        self._near = self._at_the_start(tangent_bytes)
         self._learn_catalog()
         self.reload_items()
 
@@ -154,6 +161,16 @@ class Engine:
     def catalog(self) -> Catalog:
         """The items that can be recommended now."""
         return self.recommender.fitted.catalog
+
+    def _at_the_start(self, limit: int) -> Tangent | None:
+        """Reads the trained catalog's items at the meta-initialization, the most rated first; added items have none."""
+        fitted, inner = self.trained.fitted, self.trained.scorer().inner
+        numbers = sum(value.numel() for name, value in fitted.meta.init.items() if name in fitted.meta.log_rate)
+        if inner.head is not None or not inner.steps or not numbers:
+            return None
+        count = limit // (4 * numbers)
+        chosen = np.sort(np.argsort(-fitted.prior.count, kind="stable")[:count])
+        return tangent(fitted.reader, fitted.meta, chosen) if count else None
 
     def _learn_catalog(self) -> None:
         """Prepares what ranking the current catalog needs: everybody's scores before adaptation, and vectors."""
@@ -315,19 +332,27 @@ class Engine:
             Each user's adapter, and their support loss before each step.
         """
         scorer = self.recommender.scorer()
-        widths = [max(_FEWEST_RATINGS, -(-len(support) // _RATINGS_STEP) * _RATINGS_STEP) for support in supports]
-        blocks: list[tuple[int, list[int]]] = []
-        for width in sorted(set(widths)):
-            rows = [row for row, own in enumerate(widths) if own == width]
+        shapes = [
+            (
+                max(_FEWEST_RATINGS, -(-len(support) // _RATINGS_STEP) * _RATINGS_STEP),
+                self._near is not None and self._near.covers(support.items),
+            )
+            for support in supports
+        ]
+        blocks: list[tuple[tuple[int, bool], list[int]]] = []
+        for shape in sorted(set(shapes)):
+            rows = [row for row, own in enumerate(shapes) if own == shape]
             blocks += [
-                (width, rows[start : start + self._users_at_once]) for start in range(0, len(rows), self._users_at_once)
+                (shape, rows[start : start + self._users_at_once]) for start in range(0, len(rows), self._users_at_once)
             ]
 
-        def adapt_block(job: tuple[int, list[int]]) -> list[tuple[AdaptedUser, tuple[float, ...]]]:
-            width, block = job
-            spare = [Ratings.empty()] * (self._users_at_once - len(block))
+        def adapt_block(job: tuple[tuple[int, bool], list[int]]) -> list[tuple[AdaptedUser, tuple[float, ...]]]:
+            (width, near), block = job
+            together = [supports[row] for row in block]
+            if self._users_at_once > 1:
+                together += [*[Ratings.empty()] * (self._users_at_once - len(block)), self._ruler(width)]
             began = time.perf_counter()
-            adapted = scorer.adapt([*(supports[row] for row in block), *spare, self._ruler(width)])
+            adapted = scorer.adapt(together, self._near if near else None)
             seconds = (time.perf_counter() - began) / len(block)
             states = [
                 {name: value[place].clone() for name, value in adapted.state.items()} for place in range(len(block))
@@ -429,7 +454,7 @@ class Engine:
         else:
             # The Gaussian process is cheap enough for everything; the language model's part is carried over.
             taste = person.adapted.taste()
-            moved = self._scores(person.adapted, self._anchors) - (self._prior_scores + taste)[self._anchors]
+            moved = person.adapted.scores(self._anchors).numpy() - (self._prior_scores + taste)[self._anchors]
             features = np.column_stack([np.ones(len(self.catalog)), self._prior_scores, self.vectors])
             anchors = features[self._anchors]
             weights = np.linalg.solve(
