@@ -70,7 +70,7 @@ class MetaConfig(Section):
 class TrainConfig(Section):
     """The outer loop."""
 
-    steps: int = Field(300, ge=1)
+    steps: int = Field(160, ge=1)
     users: int = Field(16, ge=1, description="users per outer step")
     shots: tuple[int, ...] = Field((5, 10, 20), min_length=1, description="support sizes to draw from")
     max_query: int = Field(20, ge=2)
@@ -82,7 +82,7 @@ class TrainConfig(Section):
     clip: float = Field(1.0, gt=0, description="largest norm of the meta-gradient")
     sharpness: float = Field(2.0, gt=0, description="factor on score differences in the outer loss")
     llm_weight: float = Field(1.0, description="weight of the log-odds at the start")
-    validate_every: int = Field(100, ge=1)
+    validate_every: int = Field(40, ge=1)
     patience: int = Field(4, ge=1, description="validations without a better one before stopping")
 
 
@@ -99,8 +99,13 @@ class RunConfig(Section):
     prior: Literal["item mean", "none"] = Field(
         "item mean", description="none: neither the score nor the Gaussian process knows any item's mean"
     )
-    taste: Literal["gp", "none"] = Field(
-        "gp", description="gp: a Gaussian process over the ratings of users of like taste is an input of the score"
+    taste: Literal["stack", "gp", "none"] = Field(
+        "stack",
+        description="what users of like taste say is an input of the score: several methods stacked, a Gaussian "
+        "process alone, or nothing",
+    )
+    encoder: str | None = Field(
+        "minilm-l6-v2", description="sentence encoder read beside the language model; null: its own states alone"
     )
     adapter: AdapterConfig = AdapterConfig()
     meta: MetaConfig = MetaConfig()

@@ -9,7 +9,7 @@ Knows nothing of label rules, prompts or models.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -233,6 +233,7 @@ def training_batch(
     min_query: int,
     seed: int,
     step: int,
+    hidden: Callable[[str], Flags] | None = None,
 ) -> list[Episode]:
     """Samples episodes of meta-training users, as a function of the seed and the step alone.
 
@@ -247,6 +248,7 @@ def training_batch(
         min_query: Users need at least K + `min_query` ratings.
         seed: Seed of the run.
         step: Number of the outer step.
+        hidden: Items that count as never rated for a user, by id: a query holds them alone, a support none of them.
 
     Raises:
         DataError: No user has enough ratings.
@@ -259,9 +261,20 @@ def training_batch(
             f"no meta-training user has {support_size + min_query} ratings", "Lower train.shots or train.min_query"
         )
     episodes = []
-    for user in generator.choice(eligible, min(batch_users, len(eligible)), replace=False):
+    for user in generator.permutation(eligible):
         rows = _first_of_each_item(interactions, generator.permutation(interactions.rows_of_user[user]))
-        chosen = interactions.ratings(rows[: support_size + max_query])
-        query = chosen.rows(slice(support_size, None))
-        episodes.append(Episode(interactions.users[user], chosen.head(support_size), query))
+        cold = np.zeros(len(rows), bool)
+        if hidden is not None:
+            cold = hidden(interactions.users[user])[interactions.item[rows]]
+        support = rows[~cold][:support_size]
+        query = (rows[~cold][support_size:] if hidden is None else rows[cold])[:max_query]
+        if len(support) == support_size and len(query) >= min_query:
+            parts = interactions.ratings(support), interactions.ratings(query)
+            episodes.append(Episode(interactions.users[user], *parts))
+        if len(episodes) == batch_users:
+            break
+    if not episodes:
+        raise DataError(
+            f"no meta-training user has {support_size} ratings and {min_query} of hidden items", "Lower train.min_query"
+        )
     return episodes

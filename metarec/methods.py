@@ -14,16 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from metarec.backbone import MINILM, load_backbone
 from metarec.config import MetaConfig, RunConfig, override, validated
 from metarec.episodes import Episode
-from metarec.interactions import Catalog, Codes, Interactions
+from metarec.interactions import Codes, Interactions
 from metarec.priors import ItemPrior, fit_item_mean, smooth_by_text
-from metarec.prompts import PromptTemplate, tokenize_catalog
-from metarec.reader import Reader, default_placement, open_reader
+from metarec.reader import Reader
 from metarec.recommender import BASELINE, MetaRecommender
 from metarec.scorer import Request, Scorer
-from metarec.scorers.features import item_features
+from metarec.scorers.features import item_features, text_vectors
 from metarec.scorers.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn
 from metarec.scorers.gp import fit_gp
 from metarec.scorers.networks import Form, Network, fit_network
@@ -33,12 +31,6 @@ from metarec.scorers.text import fit_text_logistic, fit_text_ridge, fit_two_towe
 from metarec.scorers.trivial import Constant, ItemMean, Popularity, Random
 from metarec.task import TaskData
 
-_TEXT = PromptTemplate(
-    "{{ title }}{% if year %} ({{ year }}){% endif %}"
-    "{% for field in [genres, authors] if field %}, {{ field }}{% endfor %}",
-    "good",
-    "bad",
-)
 _COMPONENTS = 48
 
 
@@ -121,22 +113,6 @@ class Setting:
     def validation(self) -> Sequence[Episode]:
         """Episodes of the validation users, for early stopping."""
         return self.data.episodes("validation")[0]
-
-
-def text_vectors(catalog: Catalog) -> Floats:
-    """Reads every item with the sentence encoder; kept on disk from then on.
-
-    Args:
-        catalog: The items.
-
-    Returns:
-        Shape (items, features).
-    """
-    empty = {name: ("",) * len(catalog) for name in ("year", "genres", "authors")}
-    backbone = load_backbone(MINILM)
-    prompts = tokenize_catalog(backbone, _TEXT, Catalog(catalog.ids, {**empty, **catalog.fields}))
-    placement = default_placement(backbone, prompts, layers=1, targets=None, rank=1, alpha=1.0, active_tokens=None)
-    return open_reader(backbone, prompts, placement).states.numpy().astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -255,8 +231,8 @@ def _metarec(setting: Setting, *, name: str = "metarec", **settings: Any) -> Seq
     rows = [row(None, name)]
     if name == "metarec":
         rows += [row(0, "metarec, no adaptation")]
-        if (gp := recommender.fitted.taste) is not None:
-            rows += [Row(replace(gp, name="metarec, no LLM"), gp.loadings.size)]
+        taste = recommender.fitted.taste
+        rows += [Row(replace(taste, name="metarec, no LLM"), taste.weights.size)]
         steps = recommender.config.meta.inner_steps
         rows += [row(step, f"metarec, step {step}", step) for step in range(steps + 1)]
     return rows
@@ -340,9 +316,9 @@ METHODS: dict[str, Method] = {
     "neural process": Method(
         _plain(partial(_network, "neural process"), _network_size), "meta", "the support is read in one pass"
     ),
-    "metarec": Method(_metarec, "meta", "the default: prior, Gaussian process and adapted language model"),
-    "metarec, no GP": Method(
-        _metarec, "ablation", "prior and adapted language model", {"name": "metarec, no GP", "taste": "none"}
+    "metarec": Method(_metarec, "meta", "the default: item prior, stack and adapted language model"),
+    "metarec, no stack": Method(
+        _metarec, "ablation", "prior and adapted language model", {"name": "metarec, no stack", "taste": "none"}
     ),
     "metarec, no prior": Method(
         _metarec, "ablation", "no item means at all", {"name": "metarec, no prior", "prior": "none"}

@@ -71,7 +71,8 @@ def collate(
     reader: Reader,
     threshold: float,
     *,
-    seen: bool,
+    seen: bool = False,
+    means: Sequence[Values] | None = None,
     expected: Sequence[Values] | None = None,
 ) -> Batch:
     """Pads several users' ratings into one batch.
@@ -82,6 +83,7 @@ def collate(
         reader: The language model.
         threshold: Ratings from here on are likes.
         seen: Whether `prior` was fitted on these very ratings; then each is taken out of its own item's mean.
+        means: The items' priors, where they are not `prior`'s own.
         expected: What a collaborative method that has not seen these ratings expects of each, in the prior's units;
             None where there is no such method.
     """
@@ -95,7 +97,8 @@ def collate(
 
     items = pad([rating.items for rating in ratings], torch.long)
     frozen = reader.frozen_log_odds - reader.frozen_mean
-    means = [prior.values_without(rating) if seen else prior.values(rating.items) for rating in ratings]
+    if means is None:
+        means = [prior.values_without(rating) if seen else prior.values(rating.items) for rating in ratings]
     beyond = [np.zeros_like(mean) for mean in means]
     if expected is not None:
         beyond = [value - mean for value, mean in zip(expected, means, strict=True)]

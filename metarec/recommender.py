@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.decomposition import PCA
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from metarec import learn2learn
@@ -52,28 +50,28 @@ from metarec.objective import (
     score,
     support_loss,
 )
-from metarec.priors import ItemPrior, fit_item_mean, smooth_by_text
+from metarec.priors import ItemPrior
 from metarec.progress import progress
 from metarec.prompts import PromptTemplate, tokenize_catalog
 from metarec.reader import Reader, default_placement, open_reader
 from metarec.scorer import Scorer
 from metarec.scorers.adapted import InnerLoop, MetaScorer
 from metarec.scorers.expected import expected_rating
-from metarec.scorers.features import item_features
-from metarec.scorers.gp import GaussianProcess, cross_fit_gp, fit_gp
+from metarec.scorers.features import item_features, read_text
 from metarec.scorers.prompted import ZeroShot
+from metarec.scorers.saved import read_scorer, write_scorer
+from metarec.scorers.stacked import CrossFitted, Features, Stacked, fit_stack
 from metarec.scorers.trivial import ItemMean
 from metarec.task import Task, TaskData, load_task, load_task_data
 from metarec.train import Trained, train
 
 BASELINE = "item mean"
 _ITEMS_AT_ONCE = 512
-_TEXT_COMPONENTS = 48
 _PRIOR_COLUMNS = ("total", "count", "centre")
 _PRIOR_NUMBERS = ("mean", "scale", "strength", "silent")
-_TASTE = "taste."
-_TASTE_COLUMNS = ("mean", "loadings", "noise", "centre", "choice")
-_TASTE_NUMBERS = ("mean_rating", "scale", "choice_strength")
+_TASTE = "taste"
+# Where a task asks about items that nobody rated, a fifth is hidden from every fold too, as in `split.unseen`.
+_HIDDEN = 0.2
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Fitted:
         catalog: The items.
         scale: The rating scale.
         prior: Shrunk item means smoothed by text: an input of the score.
-        taste: What users of like taste say: another input, or None.
+        taste: What users of like taste say: another input; without members it says what the prior says.
         meta: The meta-parameters.
         reader: The language model, reading this catalog.
         training: A JSON-able summary of the training.
@@ -95,7 +93,7 @@ class Fitted:
     catalog: Catalog
     scale: RatingScale
     prior: ItemPrior
-    taste: GaussianProcess | None
+    taste: Stacked
     meta: MetaState
     reader: Reader
     training: dict[str, Any]
@@ -189,11 +187,11 @@ class MetaRecommender:
             MetarecError: The task or its data are not usable, or the checkpoint is of another run.
         """
         data = self.task_data(task)
-        prepared = self._prepare(data)
+        prepared, unseen = self._prepare(data)
         if checkpoint is None:
             with tempfile.TemporaryDirectory() as scratch:
-                return self._fit(data, prepared, Path(scratch) / "checkpoint", resume)
-        return self._fit(data, prepared, Path(checkpoint), resume)
+                return self._fit(data, prepared, unseen, Path(scratch) / "checkpoint", resume)
+        return self._fit(data, prepared, unseen, Path(checkpoint), resume)
 
     def prepare(self, task: str | Task | TaskData | None = None) -> MetaRecommender:
         """Fits everything but the meta-parameters, which stay as they start: nothing is meta-trained.
@@ -204,11 +202,13 @@ class MetaRecommender:
         Returns:
             Itself, ready to score and to adapt from a fresh adapter.
         """
-        self._fitted = self._prepare(self.task_data(task))
+        self._fitted, _ = self._prepare(self.task_data(task))
         return self
 
-    def _fit(self, data: TaskData, prepared: Fitted, checkpoint: Path, resume: bool) -> MetaRecommender:
-        trained = _meta_train(data, prepared, self.config, self._identity(data), checkpoint, resume)
+    def _fit(
+        self, data: TaskData, prepared: Fitted, unseen: CrossFitted, checkpoint: Path, resume: bool
+    ) -> MetaRecommender:
+        trained = _meta_train(data, prepared, unseen, self.config, self._identity(data), checkpoint, resume)
         training = {
             "best_step": trained.best_step,
             "best_validation_auc": trained.best_value,
@@ -236,20 +236,21 @@ class MetaRecommender:
             "backbone": self.backbone.fingerprint,
         }
 
-    def _prepare(self, data: TaskData) -> Fitted:
+    def _prepare(self, data: TaskData) -> tuple[Fitted, CrossFitted]:
         reader = _reader(self.backbone, self.config, data.task.template, data.interactions.catalog)
-        train_users = data.parts["train"]
-        prior = smooth_by_text(
-            fit_item_mean(data.interactions, train_users), reader.states.cpu().numpy(), self.config.seed
+        text = read_text(reader, data.interactions.catalog, self.config.encoder)
+        prior, taste, unseen = fit_stack(
+            data.interactions,
+            data.parts["train"],
+            Features({"text": text, **item_features(data.interactions.catalog)}, text),
+            self.config.taste,
+            threshold=data.task.like_threshold,
+            hide=_HIDDEN if data.task.split.by in ("item", "both") else 0.0,
+            seed=self.config.seed,
         )
-        taste = None
-        if self.config.taste == "gp":
-            taste = fit_gp(
-                data.interactions, train_users, _features(reader, data, self.config.seed), seed=self.config.seed
-            )
         if self.config.prior == "none":
-            prior, taste = prior.silenced(), taste and taste.without_mean()
-        return Fitted(
+            prior, taste, unseen = prior.silenced(), taste.without_mean(), unseen.without_mean()
+        fitted = Fitted(
             task=data.task,
             catalog=data.interactions.catalog,
             scale=data.interactions.scale,
@@ -268,6 +269,7 @@ class MetaRecommender:
             reader=reader,
             training={},
         )
+        return fitted, unseen
 
     def scorer(
         self, *, rate_scale: float = 1.0, steps: int | None = None, name: str = "metarec, adapted"
@@ -282,9 +284,9 @@ class MetaRecommender:
         return _scorer(self.fitted, self.config, rate_scale=rate_scale, steps=steps, name=name)
 
     def scorers(self) -> list[Scorer]:
-        """Returns the rows of the default table: item mean, GP, zero-shot prompt, before and after adaptation.
+        """Returns the rows of the default table: item mean, stack, zero-shot prompt, before and after adaptation.
 
-        Before adaptation the adapter is everybody's; the Gaussian process knows the support all the same.
+        Before adaptation the adapter is everybody's; the stack knows the support all the same.
         A task whose prompt names an answer word per rating gets the expected rating as well.
         """
         fitted = self.fitted
@@ -292,7 +294,7 @@ class MetaRecommender:
         expected = [expected_rating(fitted.reader, template, fitted.catalog, words, fitted.scale)] if words else []
         return [
             ItemMean(fitted.prior.without_text(), name=BASELINE),
-            *([] if fitted.taste is None else [fitted.taste]),
+            *([fitted.taste] if fitted.taste.members else []),
             ZeroShot(fitted.reader),
             *expected,
             self.scorer(steps=0, name="metarec, before adaptation"),
@@ -378,9 +380,6 @@ class MetaRecommender:
         """
         fitted = self.fitted
         columns = {name: torch.from_numpy(getattr(fitted.prior, name)) for name in _PRIOR_COLUMNS}
-        taste = fitted.taste
-        if taste is not None:
-            columns |= {_TASTE + name: torch.from_numpy(getattr(taste, name)) for name in _TASTE_COLUMNS}
         facts = {
             "metarec": version("metarec"),
             "backbone_fingerprint": self.backbone.fingerprint,
@@ -388,13 +387,13 @@ class MetaRecommender:
             "task": fitted.task.model_dump(mode="json"),
             "scale": [fitted.scale.low, fitted.scale.high],
             "prior": {name: getattr(fitted.prior, name) for name in _PRIOR_NUMBERS},
-            "taste": None if taste is None else {name: getattr(taste, name) for name in _TASTE_NUMBERS},
             "training": fitted.training,
         }
         catalog = {"ids": fitted.catalog.ids, "fields": dict(fitted.catalog.fields)}
         with replace_dir(Path(path), "recommender") as directory:
             write_tensors(directory / "meta.safetensors", fitted.meta.tensors())
             write_tensors(directory / "prior.safetensors", columns)
+            write_scorer(directory, _TASTE, fitted.taste)
             (directory / "catalog.json").write_text(dump_json(catalog), encoding="utf-8")
             (directory / "recommender.json").write_text(dump_json(facts), encoding="utf-8")
 
@@ -450,11 +449,9 @@ class AdaptedUser:
         ]
 
     def taste(self) -> Values:
-        """What the Gaussian process adds to every item's score because of the person's ratings, shape (items,)."""
+        """What users of like taste add to every item's score because of the person's ratings, shape (items,)."""
         fitted = self.recommender.fitted
         everything = np.arange(len(fitted.catalog))
-        if fitted.taste is None:
-            return np.zeros(len(everything), np.float32)
         told = fitted.taste.posterior_mean(self.support, everything)
         silent = fitted.taste.posterior_mean(Ratings.empty(), everything)
         return (told - silent) * float(self.state[TASTE_WEIGHT])
@@ -493,7 +490,7 @@ class AdaptedUser:
         values = []
         with progress("ranking", len(blocks), after=2.0) as advance:
             for done, block in enumerate(blocks, start=1):
-                expected = None if fitted.taste is None else [fitted.taste.posterior_mean(self.support, block)]
+                expected = [fitted.taste.posterior_mean(self.support, block)]
                 batch = candidates([block], fitted.prior, fitted.reader, expected)
                 values.append(score(state, batch, fitted.reader)[0].cpu())
                 advance(done)
@@ -501,16 +498,15 @@ class AdaptedUser:
 
 
 def _meta_train(
-    data: TaskData, prepared: Fitted, config: RunConfig, identity: dict[str, Any], checkpoint: Path, resume: bool
+    data: TaskData,
+    prepared: Fitted,
+    unseen: CrossFitted,
+    config: RunConfig,
+    identity: dict[str, Any],
+    checkpoint: Path,
+    resume: bool,
 ) -> Trained:
     reader, prior = prepared.reader, prepared.prior
-    unseen = None
-    if prepared.taste is not None:
-        # A process that has seen a user's ratings would teach the adapter that nothing is left to learn.
-        features = _features(reader, data, config.seed)
-        unseen = cross_fit_gp(data.interactions, data.parts["train"], features, seed=config.seed)
-        if config.prior == "none":
-            unseen = replace(unseen, folds=tuple(process.without_mean() for process in unseen.folds))
     threshold = data.task.like_threshold
     episodes, _ = data.episodes("validation")
     one_by_one = config.meta.engine == "learn2learn"
@@ -518,13 +514,22 @@ def _meta_train(
         raise ConfigError(
             f"meta.algorithm '{config.meta.algorithm}' is not one learn2learn has", "Set meta.engine to 'batched'"
         )
+    cold = any(fold.hidden.any() for fold in unseen.folds)
 
+    def means(user: str, ratings: Ratings) -> Values:
+        """The item prior as it is for a new user; where items are cold, as it is without any rating of them."""
+        return unseen.without(user).prior.values(ratings.items) if cold else prior.values_without(ratings)
+
+    # A stack that has seen a user's ratings would teach the adapter that nothing is left to learn.
     def support_of(batch: Sequence[Episode]) -> Batch:
-        supports = [episode.support for episode in batch]
-        expected = None
-        if unseen is not None:
-            expected = [unseen.without(episode.user).leave_one_out(episode.support) for episode in batch]
-        return collate(supports, prior, reader, threshold, seen=True, expected=expected)
+        return collate(
+            [episode.support for episode in batch],
+            prior,
+            reader,
+            threshold,
+            means=[means(episode.user, episode.support) for episode in batch],
+            expected=[unseen.without(episode.user).taste.leave_one_out(episode.support) for episode in batch],
+        )
 
     def inner(batch: Sequence[Episode]) -> Loss:
         return support_loss(
@@ -532,13 +537,18 @@ def _meta_train(
         )
 
     def outer(batch: Sequence[Episode]) -> Loss:
-        expected = None
-        if unseen is not None:
-            expected = [
-                unseen.without(episode.user).posterior_mean(episode.support, episode.query.items) for episode in batch
-            ]
-        queries = [episode.query for episode in batch]
-        query = collate(queries, prior, reader, threshold, seen=True, expected=expected)
+        tastes = [unseen.without(episode.user).taste for episode in batch]
+        query = collate(
+            [episode.query for episode in batch],
+            prior,
+            reader,
+            threshold,
+            means=[means(episode.user, episode.query) for episode in batch],
+            expected=[
+                taste.posterior_mean(episode.support, episode.query.items)
+                for taste, episode in zip(tastes, batch, strict=True)
+            ],
+        )
         return pairwise_loss(query, reader, sharpness=config.train.sharpness)
 
     def gradient_at(meta: MetaState, step: int) -> MetaGradient:
@@ -551,6 +561,7 @@ def _meta_train(
             min_query=config.train.min_query,
             seed=config.seed,
             step=step,
+            hidden=(lambda user: unseen.without(user).hidden) if cold else None,
         )
         steps = config.meta.inner_steps
         head = _head(config)
@@ -645,14 +656,6 @@ def _reader(backbone: Backbone, config: RunConfig, template: PromptTemplate, cat
     return open_reader(backbone, prompts, placement, torch.bfloat16 if config.dtype == "mixed" else None)
 
 
-def _features(reader: Reader, data: TaskData, seed: int) -> dict[str, np.ndarray]:
-    """What the Gaussian process knows of items: the language model's frozen states, and the catalog's fields."""
-    states = StandardScaler().fit_transform(reader.states.cpu().numpy())
-    count = min(_TEXT_COMPONENTS, *states.shape)
-    text = PCA(count, random_state=seed).fit_transform(states).astype(np.float64)
-    return {"text": text, **item_features(data.interactions.catalog)}
-
-
 def _load(path: Path, place: Mapping[str, str]) -> MetaRecommender:
     verify_dir(path, "recommender")
     facts = load_json(path / "recommender.json")
@@ -669,10 +672,9 @@ def _load(path: Path, place: Mapping[str, str]) -> MetaRecommender:
     catalog = Catalog(tuple(listed["ids"]), fields)
     tensors = read_tensors(path / "prior.safetensors")
     columns: dict[str, Any] = {name: tensors[name].numpy() for name in _PRIOR_COLUMNS}
-    taste = None
-    if facts["taste"] is not None:
-        learned: dict[str, Any] = {name: tensors[_TASTE + name].numpy() for name in _TASTE_COLUMNS}
-        taste = GaussianProcess(**facts["taste"], **learned)
+    taste = read_scorer(path, _TASTE)
+    if not isinstance(taste, Stacked):
+        raise ArtifactError(f"'{path}' holds a {type(taste).__name__} for what users of like taste say", "Train again")
     fitted = Fitted(
         task=task,
         catalog=catalog,

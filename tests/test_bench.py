@@ -23,7 +23,7 @@ from metarec.interactions import Ratings
 from metarec.methods import METHODS, Method, Row, Setting
 from metarec.pooled import Pooled, holm, read_cells
 from metarec.recommender import BASELINE
-from metarec.scorers.trivial import ItemMean, Random
+from metarec.scorers.trivial import ItemMean
 from metarec.webpage import render
 
 

@@ -127,7 +127,10 @@ FITS: dict[str, Callable[[Given], Scorer]] = {
     "expected rating, prompt": expected,
     "metarec, before adaptation": lambda given: given.recommender().scorer(steps=0, name="metarec, before adaptation"),
     "metarec, adapted": lambda given: given.recommender().scorer(),
-    "metarec, adapted, with GP": lambda given: given.recommender("gp").scorer(name="metarec, adapted, with GP"),
+    "stacked": lambda given: given.recommender("stack").fitted.taste,
+    "metarec, adapted, with stack": lambda given: given.recommender("stack").scorer(
+        name="metarec, adapted, with stack"
+    ),
     "metarec, ridge head": lambda given: given.recommender(algorithm="ridge").scorer(name="metarec, ridge head"),
 }
 
@@ -153,7 +156,7 @@ BANDS = {
     "expected rating, prompt": (0.35, 0.65),
     "metarec, before adaptation": (0.35, 0.65),
     "metarec, adapted": (0.80, 1.0),
-    "metarec, adapted, with GP": (0.90, 1.0),
+    "metarec, adapted, with stack": (0.90, 1.0),
     "metarec, ridge head": (0.75, 1.0),
 }
 IMPERSONAL = {

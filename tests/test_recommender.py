@@ -27,6 +27,7 @@ from metarec.task import Task, TaskData
 
 SETTINGS = {
     "taste": "none",
+    "encoder": None,
     "adapter": {"layers": 2, "rank": 2, "alpha": 4.0},
     "meta": {"inner_steps": 3, "inner_lr": 0.3, "shrinkage": 1.0},
     "train": {"steps": 40, "users": 8, "shots": [5, 10], "max_query": 10, "validate_every": 20, "lr": 0.01},
@@ -62,26 +63,24 @@ def fitted(model_dir: Callable[[str], Path]) -> MetaRecommender:
 
 
 @pytest.fixture(scope="module")
-def fitted_with_gp(model_dir: Callable[[str], Path]) -> MetaRecommender:
-    config = validated(RunConfig, SETTINGS | {"taste": "gp"}, "test")
+def fitted_with_stack(model_dir: Callable[[str], Path]) -> MetaRecommender:
+    config = validated(RunConfig, SETTINGS | {"taste": "stack"}, "test")
     return MetaRecommender.from_pretrained(model_dir("llama"), config).fit(known_task())
 
 
-def test_the_gaussian_process_is_an_input_that_adapting_does_not_spoil(
-    fitted_with_gp: MetaRecommender, tmp_path: Path
-) -> None:
+def test_the_stack_is_an_input_that_adapting_does_not_spoil(fitted_with_stack: MetaRecommender, tmp_path: Path) -> None:
     data = known_task()
-    report = fitted_with_gp.evaluate(data)
+    report = fitted_with_stack.evaluate(data)
     means = {(cell.method, cell.shots): cell.means["auc"] for cell in report.cells()}
-    assert means["GP", 10] > 0.9
+    assert means["stacked", 10] > 0.9
     assert means["metarec, adapted", 10] > 0.9
-    fitted_with_gp.save_pretrained(tmp_path / "model")
+    fitted_with_stack.save_pretrained(tmp_path / "model")
     again = MetaRecommender.from_pretrained(tmp_path / "model").evaluate(data)
     pd.testing.assert_frame_equal(again.per_user, report.per_user)
 
 
-def test_a_users_taste_is_what_ratings_add_to_the_score_beside_the_adapter(fitted_with_gp: MetaRecommender) -> None:
-    person, stranger = fitted_with_gp.adapt([("m1", 5.0), ("m2", 1.0)]), fitted_with_gp.adapt([])
+def test_a_users_taste_is_what_ratings_add_to_the_score_beside_the_adapter(fitted_with_stack: MetaRecommender) -> None:
+    person, stranger = fitted_with_stack.adapt([("m1", 5.0), ("m2", 1.0)]), fitted_with_stack.adapt([])
     everything = np.arange(40)
     same_adapter = replace(person, state=stranger.state)
     added = (same_adapter.scores(everything) - stranger.scores(everything)).numpy()
@@ -143,8 +142,8 @@ def test_an_unread_query_label_changes_no_score(fitted: MetaRecommender) -> None
     test_rows = np.isin(data.interactions.user, data.parts["test"])
     turned[test_rows] = 5.5 - turned[test_rows]
     other = replace(data, interactions=replace(data.interactions, rating=turned))
-    prepared = fitted._prepare(data)
-    assert np.array_equal(prepared.prior.values(np.arange(40)), fitted._prepare(other).prior.values(np.arange(40)))
+    prepared = fitted._prepare(data)[0]
+    assert np.array_equal(prepared.prior.values(np.arange(40)), fitted._prepare(other)[0].prior.values(np.arange(40)))
 
 
 @pytest.mark.parametrize("part", ["meta.safetensors", "prior.safetensors", "catalog.json", "recommender.json"])

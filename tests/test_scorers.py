@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from known import CANDIDATES, GENRE, SUPPORT, THRESHOLD, TRAIN, VECTORS, WORLD, ratings, world
+from known import CANDIDATES, GENRE, SUPPORT, THRESHOLD, TRAIN, VECTORS, WORLD, ratings
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from metarec.errors import DataError
@@ -16,7 +16,7 @@ from metarec.priors import fit_item_mean
 from metarec.scorer import Request
 from metarec.scorers.features import item_features
 from metarec.scorers.foldin import fit_als, fit_ease, similarity
-from metarec.scorers.gp import GaussianProcess, cross_fit_gp, fit_gp
+from metarec.scorers.gp import GaussianProcess, fit_gp
 from metarec.scorers.residuals import training_residuals
 from metarec.scorers.text import fit_two_tower, logistic_dual
 from metarec.scorers.trivial import Random
@@ -130,19 +130,6 @@ def test_leaving_one_rating_out_is_the_posterior_of_the_others() -> None:
         others = Ratings(np.delete(support.items, place), np.delete(support.values, place))
         np.testing.assert_allclose(found[place], model.posterior_mean(others, support.items[[place]])[0], rtol=1e-4)
     assert model.leave_one_out(Ratings.empty()).shape == (0,)
-
-
-def test_a_cross_fitted_process_does_not_change_with_the_users_it_has_not_seen() -> None:
-    data = world()
-    crossed = cross_fit_gp(data, TRAIN, {}, folds=2)
-    name = data.users[TRAIN[0]]
-    same_fold = [code for code in TRAIN if crossed.fold[data.users[code]] == crossed.fold[name]]
-    rating = data.rating.copy()
-    theirs = np.isin(data.user, same_fold)
-    rating[theirs] = 5.5 - rating[theirs]
-    changed = cross_fit_gp(replace(data, rating=rating), TRAIN, {}, folds=2)
-    np.testing.assert_array_equal(changed.without(name).loadings, crossed.without(name).loadings)
-    assert set(crossed.fold) == {data.users[code] for code in TRAIN}
 
 
 def test_the_gp_learns_no_factors_from_noise() -> None:

@@ -16,8 +16,8 @@ from metarec.objective import HEAD, Batch, Head, Tangent, candidates, collate, h
 from metarec.priors import ItemPrior
 from metarec.reader import Reader
 from metarec.scorer import Request
-from metarec.scorers.gp import GaussianProcess
 from metarec.scorers.residuals import check_codes
+from metarec.scorers.stacked import Stacked
 
 # Larger batches only cost memory: the work per user is the same.
 USERS_AT_ONCE = 16
@@ -50,7 +50,7 @@ class MetaScorer:
         meta: The meta-learned parameters.
         reader: The language model.
         prior: The item prior.
-        taste: What users of like taste say, or None to leave it out.
+        taste: What users of like taste say.
         inner: How users are adapted.
         threshold: Ratings from here on are likes.
         rate_scale: Factor on every inner rate; at 0 scores are exactly those before adaptation.
@@ -60,7 +60,7 @@ class MetaScorer:
     meta: MetaState
     reader: Reader
     prior: ItemPrior
-    taste: GaussianProcess | None
+    taste: Stacked
     inner: InnerLoop
     threshold: float
     rate_scale: float = 1.0
@@ -91,9 +91,7 @@ class MetaScorer:
             block = requests[start : start + USERS_AT_ONCE]
             state = self.adapt([request.support for request in block]).state
             codes = [request.candidates for request in block]
-            expected = None
-            if self.taste is not None:
-                expected = [self.taste.posterior_mean(request.support, request.candidates) for request in block]
+            expected = [self.taste.posterior_mean(request.support, request.candidates) for request in block]
             batch = candidates(codes, self.prior, self.reader, expected)
             with torch.no_grad():
                 values = score(state, batch, self.reader).cpu()
@@ -111,7 +109,7 @@ class MetaScorer:
         Returns:
             Every user's state.
         """
-        expected = None if self.taste is None else [self.taste.leave_one_out(support) for support in supports]
+        expected = [self.taste.leave_one_out(support) for support in supports]
         batch = collate(supports, self.prior, self.reader, self.threshold, seen=False, expected=expected)
         adapted = self._solve(batch) if self.inner.head is not None and self._adapts else self._descend(batch, near)
         stored = round_adapter(adapted.state, self.reader.spec.tensor_shapes, self.inner.storage)

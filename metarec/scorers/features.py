@@ -9,13 +9,65 @@ import re
 from collections import Counter
 
 import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
 
+from metarec.backbone import MINILM, load_backbone
 from metarec.interactions import Catalog
+from metarec.prompts import PromptTemplate, tokenize_catalog
+from metarec.reader import Reader, default_placement, open_reader
 from metarec.scorers.residuals import Floats
+from metarec.scorers.text import unit_vectors
 
+_TEXT = PromptTemplate(
+    "{{ title }}{% if year %} ({{ year }}){% endif %}"
+    "{% for field in [genres, authors] if field %}, {{ field }}{% endfor %}",
+    "good",
+    "bad",
+)
+# Enough for regressions on text to lose nothing that they could find again on other items.
+_COMPONENTS = 256
 _MIN_ITEMS = 5
 _TOKEN_FIELDS = ("genres", "authors")
 _YEAR = re.compile(r"-?\d{1,4}")
+
+
+def text_vectors(catalog: Catalog, encoder: str = MINILM) -> Floats:
+    """Reads every item with a sentence encoder; kept on disk from then on.
+
+    Args:
+        catalog: The items.
+        encoder: A text encoder's name or directory.
+
+    Returns:
+        Shape (items, features).
+
+    Raises:
+        BackboneError: The encoder is not there.
+    """
+    empty = {name: ("",) * len(catalog) for name in ("year", "genres", "authors")}
+    backbone = load_backbone(encoder)
+    prompts = tokenize_catalog(backbone, _TEXT, Catalog(catalog.ids, {**empty, **catalog.fields}))
+    placement = default_placement(backbone, prompts, layers=1, targets=None, rank=1, alpha=1.0, active_tokens=None)
+    return open_reader(backbone, prompts, placement).states.numpy().astype(np.float64)
+
+
+def read_text(reader: Reader, catalog: Catalog, encoder: str | None) -> Floats:
+    """Returns what the language model's states say of every item, beside a sentence encoder's vectors.
+
+    Args:
+        reader: The language model.
+        catalog: The items.
+        encoder: See `text_vectors`; None takes the states alone.
+
+    Returns:
+        Principal components of the unit vectors of both side by side, shape (items, features).
+    """
+    read = unit_vectors(StandardScaler().fit_transform(reader.states.cpu().numpy()).astype(np.float64))
+    if encoder is not None:
+        read = np.concatenate([read, unit_vectors(text_vectors(catalog, encoder))], 1)
+    components: Floats = PCA(min(_COMPONENTS, *read.shape), random_state=0).fit_transform(read)
+    return components
 
 
 def item_features(catalog: Catalog) -> dict[str, Floats]:

@@ -185,40 +185,6 @@ def fit_gp(
     )
 
 
-@dataclass(frozen=True)
-class CrossFitted:
-    """Processes that each have not seen a fold of the meta-training users: what those users look like when new.
-
-    Args:
-        folds: One process per fold, fitted on the users of all others.
-        fold: Which fold each meta-training user is in, by user id.
-    """
-
-    folds: tuple[GaussianProcess, ...]
-    fold: Mapping[str, int]
-
-    def without(self, user: str) -> GaussianProcess:
-        """Returns the process that has not seen a user."""
-        return self.folds[self.fold[user]]
-
-
-def cross_fit_gp(
-    interactions: Interactions, users: Codes, features: Mapping[str, Floats], *, folds: int = 4, seed: int = 0
-) -> CrossFitted:
-    """Fits a process without each fold of the meta-training users, so that they can be trained on as if new.
-
-    Args:
-        interactions: The dataset.
-        users: The meta-training users.
-        features: See `fit_gp`.
-        folds: How many.
-        seed: Seed of the folds and of the fits.
-    """
-    order = np.random.default_rng(seed).permutation(len(users)) % folds
-    fitted = tuple(fit_gp(interactions, users[order != fold], features, seed=seed) for fold in range(folds))
-    return CrossFitted(fitted, {interactions.users[code]: int(fold) for code, fold in zip(users, order, strict=True)})
-
-
 def _centred_means(
     interactions: Interactions,
     users: Codes,

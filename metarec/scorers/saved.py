@@ -35,12 +35,11 @@ from metarec.scorers.foldin import ALS, EASE, ItemKNN, UserKNN
 from metarec.scorers.gp import GaussianProcess
 from metarec.scorers.networks import Network
 from metarec.scorers.prompted import ZeroShot
+from metarec.scorers.stacked import Stacked
 from metarec.scorers.text import TextLogistic, TextRidge, TwoTower
 from metarec.scorers.trivial import Constant, ItemMean, Popularity, Random
 
 KIND = "scorer"
-_DOCUMENT = "scorer.json"
-_TENSORS = "scorer.safetensors"
 
 CLASSES: dict[str, type[Any]] = {
     "ALS": ALS,
@@ -58,6 +57,7 @@ CLASSES: dict[str, type[Any]] = {
     "Network": Network,
     "Popularity": Popularity,
     "Random": Random,
+    "Stacked": Stacked,
     "TextLogistic": TextLogistic,
     "TextRidge": TextRidge,
     "TwoTower": TwoTower,
@@ -79,13 +79,27 @@ def save_scorer(path: str | Path, scorer: Scorer) -> None:
     Raises:
         ArtifactError: A part of the scorer is of no known kind, `path` holds something else, or the disk is full.
     """
+    with replace_dir(Path(path), KIND) as directory:
+        write_scorer(directory, KIND, scorer)
+
+
+def write_scorer(directory: Path, name: str, scorer: Scorer) -> None:
+    """Writes a scorer's two files into a directory that somebody else makes and guards.
+
+    Args:
+        directory: Where they go.
+        name: What they are called, without their endings.
+        scorer: See `save_scorer`.
+
+    Raises:
+        ArtifactError: See `save_scorer`.
+    """
     packer = _Packer({}, [])
     document = {"scorer": packer.pack(scorer, "scorer"), "reader": None}
     if packer.readers:
         document["reader"] = packer.readers[0].identity
-    with replace_dir(Path(path), KIND) as directory:
-        (directory / _DOCUMENT).write_text(dump_json(document), encoding="utf-8")
-        write_tensors(directory / _TENSORS, packer.tensors)
+    (directory / f"{name}.json").write_text(dump_json(document), encoding="utf-8")
+    write_tensors(directory / f"{name}.safetensors", packer.tensors)
 
 
 def load_scorer(path: str | Path, *, reader: Reader | None = None) -> Scorer:
@@ -100,14 +114,27 @@ def load_scorer(path: str | Path, *, reader: Reader | None = None) -> Scorer:
         ArtifactError: The directory is missing, damaged or of another kind; or the scorer reads a language model and
             `reader` is missing, or of another backbone, other prompts or another placement of adapters.
     """
-    path = Path(path)
-    verify_dir(path, KIND)
-    document = load_json(path / _DOCUMENT)
+    verify_dir(Path(path), KIND)
+    return read_scorer(Path(path), KIND, reader=reader)
+
+
+def read_scorer(path: Path, name: str, *, reader: Reader | None = None) -> Scorer:
+    """Reads the files of `write_scorer` from a directory that was verified.
+
+    Args:
+        path: The directory.
+        name: What the files are called.
+        reader: See `load_scorer`.
+
+    Raises:
+        ArtifactError: See `load_scorer`.
+    """
+    document = load_json(path / f"{name}.json")
     needed = document["reader"]
     if needed is not None:
         _check_reader(path, needed, reader)
     device = reader.backbone.device if reader is not None and needed is not None else torch.device("cpu")
-    unpacker = _Unpacker(path, read_tensors(path / _TENSORS), reader, device)
+    unpacker = _Unpacker(path, read_tensors(path / f"{name}.safetensors"), reader, device)
     return cast("Scorer", unpacker.unpack(document["scorer"]))
 
 

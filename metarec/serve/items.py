@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -168,12 +167,11 @@ def _over(
     fields = {name: column + new.fields[name] for name, column in fitted.catalog.fields.items()}
     states = torch.cat([segment.reader.states for segment in segments]).cpu().numpy()
     prior = extend_by_text(fitted.prior, base.states.cpu().numpy(), states)
-    expected = prior.values(np.arange(len(fitted.catalog), len(fitted.catalog) + len(new)))
     longer: Fitted = replace(
         fitted,
         catalog=Catalog(fitted.catalog.ids + new.ids, fields),
         prior=prior,
-        taste=None if fitted.taste is None else fitted.taste.extended(expected),
+        taste=fitted.taste.extended(prior),
         reader=reader,
     )
     return MetaRecommender(trained.backbone, trained.config, longer)

@@ -1,0 +1,330 @@
+"""Several methods' opinions as one: a weighted sum, its weights learned on users whom none of the methods has seen.
+
+A Gaussian process over few factors and one over many, nearest neighbours and a ridge regression on text err in
+different ways. What each adds to the item prior enters with a weight that depends on how many ratings there are.
+Cross-fitting gives every meta-training user what they would get as a new one: for the weights, and for the outer loop.
+Knows nothing of language models; text is vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from metarec.episodes import evaluation_episodes
+from metarec.interactions import Codes, Flags, Interactions, Ratings, Values
+from metarec.priors import ItemPrior, fit_item_mean, smooth_by_text
+from metarec.progress import progress
+from metarec.scorer import Request
+from metarec.scorers.foldin import ItemKNN, UserKNN, fit_item_knn, fit_user_knn
+from metarec.scorers.gp import GaussianProcess, fit_gp
+from metarec.scorers.residuals import Floats, score_each
+from metarec.scorers.text import TextRidge, fit_text_ridge
+
+Member = GaussianProcess | ItemKNN | UserKNN | TextRidge
+
+_SHOTS = (0, 5, 10, 20)
+_MAX_QUERY, _MIN_QUERY = 50, 5
+# Pairs per user and the strength that holds weights where they start: the fits are noisy, few weights are learned.
+_PAIRS = 40
+_STRENGTH = 1e-3
+_SHARPNESS = 2.0
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The item prior plus a weighted sum of what the members add to it.
+
+    Args:
+        prior: The item prior that the members' scores are taken around.
+        members: The methods; the first is a Gaussian process. Their scores are in the prior's units.
+        shots: Numbers of ratings that weights were learned for, ascending; between them weights are interpolated.
+        weights: Shape (shots, members).
+        name: How the method is called in tables.
+    """
+
+    prior: ItemPrior
+    members: tuple[Member, ...]
+    shots: tuple[int, ...]
+    weights: Floats
+    name: str = "stacked"
+
+    @property
+    def bytes_per_user(self) -> int:
+        """What all members keep."""
+        return sum(member.bytes_per_user for member in self.members)
+
+    def posterior_mean(self, support: Ratings, candidates: Codes) -> Values:
+        """Predicts ratings in the units of `ItemPrior`.
+
+        Args:
+            support: What is known of the user; may be empty.
+            candidates: Item codes, shape (candidates,).
+
+        Returns:
+            Expected ratings, shape (candidates,).
+        """
+        base = self.prior.values(candidates)
+        asked = [Request("", support, candidates)]
+        total = base.astype(np.float64)
+        for weight, member in zip(self._weights(len(support)), self.members, strict=True):
+            total += weight * (member.score(asked)[0].numpy() - base)
+        return total.astype(np.float32)
+
+    def leave_one_out(self, support: Ratings) -> Values:
+        """Predicts each rating of a support from the others, in the units of `ItemPrior`, shape (ratings,).
+
+        By the Gaussian processes alone, with the weights of all: only theirs has a closed form.
+        """
+        base = self.prior.values(support.items)
+        total = base.astype(np.float64)
+        for weight, member in zip(self._weights(max(len(support) - 1, 0)), self.members, strict=True):
+            if isinstance(member, GaussianProcess):
+                total += weight * (member.leave_one_out(support) - base)
+        return total.astype(np.float32)
+
+    def _weights(self, ratings: int) -> Floats:
+        at = np.log1p(np.asarray(self.shots, np.float64))
+        return np.array([np.interp(np.log1p(ratings), at, column) for column in self.weights.T])
+
+    def without_mean(self) -> Stacked:
+        """Returns the same methods around a mean of zero for every item."""
+        silent = self.prior.silenced()
+        members = tuple(
+            member.without_mean() if isinstance(member, GaussianProcess) else replace(member, prior=silent)
+            for member in self.members
+        )
+        return replace(self, prior=silent, members=members)
+
+    def extended(self, prior: ItemPrior) -> Stacked:
+        """Returns the same methods with new items of which only the prior is known.
+
+        Args:
+            prior: The prior of all items, the new ones last.
+        """
+        return replace(self, prior=prior, members=tuple(_extended(member, prior) for member in self.members))
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        """See `Scorer.score`."""
+        return score_each(
+            requests, len(self.prior.count), lambda asked: self.posterior_mean(asked.support, asked.candidates)
+        )
+
+
+def _extended(member: Member, prior: ItemPrior) -> Member:
+    """Gives a method items that nobody rated: it adds nothing to their prior."""
+    if isinstance(member, GaussianProcess):
+        return member.extended(prior.values(np.arange(len(member.mean), len(prior.count))))
+    items = len(prior.count)
+    if isinstance(member, TextRidge):
+        silent = np.zeros((items - len(member.vectors), member.vectors.shape[1]))
+        return replace(member, prior=prior, vectors=np.concatenate([member.vectors, silent]))
+    known = member.ratings
+    if isinstance(member, ItemKNN):
+        ends = np.concatenate([known.indptr, np.full(items - known.shape[0], known.indptr[-1])])
+        return replace(
+            member, prior=prior, ratings=csr_array((known.data, known.indices, ends), (items, known.shape[1]))
+        )
+    return replace(
+        member, prior=prior, ratings=csr_array((known.data, known.indices, known.indptr), (known.shape[0], items))
+    )
+
+
+@dataclass(frozen=True)
+class Features:
+    """What is known of items beside ratings.
+
+    Args:
+        blocks: Features for the Gaussian processes, each of shape (items, width).
+        text: Vectors for the ridge regression, shape (items, features).
+    """
+
+    blocks: Mapping[str, Floats]
+    text: Floats
+
+
+def fit_gp_alone(
+    interactions: Interactions, users: Codes, prior: ItemPrior, features: Features, seed: int
+) -> tuple[Member, ...]:
+    """Fits one Gaussian process."""
+    return (fit_gp(interactions, users, features.blocks, seed=seed),)
+
+
+def fit_all(
+    interactions: Interactions, users: Codes, prior: ItemPrior, features: Features, seed: int
+) -> tuple[Member, ...]:
+    """Fits all methods of the stack."""
+    return (
+        fit_gp(interactions, users, features.blocks, factors=32, seed=seed),
+        fit_gp(interactions, users, features.blocks, factors=1, sweeps=4, seed=seed),
+        fit_item_knn(interactions, users, prior),
+        fit_user_knn(interactions, users, prior),
+        fit_text_ridge(prior, features.text),
+    )
+
+
+MEMBERS: dict[str, Callable[[Interactions, Codes, ItemPrior, Features, int], tuple[Member, ...]]] = {
+    "none": lambda *_: (),
+    "gp": fit_gp_alone,
+    "stack": fit_all,
+}
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What was fitted without some of the meta-training users, and without some of the items.
+
+    Args:
+        prior: The item prior.
+        taste: The stack.
+        hidden: Items whose ratings nothing here has seen, shape (items,); none where no item is cold.
+    """
+
+    prior: ItemPrior
+    taste: Stacked
+    hidden: Flags
+
+
+@dataclass(frozen=True)
+class CrossFitted:
+    """Fits that each have not seen a fold of the meta-training users: what those users look like when new.
+
+    Args:
+        folds: The fits.
+        fold: Which fold each meta-training user is in, by user id.
+    """
+
+    folds: tuple[Fold, ...]
+    fold: Mapping[str, int]
+
+    def without(self, user: str) -> Fold:
+        """Returns the fit that has not seen a user."""
+        return self.folds[self.fold[user]]
+
+    def without_mean(self) -> CrossFitted:
+        """Returns the same fits around a mean of zero for every item."""
+        silent = (Fold(fold.prior.silenced(), fold.taste.without_mean(), fold.hidden) for fold in self.folds)
+        return replace(self, folds=tuple(silent))
+
+
+def fit_stack(
+    interactions: Interactions,
+    users: Codes,
+    features: Features,
+    members: str,
+    *,
+    threshold: float,
+    hide: float = 0.0,
+    folds: int = 4,
+    seed: int = 0,
+) -> tuple[ItemPrior, Stacked, CrossFitted]:
+    """Fits the methods on all meta-training users and without each fold of them, and learns the weights.
+
+    Args:
+        interactions: The dataset.
+        users: The meta-training users; nobody else's ratings are looked at.
+        features: What is known of items.
+        members: A key of `MEMBERS`; with one member there is nothing to weigh.
+        threshold: Ratings from here on are likes.
+        hide: Share of items that are hidden from every fold too, where the task asks about items that nobody rated.
+        folds: How many folds.
+        seed: Seed of the folds and of the fits.
+
+    Returns:
+        The item prior and the stack of all users, and the same without every fold.
+
+    Source: Wolpert 1992, "Stacked generalization"; weights by the pairwise logistic loss of Rendle et al. 2009, eq. 4.
+    """
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(users)) % folds
+    rated = np.bincount(interactions.item, minlength=len(interactions.catalog)) > 0
+
+    def fit(part: Interactions, some: Codes) -> tuple[ItemPrior, tuple[Member, ...]]:
+        prior = smooth_by_text(fit_item_mean(part, some), features.text, seed)
+        return prior, MEMBERS[members](part, some, prior, features, seed)
+
+    parts: list[tuple[ItemPrior, tuple[Member, ...], Flags]] = []
+    with progress("fitting users of like taste", folds + 1, after=2.0) as advance:
+        for fold in range(folds):
+            hidden = rated & (generator.random(len(rated)) < hide)
+            seen = interactions.subset(~hidden[interactions.item]) if hide else interactions
+            parts.append((*fit(seen, users[order != fold]), hidden))
+            advance(fold + 1)
+        prior, everybody = fit(interactions, users)
+        advance(folds + 1)
+    shots = _SHOTS if len(everybody) > 1 else (0,)
+    weights = np.ones((1, len(everybody)))
+    if len(everybody) > 1:
+        examples = [
+            _examples(interactions, users[order == fold], *parts[fold], threshold, seed) for fold in range(folds)
+        ]
+        weights = np.stack(
+            [_weights([pair for part in examples for pair in part[count]], len(everybody)) for count in shots]
+        )
+    fitted = [Fold(own, Stacked(own, some, shots, weights), hidden) for own, some, hidden in parts]
+    fold_of = {interactions.users[code]: int(fold) for code, fold in zip(users, order, strict=True)}
+    return prior, Stacked(prior, everybody, shots, weights), CrossFitted(tuple(fitted), fold_of)
+
+
+def _examples(
+    interactions: Interactions,
+    users: Codes,
+    prior: ItemPrior,
+    members: tuple[Member, ...],
+    hidden: Flags,
+    threshold: float,
+    seed: int,
+) -> dict[int, list[tuple[Floats, Floats]]]:
+    """Returns, by K, pairs of a liked and a disliked item of users that are new to the members.
+
+    Each pair is the difference in the prior, shape (pairs,), and in what every member adds, shape (pairs, members).
+    """
+    cold = hidden if hidden.any() else None
+    episodes, _ = evaluation_episodes(
+        interactions,
+        users,
+        max_support=max(_SHOTS),
+        max_query=_MAX_QUERY,
+        min_query=_MIN_QUERY,
+        order="random",
+        seed=seed,
+        support_from=None if cold is None else ~cold,
+        query_from=cold,
+        short_supports=True,
+    )
+    generator = np.random.default_rng(seed)
+    found: dict[int, list[tuple[Floats, Floats]]] = {count: [] for count in _SHOTS}
+    for episode in episodes:
+        liked = episode.query.likes(threshold)
+        if liked.all() or not liked.any():
+            continue
+        chosen = [generator.choice(np.flatnonzero(side), _PAIRS) for side in (liked, ~liked)]
+        base = prior.values(episode.query.items).astype(np.float64)
+        for count in _SHOTS:
+            asked = [Request("", episode.support.head(count).unlabelled(), episode.query.items)]
+            told = np.stack([member.score(asked)[0].numpy() - base for member in members], 1)
+            found[count].append((base[chosen[0]] - base[chosen[1]], told[chosen[0]] - told[chosen[1]]))
+    return found
+
+
+def _weights(pairs: Sequence[tuple[Floats, Floats]], members: int) -> Floats:
+    """Learns how much every member counts, held near the first one alone; without examples that is what it is."""
+    if not pairs:
+        return np.eye(members)[0]
+    offset = np.concatenate([base for base, _ in pairs])
+    told = np.concatenate([one for _, one in pairs])
+    start = np.eye(members)[0]
+
+    def objective(weights: Floats) -> tuple[float, Floats]:
+        margin = _SHARPNESS * (offset + told @ weights)
+        loss = np.logaddexp(0, -margin).mean() + _STRENGTH * ((weights - start) ** 2).sum()
+        slope = -_SHARPNESS * (told / (1 + np.exp(margin))[:, None]).mean(0) + 2 * _STRENGTH * (weights - start)
+        return float(loss), slope
+
+    found: Floats = minimize(objective, start, jac=True, method="L-BFGS-B").x
+    return found
