@@ -134,7 +134,7 @@ def content_free(catalog: Catalog) -> Catalog:
 
     Source: Zhao et al. 2021, "Calibrate Before Use", section 5.
     """
-    return Catalog(("N/A",), {name: ("N/A",) for name in catalog.fields})
+    return Catalog(("N/A",), dict.fromkeys(catalog.fields, ("N/A",)))
 
 
 def tokenize_catalog(backbone: Backbone, template: PromptTemplate, catalog: Catalog) -> CatalogPrompts:
@@ -173,7 +173,7 @@ def tokenize_catalog(backbone: Backbone, template: PromptTemplate, catalog: Cata
     )
 
 
-def common_start(sequences: Sequence[Sequence[int]]) -> int:
+def common_start(sequences: Sequence[tuple[int, ...]]) -> int:
     """Returns how many leading numbers all sequences have in common."""
     # The least and the greatest sequence differ wherever any two do.
     least, greatest = min(sequences), max(sequences)

@@ -44,7 +44,7 @@ class History:
     template: PromptTemplate
     catalog: Catalog
     threshold: float
-    limit: int = 6
+    limit: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class InContext:
 
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
-        return _score_each(self.name, requests, len(self.history.catalog), self.log_odds)
+        return score_one_by_one(self.name, requests, len(self.history.catalog), self.log_odds)
 
     def log_odds(self, request: Request) -> Tensor:
         """Returns log p(yes) - log p(no) of every candidate, differentiable, shape (candidates,)."""
@@ -192,7 +192,7 @@ class Listwise:
 
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
-        return _score_each(self.name, requests, len(self.history.catalog), self._score)
+        return score_one_by_one(self.name, requests, len(self.history.catalog), self._score)
 
     def prompt_text(self, request: Request, candidate: int) -> str:
         """Returns the text of the first round in which a candidate is asked about."""
@@ -222,7 +222,7 @@ class Listwise:
         count = -(-len(items) // len(self.labels))
         lists: list[Codes] = []
         for number in range(self.rounds if count else 0):
-            order = sorted(range(len(items)), key=lambda row: self.history.rank(items[row], str(number)))  # noqa: B023
+            order = sorted(range(len(items)), key=lambda row: self.history.rank(int(items[row]), str(number)))
             lists += np.array_split(items[order], count)
         return lists
 
@@ -250,7 +250,7 @@ def _need_causal(backbone: Backbone) -> None:
 def _tokens(backbone: Backbone, texts: Sequence[str]) -> tuple[list[list[int]], int]:
     """Returns texts' tokens and how many leading ones they share; every text keeps one of its own."""
     tokens = backbone.tokenize(texts) if texts else []
-    return tokens, min(common_start(tokens), min(map(len, tokens)) - 1) if tokens else 0
+    return tokens, min(common_start([*map(tuple, tokens)]), min(map(len, tokens)) - 1) if tokens else 0
 
 
 def _states(backbone: Backbone, texts: Sequence[str]) -> Tensor:
@@ -262,9 +262,20 @@ def _count(backbone: Backbone, texts: Sequence[str]) -> int:
     return shared + sum(len(ids) - shared for ids in tokens)
 
 
-def _score_each(
+def score_one_by_one(
     name: str, requests: Sequence[Request], items: int, values: Callable[[Request], Tensor]
 ) -> list[Tensor]:
+    """Scores requests one after another, with a progress bar where it takes long.
+
+    Args:
+        name: What the bar says.
+        requests: The requests.
+        items: How many items the method knows.
+        values: Scores of one request's candidates.
+
+    Raises:
+        UnknownItemError: See `check_codes`.
+    """
     check_codes(requests, items)
     scores = []
     with torch.no_grad(), progress(name, len(requests), after=2.0) as advance:
