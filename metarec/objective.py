@@ -311,17 +311,26 @@ def pairwise_loss(batch: Batch, reader: Reader, *, sharpness: float) -> Loss:
         sharpness: Factor on the score's differences.
 
     Returns:
-        A loss with one number per user; zero for a user who likes all or none.
+        A loss with one number per user, see `pairwise_logistic`.
+    """
+    return lambda state: pairwise_logistic(score(state, batch, reader), batch.liked, batch.real, sharpness)
+
+
+def pairwise_logistic(scores: Tensor, liked: Tensor, real: Tensor, sharpness: float) -> Tensor:
+    """Logistic loss of the score differences of every liked and disliked item of a user.
+
+    Args:
+        scores: Shape (users, items).
+        liked: Shape (users, items).
+        real: False at padding, shape (users, items).
+        sharpness: Factor on the score's differences.
+
+    Returns:
+        Shape (users,); zero for a user who likes all or none.
 
     Source: Rendle et al. 2009, "BPR", eq. 4.
     """
-    liked, disliked = batch.liked & batch.real, ~batch.liked & batch.real
-    pairs = (liked[:, :, None] & disliked[:, None, :]).float()
-
-    def loss(state: AdapterState) -> Tensor:
-        scores = score(state, batch, reader)
-        difference = scores[:, :, None] - scores[:, None, :]
-        total = (functional.softplus(-sharpness * difference) * pairs).sum((1, 2))
-        return total / pairs.sum((1, 2)).clamp(min=1)
-
-    return loss
+    pairs = ((liked & real)[:, :, None] & (~liked & real)[:, None, :]).float()
+    difference = scores[:, :, None] - scores[:, None, :]
+    total = (functional.softplus(-sharpness * difference) * pairs).sum((1, 2))
+    return total / pairs.sum((1, 2)).clamp(min=1)

@@ -106,6 +106,7 @@ class CatalogPrompts:
     """Every item's prompt as token ids, and what all prompts share.
 
     Args:
+        texts: Prompt per item.
         tokens: Token ids per item.
         prefix: How many leading tokens all prompts have in common.
         suffix: How many trailing tokens all prompts have in common, beyond the prefix.
@@ -114,6 +115,7 @@ class CatalogPrompts:
         answer_texts: The two texts an encoder compares items with.
     """
 
+    texts: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
     prefix: int
     suffix: int
@@ -125,6 +127,14 @@ class CatalogPrompts:
     def digest(self) -> str:
         """Names the prompts by their content."""
         return content_hash([self.tokens, self.answers, self.answer_texts])
+
+
+def content_free(catalog: Catalog) -> Catalog:
+    """Returns a catalog of one item of which nothing is known: every field says ``N/A``.
+
+    Source: Zhao et al. 2021, "Calibrate Before Use", section 5.
+    """
+    return Catalog(("N/A",), dict.fromkeys(catalog.fields, ("N/A",)))
 
 
 def tokenize_catalog(backbone: Backbone, template: PromptTemplate, catalog: Catalog) -> CatalogPrompts:
@@ -149,10 +159,11 @@ def tokenize_catalog(backbone: Backbone, template: PromptTemplate, catalog: Cata
             backbone.answer_token(texts[0], template.negative),
         )
     shortest = min(map(len, tokens))
-    prefix = min(_common_start(tokens), shortest - 1)
-    suffix = min(_common_start([ids[::-1] for ids in tokens]), shortest - prefix)
+    prefix = min(common_start(tokens), shortest - 1)
+    suffix = min(common_start([ids[::-1] for ids in tokens]), shortest - prefix)
     yes_text, no_text = backbone.tokenize([template.positive, template.negative])
     return CatalogPrompts(
+        texts=tuple(texts),
         tokens=tokens,
         prefix=prefix,
         suffix=suffix,
@@ -162,7 +173,8 @@ def tokenize_catalog(backbone: Backbone, template: PromptTemplate, catalog: Cata
     )
 
 
-def _common_start(sequences: Sequence[tuple[int, ...]]) -> int:
+def common_start(sequences: Sequence[tuple[int, ...]]) -> int:
+    """Returns how many leading numbers all sequences have in common."""
     # The least and the greatest sequence differ wherever any two do.
     least, greatest = min(sequences), max(sequences)
     differ = (place for place, (a, b) in enumerate(zip(least, greatest, strict=False)) if a != b)

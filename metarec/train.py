@@ -75,6 +75,7 @@ def train(
     checkpoint: Path,
     identity: Mapping[str, Any],
     resume: bool,
+    description: str = "meta-training",
 ) -> Trained:
     """Runs the outer loop with AdamW, warm-up and cosine decay, clipping and early stopping.
 
@@ -88,6 +89,7 @@ def train(
         checkpoint: Directory of the checkpoint.
         identity: What the run is a function of; a checkpoint of another run is refused.
         resume: Goes on from the checkpoint if there is one.
+        description: What the progress bar says is being done.
 
     Raises:
         ArtifactError: The checkpoint is damaged or of another run.
@@ -115,7 +117,7 @@ def train(
             best = {name: tensor.clone() for name, tensor in tensors.items()}
         save()
 
-    with _deferred_interrupt() as interrupted, progress("meta-training", config.steps) as advance:
+    with _deferred_interrupt() as interrupted, progress(description, config.steps) as advance:
         if not at.history:
             check()
         while at.step < config.steps and not _stale(at, config):

@@ -59,12 +59,6 @@ def expected_rating(
     mask = backbone.tokenizer.mask_token if backbone.kind == "masked" else ""
     prompt = template.render(catalog, 0, backbone.special_tokens, mask)
     tokens = [backbone.answer_token(prompt, word) for word in words]
-    head = backbone.model.get_output_embeddings()
-    precise = torch.promote_types(head.weight.dtype, torch.float32)
-    logits = reader.states.to(precise) @ head.weight.detach()[tokens].to(precise).T
-    if getattr(head, "bias", None) is not None:
-        logits = logits + head.bias.detach()[tokens].to(precise)
+    logits = backbone.word_logits(reader.states, tokens)
     ratings = np.linspace(max(1.0, scale.low), scale.high, len(words))
-    return ExpectedRating(
-        (logits.softmax(-1) @ torch.tensor(ratings, dtype=precise, device=logits.device)).float().cpu()
-    )
+    return ExpectedRating((logits.softmax(-1) @ logits.new_tensor(ratings)).float().cpu())
