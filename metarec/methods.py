@@ -6,6 +6,7 @@ statistics or files, but for where a long training keeps its checkpoint.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from metarec.backbone import Backbone, load_backbone
 from metarec.config import MetaConfig, RunConfig, override, validated
 from metarec.episodes import Episode
 from metarec.interactions import Codes, Interactions
@@ -22,10 +24,20 @@ from metarec.reader import Reader
 from metarec.recommender import BASELINE, MetaRecommender
 from metarec.scorer import Request, Scorer
 from metarec.scorers.features import item_features, text_vectors
+from metarec.scorers.finetuned import (
+    FineTuned,
+    Recipe,
+    Trainable,
+    fine_tune,
+    load_finetuned,
+    save_finetuned,
+    then_per_user_lora,
+)
 from metarec.scorers.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn
 from metarec.scorers.gp import fit_gp
+from metarec.scorers.history import History, InContext, Listwise
 from metarec.scorers.networks import Form, Network, fit_network
-from metarec.scorers.prompted import ZeroShot
+from metarec.scorers.prompted import ZeroShot, calibrated_zero_shot
 from metarec.scorers.residuals import Floats
 from metarec.scorers.text import fit_text_logistic, fit_text_ridge, fit_two_tower
 from metarec.scorers.trivial import Constant, ItemMean, Popularity, Random
@@ -110,6 +122,15 @@ class Setting:
         return MetaRecommender.from_pretrained(config.backbone, config).prepare(self.task_data)
 
     @cached_property
+    def backbone(self) -> Backbone:
+        """The default language model, frozen."""
+        return load_backbone(RunConfig().backbone)
+
+    def history(self, limit: int) -> History:
+        """Returns how a user's ratings are told in a prompt, so many at most."""
+        return History(self.data.task.template, self.interactions.catalog, self.threshold, limit, self.seed)
+
+    @cached_property
     def validation(self) -> Sequence[Episode]:
         """Episodes of the validation users, for early stopping."""
         return self.data.episodes("validation")[0]
@@ -189,10 +210,54 @@ def _llm_two_tower(setting: Setting) -> Sequence[Row]:
     return [Row(fit_two_tower(states, threshold=setting.threshold, name="two-tower cosine, LLM"))]
 
 
+def _prompted(scorer: ZeroShot | InContext | Listwise | FineTuned, *, log_odds: bool = False) -> Row:
+    parameters = scorer.parameters if isinstance(scorer, FineTuned) else 0
+    return Row(scorer, parameters, scorer.tokens_read, scorer.prompt_text, log_odds)
+
+
 def _zero_shot(setting: Setting) -> Sequence[Row]:
-    untrained = setting.untrained
-    reader = untrained.fitted.reader
-    return [Row(ZeroShot(reader), 0, _tokens_read(reader), _item_prompt(untrained), log_odds=True)]
+    fitted = setting.untrained.fitted
+    calibrated = calibrated_zero_shot(fitted.reader, fitted.task.template, fitted.catalog)
+    return [_prompted(scorer, log_odds=True) for scorer in (ZeroShot(fitted.reader), calibrated)]
+
+
+def _in_context(setting: Setting, *, limit: int) -> Sequence[Row]:
+    backbone, history = setting.backbone, setting.history(limit)
+    calibrated = InContext(backbone, history, calibrated=True, name="in-context, calibrated")
+    return [_prompted(scorer, log_odds=True) for scorer in (InContext(backbone, history), calibrated)]
+
+
+def _listwise(setting: Setting, *, limit: int, rounds: int) -> Sequence[Row]:
+    return [_prompted(Listwise(setting.backbone, setting.history(limit), rounds=rounds))]
+
+
+def _fine_tuned(setting: Setting, *, trainable: Trainable) -> Sequence[Row]:
+    """One model for all users; the whole model also with every user's own LoRA on top."""
+    data, task, path = setting.interactions, setting.data.task, setting.workspace / "model"
+    if path.exists():
+        tuned = load_finetuned(path, setting.backbone, task.template, data.catalog, setting.prior)
+    else:
+        tuned = fine_tune(
+            setting.backbone,
+            task.template,
+            data,
+            setting.users,
+            setting.prior,
+            validation=setting.validation,
+            threshold=setting.threshold,
+            recipe=Recipe(trainable, seed=setting.seed),
+            seed=setting.seed,
+            checkpoint=setting.workspace / "checkpoint",
+            resume=True,
+        )
+        save_finetuned(path, tuned)
+        # Four copies of a whole model are worth keeping only as long as they can be resumed from.
+        shutil.rmtree(setting.workspace / "checkpoint")
+    rows = [_prompted(tuned)]
+    if trainable == "all" and setting.train_users is None:
+        adapted = then_per_user_lora(tuned, seed=setting.seed)
+        rows += [Row(adapted, tuned.parameters, _tokens_read(adapted.reader))]
+    return rows
 
 
 def _per_user_lora(setting: Setting, *, inner_lr: float, steps: int) -> Sequence[Row]:
@@ -233,14 +298,17 @@ def _metarec(setting: Setting, *, name: str = "metarec", **settings: Any) -> Seq
         rows += [row(0, "metarec, no adaptation")]
         taste = recommender.fitted.taste
         rows += [Row(replace(taste, name="metarec, no LLM"), taste.weights.size)]
-        steps = recommender.config.meta.inner_steps
-        rows += [row(step, f"metarec, step {step}", step) for step in range(steps + 1)]
+        # The steps in between are a picture, not a row: one split is enough for it.
+        between = range(1, recommender.config.meta.inner_steps) if setting.seed == 0 else ()
+        rows += [row(step, f"metarec, step {step}", step) for step in between]
     return rows
 
 
 def _tokens_read(reader: Reader) -> Callable[[Request], int]:
-    lengths = np.array([len(ids) for ids in reader.prompts.tokens])
-    return lambda request: int(lengths[request.support.items].sum() + lengths[request.candidates].sum())
+    """What all prompts share counts once, as it is read once."""
+    shared = reader.prompts.prefix
+    own = np.array([len(ids) - shared for ids in reader.prompts.tokens])
+    return lambda request: shared + int(own[request.support.items].sum() + own[request.candidates].sum())
 
 
 def _item_prompt(recommender: MetaRecommender) -> Callable[[Request, int], str]:
@@ -300,7 +368,22 @@ METHODS: dict[str, Method] = {
         _plain(lambda s: fit_two_tower(s.vectors, threshold=s.threshold)), "fold-in", "retrieval by MiniLM vectors"
     ),
     "two-tower cosine, LLM": Method(_llm_two_tower, "fold-in", "retrieval by the language model's own states"),
-    "zero-shot prompt": Method(_zero_shot, "prompt", "the frozen model's answer, whoever asks"),
+    "zero-shot prompt": Method(_zero_shot, "prompt", "the frozen model's answer, whoever asks; also calibrated"),
+    "in-context prompt": Method(
+        _in_context, "prompt", "the user's history in the prompt; also calibrated", {"limit": 8}
+    ),
+    "in-context, listwise": Method(
+        _listwise, "prompt", "history and a lettered list of candidates, shuffled", {"limit": 8, "rounds": 4}
+    ),
+    "joint LoRA": Method(
+        _fine_tuned, "fine-tuning", "one LoRA for all users, history in the prompt (TALLRec)", {"trainable": "lora"}
+    ),
+    "full fine-tuning": Method(
+        _fine_tuned,
+        "fine-tuning",
+        "every parameter of the model, history in the prompt; then a LoRA per user",
+        {"trainable": "all"},
+    ),
     "per-user LoRA": Method(
         _per_user_lora,
         "fine-tuning",

@@ -66,8 +66,8 @@ def _section(group: Pooled, reference: str) -> dict[str, Any]:
     ]
     if reference in methods:
         charts.append((f"Who gains and who loses: {reference}", _histogram(group, baseline, reference, shots)))
-    if any(method.step is not None for method in group.methods.values()):
-        charts.append(("Step by step: adaptation's trajectory", _trajectory(group, shots)))
+    if f"{reference}, no adaptation" in methods and any(method.step for method in group.methods.values()):
+        charts.append(("Step by step: adaptation's trajectory", _trajectory(group, reference, shots)))
     return {
         "task": group.task,
         "shots": shots,
@@ -145,13 +145,16 @@ def _histogram(group: Pooled, baseline: str, reference: str, shots: Sequence[int
     return figure
 
 
-def _trajectory(group: Pooled, shots: Sequence[int]) -> Figure:
+def _trajectory(group: Pooled, reference: str, shots: Sequence[int]) -> Figure:
     figure = _figure("inner steps", "AUC")
-    steps = sorted((method.step, name) for name, method in group.methods.items() if method.step is not None)
+    between = sorted((method.step, name) for name, method in group.methods.items() if method.step is not None)
+    steps = [(0, f"{reference}, no adaptation"), *between, (len(between) + 1, reference)]
+    # All points are of the users that the steps in between were measured on.
+    shown = group.report.values(between[0][1], shots[0]).index
     for count in shots:
         figure.add_scatter(
             x=[step for step, _ in steps],
-            y=[float(group.report.values(name, count).mean()) for _, name in steps],
+            y=[float(group.report.values(name, count).reindex(shown).mean()) for _, name in steps],
             name=f"K = {count}",
             mode="lines+markers",
         )

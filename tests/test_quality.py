@@ -289,7 +289,7 @@ def test_a_title_that_gives_orders_changes_no_other_items_score(model_dir: Calla
             catalog = Catalog(catalog.ids, {**catalog.fields, "title": tuple(titles)})
         quick = validated(RunConfig, SETTINGS | {"train": {"steps": 1, "users": 2, "shots": [5]}}, "test")
         recommender = MetaRecommender.from_pretrained(model_dir("llama"), quick)
-        fitted = recommender._prepare(replace(data, interactions=replace(data.interactions, catalog=catalog)))
+        fitted = recommender._prepare(replace(data, interactions=replace(data.interactions, catalog=catalog)))[0]
         # The prior is shrunk towards text, fitted over all items; what is asked here is what the model reads.
         recommender._fitted = replace(fitted, prior=fitted.prior.without_text())
         support = data.interactions.ratings(data.interactions.rows_of_user[0])

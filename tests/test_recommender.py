@@ -287,7 +287,7 @@ def test_items_read_once_at_the_initialization_give_the_same_first_step(
     changed = {name: {**SETTINGS[name], **section} for name, section in NEAR[kind].items()}
     config = validated(RunConfig, SETTINGS | {"taste": "gp"} | changed, "test")
     recommender = MetaRecommender.from_pretrained(model_dir("llama"), config)
-    fitted = recommender._prepare(known_task())
+    fitted = recommender._prepare(known_task())[0]
     generator = torch.Generator().manual_seed(0)
     # Training moves the initialization away from where an adapter changes nothing.
     init = {

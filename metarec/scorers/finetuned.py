@@ -39,6 +39,7 @@ from metarec.reader import default_placement, open_reader
 from metarec.scorer import Request
 from metarec.scorers.adapted import InnerLoop, MetaScorer
 from metarec.scorers.history import History, InContext, score_one_by_one
+from metarec.scorers.stacked import no_taste
 from metarec.train import train
 
 Trainable = Literal["lora", "all"]
@@ -469,7 +470,7 @@ def then_per_user_lora(
         replace(meta, init={**meta.init, PROMPT_WEIGHT: weight}),
         reader,
         tuned.prior,
-        None,
+        no_taste(tuned.prior),
         InnerLoop(steps, shrinkage, bias_strength=1.0, storage=torch.float16),
         history.threshold,
         name=name or f"{tuned.name}, then per-user LoRA",
