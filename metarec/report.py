@@ -5,7 +5,9 @@ Knows nothing of how the numbers were made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -77,6 +79,55 @@ def standings(pooled: Pooled) -> Table:
         result.add_row(last["method"], *texts, *costs)
     result.caption = "* differs after Holm's correction (signed ranks, 5%); hurt: users worse off than at K = 0"
     return result
+
+
+def markdown(pooled: Pooled, reference: str | None = None) -> str:
+    """Returns a benchmark's table in Markdown, best at the largest K first.
+
+    Args:
+        pooled: The cells of one task.
+        reference: The method whose name is set in bold.
+
+    Returns:
+        One line per method: AUC by K with the paired difference to the baseline and its 95% interval, the share of
+        users worse off than without ratings, calibration error, and costs at the largest K.
+    """
+    rows = pooled.rows()
+    shots = sorted({row["shots"] for row in rows})
+    versus = f"versus {pooled.report.baseline}"
+    by_method = {name: {row["shots"]: row for row in rows if row["method"] == name} for name in pooled.methods}
+    lines = [
+        f"| AUC (difference to {pooled.report.baseline}) | "
+        + " | ".join(f"K = {count}" for count in shots)
+        + " | users | hurt | ECE | fit s | s/user | B/user |",
+        "|---" * (len(shots) + 7) + "|",
+    ]
+    for cells in sorted((cells for cells in by_method.values() if cells), key=lambda cells: -cells[shots[-1]]["auc"]):
+        last = cells[shots[-1]]
+        texts = [_markdown_cell(cells[count], versus) for count in shots]
+        name = f"**{last['method']}**" if last["method"] == reference else last["method"]
+        costs = (
+            f"{last['episodes']} | {last['hurt']:.0%} | {_short(last['ece'], '.3f')} | {last['fit_seconds']:.0f}"
+            f" | {last['seconds_per_user']:.3f} | {last['bytes_per_user']:,}"
+        )
+        lines.append(f"| {name} | " + " | ".join(texts) + f" | {costs} |")
+    return "\n".join(lines)
+
+
+def _markdown_cell(row: Mapping[str, Any], versus: str) -> str:
+    text = _short(row["auc"], ".4f")
+    if versus in row:
+        one = row[versus]
+        star = "*" if one["p_holm"] < _SIGNIFICANT else ""
+        text += (
+            f" {_short(one['difference'], '+.4f')}{star} [{_short(one['low'], '+.4f')} {_short(one['high'], '+.4f')}]"
+        )
+    return text
+
+
+def _short(value: float, form: str) -> str:
+    """Formats a number without the zero before the point."""
+    return re.sub(r"0(?=[.])", "", format(value, form))
 
 
 def findings(report: Report, adapted: str, unadapted: str) -> list[str]:

@@ -168,7 +168,9 @@ def known(oracle: None, task: str, tmp_path: Path) -> Pooled:
 
 def test_a_row_says_what_is_known_by_hand(known: Pooled) -> None:
     rows = {(row["method"], row["shots"]): row for row in known.rows("metarec")}
-    assert {name for name, _ in rows} == {BASELINE, "metarec", "random"}, "points of a trajectory are no rows"
+    assert {name for name, _ in rows} == {BASELINE, "metarec", "metarec, no adaptation", "random"}, (
+        "points of a trajectory are no rows"
+    )
     best = rows["metarec", 10]
     assert best["auc"] == 1.0
     assert best["seeds"] == 3

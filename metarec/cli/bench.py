@@ -22,7 +22,7 @@ OutOption = Annotated[Path, typer.Option("--out", help="Folder of the cells; wha
 
 @app.command(
     epilog="Example: metarec bench --task movielens/user-cold --method trivial --method GP --seeds 3; "
-    "a whole table: metarec bench benchmarks/headline.yaml --jobs 2"
+    "a whole table: metarec bench benchmarks/plans/headline.yaml --jobs 2"
 )
 def bench(
     plan: Annotated[Path | None, typer.Argument(help="YAML file with tasks, methods and seeds.")] = None,
@@ -88,6 +88,7 @@ def report(
         Path | None, typer.Option(help="Write one self-contained page with tables and charts.", show_default=False)
     ] = None,
     results: Annotated[Path | None, typer.Option(help="Write the table as JSON.", show_default=False)] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Say what the cells of a benchmark say together; as a table, as JSON, as a page."""
@@ -103,6 +104,12 @@ def report(
 
         page = render(pooled, REFERENCE)
         replace_file(html, lambda target: target.write_text(page, encoding="utf-8"))
+    if markdown:
+        from metarec.report import markdown as written
+
+        for group in pooled:
+            typer.echo(f"{written(group, REFERENCE)}\n")
+        return
     _show(pooled, json, {})
 
 

@@ -319,11 +319,11 @@ def _examples(
 
 def _weights(pairs: Sequence[tuple[Floats, Floats]], members: int) -> Floats:
     """Learns how much every member counts, held near the first one alone; without examples that is what it is."""
+    start: Floats = np.eye(members)[0]
     if not pairs:
-        return np.eye(members)[0]
+        return start
     offset = np.concatenate([base for base, _ in pairs])
     told = np.concatenate([one for _, one in pairs])
-    start = np.eye(members)[0]
 
     def objective(weights: Floats) -> tuple[float, Floats]:
         margin = _SHARPNESS * (offset + told @ weights)
