@@ -11,6 +11,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +241,7 @@ def test_every_acknowledged_rating_survives_kills_exactly_once(checkpoint: Path,
     assert found["seconds_to_stop"] < 10
 
 
-def start(checkpoint: Path, store: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
+def start(checkpoint: Path, store: Path | str, *options: str) -> tuple[subprocess.Popen[str], str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -253,9 +254,10 @@ def start(checkpoint: Path, store: Path, *options: str) -> tuple[subprocess.Pope
     return process, f"http://127.0.0.1:{port}"
 
 
-def ask(url: str, body: Any = None) -> Any:
+def ask(url: str, body: Any = None, *, method: str | None = None, headers: dict[str, str] | None = None) -> Any:
     content = None if body is None else json.dumps(body).encode()
-    asked = urllib.request.Request(url, content, {"Content-Type": "application/json"})
+    facts = {"Content-Type": "application/json", **(headers or {})}
+    asked = urllib.request.Request(url, content, facts, method=method)
     with urllib.request.urlopen(asked, timeout=30) as answer:
         return json.loads(answer.read())
 
@@ -275,6 +277,41 @@ def test_a_terminated_server_has_everything_it_accepted_and_logs_nobody(checkpoi
     profile = store.profile("secret-user")
     assert profile is not None
     assert store.newest(profile.key, store.records(profile.key)[0].recommender)[0].version == 5  # type: ignore[union-attr]
+
+
+def test_two_servers_over_postgresql_serve_the_same_users(checkpoint: Path, postgres: str, tmp_path: Path) -> None:
+    """What one is told the other knows at once, exports and erases."""
+    options = ("--adapters", str(tmp_path / "adapters"), "--threads", "1")
+    with ThreadPoolExecutor() as starting:
+        servers = list(starting.map(lambda _: start(checkpoint, postgres, *options), range(2)))
+    try:
+        one, two = (url for _, url in servers)
+        key = {"Idempotency-Key": "first"}
+        for user, said in (("ann", LOVES_DRAMA), ("bob", LOVES_HORROR)):
+            ratings = [{"item": item, "rating": rating} for item, rating in said]
+            told = ask(f"{one}/v1/users/{user}/feedback", {"ratings": ratings}, headers=key)
+            assert told["adapter"] == {"version": 5, "ratings": 5, "diverged": False, "stale": False}
+            # The other server's answer to the same request is the first one's.
+            assert ask(f"{two}/v1/users/{user}/feedback", {"ratings": ratings}, headers=key)["replayed"]
+        ranked = [ask(f"{url}/v1/users/ann/recommendations?k=5") for url in (one, two)]
+        assert ranked[0] == ranked[1]
+        assert ranked[0]["items"] != ask(f"{two}/v1/users/bob/recommendations?k=5")["items"]
+        assert ask(f"{two}/v1/users/ann/feedback", {"item": "m9", "rating": 1.0})["adapter"]["version"] == 6
+        assert ask(f"{one}/v1/users/ann/recommendations")["adapter"]["version"] == 6
+        exported = [ask(f"{url}/v1/users/ann")["ratings"] for url in (one, two)]
+        assert exported[0] == exported[1]
+        assert [said["item"] for said in exported[0]] == [*(item for item, _ in LOVES_DRAMA), "m9"]
+        ask(f"{one}/v1/users/ann", method="DELETE")
+        for url in (one, two):
+            assert ask(f"{url}/v1/users/ann/recommendations")["adapter"]["version"] == 0
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                ask(f"{url}/v1/users/ann")
+        assert ask(f"{two}/v1/users/bob/recommendations")["adapter"]["version"] == 5
+    finally:
+        for process, _ in servers:
+            process.terminate()
+        logs = [process.communicate(timeout=20)[0] for process, _ in servers]
+    assert not any(user in log for log in logs for user in ("ann", "bob"))
 
 
 def test_schemathesis_finds_no_5xx(checkpoint: Path, tmp_path: Path) -> None:

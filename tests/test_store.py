@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,45 +34,6 @@ def writer(content: bytes = b"weights") -> Callable[[Path], None]:
             (directory / "adapter_config.json").write_text("{}\n")
 
     return write
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[str]:
-    """A real PostgreSQL server of our own, on a socket in a temporary directory."""
-    found = shutil.which("initdb") or next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
-    if found is None:
-        pytest.skip("PostgreSQL is not installed: no initdb")
-    pytest.importorskip("psycopg", reason="psycopg is not installed")
-    binaries = Path(found).resolve().parent
-    as_user = {}
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-        import pwd
-
-        try:
-            as_user = {"user": pwd.getpwnam("postgres").pw_uid}
-        except KeyError:
-            pytest.skip("running as root, and there is no user 'postgres' to run the server as")
-    root = Path(tempfile.mkdtemp(dir="/tmp", prefix="pg"))
-    root.chmod(0o777)
-    try:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": "/", **as_user}
-        subprocess.run(
-            [binaries / "initdb", "-D", root / "data", "-A", "trust", "-U", "metarec", "--no-sync"], check=True, **quiet
-        )
-        command = [binaries / "postgres", "-D", root / "data", "-k", root, "-c", "listen_addresses="]
-        server = subprocess.Popen(command, **quiet)
-        try:
-            url = f"postgresql://metarec@/postgres?host={root}"
-            deadline = time.monotonic() + 30
-            while subprocess.run([binaries / "pg_isready", "-h", root], check=False, **quiet).returncode:
-                assert time.monotonic() < deadline, "PostgreSQL did not start"
-                time.sleep(0.05)
-            yield url
-        finally:
-            server.send_signal(signal.SIGINT)
-            server.wait(30)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

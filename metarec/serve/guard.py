@@ -35,12 +35,13 @@ _MAKE_KEYS = "Run: metarec api-key FILE --name NAME"
 _FACTS = ("method", "route", "status", "ms", "request", "key", "failure", "count")
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
+    # Where nothing at all is sent, a form without scripts says `Origin: null`, as another site's would.
+    (b"referrer-policy", b"same-origin"),
     (b"cache-control", b"no-store"),
     (
         b"content-security-policy",
         b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        b"img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+        b"img-src 'self' data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     ),
 )
 
