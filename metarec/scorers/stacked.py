@@ -1,7 +1,8 @@
 """Several methods' opinions as one: a weighted sum, its weights learned on users whom none of the methods has seen.
 
-A Gaussian process over few factors and one over many, nearest neighbours and a ridge regression on text err in
-different ways. What each adds to the item prior enters with a weight that depends on how many ratings there are.
+A Gaussian process over many factors, one over hardly any and a ridge regression on text err in different ways. What
+each adds to the item prior enters with a weight that depends on how many ratings there are. None keeps anybody's
+ratings.
 Cross-fitting gives every meta-training user what they would get as a new one: for the weights, and for the outer loop.
 Knows nothing of language models; text is vectors.
 """
@@ -13,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from metarec.episodes import evaluation_episodes
@@ -21,18 +21,17 @@ from metarec.interactions import Codes, Flags, Interactions, Ratings, Values
 from metarec.priors import ItemPrior, fit_item_mean, smooth_by_text
 from metarec.progress import progress
 from metarec.scorer import Request
-from metarec.scorers.foldin import ItemKNN, UserKNN, fit_item_knn, fit_user_knn
 from metarec.scorers.gp import GaussianProcess, fit_gp
 from metarec.scorers.residuals import Floats, score_each
 from metarec.scorers.text import TextRidge, fit_text_ridge
 
-Member = GaussianProcess | ItemKNN | UserKNN | TextRidge
+Member = GaussianProcess | TextRidge
 
 _SHOTS = (0, 5, 10, 20)
 _MAX_QUERY, _MIN_QUERY = 50, 5
-# Pairs per user and the strength that holds weights where they start: the fits are noisy, few weights are learned.
 _PAIRS = 40
-_STRENGTH = 1e-3
+# How many users the belief counts for that the first member alone is right: few users cannot move the weights far.
+_STRENGTH = 0.5
 _SHARPNESS = 2.0
 
 
@@ -120,19 +119,8 @@ def _extended(member: Member, prior: ItemPrior) -> Member:
     """Gives a method items that nobody rated: it adds nothing to their prior."""
     if isinstance(member, GaussianProcess):
         return member.extended(prior.values(np.arange(len(member.mean), len(prior.count))))
-    items = len(prior.count)
-    if isinstance(member, TextRidge):
-        silent = np.zeros((items - len(member.vectors), member.vectors.shape[1]))
-        return replace(member, prior=prior, vectors=np.concatenate([member.vectors, silent]))
-    known = member.ratings
-    if isinstance(member, ItemKNN):
-        ends = np.concatenate([known.indptr, np.full(items - known.shape[0], known.indptr[-1])])
-        return replace(
-            member, prior=prior, ratings=csr_array((known.data, known.indices, ends), (items, known.shape[1]))
-        )
-    return replace(
-        member, prior=prior, ratings=csr_array((known.data, known.indices, known.indptr), (known.shape[0], items))
-    )
+    silent = np.zeros((len(prior.count) - len(member.vectors), member.vectors.shape[1]))
+    return replace(member, prior=prior, vectors=np.concatenate([member.vectors, silent]))
 
 
 def no_taste(prior: ItemPrior) -> Stacked:
@@ -167,8 +155,6 @@ def fit_all(
     return (
         fit_gp(interactions, users, features.blocks, factors=32, seed=seed),
         fit_gp(interactions, users, features.blocks, factors=1, sweeps=4, seed=seed),
-        fit_item_knn(interactions, users, prior),
-        fit_user_knn(interactions, users, prior),
         fit_text_ridge(prior, features.text),
     )
 
@@ -322,13 +308,14 @@ def _weights(pairs: Sequence[tuple[Floats, Floats]], members: int) -> Floats:
     start: Floats = np.eye(members)[0]
     if not pairs:
         return start
+    strength = _STRENGTH / len(pairs)
     offset = np.concatenate([base for base, _ in pairs])
     told = np.concatenate([one for _, one in pairs])
 
     def objective(weights: Floats) -> tuple[float, Floats]:
         margin = _SHARPNESS * (offset + told @ weights)
-        loss = np.logaddexp(0, -margin).mean() + _STRENGTH * ((weights - start) ** 2).sum()
-        slope = -_SHARPNESS * (told / (1 + np.exp(margin))[:, None]).mean(0) + 2 * _STRENGTH * (weights - start)
+        loss = np.logaddexp(0, -margin).mean() + strength * ((weights - start) ** 2).sum()
+        slope = -_SHARPNESS * (told / (1 + np.exp(margin))[:, None]).mean(0) + 2 * strength * (weights - start)
         return float(loss), slope
 
     found: Floats = np.asarray(minimize(objective, start, jac=True, method="L-BFGS-B").x, np.float64)
