@@ -29,13 +29,13 @@ from metarec.task import load_task, load_task_data
 RESULT = Path(__file__).parent / "results" / "tuning.json"
 TASK = "movielens/user-cold"
 GRIDS: dict[str, Mapping[str, tuple[Any, ...]]] = {
-    "text ridge, no prior": {"penalty": (0.3, 1.0, 3.0), "bias_strength": (0.0, 2.0)},
+    "text ridge, no prior": {"penalty": (0.1, 0.3, 1.0), "bias_strength": (0.0, 2.0)},
     "text logistic, no prior": {"penalty": (0.03, 0.3, 3.0)},
-    "user-kNN": {"neighbours": (50, 200), "shrinkage": (5.0, 20.0), "strength": (0.3, 1.0, 3.0)},
-    "item-kNN": {"shrinkage": (10.0, 30.0, 100.0), "strength": (0.1, 0.3, 1.0)},
-    "EASE": {"penalty": (100.0, 300.0, 1000.0), "min_ratings": (5, 10)},
+    "user-kNN": {"neighbours": (50, 200, 800), "shrinkage": (20.0, 60.0), "strength": (1.0, 3.0, 10.0)},
+    "item-kNN": {"shrinkage": (30.0, 100.0, 300.0), "strength": (0.3, 1.0, 3.0)},
+    "EASE": {"penalty": (30.0, 100.0, 300.0), "min_ratings": (5, 10, 20)},
     "ALS": {"factors": (8, 16), "item_penalty": (10.0, 30.0), "user_penalty": (1.0, 3.0, 10.0)},
-    "text logistic": {"penalty": (0.1, 0.3, 1.0, 3.0)},
+    "text logistic": {"penalty": (1.0, 3.0, 10.0, 30.0)},
     "text ridge": {"penalty": (1.0, 3.0, 10.0), "bias_strength": (0.0, 2.0)},
     "MeLU": {"lr": (1e-3, 3e-3), "inner_lr": (0.03, 0.1)},
     "neural process": {"lr": (1e-3, 3e-3), "weight_decay": (0.1, 1.0)},

@@ -156,6 +156,7 @@ BANDS = {
     "expected rating, prompt": (0.35, 0.65),
     "metarec, before adaptation": (0.35, 0.65),
     "metarec, adapted": (0.80, 1.0),
+    "stacked": (0.90, 1.0),
     "metarec, adapted, with stack": (0.90, 1.0),
     "metarec, ridge head": (0.75, 1.0),
 }
@@ -208,7 +209,7 @@ def reader_of(scorer: Scorer) -> Reader | None:
 
 
 def test_the_suite_covers_the_default_table(known: Given) -> None:
-    assert {scorer.name for scorer in known.recommender("gp").scorers()} <= set(FITS)
+    assert {scorer.name for scorer in known.recommender("stack").scorers()} <= set(FITS)
     assert set(BANDS) == set(FITS)
 
 
