@@ -226,21 +226,25 @@ def tangent(reader: Reader, meta: MetaState, items: Codes) -> Tangent:
     """
     adapter = {name: value.detach() for name, value in meta.init.items() if not name.startswith("score.")}
     start = {name: value for name, value in adapter.items() if name in meta.log_rate}
-    values, slopes = [], []
+    numbers = sum(value.numel() for value in start.values())
+    values = torch.empty(len(items), device=reader.backbone.device)
+    slopes = values.new_empty(len(items), numbers)
     with progress("reading items at the start", len(items), after=2.0) as advance:
-        for block in torch.from_numpy(items).split(_TANGENT_ITEMS):
+        for begin in range(0, len(items), _TANGENT_ITEMS):
+            block = torch.from_numpy(items[begin : begin + _TANGENT_ITEMS])
+            rows = slice(begin, begin + len(block))
             # One item per user: the gradient of the sum then holds each item's own.
             leaves = {name: value.clone().requires_grad_() for name, value in expand_users(start, len(block)).items()}
             with torch.enable_grad():
                 state = {**expand_users(adapter, len(block)), **leaves}
                 read = reader.log_odds(reader.gather(block[:, None]), state)[:, 0]
                 gradients = torch.autograd.grad(read.sum(), list(leaves.values()))
-            values.append(read.detach())
-            slopes.append(torch.cat([gradient.flatten(1) for gradient in gradients], 1))
-            advance(sum(map(len, values)))
+            values[rows] = read.detach()
+            torch.cat([gradient.flatten(1) for gradient in gradients], 1, out=slopes[rows])
+            advance(rows.stop)
     place = torch.full((len(reader.prompts.tokens),), -1)
     place[torch.from_numpy(items)] = torch.arange(len(items))
-    return Tangent(start, place, torch.cat(values), torch.cat(slopes))
+    return Tangent(start, place, values, slopes)
 
 
 def head_solver(batch: Batch, reader: Reader, head: Head, *, bias_strength: float) -> Solve:
