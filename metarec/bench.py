@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
 import re
 import shutil
 import time
@@ -18,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from metarec.artifacts import (
     verify_dir,
 )
 from metarec.config import Section, read_yaml, validated
+from metarec.doctor import environment
 from metarec.errors import ArtifactError, ConfigError, EvaluationError, suggest
 from metarec.evaluate import evaluate, request
 from metarec.methods import METHODS, Row, Setting
@@ -269,8 +268,7 @@ def _measure(cell: Cell, out: Path, fresh: bool) -> None:
         "fit_seconds": fit_seconds,
         "left_out": dict(report.left_out),
         "hashes": data.hashes,
-        "metarec": version("metarec"),
-        "processor": platform.processor() or platform.machine(),
+        **environment(),
         "rows": [
             {
                 "method": row.scorer.name,

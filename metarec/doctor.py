@@ -8,7 +8,7 @@ import platform
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import Any, Literal
 
 from metarec.artifacts import cache_dir
 
@@ -65,3 +65,13 @@ def _package(name: str, *, needed: bool, cure: str) -> Finding:
         return Finding(name, "ok", version(name))
     except PackageNotFoundError:
         return Finding(name, "missing" if needed else "optional", "no", cure)
+
+
+def environment() -> dict[str, Any]:
+    """Returns what a measurement depends on beside its settings: versions, and the machine's kind and threads."""
+    import torch
+
+    return {
+        "versions": {name: version(name) for name in ("metarec", "torch", "transformers", "numpy")},
+        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+    }

@@ -59,12 +59,14 @@ class Pooled:
         train_users: How many meta-training users there were at most; None for all.
         report: The users of all seeds, each called ``seed/user``.
         methods: By name, in the order they were measured in.
+        made: What the figures are a function of: the task's digest, versions, hardware, and the data by seed.
     """
 
     task: str
     train_users: int | None
     report: Report
     methods: Mapping[str, Method]
+    made: Mapping[str, Any]
 
     def rows(self, reference: str | None = None) -> list[dict[str, Any]]:
         """Summarizes method by method, K by K, as plain JSON values.
@@ -222,7 +224,7 @@ def _per_user(path: Path) -> pd.DataFrame:
     """Returns the AUC of every task, method, K and user of a run or a benchmark, with whose episode it is."""
     if (path / "per_user.parquet").exists():
         table = pd.read_parquet(path / "per_user.parquet")
-        task = load_json(path / "table.json")["task"] if (path / "table.json").exists() else path.name
+        task = load_json(path / "table.json")["task"]["name"] if (path / "table.json").exists() else path.name
         table = table.assign(task=task, person=table["user"])
     else:
         parts = [
@@ -259,7 +261,14 @@ def _pool(
         hashes={},
         people=people,
     )
-    return Pooled(task, train_users, report, _methods([facts for facts, _ in group]))
+    cells = [facts for facts, _ in group]
+    made = {
+        "task_digest": sorted({facts["identity"]["task_digest"] for facts in cells}),
+        "versions": cells[-1]["versions"],
+        "hardware": cells[-1]["hardware"],
+        "hashes_by_seed": {str(facts["identity"]["seed"]): facts["hashes"] for facts in cells},
+    }
+    return Pooled(task, train_users, report, _methods(cells), made)
 
 
 def _left_out(cells: Sequence[Mapping[str, Any]]) -> dict[str, int]:

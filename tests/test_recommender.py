@@ -264,7 +264,8 @@ def test_other_backbones_learn_the_same_task(family: str, model_dir: Callable[[s
     prompt = {"text": template.text, "positive": template.positive, "negative": template.negative}
     data = known_task()
     data = replace(data, task=validated(Task, TASK | {"prompt": prompt}, "test"))
-    config = validated(RunConfig, SETTINGS, "test")
+    longer = SETTINGS | {"train": SETTINGS["train"] | {"steps": 80}}  # type: ignore[operator]
+    config = validated(RunConfig, longer, "test")
     report = MetaRecommender.from_pretrained(model_dir(family), config).fit(data).evaluate(data)
     gain, (low, _) = report.difference("metarec, adapted", 10, "metarec, before adaptation", 10)
     assert low > 0, gain

@@ -148,6 +148,7 @@ def summary(pooled: list[Pooled]) -> dict[str, Any]:
                 "task": group.task,
                 "train_users": group.train_users,
                 "left_out": dict(group.report.left_out),
+                **group.made,
                 "rows": group.rows(REFERENCE),
             }
             for group in pooled

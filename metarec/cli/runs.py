@@ -269,22 +269,15 @@ def _evaluate(recommender: MetaRecommender, run: Path, json: bool, quiet: bool =
 
 def provenance(recommender: MetaRecommender) -> dict[str, Any]:
     """Returns what a result is a function of: task, settings, weights, versions, hardware."""
-    import platform
-    from importlib.metadata import version
-
-    import torch
+    from metarec.doctor import environment
 
     task = recommender.fitted.task
     return {
         "task": {"name": task.name, "version": task.version, "digest": task.digest},
         "config": recommender.config.model_dump(mode="json"),
         "backbone_fingerprint": recommender.backbone.fingerprint,
-        "versions": {name: version(name) for name in ("metarec", "torch", "transformers", "numpy")},
-        "hardware": {
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "device": recommender.config.device,
-        },
+        "device": recommender.config.device,
+        **environment(),
     }
 
 

@@ -61,7 +61,7 @@ def fit_als(
     *,
     factors: int = 16,
     item_penalty: float = 10.0,
-    user_penalty: float = 2.0,
+    user_penalty: float = 3.0,
     bias_strength: float = 2.0,
     sweeps: int = 8,
     seed: int = 0,

@@ -73,7 +73,7 @@ class TextRidge:
 
 
 def fit_text_ridge(
-    prior: ItemPrior, vectors: Floats, *, offset: bool = True, penalty: float = 4.0, bias_strength: float = 2.0
+    prior: ItemPrior, vectors: Floats, *, offset: bool = True, penalty: float = 3.0, bias_strength: float = 2.0
 ) -> TextRidge:
     """Prepares a ridge regression per user.
 
