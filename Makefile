@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help setup quickstart learn2learn bench-speed bench-loading lint test clean
+.PHONY: help setup quickstart learn2learn bench bench-speed bench-loading lint test clean
 
 help:  ## say what there is
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/'
@@ -26,6 +26,11 @@ quickstart: setup  ## meta-train, evaluate and adapt to a new user, on real rati
 learn2learn: setup  ## the library that tests compare with; its own set-up fails on current Pythons
 	$(PIP) Cython setuptools wheel
 	CYTHON_FORCE_REGEN=1 $(PIP) --no-deps --no-build-isolation --config-settings=--build-option=build_ext learn2learn==0.2.0
+
+bench: setup  ## the README's table: every method on the same users; an hour and a half, stopped and resumed at will
+	$(BIN)/metarec bench benchmarks/plans/headline.yaml --jobs 2 --out runs/headline
+	$(BIN)/metarec report runs/headline --results benchmarks/results/headline.json \
+		--html benchmarks/results/report.html
 
 bench-speed: learn2learn  ## a meta-step against learn2learn over a peft model; half an hour
 	$(BIN)/python benchmarks/speed.py

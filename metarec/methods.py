@@ -397,7 +397,10 @@ METHODS: dict[str, Method] = {
     ),
     "MeLU": Method(_plain(partial(_network, "melu"), _network_size), "meta", "decision layers adapted by MAML"),
     "neural process": Method(
-        _plain(partial(_network, "neural process"), _network_size), "meta", "the support is read in one pass"
+        _plain(partial(_network, "neural process"), _network_size),
+        "meta",
+        "the support is read in one pass",
+        {"weight_decay": 1.0},
     ),
     "metarec": Method(_metarec, "meta", "the default: item prior, stack and adapted language model"),
     "metarec, no stack": Method(

@@ -137,6 +137,29 @@ class Pooled:
         return {count: float(self.report.values(name, count).mean()) for count in shots}
 
 
+def crossing(first: Mapping[int, float], second: Mapping[int, float]) -> float | None:
+    """Says from how many ratings on one method is better than another.
+
+    Args:
+        first: Mean AUC by K.
+        second: Another method's, at the same K.
+
+    Returns:
+        The K from which on `first` stays at least as good, linear between measured ones; 0 where it always is, None
+        where it is not even at the largest.
+    """
+    shots = sorted(first)
+    ahead = [first[count] - second[count] for count in shots]
+    if ahead[-1] < 0:
+        return None
+    last_behind = max((place for place, gap in enumerate(ahead) if gap < 0), default=None)
+    if last_behind is None:
+        return float(shots[0])
+    low, high = shots[last_behind], shots[last_behind + 1]
+    gap, next_gap = ahead[last_behind], ahead[last_behind + 1]
+    return low + (high - low) * gap / (gap - next_gap)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Corrects p-values for how many there are, by Holm's step-down method (1979)."""
     if not p_values:

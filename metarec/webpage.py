@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from metarec.pooled import Pooled
+from metarec.pooled import Pooled, crossing
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -37,7 +37,7 @@ def render(pooled: Sequence[Pooled], reference: str) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     whole = [group for group in pooled if group.train_users is None]
     sections = [_section(group, reference) for group in whole]
-    sizes = _sizes(pooled)
+    sizes = _sizes(pooled, reference)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         sections=sections,
@@ -162,13 +162,13 @@ def _trajectory(group: Pooled, reference: str, shots: Sequence[int]) -> Figure:
     return figure
 
 
-def _sizes(pooled: Sequence[Pooled]) -> list[dict[str, Any]]:
+def _sizes(pooled: Sequence[Pooled], reference: str) -> list[dict[str, Any]]:
     """Returns, per task measured with limited meta-training, the comparison over its size and over K."""
     tasks = dict.fromkeys(group.task for group in pooled if group.train_users is not None)
-    return [_by_size(task, [group for group in pooled if group.task == task]) for task in tasks]
+    return [_by_size(task, [group for group in pooled if group.task == task], reference) for task in tasks]
 
 
-def _by_size(task: str, groups: Sequence[Pooled]) -> dict[str, Any]:
+def _by_size(task: str, groups: Sequence[Pooled], reference: str) -> dict[str, Any]:
     limited = sorted(
         (group for group in groups if group.train_users is not None), key=lambda group: group.train_users or 0
     )
@@ -196,6 +196,9 @@ def _by_size(task: str, groups: Sequence[Pooled]) -> dict[str, Any]:
             "auc": group.curve(name),
             "fit_seconds": group.methods[name].fit_seconds,
             "parameters": group.methods[name].parameters,
+            "crossing": None
+            if reference not in group.methods or name == reference
+            else crossing(group.curve(reference), group.curve(name)),
         }
         for name in names
         for group in limited

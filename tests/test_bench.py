@@ -21,7 +21,7 @@ from metarec.artifacts import load_json
 from metarec.errors import ArtifactError, ConfigError, EvaluationError
 from metarec.interactions import Ratings
 from metarec.methods import METHODS, Method, Row, Setting
-from metarec.pooled import Pooled, holm, read_cells
+from metarec.pooled import Pooled, crossing, holm, read_cells
 from metarec.recommender import BASELINE
 from metarec.scorers.trivial import ItemMean
 from metarec.webpage import render
@@ -202,6 +202,28 @@ def test_a_person_in_two_seeds_is_one_person(known: Pooled) -> None:
     assert naive[1] - naive[0] < 0.85 * (twice[1][1] - twice[1][0])
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ({0: 0.5, 10: 0.7}, {0: 0.6, 10: 0.6}, 5.0),
+        ({0: 0.6, 10: 0.7}, {0: 0.6, 10: 0.6}, 0.0),
+        ({0: 0.7, 10: 0.5}, {0: 0.6, 10: 0.6}, None),
+        ({0: 0.7, 5: 0.5, 10: 0.8}, {0: 0.6, 5: 0.6, 10: 0.7}, 7.5),
+    ],
+)
+def test_the_crossing_is_where_one_method_overtakes_the_other_for_good(
+    ours: dict[int, float], theirs: dict[int, float], expected: float | None
+) -> None:
+    assert crossing(ours, theirs) == pytest.approx(expected)
+
+
+def test_the_page_compares_sizes_of_meta_training(oracle: None, task: str, tmp_path: Path) -> None:
+    bench.run(plan(task, "metarec", seeds=1, train_users=[5, 20]), tmp_path)
+    page = render(read_cells(tmp_path, BASELINE), "metarec")
+    assert "Few-shot against fine-tuning" in page
+    assert re.search(r"<td>item mean</td><td>5</td>(<td>[^<]*</td>)+<td>K = \d", page)
+
+
 def test_holm_is_the_step_down_correction() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
@@ -273,3 +295,26 @@ def test_bench_report_and_compare_from_the_command_line(task: str, tmp_path: Pat
     assert {row["p_holm"] for row in same} == {1.0}
     assert metarec("bench", file, "--method", "random").status == 2
     assert metarec("report", tmp_path / "nothing").status == 2
+
+
+def test_two_evaluated_runs_are_compared_user_by_user(tmp_path: Path, metarec: Callable[..., Ran]) -> None:
+    for name, shift in (("a", 0.0), ("b", 0.1)):
+        (tmp_path / name).mkdir()
+        table = pd.DataFrame(
+            {
+                "method": "m",
+                "shots": 5,
+                "user": [f"u{code}" for code in range(8)],
+                "auc": np.linspace(0.5, 0.6, 8) + shift + 0.01 * np.arange(8) * shift,
+            }
+        )
+        table.to_parquet(tmp_path / name / "per_user.parquet")
+        (tmp_path / name / "table.json").write_text(json.dumps({"task": {"name": "t/x"}}))
+    (row,) = json.loads(metarec("compare", tmp_path / "a", tmp_path / "b", "--json").out)
+    assert row["task"] == "t/x"
+    assert row["episodes"] == 8
+    assert row["difference"] == pytest.approx(0.1035)
+    assert row["low"] > 0.1
+    assert row["p"] == pytest.approx(2 / 2**8)
+    other = metarec("compare", tmp_path / "a", tmp_path / "c")
+    assert other.status == 2
