@@ -346,7 +346,10 @@ METHODS: dict[str, Method] = {
         _plain(lambda s, **o: fit_text_ridge(s.prior, s.vectors, **o)), "fold-in", "ridge on text, prior as offset"
     ),
     "text ridge, no prior": Method(
-        _plain(lambda s, **o: fit_text_ridge(s.prior, s.vectors, offset=False, **o)), "fold-in", "ridge on text alone"
+        _plain(lambda s, **o: fit_text_ridge(s.prior, s.vectors, offset=False, **o)),
+        "fold-in",
+        "ridge on text alone",
+        {"penalty": 0.3},
     ),
     "text logistic": Method(
         _plain(
@@ -363,6 +366,7 @@ METHODS: dict[str, Method] = {
         ),
         "fold-in",
         "logistic regression on text alone",
+        {"penalty": 0.3},
     ),
     "two-tower cosine": Method(
         _plain(lambda s: fit_two_tower(s.vectors, threshold=s.threshold)), "fold-in", "retrieval by MiniLM vectors"

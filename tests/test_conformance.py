@@ -115,7 +115,9 @@ FITS: dict[str, Callable[[Given], Scorer]] = {
     "user-kNN": lambda given: fit_user_knn(given.data, TRAIN, given.prior),
     "text ridge": lambda given: fit_text_ridge(given.prior, VECTORS),
     "text ridge, no prior": lambda given: fit_text_ridge(given.prior, VECTORS, offset=False),
-    "text logistic": lambda given: fit_text_logistic(given.data, TRAIN, given.prior, VECTORS, threshold=THRESHOLD),
+    "text logistic": lambda given: fit_text_logistic(
+        given.data, TRAIN, given.prior, VECTORS, threshold=THRESHOLD, penalty=1.0
+    ),
     "text logistic, no prior": lambda given: fit_text_logistic(
         given.data, TRAIN, given.prior, VECTORS, threshold=THRESHOLD, offset=False
     ),

@@ -137,9 +137,9 @@ def fit_ease(
     users: Codes,
     prior: ItemPrior,
     *,
-    min_ratings: int = 5,
+    min_ratings: int = 10,
     max_items: int = 4000,
-    penalty: float = 100.0,
+    penalty: float = 30.0,
     bias_strength: float = 2.0,
 ) -> EASE:
     """Fits the item-item weights in closed form.
@@ -214,8 +214,8 @@ def fit_item_knn(
     users: Codes,
     prior: ItemPrior,
     *,
-    shrinkage: float = 20.0,
-    strength: float = 0.5,
+    shrinkage: float = 100.0,
+    strength: float = 1.0,
     bias_strength: float = 2.0,
 ) -> ItemKNN:
     """Keeps what item similarities are computed from; every rated item is a neighbour.
@@ -297,8 +297,8 @@ def fit_user_knn(
     users: Codes,
     prior: ItemPrior,
     *,
-    neighbours: int = 100,
-    shrinkage: float = 5.0,
+    neighbours: int = 800,
+    shrinkage: float = 60.0,
     strength: float = 1.0,
     bias_strength: float = 2.0,
 ) -> UserKNN:

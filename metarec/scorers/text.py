@@ -171,7 +171,7 @@ def fit_text_logistic(
     *,
     threshold: float,
     offset: bool = True,
-    penalty: float = 1.0,
+    penalty: float = 3.0,
 ) -> TextLogistic:
     """Prepares a logistic regression per user; with the prior as offset, fits how much the prior says.
 
