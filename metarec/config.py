@@ -70,7 +70,7 @@ class MetaConfig(Section):
 class TrainConfig(Section):
     """The outer loop."""
 
-    steps: int = Field(160, ge=1)
+    steps: int = Field(100, ge=1)
     users: int = Field(16, ge=1, description="users per outer step")
     shots: tuple[int, ...] = Field((5, 10, 20), min_length=1, description="support sizes to draw from")
     max_query: int = Field(20, ge=2)
@@ -78,11 +78,11 @@ class TrainConfig(Section):
     lr: float = Field(1e-3, gt=0)
     score_lr: float = Field(1e-2, gt=0, description="outer rate of the score's weights and of the inner rates")
     weight_decay: float = Field(0.01, ge=0)
-    warmup: int = Field(20, ge=0)
+    warmup: int = Field(10, ge=0)
     clip: float = Field(1.0, gt=0, description="largest norm of the meta-gradient")
     sharpness: float = Field(2.0, gt=0, description="factor on score differences in the outer loss")
     llm_weight: float = Field(1.0, description="weight of the log-odds at the start")
-    validate_every: int = Field(40, ge=1)
+    validate_every: int = Field(25, ge=1)
     patience: int = Field(4, ge=1, description="validations without a better one before stopping")
 
 

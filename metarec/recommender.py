@@ -57,10 +57,11 @@ from metarec.reader import Reader, default_placement, open_reader
 from metarec.scorer import Scorer
 from metarec.scorers.adapted import InnerLoop, MetaScorer
 from metarec.scorers.expected import expected_rating
-from metarec.scorers.features import item_features, read_text
+from metarec.scorers.features import item_features, state_vectors, text_vectors
 from metarec.scorers.prompted import ZeroShot
 from metarec.scorers.saved import read_scorer, write_scorer
 from metarec.scorers.stacked import CrossFitted, Features, Stacked, fit_stack
+from metarec.scorers.text import unit_vectors
 from metarec.scorers.trivial import ItemMean
 from metarec.task import Task, TaskData, load_task, load_task_data
 from metarec.train import Trained, train
@@ -238,11 +239,10 @@ class MetaRecommender:
 
     def _prepare(self, data: TaskData) -> tuple[Fitted, CrossFitted]:
         reader = _reader(self.backbone, self.config, data.task.template, data.interactions.catalog)
-        text = read_text(reader, data.interactions.catalog, self.config.encoder)
         prior, taste, unseen = fit_stack(
             data.interactions,
             data.parts["train"],
-            Features({"text": text, **item_features(data.interactions.catalog)}, text),
+            _features(reader, data.interactions.catalog, self.config.encoder),
             self.config.taste,
             threshold=data.task.like_threshold,
             hide=_HIDDEN if data.task.split.by in ("item", "both") else 0.0,
@@ -654,6 +654,14 @@ def _reader(backbone: Backbone, config: RunConfig, template: PromptTemplate, cat
         virtual_tokens=adapter.virtual_tokens,
     )
     return open_reader(backbone, prompts, placement, torch.bfloat16 if config.dtype == "mixed" else None)
+
+
+def _features(reader: Reader, catalog: Catalog, encoder: str | None) -> Features:
+    read = {"llm": state_vectors(reader)}
+    if encoder is not None:
+        read["text"] = text_vectors(catalog, encoder)
+    beside = np.concatenate([unit_vectors(vectors) for vectors in read.values()], 1)
+    return Features({**read, **item_features(catalog)}, beside)
 
 
 def _load(path: Path, place: Mapping[str, str]) -> MetaRecommender:

@@ -25,8 +25,7 @@ _TEXT = PromptTemplate(
     "good",
     "bad",
 )
-# Enough for regressions on text to lose nothing that they could find again on other items.
-_COMPONENTS = 256
+_COMPONENTS = 128
 _MIN_ITEMS = 5
 _TOKEN_FIELDS = ("genres", "authors")
 _YEAR = re.compile(r"-?\d{1,4}")
@@ -52,21 +51,10 @@ def text_vectors(catalog: Catalog, encoder: str = MINILM) -> Floats:
     return open_reader(backbone, prompts, placement).states.numpy().astype(np.float64)
 
 
-def read_text(reader: Reader, catalog: Catalog, encoder: str | None) -> Floats:
-    """Returns what the language model's states say of every item, beside a sentence encoder's vectors.
-
-    Args:
-        reader: The language model.
-        catalog: The items.
-        encoder: See `text_vectors`; None takes the states alone.
-
-    Returns:
-        Principal components of the unit vectors of both side by side, shape (items, features).
-    """
-    read = unit_vectors(StandardScaler().fit_transform(reader.states.cpu().numpy()).astype(np.float64))
-    if encoder is not None:
-        read = np.concatenate([read, unit_vectors(text_vectors(catalog, encoder))], 1)
-    components: Floats = PCA(min(_COMPONENTS, *read.shape), random_state=0).fit_transform(read)
+def state_vectors(reader: Reader) -> Floats:
+    """Returns principal components of what the frozen language model's states say of every item, (items, features)."""
+    unit = unit_vectors(StandardScaler().fit_transform(reader.states.cpu().numpy()).astype(np.float64))
+    components: Floats = PCA(min(_COMPONENTS, *unit.shape), random_state=0).fit_transform(unit)
     return components
 
 

@@ -29,6 +29,7 @@ Member = GaussianProcess | TextRidge
 
 _SHOTS = (0, 5, 10, 20)
 _MAX_QUERY, _MIN_QUERY = 50, 5
+_COMPONENTS = 32
 _PAIRS = 40
 # How many users the belief counts for that the first member alone is right: few users cannot move the weights far.
 _STRENGTH = 0.5
@@ -153,8 +154,8 @@ def fit_all(
 ) -> tuple[Member, ...]:
     """Fits all methods of the stack."""
     return (
-        fit_gp(interactions, users, features.blocks, factors=32, seed=seed),
-        fit_gp(interactions, users, features.blocks, factors=1, sweeps=4, seed=seed),
+        fit_gp(interactions, users, features.blocks, factors=32, components=_COMPONENTS, seed=seed),
+        fit_gp(interactions, users, features.blocks, factors=1, sweeps=4, components=_COMPONENTS, seed=seed),
         fit_text_ridge(prior, features.text),
     )
 
@@ -211,7 +212,7 @@ def fit_stack(
     *,
     threshold: float,
     hide: float = 0.0,
-    folds: int = 4,
+    folds: int = 3,
     seed: int = 0,
 ) -> tuple[ItemPrior, Stacked, CrossFitted]:
     """Fits the methods on all meta-training users and without each fold of them, and learns the weights.
