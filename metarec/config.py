@@ -97,7 +97,7 @@ class RunConfig(Section):
         "float32", description="of frozen weights; mixed: caches by float32 weights, the adapted blocks bfloat16"
     )
     prior: Literal["item mean", "none"] = Field(
-        "item mean", description="none: neither the score nor the Gaussian process knows any item's mean"
+        "item mean", description="none: neither the score nor what users of like taste say knows any item's mean"
     )
     taste: Literal["stack", "gp", "none"] = Field(
         "stack",

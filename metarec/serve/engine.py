@@ -452,7 +452,7 @@ class Engine:
         if len(codes) <= count or person.adapted.state is self.stranger.state:
             approximate = self._prior_scores
         else:
-            # The Gaussian process is cheap enough for everything; the language model's part is carried over.
+            # What users of like taste say is cheap enough for everything; the language model's part is carried over.
             taste = person.adapted.taste()
             moved = person.adapted.scores(self._anchors).numpy() - (self._prior_scores + taste)[self._anchors]
             features = np.column_stack([np.ones(len(self.catalog)), self._prior_scores, self.vectors])
