@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,8 +29,6 @@ from metarec.scorers.finetuned import (
     Recipe,
     Trainable,
     fine_tune,
-    load_finetuned,
-    save_finetuned,
     then_per_user_lora,
 )
 from metarec.scorers.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn
@@ -39,6 +37,7 @@ from metarec.scorers.history import History, InContext, Listwise
 from metarec.scorers.networks import Form, Network, fit_network
 from metarec.scorers.prompted import ZeroShot, calibrated_zero_shot
 from metarec.scorers.residuals import Floats
+from metarec.scorers.saved import load_scorer, save_scorer
 from metarec.scorers.text import fit_text_logistic, fit_text_ridge, fit_two_tower
 from metarec.scorers.trivial import Constant, ItemMean, Popularity, Random
 from metarec.task import TaskData
@@ -235,7 +234,7 @@ def _fine_tuned(setting: Setting, *, trainable: Trainable) -> Sequence[Row]:
     """One model for all users; the whole model also with every user's own LoRA on top."""
     data, task, path = setting.interactions, setting.data.task, setting.workspace / "model"
     if path.exists():
-        tuned = load_finetuned(path, setting.backbone, task.template, data.catalog, setting.prior)
+        tuned = cast("FineTuned", load_scorer(path, backbone=setting.backbone))
     else:
         tuned = fine_tune(
             setting.backbone,
@@ -250,7 +249,7 @@ def _fine_tuned(setting: Setting, *, trainable: Trainable) -> Sequence[Row]:
             checkpoint=setting.workspace / "checkpoint",
             resume=True,
         )
-        save_finetuned(path, tuned)
+        save_scorer(path, tuned)
         # Four copies of a whole model are worth keeping only as long as they can be resumed from.
         shutil.rmtree(setting.workspace / "checkpoint")
     rows = [_prompted(tuned)]

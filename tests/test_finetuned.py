@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TEMPLATES, known_interactions
+from test_recommender import known_task
 from torch import Tensor
 
+from metarec import methods
 from metarec.backbone import Backbone
 from metarec.config import TrainConfig
 from metarec.episodes import Episode, evaluation_episodes
 from metarec.errors import ArtifactError, BackboneError, ConfigError, UnknownItemError
 from metarec.evaluate import evaluate
 from metarec.interactions import Ratings
+from metarec.methods import METHODS, Setting
 from metarec.objective import pairwise_logistic
 from metarec.priors import fit_item_mean
 from metarec.scorer import Request, Scorer
@@ -30,11 +33,10 @@ from metarec.scorers.finetuned import (
     Recipe,
     _loss,
     fine_tune,
-    load_finetuned,
-    save_finetuned,
     then_per_user_lora,
 )
 from metarec.scorers.history import History, InContext
+from metarec.scorers.saved import load_scorer, save_scorer
 
 Backbones = Callable[..., Backbone]
 TEMPLATE = TEMPLATES["causal"]
@@ -121,8 +123,9 @@ def test_the_callers_model_stays_bit_for_bit_what_it_was(
     model = backbone(family)
     before = {name: value.clone() for name, value in model.model.state_dict().items()}
     scorer = tune(model, trainable, QUICK.model_copy(update={"steps": 2, "validate_every": 1}))
-    save_finetuned(tmp_path / "tuned", scorer)
-    load_finetuned(tmp_path / "tuned", model, TEMPLATE, ALIKE.catalog, FLAT)
+    scorer.score(REQUESTS)
+    save_scorer(tmp_path / "tuned", scorer)
+    load_scorer(tmp_path / "tuned", backbone=model).score(REQUESTS)
     after = model.model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -179,26 +182,13 @@ def test_what_was_saved_scores_the_same(
     trainable: str, tuned: Callable[[str], FineTuned], backbone: Backbones, tmp_path: Path
 ) -> None:
     scorer = tuned(trainable)
-    save_finetuned(tmp_path / "tuned", scorer)
-    loaded = load_finetuned(tmp_path / "tuned", backbone("llama"), TEMPLATE, ALIKE.catalog, FLAT)
+    save_scorer(tmp_path / "tuned", scorer)
+    loaded = load_scorer(tmp_path / "tuned", backbone=backbone("llama"))
+    assert isinstance(loaded, FineTuned)
     for one, other in zip(scorer.score(REQUESTS), loaded.score(REQUESTS), strict=True):
         assert torch.equal(one, other)
     assert loaded.context.backbone.fingerprint == scorer.context.backbone.fingerprint
     assert (loaded.parameters, loaded.training, loaded.recipe) == (scorer.parameters, scorer.training, scorer.recipe)
-
-
-def test_another_model_another_prompt_and_damage_are_refused(
-    tuned: Callable[[str], FineTuned], backbone: Backbones, tmp_path: Path
-) -> None:
-    path = tmp_path / "tuned"
-    save_finetuned(path, tuned("lora"))
-    with pytest.raises(ArtifactError, match="another model"):
-        load_finetuned(path, backbone("gpt2"), TEMPLATE, ALIKE.catalog, FLAT)
-    with pytest.raises(ArtifactError, match="another prompt"):
-        load_finetuned(path, backbone("llama"), replace(TEMPLATE, positive=" good"), ALIKE.catalog, FLAT)
-    (path / "finetuned.json").write_text(json.dumps({}))
-    with pytest.raises(ArtifactError, match="altered"):
-        load_finetuned(path, backbone("llama"), TEMPLATE, ALIKE.catalog, FLAT)
 
 
 def same(first: FineTuned, second: FineTuned) -> bool:
@@ -322,3 +312,23 @@ def test_a_fresh_lora_per_user_starts_at_the_fine_tuned_model_and_helps(tuned: C
     )
     gain, (low, _) = report.difference(after.name, 8, "before", 8)
     assert low > 0, gain
+
+
+@both
+def test_a_benchmark_row_that_was_trained_before_is_loaded_and_scores_the_same(
+    trainable: str, backbone: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(known_task(), tmp_path)
+    monkeypatch.setattr(methods, "load_backbone", lambda _: backbone("llama"))
+    monkeypatch.setattr(Setting, "prior", FLAT)
+    monkeypatch.setattr(methods, "fine_tune", partial(fine_tune, config=SHORT))
+    monkeypatch.setattr(methods, "then_per_user_lora", partial(then_per_user_lora, layers=1))
+    method = METHODS[NAMES[trainable]]  # type: ignore[index]
+    first = method.rows(setting)
+    monkeypatch.setattr(methods, "fine_tune", None)
+    second = method.rows(Setting(setting.data, tmp_path))
+    assert [row.scorer.name for row in second] == [row.scorer.name for row in first]
+    assert [row.parameters for row in second] == [row.parameters for row in first]
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.scorer.score(REQUESTS)[0], other.scorer.score(REQUESTS)[0])
+    assert not (tmp_path / "checkpoint").exists()

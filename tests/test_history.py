@@ -133,6 +133,26 @@ def test_every_round_asks_about_every_candidate_once_in_another_order(backbone: 
     assert len({tuple(shown) for shown in rounds}) == 4
 
 
+def test_candidates_of_one_title_are_one_line_of_a_list_and_have_one_score(backbone: Backbones) -> None:
+    titles = CATALOG.fields["title"]
+    catalog = Catalog(CATALOG.ids, {**CATALOG.fields, "title": (*titles[:9], titles[4], *titles[10:])})
+    scorer = Listwise(backbone("llama"), replace(HISTORY, catalog=catalog), labels=LABELS)
+    alike = Request("a", SUPPORT, CANDIDATES)
+    assert CANDIDATES[:2].tolist() == [4, 9]
+    (scores,) = scorer.score([alike])
+    (without,) = scorer.score([replace(alike, candidates=np.delete(CANDIDATES, 1))])
+    assert scores[0] == scores[1]
+    assert torch.equal(scores[[0, *range(2, len(scores))]], without)
+    assert scorer.prompt_text(alike, 4) == scorer.prompt_text(alike, 9)
+
+
+def test_a_list_has_no_text_for_an_item_that_is_not_in_it(backbone: Backbones) -> None:
+    scorer = Listwise(backbone("llama"), HISTORY, labels=LABELS)
+    for code in (5, -1, 40):
+        with pytest.raises(UnknownItemError, match=f"item code {code} is not one of the request's candidates"):
+            scorer.prompt_text(Request("a", SUPPORT, CANDIDATES), code)
+
+
 def test_a_list_shows_titles_behind_letters(backbone: Backbones) -> None:
     text = Listwise(backbone("llama"), HISTORY, labels=LABELS).prompt_text(Request("a", SUPPORT, CANDIDATES), 9)
     assert text.startswith(HISTORY.text(SUPPORT, ()))

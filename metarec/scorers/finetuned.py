@@ -16,21 +16,20 @@ import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from metarec.artifacts import content_hash, dump_json, load_json, replace_dir, verify_dir
+from metarec.artifacts import content_hash
 from metarec.backbone import Backbone
 from metarec.config import TrainConfig
 from metarec.episodes import Episode, training_batch
-from metarec.errors import ArtifactError, ConfigError
+from metarec.errors import ConfigError
 from metarec.evaluate import evaluate, mean_auc
-from metarec.interactions import Catalog, Codes, Interactions
-from metarec.lora import read_tensors, write_tensors
+from metarec.interactions import Codes, Interactions
 from metarec.meta import MetaGradient, MetaState
 from metarec.objective import PROMPT_WEIGHT, initial_state, pairwise_logistic
 from metarec.priors import ItemPrior
@@ -45,8 +44,6 @@ from metarec.train import train
 Trainable = Literal["lora", "all"]
 NAMES: dict[Trainable, str] = {"lora": "joint LoRA", "all": "full fine-tuning"}
 _WEIGHT = "score.weight"
-_TENSORS = "trained.safetensors"
-_FACTS = "finetuned.json"
 
 # Few users a step and few steps: what one CPU core reads and differentiates in about a quarter of an hour.
 LORA = TrainConfig(
@@ -84,39 +81,77 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class FineTuned:
-    """Scores a candidate by ``prior + weight * log-odds`` of a fine-tuned model that reads the user's history.
-
-    Args:
-        context: The fine-tuned model and how a user is told to it.
-        prior: The item prior.
-        weight: Weight of the log-odds.
-        recipe: What was trained.
-        trained: The trained tensors by name.
-        base: Fingerprint of the model that was fine-tuned.
-        training: A JSON-able summary of the training.
-        name: How the method is called in tables.
-        bytes_per_user: See `Scorer`: nothing is kept of a user but the ratings.
-    """
+class _Weighted:
+    """Scores by the item prior plus weighted log-odds, of a model in training or of one that is done."""
 
     context: InContext
     prior: ItemPrior
     weight: float
+    name: str
+    bytes_per_user: int = 0
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        """See `Scorer.score`."""
+        return score_one_by_one(self.name, requests, len(self.prior.count), self._score)
+
+    def _score(self, request: Request) -> Tensor:
+        odds = self.context.log_odds(request)
+        return torch.from_numpy(self.prior.values(request.candidates)).to(odds.device) + self.weight * odds
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """Scores a candidate by ``prior + weight * log-odds`` of a fine-tuned model that reads the user's history.
+
+    Args:
+        base: The model as it was before; it stays as it is.
+        history: How a user is told.
+        prior: The item prior.
+        weight: Weight of the log-odds.
+        recipe: What was trained.
+        trained: The trained tensors by name.
+        training: A JSON-able summary of the training.
+        name: How the method is called in tables.
+        bytes_per_user: See `Scorer`: nothing is kept of a user but the ratings.
+
+    Raises:
+        ConfigError: The base is of low precision and all of it was trained.
+    """
+
+    base: Backbone
+    history: History
+    prior: ItemPrior
+    weight: float
     recipe: Recipe
     trained: Mapping[str, Tensor]
-    base: str
     training: Mapping[str, Any]
     name: str
     bytes_per_user: int = 0
+
+    def __post_init__(self) -> None:
+        _ = self.context  # now, so that what does not fit is refused at once and no request pays for it
 
     @property
     def parameters(self) -> int:
         """How many numbers were trained, which all users share."""
         return sum(tensor.numel() for tensor in self.trained.values()) + 1
 
+    @cached_property
+    def context(self) -> InContext:
+        """The fine-tuned model, which shares with the base what was not trained, and how a user is told to it."""
+        student = _student(self.base, self.recipe)
+        student.take(self.trained)
+        student.finish()
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.trained.items()):
+            digest.update(key.encode() + tensor.cpu().numpy().tobytes())
+        fingerprint = content_hash([self.base.fingerprint, asdict(self.recipe), digest.hexdigest()])
+        name = f"{self.base.name}, {NAMES[self.recipe.trainable]}"
+        return InContext(replace(student.backbone, name=name, fingerprint=fingerprint), self.history)
+
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
-        return score_one_by_one(self.name, requests, len(self.prior.count), self._score)
+        return _Weighted(self.context, self.prior, self.weight, self.name).score(requests)
 
     def prompt_text(self, request: Request, candidate: int) -> str:
         """Returns the text that is read to score a candidate."""
@@ -125,10 +160,6 @@ class FineTuned:
     def tokens_read(self, request: Request) -> int:
         """Returns how many tokens scoring a request reads, what its prompts share counted once."""
         return self.context.tokens_read(request)
-
-    def _score(self, request: Request) -> Tensor:
-        odds = self.context.log_odds(request)
-        return torch.from_numpy(self.prior.values(request.candidates)).to(odds.device) + self.weight * odds
 
 
 def fine_tune(
@@ -217,7 +248,7 @@ def fine_tune(
 
     def validate(meta: MetaState) -> float:
         student.take(meta.init)
-        scorer = FineTuned(context, prior, float(meta.init[_WEIGHT]), recipe, {}, backbone.fingerprint, {}, name)
+        scorer = _Weighted(context, prior, float(meta.init[_WEIGHT]), name)
         shots = [max(config.shots)]
         report = evaluate(
             [scorer],
@@ -236,7 +267,7 @@ def fine_tune(
         "base": backbone.fingerprint,
         "data": interactions.digest,
         "users": content_hash(users.tolist()),
-        "prompt": _prompt_hash(template),
+        "prompt": content_hash([template.text, template.positive, template.negative]),
         "recipe": content_hash(asdict(recipe)),
         "config": config.model_dump(mode="json"),
         "seed": seed,
@@ -260,11 +291,11 @@ def fine_tune(
         "best_validation_auc": trained.best_value,
         "steps": trained.steps,
         "diverged": trained.diverged,
-        "history": [
+        "history": tuple(
             {"step": step, "query_loss": loss, "validation_auc": value} for step, loss, value in trained.history
-        ],
+        ),
     }
-    return _finished(student, recipe, best, learned, history, prior, backbone, training)
+    return FineTuned(backbone, history, prior, learned, recipe, best, training, name)
 
 
 def _loss(context: InContext, prior: ItemPrior, weight: Tensor, episode: Episode, sharpness: float) -> Tensor:
@@ -346,88 +377,6 @@ def _with_lora(model: Any, recipe: Recipe, backbone: Backbone) -> Any:
         raise ConfigError(
             f"no LoRA fits '{backbone.name}': {str(error).splitlines()[0]}", "Name its linear layers as 'targets'"
         ) from None
-
-
-def _finished(
-    student: _Student,
-    recipe: Recipe,
-    trained: Mapping[str, Tensor],
-    weight: float,
-    history: History,
-    prior: ItemPrior,
-    base: Backbone,
-    training: Mapping[str, Any],
-) -> FineTuned:
-    name = NAMES[recipe.trainable]
-    student.take(trained)
-    student.finish()
-    digest = hashlib.sha256()
-    for key, tensor in sorted(trained.items()):
-        digest.update(key.encode() + tensor.cpu().numpy().tobytes())
-    fingerprint = content_hash([base.fingerprint, asdict(recipe), digest.hexdigest()])
-    tuned = replace(student.backbone, name=f"{base.name}, {name}", fingerprint=fingerprint)
-    context = InContext(tuned, history)
-    return FineTuned(context, prior, weight, recipe, trained, base.fingerprint, training, name)
-
-
-def _prompt_hash(template: PromptTemplate) -> str:
-    return content_hash([template.text, template.positive, template.negative])
-
-
-def save_finetuned(path: Path, tuned: FineTuned) -> None:
-    """Writes what was trained, atomically; neither the catalog nor the item prior.
-
-    Raises:
-        ArtifactError: The directory exists and holds something else.
-    """
-    history = tuned.context.history
-    facts = {
-        "base": tuned.base,
-        "prompt": _prompt_hash(history.template),
-        "recipe": asdict(tuned.recipe),
-        "weight": tuned.weight,
-        "history": {
-            "threshold": None if np.isnan(history.threshold) else history.threshold,
-            "limit": history.limit,
-            "seed": history.seed,
-        },
-        "training": dict(tuned.training),
-    }
-    with replace_dir(path, "fine-tuned model") as directory:
-        write_tensors(directory / _TENSORS, {name: tensor.contiguous() for name, tensor in tuned.trained.items()})
-        (directory / _FACTS).write_text(dump_json(facts), encoding="utf-8")
-
-
-def load_finetuned(
-    path: Path, backbone: Backbone, template: PromptTemplate, catalog: Catalog, prior: ItemPrior
-) -> FineTuned:
-    """Reads what `save_finetuned` wrote; it scores as it did.
-
-    Args:
-        path: The directory.
-        backbone: The model that was fine-tuned, as it was before; it stays as it is.
-        template: The prompt it was fine-tuned with.
-        catalog: The items.
-        prior: The item prior.
-
-    Raises:
-        ArtifactError: A file is missing or altered, or it belongs to another model or prompt.
-    """
-    verify_dir(path, "fine-tuned model")
-    facts = load_json(path / _FACTS)
-    for what, found, expected in (
-        ("model", facts["base"], backbone.fingerprint),
-        ("prompt", facts["prompt"], _prompt_hash(template)),
-    ):
-        if found != expected:
-            raise ArtifactError(f"'{path}' was fine-tuned from another {what}", f"Load it with the {what} it is of")
-    targets = facts["recipe"].pop("targets")
-    recipe = Recipe(**facts["recipe"], targets=None if targets is None else tuple(targets))
-    threshold = facts["history"].pop("threshold")
-    history = History(template, catalog, float("nan") if threshold is None else threshold, **facts["history"])
-    trained = read_tensors(path / _TENSORS, str(backbone.device))
-    student = _student(backbone, recipe)
-    return _finished(student, recipe, trained, facts["weight"], history, prior, backbone, facts["training"])
 
 
 def then_per_user_lora(

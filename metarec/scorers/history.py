@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from metarec.backbone import Backbone
-from metarec.errors import ConfigError
+from metarec.errors import ConfigError, UnknownItemError
 from metarec.interactions import Catalog, Codes, Ratings
 from metarec.progress import progress
 from metarec.prompts import PromptTemplate, clean_field, common_start, content_free
@@ -161,7 +161,8 @@ class Listwise:
 
     A score is the log-probability of the candidate's letter among the letters of its list, relative to chance, averaged
     over several shuffles into lists: a model prefers some letters and some places whatever stands there (Zheng et al.
-    2024). A candidate's score depends on the others it is shown with.
+    2024). A candidate's score depends on the others it is shown with. Candidates of one title, which the model could
+    not tell apart, are one line and have one score.
 
     Args:
         backbone: A causal LM.
@@ -195,19 +196,28 @@ class Listwise:
         return score_one_by_one(self.name, requests, len(self.history.catalog), self._score)
 
     def prompt_text(self, request: Request, candidate: int) -> str:
-        """Returns the text of the first round in which a candidate is asked about."""
-        lists = self._lists(np.unique(request.candidates))
-        shown = next(items for items in lists if candidate in items)
+        """Returns the text of the first round in which a candidate is asked about.
+
+        Raises:
+            UnknownItemError: It is not one of the request's candidates, and so in none of its lists.
+        """
+        if candidate not in request.candidates:
+            raise UnknownItemError(
+                f"item code {candidate} is not one of the request's candidates", "A list shows these alone"
+            )
+        items, place = self._lines(request.candidates)
+        line = items[place[request.candidates == candidate][0]]
+        shown = next(shown for shown in self._lists(items) if line in shown)
         return self._text(self.history.text(request.support, self.backbone.special_tokens), shown)
 
     def tokens_read(self, request: Request) -> int:
         """Returns how many tokens scoring a request reads, what its prompts share counted once."""
         history = self.history.text(request.support, self.backbone.special_tokens)
-        lists = self._lists(np.unique(request.candidates))
+        lists = self._lists(self._lines(request.candidates)[0])
         return _count(self.backbone, [self._text(history, shown) for shown in lists])
 
     def _score(self, request: Request) -> Tensor:
-        items, place = np.unique(request.candidates, return_inverse=True)
+        items, place = self._lines(request.candidates)
         history = self.history.text(request.support, self.backbone.special_tokens)
         lists = self._lists(items)
         states = _states(self.backbone, [self._text(history, shown) for shown in lists])
@@ -216,6 +226,17 @@ class Listwise:
             relative = logits[: len(shown)].log_softmax(0) + np.log(len(shown))
             total[torch.from_numpy(np.searchsorted(items, shown))] += relative.float() / self.rounds
         return total[torch.from_numpy(place)]
+
+    def _lines(self, candidates: Codes) -> tuple[Codes, Codes]:
+        """Returns the first item of every title, in the order of codes, and which of these each candidate is."""
+        first: dict[str, int] = {}
+        for code in np.unique(candidates):
+            first.setdefault(self._title(code), int(code))
+        items = np.array([*first.values()], np.int64)
+        return items, np.searchsorted(items, [first[self._title(code)] for code in candidates])
+
+    def _title(self, code: int) -> str:
+        return clean_field(self.history.catalog.title(int(code)), self.backbone.special_tokens)
 
     def _lists(self, items: Codes) -> list[Codes]:
         """Returns the lists of all rounds; those of a round are as equally long as can be."""
@@ -227,10 +248,7 @@ class Listwise:
         return lists
 
     def _text(self, history: str, shown: Codes) -> str:
-        lines = [
-            f"{label}. {clean_field(self.history.catalog.title(int(code)), self.backbone.special_tokens)}"
-            for label, code in zip(self.labels, shown, strict=False)
-        ]
+        lines = [f"{label}. {self._title(code)}" for label, code in zip(self.labels, shown, strict=False)]
         return history + "\n".join([_QUESTION, *lines, _ANSWER])
 
     @cached_property

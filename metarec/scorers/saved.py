@@ -3,7 +3,7 @@
 A scorer is a frozen dataclass; its fields are numbers, texts, arrays and further frozen dataclasses. Numbers and texts
 go to JSON, arrays to safetensors, bit by bit. A class is found by its name in `CLASSES` and nowhere else, so that a
 file can name nothing that was not meant to be made from one. A language model is not written: what is kept is which
-one was read, and it is handed in again.
+one was read, and it is handed in again; of a fine-tuned one, the tensors that were trained.
 
 Knows nothing of how a scorer was fitted, nor of the private state that one keeps to be fast.
 """
@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,17 +22,21 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
+from metarec.backbone import Backbone
 from metarec.errors import ArtifactError
 from metarec.interactions import Catalog
 from metarec.lora import read_tensors, write_tensors
 from metarec.meta import MetaState
 from metarec.priors import ItemPrior
+from metarec.prompts import PromptTemplate
 from metarec.reader import Reader
 from metarec.scorer import Scorer
 from metarec.scorers.adapted import InnerLoop, MetaScorer
 from metarec.scorers.expected import ExpectedRating
+from metarec.scorers.finetuned import FineTuned, Recipe
 from metarec.scorers.foldin import ALS, EASE, ItemKNN, UserKNN
 from metarec.scorers.gp import GaussianProcess
+from metarec.scorers.history import History, InContext, Listwise
 from metarec.scorers.networks import Network
 from metarec.scorers.prompted import ZeroShot
 from metarec.scorers.stacked import Stacked
@@ -47,16 +51,22 @@ CLASSES: dict[str, type[Any]] = {
     "Constant": Constant,
     "EASE": EASE,
     "ExpectedRating": ExpectedRating,
+    "FineTuned": FineTuned,
     "GaussianProcess": GaussianProcess,
+    "History": History,
+    "InContext": InContext,
     "InnerLoop": InnerLoop,
     "ItemKNN": ItemKNN,
     "ItemMean": ItemMean,
     "ItemPrior": ItemPrior,
+    "Listwise": Listwise,
     "MetaScorer": MetaScorer,
     "MetaState": MetaState,
     "Network": Network,
     "Popularity": Popularity,
+    "PromptTemplate": PromptTemplate,
     "Random": Random,
+    "Recipe": Recipe,
     "Stacked": Stacked,
     "TextLogistic": TextLogistic,
     "TextRidge": TextRidge,
@@ -64,6 +74,7 @@ CLASSES: dict[str, type[Any]] = {
     "UserKNN": UserKNN,
     "ZeroShot": ZeroShot,
 }
+_Model = TypeVar("_Model", Reader, Backbone)
 _NAMES = {cls: name for name, cls in CLASSES.items()}
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -95,69 +106,83 @@ def write_scorer(directory: Path, name: str, scorer: Scorer) -> None:
         ArtifactError: See `save_scorer`.
     """
     packer = _Packer({}, [])
-    document = {"scorer": packer.pack(scorer, "scorer"), "reader": None}
-    if packer.readers:
-        document["reader"] = packer.readers[0].identity
+    document = {"scorer": packer.pack(scorer, "scorer"), "reader": None, "backbone": None}
+    document |= {_argument(model): _identity(model) for model in packer.models}
     (directory / f"{name}.json").write_text(dump_json(document), encoding="utf-8")
     write_tensors(directory / f"{name}.safetensors", packer.tensors)
 
 
-def load_scorer(path: str | Path, *, reader: Reader | None = None) -> Scorer:
+def load_scorer(path: str | Path, *, reader: Reader | None = None, backbone: Backbone | None = None) -> Scorer:
     """Reads a scorer written by `save_scorer`; its scores are those it had, bit for bit.
 
     Args:
         path: The directory.
-        reader: The language model over the catalog's prompts, for a scorer that needs one. It may be of another
-            precision or on another device than when the scorer was saved; then the scores are as near as that is.
+        reader: The language model over the catalog's prompts, for a scorer that reads items. It may be on another
+            device than when the scorer was saved, or its adapted blocks of another precision; then the scores are as
+            near as that is.
+        backbone: The language model itself, for a scorer that reads histories; for a fine-tuned one, the model as it
+            was before. It may be on another device.
 
     Raises:
-        ArtifactError: The directory is missing, damaged or of another kind; or the scorer reads a language model and
-            `reader` is missing, or of another backbone, other prompts or another placement of adapters.
+        ArtifactError: The directory is missing, damaged or of another kind; or the scorer reads a language model that
+            is not given, or is given another backbone (one loaded in another precision is another), other prompts or
+            another placement of adapters.
     """
     verify_dir(Path(path), KIND)
-    return read_scorer(Path(path), KIND, reader=reader)
+    return read_scorer(Path(path), KIND, reader=reader, backbone=backbone)
 
 
-def read_scorer(path: Path, name: str, *, reader: Reader | None = None) -> Scorer:
+def read_scorer(path: Path, name: str, *, reader: Reader | None = None, backbone: Backbone | None = None) -> Scorer:
     """Reads the files of `write_scorer` from a directory that was verified.
 
     Args:
         path: The directory.
         name: What the files are called.
         reader: See `load_scorer`.
+        backbone: See `load_scorer`.
 
     Raises:
         ArtifactError: See `load_scorer`.
     """
     document = load_json(path / f"{name}.json")
-    needed = document["reader"]
-    if needed is not None:
-        _check_reader(path, needed, reader)
-    device = reader.backbone.device if reader is not None and needed is not None else torch.device("cpu")
-    unpacker = _Unpacker(path, read_tensors(path / f"{name}.safetensors"), reader, device)
+    device = torch.device("cpu")
+    if document["reader"] is not None:
+        device = _checked(path, document["reader"], "reader", reader).backbone.device
+    # Scorers that were written before any of them read a backbone by itself do not mention it.
+    if document.get("backbone") is not None:
+        device = _checked(path, document["backbone"], "backbone", backbone).device
+    unpacker = _Unpacker(path, read_tensors(path / f"{name}.safetensors"), reader, backbone, device)
     return cast("Scorer", unpacker.unpack(document["scorer"]))
 
 
-def _check_reader(path: Path, needed: Mapping[str, str], reader: Reader | None) -> None:
-    if reader is None:
+def _argument(model: Reader | Backbone) -> str:
+    return "reader" if isinstance(model, Reader) else "backbone"
+
+
+def _identity(model: Reader | Backbone) -> dict[str, str]:
+    return model.identity if isinstance(model, Reader) else {"backbone": model.fingerprint}
+
+
+def _checked(path: Path, needed: Mapping[str, str], argument: str, model: _Model | None) -> _Model:
+    if model is None:
         raise ArtifactError(
-            f"'{path}' reads the language model {needed['backbone']}",
-            "Pass a Reader over it: load_scorer(path, reader=)",
+            f"'{path}' reads the language model {needed['backbone']}", f"Pass it: load_scorer(path, {argument}=)"
         )
-    for part, digest in reader.identity.items():
+    for part, digest in _identity(model).items():
         if needed[part] != digest:
             raise ArtifactError(
-                f"'{path}' was made with another {part} ({needed[part]}) than the reader's ({digest})",
-                "Pass the Reader it was made with",
+                f"'{path}' was made with another {part} ({needed[part]}) than the {argument}'s ({digest})",
+                f"Pass the {argument} it was made with",
             )
+    return model
 
 
 @dataclass(frozen=True)
 class _Packer:
-    """Turns values into JSON; collects their tensors, and the readers it meets."""
+    """Turns values into JSON; collects their tensors, and the language models it meets."""
 
     tensors: dict[str, Tensor]
-    readers: list[Reader]
+    models: list[Reader | Backbone]
 
     def pack(self, value: Any, where: str) -> Any:
         if value is None or isinstance(value, bool | str) or type(value) is int:
@@ -181,11 +206,11 @@ class _Packer:
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             # As pairs: the order of a state's tensors is part of what it computes.
             return {"map": [[key, self.pack(part, f"{where}.{key}")] for key, part in value.items()]}
-        if isinstance(value, Reader):
-            if any(other is not value for other in self.readers):
+        if isinstance(value, Reader | Backbone):
+            if any(other is not value for other in self.models):
                 raise ArtifactError(f"{where} is a second language model", "A scorer can be saved with one")
-            self.readers.append(value)
-            return {"reader": True}
+            self.models.append(value)
+            return {_argument(value): True}
         if type(value) in _NAMES:
             parts = {field.name: getattr(value, field.name) for field in fields(value)}
             packed = {name: self.pack(part, f"{where}.{name}") for name, part in parts.items()}
@@ -216,6 +241,7 @@ class _Unpacker:
     path: Path
     tensors: Mapping[str, Tensor]
     reader: Reader | None
+    backbone: Backbone | None
     device: torch.device
 
     def unpack(self, packed: Any) -> Any:
@@ -234,6 +260,7 @@ class _Unpacker:
             "tuple": lambda parts: tuple(map(self.unpack, parts)),
             "map": lambda pairs: {key: self.unpack(part) for key, part in pairs},
             "reader": lambda _: self.reader,
+            "backbone": lambda _: self.backbone,
             "class": lambda name: self._make(name, packed["fields"]),
         }
         for kind, read in kinds.items():
