@@ -71,7 +71,7 @@ class TrainConfig(Section):
     """The outer loop."""
 
     steps: int = Field(100, ge=1)
-    users: int = Field(16, ge=1, description="users per outer step")
+    users: int = Field(8, ge=1, description="users per outer step")
     shots: tuple[int, ...] = Field((5, 10, 20), min_length=1, description="support sizes to draw from")
     max_query: int = Field(20, ge=2)
     min_query: int = Field(5, ge=2)
@@ -82,7 +82,7 @@ class TrainConfig(Section):
     clip: float = Field(1.0, gt=0, description="largest norm of the meta-gradient")
     sharpness: float = Field(2.0, gt=0, description="factor on score differences in the outer loss")
     llm_weight: float = Field(1.0, description="weight of the log-odds at the start")
-    validate_every: int = Field(25, ge=1)
+    validate_every: int = Field(50, ge=1)
     patience: int = Field(4, ge=1, description="validations without a better one before stopping")
 
 

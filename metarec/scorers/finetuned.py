@@ -47,17 +47,17 @@ _WEIGHT = "score.weight"
 
 # Few users a step and few steps: what one CPU core reads and differentiates in about a quarter of an hour.
 LORA = TrainConfig(
-    steps=150,
+    steps=80,
     users=2,
     shots=(0, 5),
     max_query=8,
     min_query=8,
     lr=5e-4,
-    warmup=15,
+    warmup=10,
     llm_weight=0.2,
-    validate_every=30,
+    validate_every=40,
 )
-FULL = LORA.model_copy(update={"steps": 100, "lr": 2e-5, "warmup": 10, "validate_every": 25})
+FULL = LORA.model_copy(update={"steps": 60, "lr": 2e-5, "validate_every": 30})
 
 
 @dataclass(frozen=True)
