@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from metarec.artifacts import load_json, verify_dir
 from metarec.errors import ArtifactError
 from metarec.evaluate import METRICS, Report
 from metarec.metrics import bootstrap_interval, calibrated, calibration_error, paired_p_value
+from metarec.progress import progress
 
 CELL_FACTS = "cell.json"
 CELL_TABLES = ("per_user", "costs", "predictions")
@@ -50,7 +53,7 @@ class Method:
     prompts: Mapping[str, Mapping[str, str]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pooled:
     """All cells of one task and one size of meta-training.
 
@@ -68,6 +71,7 @@ class Pooled:
     methods: Mapping[str, Method]
     made: Mapping[str, Any]
 
+    @cache  # noqa: B019 - thousands of resamples per row; a table, its JSON and its page share them
     def rows(self, reference: str | None = None) -> list[dict[str, Any]]:
         """Summarizes method by method, K by K, as plain JSON values.
 
@@ -80,13 +84,15 @@ class Pooled:
         """
         names = [name for name, method in self.methods.items() if method.step is None]
         shots = sorted({int(count) for count in self.report.costs["shots"]})
-        rows = [self._row(name, count) for name in names for count in shots]
-        for other in (self.report.baseline, reference):
-            if other not in names:
-                continue
+        others = [other for other in (self.report.baseline, reference) if other in names]
+        rows = []
+        with progress(f"comparing on {self.task}", len(names) * len(shots), after=2.0) as advance:
+            for name, count in product(names, shots):
+                versus = {f"versus {other}": self._comparison(name, count, other) for other in others if other != name}
+                rows.append({**self._row(name, count), **versus})
+                advance(len(rows), name)
+        for other in others:
             compared = [row for row in rows if row["method"] != other]
-            for row in compared:
-                row[f"versus {other}"] = self._comparison(row["method"], row["shots"], other)
             corrected = holm([row[f"versus {other}"]["p"] for row in compared])
             for row, p_value in zip(compared, corrected, strict=True):
                 row[f"versus {other}"]["p_holm"] = p_value

@@ -49,9 +49,9 @@ def _lines(cell: Cell, baseline: str) -> Sequence[str]:
     )
 
 
-def standings(pooled: Pooled) -> Table:
+def standings(pooled: Pooled, reference: str | None = None) -> Table:
     """Returns a benchmark's table: a line per method, best at the largest K first, a column per K."""
-    rows = pooled.rows()
+    rows = pooled.rows(reference)
     shots = sorted({row["shots"] for row in rows})
     by_method = {name: {row["shots"]: row for row in rows if row["method"] == name} for name in pooled.methods}
     size = "" if pooled.train_users is None else f", {pooled.train_users} meta-training users"
@@ -92,7 +92,7 @@ def markdown(pooled: Pooled, reference: str | None = None) -> str:
         One line per method: AUC by K with the paired difference to the baseline and its 95% interval, the share of
         users worse off than without ratings, calibration error, and costs at the largest K.
     """
-    rows = pooled.rows()
+    rows = pooled.rows(reference)
     shots = sorted({row["shots"] for row in rows})
     versus = f"versus {pooled.report.baseline}"
     by_method = {name: {row["shots"]: row for row in rows if row["method"] == name} for name in pooled.methods}

@@ -166,4 +166,4 @@ def _show(pooled: list[Pooled], json: bool, facts: dict[str, Any]) -> None:
 
     console = Console()
     for group in pooled:
-        console.print(standings(group))
+        console.print(standings(group, REFERENCE))
