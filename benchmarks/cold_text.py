@@ -2,8 +2,8 @@
 
     python benchmarks/cold_text.py --seeds 4      # benchmarks/results/cold-text.json
 
-Item means of meta-training users, freed of their levels, are regressed on text; validation and test users of every split
-are asked about unseen movies. Nothing here is tuned on them: it says how much there is to be had, not what a table reports.
+Item means of meta-training users are regressed on text; validation and test users of every split are asked about unseen
+movies. It says how much there is to be had; no table reports it.
 """
 
 from __future__ import annotations

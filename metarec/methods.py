@@ -162,7 +162,7 @@ class Method:
 
     Args:
         fit: Fits the method.
-        group: ``trivial``, ``fold-in``, ``prompt``, ``fine-tuning``, ``meta`` or ``ablation``.
+        group: ``trivial``, ``fold-in``, ``prompt``, ``fine-tuning``, ``meta``, ``algorithm`` or ``ablation``.
         about: One line that says what it is.
         options: What `fit` was called with beside the setting; part of a cell's identity.
     """
@@ -406,6 +406,22 @@ METHODS: dict[str, Method] = {
         {"weight_decay": 1.0},
     ),
     "metarec": Method(_metarec, "meta", "the default: item prior, stack and adapted language model"),
+    **{
+        f"metarec, {called}": Method(
+            _metarec,
+            "algorithm",
+            f"the default, meta-trained by {by}",
+            {"name": f"metarec, {called}", "meta.algorithm": key},
+        )
+        for called, key, by in (
+            ("MAML", "maml", "second-order MAML"),
+            ("MAML++", "maml++", "MAML with a loss after every step"),
+            ("iMAML", "imaml", "implicit gradients"),
+            ("Reptile", "reptile", "Reptile"),
+            ("ridge head", "ridge", "a ridge regression in closed form in place of steps"),
+            ("prototypes", "prototypes", "prototypes in place of steps"),
+        )
+    },
     "metarec, no stack": Method(
         _metarec, "ablation", "prior and adapted language model", {"name": "metarec, no stack", "taste": "none"}
     ),
