@@ -1,4 +1,4 @@
-"""What text tells of movies that nobody rated: AUC at K = 0 of item-cold users, by what is read and how it is regressed.
+"""What text tells of movies that nobody rated: AUC at K = 0 of item-cold users, by what is read and how.
 
     python benchmarks/cold_text.py --seeds 4      # benchmarks/results/cold-text.json
 

@@ -117,7 +117,7 @@ def cells(plan: Plan) -> list[Cell]:
     found: dict[Cell, None] = {}
     for part in plan.parts:
         methods = [name for given in part.methods for name in _named(given)]
-        if not set(methods) & {BASELINE}:
+        if BASELINE not in methods:
             methods = [BASELINE, *methods]
         for task, seed, method, size in product(part.tasks, range(part.seeds), methods, part.train_users):
             found[Cell(task, method, seed, part.users, size)] = None
