@@ -83,6 +83,7 @@ class TrainConfig(Section):
     sharpness: float = Field(2.0, gt=0, description="factor on score differences in the outer loss")
     llm_weight: float = Field(1.0, description="weight of the log-odds at the start")
     validate_every: int = Field(50, ge=1)
+    validation_users: int = Field(200, ge=1, description="validate on the first so many validation users at most")
     patience: int = Field(4, ge=1, description="validations without a better one before stopping")
 
 

@@ -508,7 +508,7 @@ def _meta_train(
 ) -> Trained:
     reader, prior = prepared.reader, prepared.prior
     threshold = data.task.like_threshold
-    episodes, _ = data.episodes("validation")
+    episodes = data.episodes("validation")[0][: config.train.validation_users]
     one_by_one = config.meta.engine == "learn2learn"
     if one_by_one and config.meta.algorithm not in ("fomaml", "maml"):
         raise ConfigError(
