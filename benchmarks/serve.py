@@ -113,12 +113,19 @@ def smaller(checkpoint: Path, items: int, out: Path) -> Path:
     columns = {name: getattr(fitted.prior, name)[chosen] for name in ("total", "count", "centre")}
     reader = _reader(full.backbone, full.config, fitted.task.template, catalog)
     _ = reader.frozen_log_odds
-    taste = fitted.taste
-    if taste is not None:
-        taste = replace(taste, mean=taste.mean[chosen], loadings=taste.loadings[chosen], noise=taste.noise[chosen])
-    less = replace(fitted, catalog=catalog, prior=replace(fitted.prior, **columns), taste=taste, reader=reader)
+    prior = replace(fitted.prior, **columns)
+    members = tuple(of_items(member, chosen, prior) for member in fitted.taste.members)
+    taste = replace(fitted.taste, prior=prior, members=members)
+    less = replace(fitted, catalog=catalog, prior=prior, taste=taste, reader=reader)
     MetaRecommender(full.backbone, full.config, less).save_pretrained(out)
     return out
+
+
+def of_items(member: Any, chosen: np.ndarray, prior: Any) -> Any:
+    """Returns a member of the stack for some items alone."""
+    if hasattr(member, "loadings"):
+        return replace(member, **{name: getattr(member, name)[chosen] for name in ("mean", "loadings", "noise")})
+    return replace(member, prior=prior, vectors=member.vectors[chosen])
 
 
 def item_ids(checkpoint: Path) -> list[str]:
@@ -384,7 +391,7 @@ def stream(arguments: argparse.Namespace) -> dict[str, Any]:
         labels = query.values >= fitted.task.like_threshold
         if labels.all() or not labels.any():
             continue
-        told = fitted.taste and [fitted.taste.leave_one_out(support.head(5))]
+        told = [fitted.taste.leave_one_out(support.head(5))]
         first = collate(
             [support.head(5)], fitted.prior, fitted.reader, fitted.task.like_threshold, seen=False, expected=told
         )
@@ -400,7 +407,7 @@ def stream(arguments: argparse.Namespace) -> dict[str, Any]:
                 start = fitted.meta.init if name.startswith("meta") else state
                 state = select_user(replace(scorer, meta=replace(fitted.meta, init=start)).adapt([part]).state, 0)
             with torch.no_grad():
-                told = fitted.taste and [fitted.taste.posterior_mean(support, query.items)]
+                told = [fitted.taste.posterior_mean(support, query.items)]
                 batch = candidates([query.items], fitted.prior, fitted.reader, told)
                 values = score(expand_users(state, 1), batch, fitted.reader)[0].numpy()
                 quality.setdefault(name, []).append(auc(values, labels) or 0.0)
