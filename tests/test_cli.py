@@ -66,7 +66,7 @@ def test_a_quickstart_leaves_everything_in_its_run(run_dir: Path) -> None:
     names = {path.name for path in run_dir.iterdir()}
     assert names == {"config.yaml", "checkpoint", "model", "table.json", "per_user.parquet", "user.json", "user"}
     table = json.loads((run_dir / "table.json").read_text())
-    methods = ["item mean", "GP", "zero-shot prompt", "metarec, before adaptation", "metarec, adapted"]
+    methods = ["item mean", "stacked", "zero-shot prompt", "metarec, before adaptation", "metarec, adapted"]
     assert [(row["method"], row["shots"]) for row in table["rows"]] == [(name, k) for name in methods for k in (0, 5)]
     users = pd.read_parquet(run_dir / "per_user.parquet")
     for row in table["rows"]:

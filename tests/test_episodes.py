@@ -110,3 +110,17 @@ def test_fractions_that_do_not_divide_are_refused(fractions: tuple[float, float,
 def test_too_few_users_are_refused() -> None:
     with pytest.raises(DataError, match="leave none for"):
         split_users(known_interactions(users=4), (0.8, 0.1, 0.1), 0)
+
+
+def test_hidden_items_are_all_that_a_training_query_asks_about_and_no_support_holds_one() -> None:
+    hidden = np.arange(len(DATA.catalog)) % 3 == 0
+    settings = {"batch_users": 6, "shots": (5,), "max_query": 4, "min_query": 3, "seed": 0}
+    batch = training_batch(DATA, ALL, **settings, step=1, hidden=lambda user: hidden)  # type: ignore[arg-type]
+    assert len(batch) == 6
+    for episode in batch:
+        assert hidden[episode.query.items].all()
+        assert not hidden[episode.support.items].any()
+        assert len(episode.support) == 5
+        assert 3 <= len(episode.query) <= 4
+    with pytest.raises(DataError, match="hidden items"):
+        training_batch(DATA, ALL, **settings, step=1, hidden=lambda user: ~hidden & hidden)  # type: ignore[arg-type]

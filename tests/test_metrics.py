@@ -10,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metarec.errors import EvaluationError
-from metarec.metrics import RANKING, at_cutoff, auc, bootstrap_interval, check_scores, ndcg, rank_order, recbole_ndcg
+from metarec.metrics import (
+    RANKING,
+    at_cutoff,
+    auc,
+    bootstrap_interval,
+    calibrated,
+    calibration_error,
+    check_scores,
+    ndcg,
+    paired_p_value,
+    rank_order,
+    recbole_ndcg,
+)
 
 LABELS = np.array([True, False, True, False])
 ITEMS = ["a", "b", "c", "d"]
@@ -111,3 +123,44 @@ def test_recboles_rules_pay_a_constant_score_more_than_chance() -> None:
 def test_recboles_rules_rank_nan_and_pay_nothing_where_nobody_clicked() -> None:
     assert recbole_ndcg(np.full(10, np.nan), np.arange(10.0), 5, clicks=False) >= 0
     assert recbole_ndcg(np.arange(10.0), np.zeros(10), 5, clicks=True) == 0.0
+
+
+def test_calibration_error_is_the_gap_between_what_was_said_and_what_happened() -> None:
+    liked = np.arange(300) % 2 == 0
+    assert calibration_error(liked.astype(float), liked) == 0.0
+    assert calibration_error(np.full(300, 0.9), liked, bins=1) == pytest.approx(0.4)
+    assert calibration_error(np.where(liked, 0.7, 0.3), liked, bins=10) == pytest.approx(0.3)
+
+
+def test_scores_become_probabilities_by_what_other_people_did() -> None:
+    generator = np.random.default_rng(0)
+    people = [f"u{code // 40}" for code in range(400)]
+    odds = generator.normal(size=400)
+    liked = generator.random(400) < 1 / (1 + np.exp(-3 * odds - 1))
+    chance = calibrated(100 * odds, liked, people)
+    assert calibration_error(chance, liked, bins=5) < 0.08
+    turned = np.where(np.array(people) == "u3", ~liked, liked)
+    again = calibrated(100 * odds, turned, people)
+    own = np.array(people) == "u3"
+    np.testing.assert_allclose(again[own], chance[own])
+    assert not np.allclose(again[~own], chance[~own])
+
+
+def test_one_persons_scores_cannot_be_calibrated() -> None:
+    with pytest.raises(EvaluationError, match="one person"):
+        calibrated(np.arange(4.0), LABELS, ["u"] * 4)
+
+
+def test_an_interval_over_people_is_wider_than_one_over_their_copies() -> None:
+    values = np.random.default_rng(0).normal(size=50)
+    copies, people = np.repeat(values, 4), np.repeat(np.arange(50), 4).tolist()
+    np.testing.assert_allclose(bootstrap_interval(copies, 0, people), bootstrap_interval(values, 0), atol=1e-9)
+    low, high = bootstrap_interval(copies, 0)
+    wide = bootstrap_interval(copies, 0, people)
+    assert wide[0] < low < high < wide[1]
+    assert bootstrap_interval(copies, 0, ["one"] * 200) == (pytest.approx(values.mean()), pytest.approx(values.mean()))
+
+
+def test_the_paired_test_is_wilcoxons() -> None:
+    assert paired_p_value(np.zeros(9)) == 1.0
+    assert paired_p_value(np.arange(1.0, 9.0)) == pytest.approx(2 / 2**8)

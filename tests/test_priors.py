@@ -91,3 +91,14 @@ def test_more_noise_means_more_shrinkage() -> None:
 def test_ratings_that_are_all_the_same_are_refused() -> None:
     with pytest.raises(DataError, match="all the same"):
         fit_item_mean(replace(DATA, rating=np.full_like(DATA.rating, 4.0)), TRAIN)
+
+
+def test_a_silenced_prior_is_zero_for_everybody_and_still_knows_the_means() -> None:
+    data = known_interactions()
+    users = np.arange(40)
+    prior = fit_item_mean(data, users)
+    silent = prior.silenced()
+    own = Ratings(np.array([0, 1], np.int64), np.array([5.0, 1.0], np.float32))
+    np.testing.assert_array_equal(silent.values(own.items), [0, 0])
+    np.testing.assert_array_equal(silent.values_without(own), [0, 0])
+    np.testing.assert_array_equal(silent.without_text().values(own.items), prior.without_text().values(own.items))
