@@ -80,7 +80,8 @@ class Pooled:
 
         Returns:
             One row per method and K. P-values are corrected by Holm's method (1979) over all comparisons with the
-            same method. ``hurt`` is the share of users whom K ratings gave a lower AUC than the same method's none.
+            same method. ``over no ratings`` is what K ratings are worth to a method, ``hurt`` the share of users whom they
+            gave a lower AUC than the same method's none.
         """
         names = [name for name, method in self.methods.items() if method.step is None]
         shots = sorted({int(count) for count in self.report.costs["shots"]})
@@ -102,7 +103,9 @@ class Pooled:
         report, method = self.report, self.methods[name]
         values = report.values(name, shots)
         cost = report.costs[(report.costs["method"] == name) & (report.costs["shots"] == shots)].iloc[0]
-        moved = report.paired(name, shots, name, min(int(count) for count in report.costs["shots"]))
+        fewest = min(int(count) for count in report.costs["shots"])
+        moved = report.paired(name, shots, name, fewest)
+        mean, (low, high) = report.difference(name, shots, name, fewest)
         return {
             "method": name,
             "group": method.group,
@@ -112,6 +115,7 @@ class Pooled:
             "seeds": len(method.seeds),
             **{metric: float(report.values(name, shots, metric).mean()) for metric in METRICS},
             "hurt": float((moved < 0).mean()),
+            "over no ratings": {"difference": mean, "low": low, "high": high},
             **self._calibration(name, shots),
             "fit_seconds": method.fit_seconds,
             "seconds_per_user": float(cost["seconds_per_user"]),
