@@ -80,8 +80,8 @@ class Pooled:
 
         Returns:
             One row per method and K. P-values are corrected by Holm's method (1979) over all comparisons with the
-            same method. ``over no ratings`` is what K ratings are worth to a method, ``hurt`` the share of users whom they
-            gave a lower AUC than the same method's none.
+            same method. ``over no ratings`` is what K ratings are worth to a method, ``hurt`` the share of users whom
+            they gave a lower AUC than the same method's none.
         """
         names = [name for name, method in self.methods.items() if method.step is None]
         shots = sorted({int(count) for count in self.report.costs["shots"]})
@@ -98,6 +98,21 @@ class Pooled:
             for row, p_value in zip(compared, corrected, strict=True):
                 row[f"versus {other}"]["p_holm"] = p_value
         return rows
+
+    def ranked(self, reference: str | None = None) -> dict[str, dict[int, dict[str, Any]]]:
+        """Returns `rows` by method and K; what gains most over the baseline at the largest K comes first.
+
+        By the paired difference, for methods that were measured on other users have another AUC to begin with.
+        """
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        for row in self.rows(reference):
+            found.setdefault(row["method"], {})[row["shots"]] = row
+
+        def gain(name: str) -> float:
+            last = found[name][max(found[name])]
+            return float(last.get(f"versus {self.report.baseline}", {"difference": 0.0})["difference"])
+
+        return {name: found[name] for name in sorted(found, key=gain, reverse=True)}
 
     def _row(self, name: str, shots: int) -> dict[str, Any]:
         report, method = self.report, self.methods[name]

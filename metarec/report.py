@@ -50,10 +50,9 @@ def _lines(cell: Cell, baseline: str) -> Sequence[str]:
 
 
 def standings(pooled: Pooled, reference: str | None = None) -> Table:
-    """Returns a benchmark's table: a line per method, best at the largest K first, a column per K."""
-    rows = pooled.rows(reference)
-    shots = sorted({row["shots"] for row in rows})
-    by_method = {name: {row["shots"]: row for row in rows if row["method"] == name} for name in pooled.methods}
+    """Returns a benchmark's table: a line per method, most gained at the largest K first, a column per K."""
+    ranked = pooled.ranked(reference)
+    shots = sorted(next(iter(ranked.values())))
     size = "" if pooled.train_users is None else f", {pooled.train_users} meta-training users"
     result = Table(title=f"{pooled.task}{size}: AUC, and the paired difference to the {pooled.report.baseline}")
     result.add_column("method")
@@ -61,8 +60,7 @@ def standings(pooled: Pooled, reference: str | None = None) -> Table:
         result.add_column(f"K = {count}", justify="right", no_wrap=True)
     for column in ("hurt\nECE", "fit s\ns/user", "users\nB/user"):
         result.add_column(column, justify="right", no_wrap=True)
-    ranked = sorted((cells for cells in by_method.values() if cells), key=lambda cells: -cells[shots[-1]]["auc"])
-    for cells in ranked:
+    for cells in ranked.values():
         last = cells[shots[-1]]
         versus = f"versus {pooled.report.baseline}"
         texts = [
@@ -82,7 +80,7 @@ def standings(pooled: Pooled, reference: str | None = None) -> Table:
 
 
 def markdown(pooled: Pooled, reference: str | None = None) -> str:
-    """Returns a benchmark's table in Markdown, best at the largest K first.
+    """Returns a benchmark's table in Markdown, most gained at the largest K first.
 
     Args:
         pooled: The cells of one task.
@@ -92,17 +90,16 @@ def markdown(pooled: Pooled, reference: str | None = None) -> str:
         One line per method: AUC by K with the paired difference to the baseline and its 95% interval, the share of
         users worse off than without ratings, calibration error, and costs at the largest K.
     """
-    rows = pooled.rows(reference)
-    shots = sorted({row["shots"] for row in rows})
+    ranked = pooled.ranked(reference)
+    shots = sorted(next(iter(ranked.values())))
     versus = f"versus {pooled.report.baseline}"
-    by_method = {name: {row["shots"]: row for row in rows if row["method"] == name} for name in pooled.methods}
     lines = [
         f"| AUC (difference to {pooled.report.baseline}) | "
         + " | ".join(f"K = {count}" for count in shots)
         + " | users | hurt | ECE | fit s | s/user | B/user |",
         "|---" * (len(shots) + 7) + "|",
     ]
-    for cells in sorted((cells for cells in by_method.values() if cells), key=lambda cells: -cells[shots[-1]]["auc"]):
+    for cells in ranked.values():
         last = cells[shots[-1]]
         texts = [_markdown_cell(cells[count], versus) for count in shots]
         name = f"**{last['method']}**" if last["method"] == reference else last["method"]

@@ -55,11 +55,8 @@ def _script_json(value: Any) -> str:
 
 
 def _section(group: Pooled, reference: str) -> dict[str, Any]:
-    rows, baseline = group.rows(reference), group.report.baseline
-    shots = sorted({row["shots"] for row in rows})
-    methods = {name: {row["shots"]: row for row in rows if row["method"] == name} for name in group.methods}
-    methods = {name: cells for name, cells in methods.items() if cells}
-    ranked = sorted(methods, key=lambda name: -methods[name][shots[-1]]["auc"])
+    methods, baseline = group.ranked(reference), group.report.baseline
+    shots = sorted(next(iter(methods.values())))
     charts = [
         ("How much K ratings gain", _curves(methods, baseline)),
         ("Cost against quality", _costs(methods, baseline, shots[-1])),
@@ -71,7 +68,7 @@ def _section(group: Pooled, reference: str) -> dict[str, Any]:
     return {
         "task": group.task,
         "shots": shots,
-        "methods": [(name, methods[name]) for name in ranked],
+        "methods": list(methods.items()),
         "left_out": dict(group.report.left_out),
         "charts": [{"title": title, "figure": _script_json(_plain(figure))} for title, figure in charts],
     }
