@@ -30,7 +30,15 @@ SETTINGS = {
     "encoder": None,
     "adapter": {"layers": 2, "rank": 2, "alpha": 4.0},
     "meta": {"inner_steps": 3, "inner_lr": 0.3, "shrinkage": 1.0},
-    "train": {"steps": 40, "users": 8, "shots": [5, 10], "max_query": 10, "validate_every": 20, "lr": 0.01},
+    "train": {
+        "steps": 40,
+        "users": 8,
+        "shots": [5, 10],
+        "max_query": 10,
+        "validate_every": 20,
+        "lr": 0.01,
+        "warmup": 20,
+    },
 }
 TASK = {
     "name": "test/known",
