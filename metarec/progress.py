@@ -7,7 +7,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 # Set in the environment of a process that works beside others, whose bars would write over each other.
 QUIET = "METAREC_NO_PROGRESS"
@@ -31,6 +34,40 @@ def progress(description: str, total: float, *, after: float = 0.0) -> Iterator[
         total: Units of work in all.
         after: Seconds before a bar appears; work that is done by then shows none.
     """
+    bars: Progress | None = None
+    started = said = time.monotonic()
+
+    def show_when_due(now: float) -> None:
+        nonlocal bars
+        # Made when it is due: what is done in milliseconds should not wait for a bar that it never shows.
+        if bars is None and now - started >= after:
+            bars = _bars()
+            bars.add_task(description, total=total, note="")
+            bars.tasks[0].start_time = started
+            bars.start()
+
+    def advance(done: float, note: str = "") -> None:
+        nonlocal said
+        now = time.monotonic()
+        show_when_due(now)
+        if bars is None:
+            return
+        bars.update(bars.task_ids[0], completed=done, note=note)
+        # A log file shows no moving bar: it gets a line every few seconds.
+        if not bars.console.is_terminal and now - said > _SECONDS_BETWEEN_LINES and 0 < done < total:
+            said = now
+            left = (now - started) * (total - done) / done
+            bars.console.print(f"{description}: {done / total:.0%}, {left:.0f} s left  {note}", highlight=False)
+
+    show_when_due(started)
+    try:
+        yield advance
+    finally:
+        if bars is not None:
+            bars.stop()
+
+
+def _bars() -> Progress:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -51,31 +88,4 @@ def progress(description: str, total: float, *, after: float = 0.0) -> Iterator[
         TextColumn("{task.fields[note]}"),
     )
     console = Console(file=sys.stderr, quiet=bool(os.environ.get(QUIET)))
-    bars = Progress(*columns, console=console, refresh_per_second=4)
-    task = bars.add_task(description, total=total, note="")
-    started = said = time.monotonic()
-    shown = False
-
-    def show_when_due(now: float) -> None:
-        nonlocal shown
-        if not shown and now - started >= after:
-            bars.start()
-            shown = True
-
-    def advance(done: float, note: str = "") -> None:
-        nonlocal said
-        now = time.monotonic()
-        show_when_due(now)
-        bars.update(task, completed=done, note=note)
-        # A log file shows no moving bar: it gets a line every few seconds.
-        if not console.is_terminal and now - said > _SECONDS_BETWEEN_LINES and 0 < done < total:
-            said = now
-            left = (now - started) * (total - done) / done
-            console.print(f"{description}: {done / total:.0%}, {left:.0f} s left  {note}", highlight=False)
-
-    show_when_due(started)
-    try:
-        yield advance
-    finally:
-        if shown:
-            bars.stop()
+    return Progress(*columns, console=console, refresh_per_second=4)
