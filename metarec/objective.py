@@ -195,7 +195,7 @@ class Tangent:
 
     Args:
         start: The adapted tensors of the language model, without a user dimension.
-        place: Each item's row below, -1 where it has none, shape (catalog,), on the CPU.
+        place: Each item's row below, -1 where it has none, up to the last item that has one, on the CPU.
         values: Log-odds under `start`, shape (rows,).
         slopes: Their gradient, all tensors of `start` one after another, shape (rows, numbers).
     """
@@ -242,7 +242,7 @@ def tangent(reader: Reader, meta: MetaState, items: Codes) -> Tangent:
             values[rows] = read.detach()
             torch.cat([gradient.flatten(1) for gradient in gradients], 1, out=slopes[rows])
             advance(rows.stop)
-    place = torch.full((len(reader.prompts.tokens),), -1)
+    place = torch.full((int(items.max(initial=-1)) + 1,), -1)
     place[torch.from_numpy(items)] = torch.arange(len(items))
     return Tangent(start, place, values, slopes)
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from serving import LOVES_DRAMA, LOVES_HORROR, small_recommender
+from test_recommender import SETTINGS, known_task
 
+from metarec.config import RunConfig, validated
 from metarec.errors import ConfigError, ConflictError, UnknownItemError
 from metarec.recommender import MetaRecommender
 from metarec.scorers.adapted import MetaScorer
-from metarec.serve import engine as engine_module
 from metarec.serve.engine import Engine, Person
 from metarec.serve.items import GrowingReader
 from metarec.store import AdapterStore, Feedback
@@ -183,10 +184,7 @@ def test_a_ranking_is_the_python_apis(engine: Engine, recommender: MetaRecommend
     assert len(engine.recommend(person, 1000)[1]) == 35
 
 
-def test_retrieval_finds_what_the_adapter_ranks_best(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, recommender: MetaRecommender
-) -> None:
-    monkeypatch.setattr(engine_module, "_ANCHORS", 16)
+def test_retrieval_finds_what_the_adapter_ranks_best(engine: Engine, recommender: MetaRecommender) -> None:
     narrow = Engine(recommender, engine.store, candidates=32)
     narrow._candidates = 14
     hits = []
@@ -195,7 +193,51 @@ def test_retrieval_finds_what_the_adapter_ranks_best(
         found = {entry.item for entry, _ in narrow.recommend(narrow.people([user])[user], 7)[1]}
         assert len(narrow.retrieve(narrow.people([user])[user], 7)) == 14
         hits.append(len(exact & found))
-    assert sum(hits) >= 10, hits  # candidates at random would find 6 of 14
+    assert sum(hits) >= 13, hits  # candidates at random would find 6 of 14
+
+
+@pytest.mark.parametrize("covered", [0, 6, 40])
+def test_near_the_start_an_adapters_effect_on_every_item_is_its_scores_own(
+    recommender: MetaRecommender, store: AdapterStore, covered: int
+) -> None:
+    """Also on items that are added later, and of however many items the gradient is kept."""
+    engine = Engine(recommender, store, tangent_bytes=covered * bytes_per_item(recommender))
+    assert len(engine.prepare()) == 40
+    engine.add_items([NEW, ("n2", {"title": "dead king"})])
+    start = engine.stranger.state
+    adapted = {name for name in recommender.fitted.meta.log_rate if not name.startswith("score.")}
+    far = recommender.adapt(sorted(LOVES_DRAMA)).state
+    state = {name: start[name] + (0.03 * (far[name] - start[name]) if name in adapted else 0.0) for name in start}
+    effect = engine.prepare()(state, start)
+    items = np.arange(42)
+    moved = (replace(engine.stranger, state=state).scores(items) - engine.stranger.scores(items)).numpy()
+    assert np.abs(moved).max() > 1e-4
+    np.testing.assert_allclose(effect, moved, atol=0.03 * np.abs(moved).max())
+
+
+@pytest.mark.parametrize("head", ["ridge", "prototypes"])
+def test_the_effect_of_a_head_on_every_item_is_exact(
+    model_dir: Callable[[str], Path], store: AdapterStore, head: str
+) -> None:
+    settings = SETTINGS | {"meta": {"inner_steps": 1, "algorithm": head}, "train": SETTINGS["train"] | {"steps": 4}}
+    fitted = MetaRecommender.from_pretrained(model_dir("llama"), validated(RunConfig, settings, "test"))
+    engine = Engine(fitted.fit(known_task()), store)
+    person = rate(engine, "ann", LOVES_DRAMA)
+    items = np.arange(40)
+    moved = (person.adapted.scores(items) - engine.stranger.scores(items)).numpy()
+    assert np.abs(moved).max() > 1e-3
+    effect = engine.prepare()(person.adapted.state, engine.stranger.state)
+    np.testing.assert_allclose(effect, moved, atol=1e-5)
+
+
+def test_what_else_is_asked_and_how_many_cores_there_are_never_change_a_score(
+    recommender: MetaRecommender, tmp_path: Path
+) -> None:
+    many, one = (Engine(recommender, AdapterStore(tmp_path / str(cores)), workers=cores) for cores in (2, 1))
+    person = rate(one, "ann", LOVES_DRAMA)
+    assert all_scores(many, rate(many, "ann", LOVES_DRAMA)) == all_scores(one, person)
+    some = [f"m{code}" for code in range(32)]
+    assert one.score(person, some)[1] == all_scores(many, person)[:32]
 
 
 def test_the_reasons_are_what_leaving_a_rating_out_changes(engine: Engine, recommender: MetaRecommender) -> None:

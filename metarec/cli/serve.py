@@ -44,7 +44,7 @@ def serve(
     item_megabytes: Annotated[
         int, typer.Option(min=0, help="Memory for what makes the first step fast, in MiB, read at the start.")
     ] = 256,
-    candidates: Annotated[int, typer.Option(min=32, help="Items scored exactly in a ranking.")] = 64,
+    candidates: Annotated[int, typer.Option(min=32, help="Items scored exactly in a ranking.")] = 32,
     threads: Annotated[int, typer.Option(min=0, help="Batches of users adapted side by side; 0: one per core.")] = 0,
     ui: Annotated[bool, typer.Option("--ui", help="Serve a page to try it on.")] = False,
 ) -> None:
@@ -83,6 +83,7 @@ def serve(
         workers=workers,
         tangent_bytes=item_megabytes << 20,
     )
+    engine.prepare()
     limits = Limits(keys, rate, max(1, round(2 * rate)), body)
     application = create_app(engine, ServeSettings(limits, waiting, ui=ui))
     logging.config.dictConfig(_LOGGING)

@@ -202,6 +202,7 @@ def recommend_stored(
     Returns:
         The adapter's version and the ranking, JSON-able.
     """
+    import sys
     from dataclasses import asdict
 
     from metarec.serve.engine import Engine
@@ -209,7 +210,8 @@ def recommend_stored(
     opened = _open(store, adapters)
     if opened.profile(user) is None:
         raise StoreError(f"'{store}' has no user '{user}'", "See: metarec store ls STORE --users")
-    engine = Engine(recommender, opened)
+    # One ranking: scoring everything takes less time than reading what would make many rankings fast.
+    engine = Engine(recommender, opened, candidates=sys.maxsize)
     person, ranked = engine.recommend(engine.people([user])[user], k, explain=explain)
     return {
         "adapter": person.facts(),

@@ -2,9 +2,8 @@
 
 One thread calls it. Users are adapted one by one, or in bulk in batches of one fixed shape, so that nobody's numbers
 depend, to the last bit, on who else is there. The first step starts where everybody starts, so what it needs of an item
-may be read once, when the service starts. A whole catalog is ranked in two stages: an adapter's effect is read off a
-few anchor items, carried to all others along the language model's own vectors, and the best candidates are then scored
-exactly.
+may be read once, when the service starts. A whole catalog is ranked in two stages: an adapter's effect on every item to
+first order chooses the candidates, which are then scored exactly, in blocks of one size on as many cores as there are.
 
 Knows nothing of HTTP, queues or keys.
 """
@@ -25,10 +24,11 @@ from numpy.typing import NDArray
 from metarec.errors import ArtifactError, ConfigError, ConflictError, MetarecError, UnknownItemError
 from metarec.interactions import Catalog, Codes, Ratings
 from metarec.metrics import rank_order
-from metarec.objective import Tangent, tangent
+from metarec.objective import PRIOR_WEIGHT, Tangent, tangent
 from metarec.prompts import tokenize_catalog
 from metarec.recommender import AdaptedUser, MetaRecommender, Recommendation
 from metarec.serve.items import check_fields, extend, longest
+from metarec.serve.retrieval import Effects, extended, fit_effects
 from metarec.store import AdapterStore, HotAdapters, NewAdapter, Profile, latest_ratings
 from metarec.trunk import PlainTrunk
 
@@ -41,10 +41,9 @@ BULK_USERS_AT_ONCE = 15
 _FEWEST_RATINGS = 8
 _RATINGS_STEP = 4
 MAX_RATINGS = 64
-_ANCHORS = 16
 _DIMENSIONS = 32
-_RIDGE = 1.0
-_BLOCK = 64
+# Items are scored so many at a time, whatever else is asked: fewer take hardly less time.
+_BLOCK = 32
 # What a tensor takes beside its numbers: for small adapters that is most of it.
 _TENSOR_BYTES = 512
 _SEARCHED = 100
@@ -121,7 +120,7 @@ class Engine:
         users_at_once: In what company users are adapted; the same number gives the same bits.
         tangent_bytes: Bytes of what the first step needs of items, read when the service starts; where not all fit,
             the most rated ones have it. Other items cost a longer first step.
-        workers: How many such batches are adapted side by side.
+        workers: How many such batches are adapted, and blocks of items scored, side by side.
     """
 
     def __init__(
@@ -130,13 +129,13 @@ class Engine:
         store: AdapterStore,
         *,
         hot_bytes: int = 256 << 20,
-        candidates: int = 64,
+        candidates: int = _BLOCK,
         users_at_once: int = USERS_AT_ONCE,
         workers: int = 1,
         tangent_bytes: int = 0,
     ) -> None:
-        if candidates < 2 * _ANCHORS:
-            raise ConfigError(f"candidates is {candidates}", f"Choose {2 * _ANCHORS} or more")
+        if candidates < _BLOCK:
+            raise ConfigError(f"candidates is {candidates}", f"Choose {_BLOCK} or more")
         self.trained = self.recommender = recommender
         self.digest = recommender.digest
         self.store = store
@@ -144,7 +143,7 @@ class Engine:
         self.counters = Counters()
         self._candidates = candidates
         self._users_at_once = users_at_once
-        self._workers = ThreadPoolExecutor(workers, "adapt")
+        self._workers = ThreadPoolExecutor(workers, "model")
         self._longest = longest(recommender.fitted.reader)
         self._save: Callable[[NewAdapter], object] = self.keep
         # Every adapter has the same shape, so one user's size is everybody's.
@@ -152,6 +151,7 @@ class Engine:
         tensors = self.stranger.state.values()
         self._adapter_bytes = sum(value.numel() * value.element_size() + _TENSOR_BYTES for value in tensors)
         self._near = self._at_the_start(tangent_bytes)
+        self._effects: Effects | None = None
         self._learn_catalog()
         self.reload_items()
 
@@ -178,13 +178,24 @@ class Engine:
         self._code = {item: code for code, item in enumerate(fitted.catalog.ids)}
         known = len(getattr(self, "_prior_scores", ()))
         self.stranger = AdaptedUser(self.recommender, Ratings.empty(), self.stranger.state, False, 0.0)
-        fresh = self._scores(self.stranger, np.arange(known, len(fitted.catalog)))
+        fresh = self.stranger.scores(np.arange(known, len(fitted.catalog))).numpy()
         self._prior_scores = np.concatenate([getattr(self, "_prior_scores", fresh[:0]), fresh])
         self.vectors = self._project(fitted.reader.states.cpu().numpy())
         self._title_words = [set(_words(title)) for title in fitted.catalog.fields["title"]]
-        order = np.argsort(-self._prior_scores, kind="stable")
-        others = np.random.default_rng(0).permutation(order[_ANCHORS // 2 :])
-        self._anchors = np.concatenate([order[: _ANCHORS // 2], others[: _ANCHORS - _ANCHORS // 2]])
+
+    def prepare(self) -> Effects:
+        """Reads what ranking a large catalog needs of items that have not been read yet, so that no user waits for it.
+
+        Returns:
+            What an adapter does to every item.
+        """
+        meta = self.trained.fitted.meta
+        if self._effects is None:
+            self._effects = fit_effects(self.trained.fitted.reader, meta, self.trained.scorer().inner)
+        if len(self._effects) < len(self.catalog):
+            reader = self.recommender.fitted.reader
+            self._effects = extended(self._effects, reader, meta, len(self.catalog), self._near)
+        return self._effects
 
     @cached_property
     def _projection(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -390,9 +401,10 @@ class Engine:
     def _scores(self, adapted: AdaptedUser, codes: Codes) -> NDArray[np.float32]:
         if not len(codes):
             return np.zeros(0, np.float32)
-        # Whole blocks, so that one item more or less in the catalog does not change how the others are rounded.
-        spare = np.resize(codes, -len(codes) % _BLOCK)
-        scores: NDArray[np.float32] = adapted.scores(np.concatenate([codes, spare])).numpy()
+        # Whole blocks of one size, so that neither one item more nor one core more changes how the others are rounded.
+        blocks = np.resize(codes, (-(-len(codes) // _BLOCK), _BLOCK))
+        done = self._workers.map(adapted.scores, blocks) if len(blocks) > 1 else map(adapted.scores, blocks)
+        scores: NDArray[np.float32] = torch.cat(list(done)).numpy()
         return scores[: len(codes)]
 
     def score(self, person: Person, items: Sequence[str]) -> tuple[Person, list[float]]:
@@ -444,7 +456,7 @@ class Engine:
     def retrieve(self, person: Person, k: int, exclude_seen: bool = True) -> Codes:
         """Chooses the candidates that are worth an exact score: the whole catalog where it is small enough.
 
-        An adapter's effect on the anchors is fitted by ridge regression on the items' vectors and carried to all items.
+        An adapter's effect on every item is taken to first order around the initialization.
         """
         seen = person.adapted.support.items if exclude_seen else np.zeros(0, np.int64)
         codes = np.setdiff1d(np.arange(len(self.catalog)), seen)
@@ -452,15 +464,11 @@ class Engine:
         if len(codes) <= count or person.adapted.state is self.stranger.state:
             approximate = self._prior_scores
         else:
-            # What users of like taste say is cheap enough for everything; the language model's part is carried over.
-            taste = person.adapted.taste()
-            moved = person.adapted.scores(self._anchors).numpy() - (self._prior_scores + taste)[self._anchors]
-            features = np.column_stack([np.ones(len(self.catalog)), self._prior_scores, self.vectors])
-            anchors = features[self._anchors]
-            weights = np.linalg.solve(
-                anchors.T @ anchors + _RIDGE * np.eye(anchors.shape[1]), anchors.T @ np.nan_to_num(moved)
-            )
-            approximate = self._prior_scores + taste + features @ weights
+            state, start = person.adapted.state, self.stranger.state
+            prior = self.recommender.fitted.prior.values(np.arange(len(self.catalog)))
+            moved = float(state[PRIOR_WEIGHT] - start[PRIOR_WEIGHT]) * prior + self.prepare()(state, start)
+            # What users of like taste say is cheap enough for everything, exactly.
+            approximate = self._prior_scores + person.adapted.taste() + np.nan_to_num(moved)
         best = np.argsort(-approximate[codes], kind="stable")[:count]
         chosen: Codes = np.sort(codes[best])
         return chosen

@@ -1,0 +1,128 @@
+"""What an adapter does to every item of a catalog, to first order: enough to say which are worth an exact score.
+
+Under an adapter near the initialization an item's log-odds move along their gradient there. Gradients of different
+items are much alike, so that few principal directions hold most of them, and an item is kept as its coordinates along
+these. A head that is fitted in closed form is linear in the item's features: there they are the coordinates, and
+nothing is lost.
+
+Knows nothing of ratings, of what users of like taste say, or of HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from metarec.interactions import Codes
+from metarec.lora import expand_users
+from metarec.meta import MetaState
+from metarec.objective import HEAD, LLM_WEIGHT, Tangent, tangent
+from metarec.progress import progress
+from metarec.reader import Reader
+from metarec.scorers.adapted import InnerLoop
+
+_DIRECTIONS = 64
+_SAMPLE = 512
+_READ_AT_ONCE = 512
+_SMALLEST = 1e-7
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Items' coordinates, and how an adapter becomes a point in the same space.
+
+    Args:
+        names: Tensors that differ between users, one after another.
+        directions: Shape (numbers in those tensors, coordinates); None where they are the coordinates themselves.
+        coordinates: Shape (items, coordinates).
+    """
+
+    names: tuple[str, ...]
+    directions: Tensor | None
+    coordinates: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.coordinates)
+
+    def __call__(self, state: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> NDArray[np.float32]:
+        """Returns how far every item's score moves, shape (items,).
+
+        Args:
+            state: A user's tensors, without a user dimension.
+            start: The tensors that everybody starts from.
+        """
+        if not self.names:
+            return np.zeros(len(self), np.float32)
+        moved = torch.cat([(state[name] - start.get(name, 0.0)).flatten() for name in self.names])
+        if self.directions is not None:
+            moved = state[LLM_WEIGHT] * (moved @ self.directions)
+        effect: NDArray[np.float32] = self.coordinates @ moved.cpu().numpy()
+        return effect
+
+
+def fit_effects(reader: Reader, meta: MetaState, inner: InnerLoop) -> Effects:
+    """Chooses the coordinates; no item has any yet.
+
+    Args:
+        reader: The language model over the catalog that was trained on.
+        meta: The meta-parameters.
+        inner: How users are adapted.
+    """
+    names = tuple(name for name in meta.log_rate if not name.startswith("score."))
+    if inner.head is not None and inner.steps:
+        return Effects((HEAD,), None, np.zeros((0, reader.backbone.hidden_size), np.float32))
+    if not inner.steps or not names:
+        return Effects((), None, np.zeros((0, 0), np.float32))
+    items = len(reader.prompts.tokens)
+    slopes = tangent(reader, meta, np.unique(np.linspace(0, items - 1, _SAMPLE).astype(np.int64))).slopes
+    # The principal components of few long rows, from their inner products.
+    values, vectors = torch.linalg.eigh((slopes @ slopes.T).double())
+    top = values.argsort(descending=True)[:_DIRECTIONS]
+    top = top[values[top] > _SMALLEST * values.max()]
+    directions = slopes.T @ (vectors[:, top] * values[top].rsqrt()).to(slopes.dtype)
+    return Effects(names, directions, np.zeros((0, directions.shape[1]), np.float32))
+
+
+@torch.no_grad()
+def extended(effects: Effects, reader: Reader, meta: MetaState, items: int, near: Tangent | None) -> Effects:
+    """Gives coordinates to the items that have none.
+
+    Args:
+        effects: What is known of the first items.
+        reader: The language model.
+        meta: The meta-parameters.
+        items: How many items there are.
+        near: Spares reading the items that it covers.
+    """
+    fresh = np.arange(len(effects), items)
+    coordinates = np.zeros((len(fresh), effects.coordinates.shape[1]), np.float32)
+    unread = np.arange(len(fresh))
+    if near is not None and effects.directions is not None:
+        inside = np.flatnonzero(fresh < len(near.place))
+        rows = near.place[torch.from_numpy(fresh[inside])].numpy()
+        covered = inside[rows >= 0]
+        coordinates[covered] = (near.slopes @ effects.directions).cpu().numpy()[rows[rows >= 0]]
+        unread = np.setdiff1d(unread, covered)
+    count = len(unread) if effects.names else 0
+    blocks = [unread[start : start + _READ_AT_ONCE] for start in range(0, count, _READ_AT_ONCE)]
+    with progress("reading items for retrieval", len(blocks), after=2.0) as advance:
+        for done, block in enumerate(blocks, start=1):
+            coordinates[block] = _read(effects, reader, meta, fresh[block])
+            advance(done)
+    return replace(effects, coordinates=np.concatenate([effects.coordinates, coordinates]))
+
+
+def _read(effects: Effects, reader: Reader, meta: MetaState, items: Codes) -> NDArray[np.float32]:
+    if effects.directions is not None:
+        found = tangent(reader, meta, items).slopes @ effects.directions
+    else:
+        adapter = {name: value for name, value in meta.init.items() if not name.startswith("score.")}
+        gathered = reader.gather(torch.from_numpy(items)[None])
+        found = reader.features(reader.last_states(gathered, expand_users(adapter, 1)))[0]
+    coordinates: NDArray[np.float32] = found.float().cpu().numpy()
+    return coordinates
