@@ -26,8 +26,8 @@ from metarec.progress import progress
 from metarec.reader import Reader
 from metarec.scorers.adapted import InnerLoop
 
-_DIRECTIONS = 64
-_SAMPLE = 512
+_DIRECTIONS = 128
+_SAMPLE = 1024
 _READ_AT_ONCE = 512
 _SMALLEST = 1e-7
 
