@@ -506,7 +506,7 @@ def _meta_train(
     checkpoint: Path,
     resume: bool,
 ) -> Trained:
-    reader, prior = prepared.reader, prepared.prior
+    reader = prepared.reader
     threshold = data.task.like_threshold
     episodes = data.episodes("validation")[0][: config.train.validation_users]
     one_by_one = config.meta.engine == "learn2learn"
@@ -516,19 +516,17 @@ def _meta_train(
         )
     cold = any(fold.hidden.any() for fold in unseen.folds)
 
-    def means(user: str, ratings: Ratings) -> Values:
-        """The item prior as it is for a new user; where items are cold, as it is without any rating of them."""
-        return unseen.without(user).prior.values(ratings.items) if cold else prior.values_without(ratings)
-
-    # A stack that has seen a user's ratings would teach the adapter that nothing is left to learn.
+    # Prior and stack are those of a fold that has not seen the user, as they are for any new one: what has seen a
+    # user's ratings would teach the adapter that nothing is left to learn.
     def support_of(batch: Sequence[Episode]) -> Batch:
+        folds = [unseen.without(episode.user) for episode in batch]
         return collate(
             [episode.support for episode in batch],
-            prior,
+            prepared.prior,
             reader,
             threshold,
-            means=[means(episode.user, episode.support) for episode in batch],
-            expected=[unseen.without(episode.user).taste.leave_one_out(episode.support) for episode in batch],
+            means=[fold.prior.values(episode.support.items) for fold, episode in zip(folds, batch, strict=True)],
+            expected=[fold.taste.leave_one_out(episode.support) for fold, episode in zip(folds, batch, strict=True)],
         )
 
     def inner(batch: Sequence[Episode]) -> Loss:
@@ -537,16 +535,16 @@ def _meta_train(
         )
 
     def outer(batch: Sequence[Episode]) -> Loss:
-        tastes = [unseen.without(episode.user).taste for episode in batch]
+        folds = [unseen.without(episode.user) for episode in batch]
         query = collate(
             [episode.query for episode in batch],
-            prior,
+            prepared.prior,
             reader,
             threshold,
-            means=[means(episode.user, episode.query) for episode in batch],
+            means=[fold.prior.values(episode.query.items) for fold, episode in zip(folds, batch, strict=True)],
             expected=[
-                taste.posterior_mean(episode.support, episode.query.items)
-                for taste, episode in zip(tastes, batch, strict=True)
+                fold.taste.posterior_mean(episode.support, episode.query.items)
+                for fold, episode in zip(folds, batch, strict=True)
             ],
         )
         return pairwise_loss(query, reader, sharpness=config.train.sharpness)

@@ -91,8 +91,9 @@ def test_a_fold_does_not_change_with_the_users_it_has_not_seen(members: str) -> 
     changed = fit(turned, members)[2].without(name)
     same = crossed.without(name)
     np.testing.assert_array_equal(changed.prior.total, same.prior.total)
-    # The weights are learned on all users; the members are not.
-    for before, after in zip(same.taste.members, changed.taste.members, strict=True):
+    # The weights are learned on all users; the members are not, but for the meta-learned kernel's gradient.
+    first = 1 if members == "stack" else 0
+    for before, after in zip(same.taste.members[first:], changed.taste.members[first:], strict=True):
         from metarec.scorer import Request
 
         asked = [Request("x", SUPPORT, CANDIDATES)]

@@ -1,8 +1,8 @@
 """Several methods' opinions as one: a weighted sum, its weights learned on users whom none of the methods has seen.
 
-A Gaussian process over many factors, one over hardly any and a ridge regression on text err in different ways. What
-each adds to the item prior enters with a weight that depends on how many ratings there are. None keeps anybody's
-ratings.
+A Gaussian process with a meta-learned kernel, one over hardly any factors and a ridge regression on text err in
+different ways. What each adds to the item prior enters with a weight that depends on how many ratings there are. None
+keeps anybody's ratings.
 Cross-fitting gives every meta-training user what they would get as a new one: for the weights, and for the outer loop.
 Knows nothing of language models; text is vectors.
 """
@@ -22,6 +22,7 @@ from metarec.priors import ItemPrior, fit_item_mean, smooth_by_text
 from metarec.progress import progress
 from metarec.scorer import Request
 from metarec.scorers.gp import GaussianProcess, fit_gp
+from metarec.scorers.kernel import aligned, learn_displacement
 from metarec.scorers.residuals import Floats, score_each
 from metarec.scorers.text import TextRidge, fit_text_ridge
 
@@ -29,10 +30,12 @@ Member = GaussianProcess | TextRidge
 
 _SHOTS = (0, 5, 10, 20)
 _MAX_QUERY, _MIN_QUERY = 50, 5
+_FACTORS = 16
 _COMPONENTS = 32
 _PAIRS = 40
-# How many users the belief counts for that the first member alone is right: few users cannot move the weights far.
-_STRENGTH = 0.5
+# Weights before anything is learned: the first member's, and every other one's; and for how many users that counts.
+_FIRST_WEIGHT, _OTHER_WEIGHT = 0.8, 0.2
+_STRENGTH = 15.0
 _SHARPNESS = 2.0
 
 
@@ -154,7 +157,7 @@ def fit_all(
 ) -> tuple[Member, ...]:
     """Fits all methods of the stack."""
     return (
-        fit_gp(interactions, users, features.blocks, factors=32, components=_COMPONENTS, seed=seed),
+        fit_gp(interactions, users, features.blocks, factors=_FACTORS, seed=seed),
         fit_gp(interactions, users, features.blocks, factors=1, sweeps=4, components=_COMPONENTS, seed=seed),
         fit_text_ridge(prior, features.text),
     )
@@ -249,18 +252,70 @@ def fit_stack(
             advance(fold + 1)
         prior, everybody = fit(interactions, users)
         advance(folds + 1)
+    if members == "stack" and not hide:
+        # Where items are cold, no item that will be asked for would be moved.
+        strangers = [users[order == fold] for fold in range(folds)]
+        everybody, learned = _meta_learned(
+            interactions, strangers, everybody, [some for _, some, _ in parts], threshold, seed
+        )
+        parts = [(own, some, hidden) for (own, _, hidden), some in zip(parts, learned, strict=True)]
     shots = _SHOTS if len(everybody) > 1 else (0,)
     weights = np.ones((1, len(everybody)))
     if len(everybody) > 1:
         examples = [
             _examples(interactions, users[order == fold], *parts[fold], threshold, seed) for fold in range(folds)
         ]
-        weights = np.stack(
-            [_weights([pair for part in examples for pair in part[count]], len(everybody)) for count in shots]
-        )
+        # Without ratings members say nothing but what they hold of items, which the first one alone does well.
+        found = [_weights([pair for part in examples for pair in part[count]], len(everybody)) for count in shots[1:]]
+        weights = np.stack([np.eye(len(everybody))[0], *found])
     fitted = [Fold(own, Stacked(own, some, shots, weights), hidden) for own, some, hidden in parts]
     fold_of = {interactions.users[code]: int(fold) for code, fold in zip(users, order, strict=True)}
     return prior, Stacked(prior, everybody, shots, weights), CrossFitted(tuple(fitted), fold_of)
+
+
+def _meta_learned(
+    interactions: Interactions,
+    strangers: Sequence[Codes],
+    everybody: tuple[Member, ...],
+    parts: Sequence[tuple[Member, ...]],
+    threshold: float,
+    seed: int,
+) -> tuple[tuple[Member, ...], list[tuple[Member, ...]]]:
+    """Meta-learns the first member's kernel, for everybody, and for every fold from the users of the other ones.
+
+    A fold then knows of its own users no more than what the other folds' processes passed on through the gradient.
+
+    Args:
+        interactions: The dataset.
+        strangers: Each fold's users, whom its own members have not seen.
+        everybody: The members fitted on all users; the first is a Gaussian process.
+        parts: The members of every fold.
+        threshold: Ratings from here on are likes.
+        seed: Seed of the episodes.
+    """
+    whole = everybody[0]
+    assert isinstance(whole, GaussianProcess)
+    processes = [aligned(some[0], whole, _FACTORS) for some in parts if isinstance(some[0], GaussianProcess)]
+
+    def moved(process: GaussianProcess, without: int | None) -> GaussianProcess:
+        kept = [fold for fold in range(len(processes)) if fold != without]
+        displacement = learn_displacement(
+            interactions,
+            [processes[fold] for fold in kept],
+            [strangers[fold] for fold in kept],
+            threshold=threshold,
+            seed=seed,
+        )
+        return displacement.apply(process)
+
+    learned = []
+    with progress("meta-learning the kernel", len(parts) + 1, after=2.0) as advance:
+        for fold, (process, some) in enumerate(zip(processes, parts, strict=True)):
+            learned.append((moved(process, fold), *some[1:]))
+            advance(fold + 1)
+        first = moved(whole, None)
+        advance(len(parts) + 1)
+    return (first, *everybody[1:]), learned
 
 
 def _examples(
@@ -290,14 +345,14 @@ def _examples(
         short_supports=True,
     )
     generator = np.random.default_rng(seed)
-    found: dict[int, list[tuple[Floats, Floats]]] = {count: [] for count in _SHOTS}
+    found: dict[int, list[tuple[Floats, Floats]]] = {count: [] for count in _SHOTS[1:]}
     for episode in episodes:
         liked = episode.query.likes(threshold)
         if liked.all() or not liked.any():
             continue
         chosen = [generator.choice(np.flatnonzero(side), _PAIRS) for side in (liked, ~liked)]
         base = prior.values(episode.query.items).astype(np.float64)
-        for count in _SHOTS:
+        for count in _SHOTS[1:]:
             asked = [Request("", episode.support.head(count).unlabelled(), episode.query.items)]
             told = np.stack([member.score(asked)[0].numpy() - base for member in members], 1)
             found[count].append((base[chosen[0]] - base[chosen[1]], told[chosen[0]] - told[chosen[1]]))
@@ -305,8 +360,8 @@ def _examples(
 
 
 def _weights(pairs: Sequence[tuple[Floats, Floats]], members: int) -> Floats:
-    """Learns how much every member counts, held near the first one alone; without examples that is what it is."""
-    start: Floats = np.eye(members)[0]
+    """Learns how much every member counts, held near what is believed of it; without examples that is what it is."""
+    start: Floats = np.array([_FIRST_WEIGHT] + [_OTHER_WEIGHT] * (members - 1))
     if not pairs:
         return start
     strength = _STRENGTH / len(pairs)
