@@ -71,7 +71,6 @@ def collate(
     reader: Reader,
     threshold: float,
     *,
-    seen: bool = False,
     means: Sequence[Values] | None = None,
     expected: Sequence[Values] | None = None,
 ) -> Batch:
@@ -82,8 +81,7 @@ def collate(
         prior: The item prior.
         reader: The language model.
         threshold: Ratings from here on are likes.
-        seen: Whether `prior` was fitted on these very ratings; then each is taken out of its own item's mean.
-        means: The items' priors, where they are not `prior`'s own.
+        means: The items' priors, where they are not `prior`'s own: users whose ratings it knows need another one.
         expected: What a collaborative method that has not seen these ratings expects of each, in the prior's units;
             None where there is no such method.
     """
@@ -98,7 +96,7 @@ def collate(
     items = pad([rating.items for rating in ratings], torch.long)
     frozen = reader.frozen_log_odds - reader.frozen_mean
     if means is None:
-        means = [prior.values_without(rating) if seen else prior.values(rating.items) for rating in ratings]
+        means = [prior.values(rating.items) for rating in ratings]
     beyond = [np.zeros_like(mean) for mean in means]
     if expected is not None:
         beyond = [value - mean for value, mean in zip(expected, means, strict=True)]
@@ -118,7 +116,7 @@ def candidates(
 ) -> Batch:
     """Pads several users' unlabelled candidates; targets are zero and mean nothing."""
     unrated = [Ratings(codes, np.zeros(len(codes), np.float32)) for codes in items]
-    return collate(unrated, prior, reader, np.inf, seen=False, expected=expected)
+    return collate(unrated, prior, reader, np.inf, expected=expected)
 
 
 def initial_state(

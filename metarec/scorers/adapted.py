@@ -110,7 +110,7 @@ class MetaScorer:
             Every user's state.
         """
         expected = [self.taste.leave_one_out(support) for support in supports]
-        batch = collate(supports, self.prior, self.reader, self.threshold, seen=False, expected=expected)
+        batch = collate(supports, self.prior, self.reader, self.threshold, expected=expected)
         adapted = self._solve(batch) if self.inner.head is not None and self._adapts else self._descend(batch, near)
         stored = round_adapter(adapted.state, self.reader.spec.tensor_shapes, self.inner.storage)
         return replace(adapted, state=stored)
