@@ -393,9 +393,7 @@ def stream(arguments: argparse.Namespace) -> dict[str, Any]:
         if labels.all() or not labels.any():
             continue
         told = [fitted.taste.leave_one_out(support.head(5))]
-        first = collate(
-            [support.head(5)], fitted.prior, fitted.reader, fitted.task.like_threshold, expected=told
-        )
+        first = collate([support.head(5)], fitted.prior, fitted.reader, fitted.task.like_threshold, expected=told)
         early = support_loss(
             first, fitted.reader, shrinkage=scorer.inner.shrinkage, bias_strength=scorer.inner.bias_strength
         )
