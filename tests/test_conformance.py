@@ -44,6 +44,7 @@ from metarec.priors import ItemPrior, fit_item_mean
 from metarec.reader import Reader
 from metarec.recommender import MetaRecommender
 from metarec.scorer import Request, Scorer
+from metarec.scorers.adapted import MetaScorer
 from metarec.scorers.expected import expected_rating
 from metarec.scorers.finetuned import FULL, FineTuned, Recipe, Trainable, fine_tune, then_per_user_lora
 from metarec.scorers.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn
@@ -300,7 +301,8 @@ def test_a_batch_scores_as_one_by_one(scorer: Scorer) -> None:
     assert [len(scores) for scores in together] == [6, 3, ITEMS, 0]
     for request, scores in zip(requests, together, strict=True):
         (alone,) = scorer.score([request])
-        np.testing.assert_allclose(scores, alone, rtol=1e-4, atol=1e-5)
+        # Adapters are kept in half precision: what differs in the last bit may round to the next number there.
+        np.testing.assert_allclose(scores, alone, rtol=1e-4, atol=5e-4 if isinstance(scorer, MetaScorer) else 1e-5)
     assert scorer.score([]) == []
 
 
