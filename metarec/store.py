@@ -145,6 +145,8 @@ class _Sqlite:
     """The index in one file, shared by all threads and safe beside other processes."""
 
     serial = "INTEGER PRIMARY KEY AUTOINCREMENT"
+    # What makes other servers that set the store up wait: here every transaction does.
+    set_up_alone = "SELECT 1"
 
     def __init__(self, path: Path) -> None:
         self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
@@ -184,6 +186,8 @@ class _Postgres:
     """The index in a PostgreSQL database, for several servers."""
 
     serial = "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
+    # CREATE TABLE IF NOT EXISTS fails for one of two that find no table at the same moment.
+    set_up_alone = "SELECT pg_advisory_xact_lock(hashtext('metarec schema'))"
 
     def __init__(self, url: str) -> None:
         try:
@@ -258,6 +262,7 @@ class AdapterStore:
         with self._reported():
             self._index = _Postgres(str(location)) if remote else _Sqlite(Path(location) / _INDEX)
             with self._index.transaction():
+                self._index.execute(self._index.set_up_alone)
                 for table in _TABLES:
                     self._index.execute(table.format(serial=self._index.serial))
                 self._index.execute(

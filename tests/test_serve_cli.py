@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -242,16 +242,17 @@ def test_every_acknowledged_rating_survives_kills_exactly_once(checkpoint: Path,
 
 
 def start(checkpoint: Path, store: Path | str, *options: str) -> tuple[subprocess.Popen[str], str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [sys.executable, "-m", "metarec.cli", "serve", "--checkpoint", str(checkpoint), "--store", str(store)]
-    process = subprocess.Popen([*command, "--port", str(port), *options], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--port", "0", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert process.stdout is not None
+    lines: list[str] = []
     for line in process.stdout:
-        if "Uvicorn running" in line:
-            break
-    return process, f"http://127.0.0.1:{port}"
+        if running := re.search(r"Uvicorn running on (http://[\w.:]+)", line):
+            return process, running[1]
+        lines.append(line)
+    raise AssertionError("the server did not start:\n" + "".join(lines))
 
 
 def ask(url: str, body: Any = None, *, method: str | None = None, headers: dict[str, str] | None = None) -> Any:

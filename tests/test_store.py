@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,33 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[AdapterSto
         opened._index.execute("DELETE FROM items")
     yield opened
     opened.close()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_servers_that_start_together_make_one_store(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """PostgreSQL's ``CREATE TABLE IF NOT EXISTS`` fails for one of two that find no table at the same moment."""
+    servers = 8
+    for attempt in range(5):
+        location, files = str(tmp_path / f"store{attempt}"), None
+        if kind == "postgresql":
+            url, files = request.getfixturevalue("postgres"), tmp_path / "adapters"
+            psycopg = pytest.importorskip("psycopg")
+            name = f"together{attempt}"
+            with psycopg.connect(url, autocommit=True) as connection:
+                connection.execute(f"CREATE DATABASE {name}")
+            location = url.replace("/postgres?", f"/{name}?")
+        together = threading.Barrier(servers)
+
+        def begin(location: str = location, files: Path | None = files) -> AdapterStore:
+            together.wait()  # noqa: B023
+            return AdapterStore(location, files)
+
+        with ThreadPoolExecutor(servers) as pool:
+            stores = [future.result() for future in [pool.submit(begin) for _ in range(servers)]]
+        versions = [store.append([Feedback("ann", (("m1", 5.0),))])[0] for store in stores]
+        assert versions == [Accepted(version, False) for version in range(1, servers + 1)]
+        for store in stores:
+            store.close()
 
 
 def test_feedback_is_kept_in_order_and_counts_the_version(store: AdapterStore) -> None:
