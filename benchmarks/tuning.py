@@ -2,8 +2,10 @@
 
     python benchmarks/tuning.py                      # two split seeds; benchmarks/results/tuning.json
     python benchmarks/tuning.py --methods ALS EASE
+    python benchmarks/tuning.py --methods "joint LoRA" "full fine-tuning" "in-context prompt"     # hours
 
-What counts is the gain in AUC over the item mean, averaged over K > 0 and seeds. A validation user of one split is a
+What counts is the gain in AUC over the item mean, averaged over K > 0 and seeds. Where a language model reads every
+user's history, it is the gain at one K of a few users of the first split. A validation user of one split is a
 test user of another, as in any repeated split. The winners are the defaults of the `fit_*` functions.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,48 +45,64 @@ GRIDS: dict[str, Mapping[str, tuple[Any, ...]]] = {
     "per-user LoRA": {"inner_lr": (0.1, 0.3, 1.0), "steps": (3, 10)},
     "GP": {"factors": (16, 32), "noise": (0.5, 0.7), "choice": (2.0, 4.0)},
 }
+READERS: dict[str, Mapping[str, tuple[Any, ...]]] = {
+    "joint LoRA": {"lr": (1.5e-4, 5e-4, 2e-3)},
+    "full fine-tuning": {"lr": (5e-6, 2e-5, 6e-5)},
+    "in-context prompt": {"limit": (4, 8, 16)},
+}
+_READ_USERS, _READ_SHOTS = 16, (10,)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2, help="how many split seeds, from 0")
-    parser.add_argument("--methods", nargs="*", default=list(GRIDS), choices=list(GRIDS), help="only these")
+    parser.add_argument("--methods", nargs="*", default=list(GRIDS), choices=[*GRIDS, *READERS], help="only these")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     settings = [
         Setting(load_task_data(load_task(TASK), seed), Path("runs") / "tuning" / str(seed))
         for seed in range(arguments.seeds)
     ]
+    grids = {method: {**GRIDS, **READERS}[method] for method in arguments.methods}
     tried = {
-        method: [dict(zip(GRIDS[method], values, strict=True)) for values in itertools.product(*GRIDS[method].values())]
-        for method in arguments.methods
+        method: [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        for method, grid in grids.items()
     }
-    done = 0
-    with progress("tuning", len(settings) * sum(map(len, tried.values()))) as advance:
+    splits = {method: settings[:1] if method in READERS else settings for method in tried}
+    done, total = 0, sum(len(options) * len(splits[method]) for method, options in tried.items())
+    with progress("tuning", total) as advance:
         for method, options in tried.items():
-            gains = np.zeros((len(settings), len(options)))
-            for (row, setting), (column, chosen) in itertools.product(enumerate(settings), enumerate(options)):
-                scorer = METHODS[method].fit(setting, **{**METHODS[method].options, **chosen})[0].scorer
-                gains[row, column] = gain(setting, scorer)
+            gains = np.zeros((len(splits[method]), len(options)))
+            for (row, setting), (column, chosen) in itertools.product(enumerate(splits[method]), enumerate(options)):
+                # A training that was stopped goes on, and each has a place of its own.
+                own = (
+                    replace(setting, workspace=setting.workspace / f"{method} {column}")
+                    if method in READERS
+                    else setting
+                )
+                scorer = METHODS[method].fit(own, **{**METHODS[method].options, **chosen})[0].scorer
+                gains[row, column] = gain(own, scorer, reads=method in READERS)
                 done += 1
                 advance(done, method)
-            keep(method, options, gains.mean(0), arguments.seeds)
+            keep(method, options, gains.mean(0), len(splits[method]))
 
 
-def gain(setting: Setting, scorer: Scorer) -> float:
+def gain(setting: Setting, scorer: Scorer, *, reads: bool) -> float:
     """Returns the gain over the item mean on validation users, averaged over K > 0."""
     baseline = METHODS[BASELINE].rows(setting)[0].scorer
+    liked = [episode.query.likes(setting.threshold) for episode in setting.validation]
+    both = [episode for episode, likes in zip(setting.validation, liked, strict=True) if 0 < likes.sum() < len(likes)]
+    shots = _READ_SHOTS if reads else [count for count in setting.data.task.shots if count]
     report = evaluate(
         [baseline, scorer],
-        setting.validation,
-        setting.data.task.shots,
+        both[:_READ_USERS] if reads else setting.validation,
+        shots,
         setting.interactions.catalog,
         threshold=setting.threshold,
         seed=setting.seed,
         baseline=BASELINE,
         left_out={},
     )
-    shots = [count for count in setting.data.task.shots if count]
     return float(np.mean([report.paired(scorer.name, count, BASELINE, count).mean() for count in shots]))
 
 

@@ -25,6 +25,7 @@ from metarec.recommender import BASELINE, MetaRecommender
 from metarec.scorer import Request, Scorer
 from metarec.scorers.features import item_features, text_vectors
 from metarec.scorers.finetuned import (
+    FINE_TUNING,
     FineTuned,
     Recipe,
     Trainable,
@@ -230,9 +231,10 @@ def _listwise(setting: Setting, *, limit: int, rounds: int) -> Sequence[Row]:
     return [_prompted(Listwise(setting.backbone, setting.history(limit), rounds=rounds))]
 
 
-def _fine_tuned(setting: Setting, *, trainable: Trainable) -> Sequence[Row]:
+def _fine_tuned(setting: Setting, *, trainable: Trainable, lr: float | None = None) -> Sequence[Row]:
     """One model for all users; the whole model also with every user's own LoRA on top."""
     data, task, path = setting.interactions, setting.data.task, setting.workspace / "model"
+    config = FINE_TUNING[trainable]
     if path.exists():
         tuned = cast("FineTuned", load_scorer(path, backbone=setting.backbone))
     else:
@@ -245,6 +247,7 @@ def _fine_tuned(setting: Setting, *, trainable: Trainable) -> Sequence[Row]:
             validation=setting.validation,
             threshold=setting.threshold,
             recipe=Recipe(trainable, seed=setting.seed),
+            config=config if lr is None else config.model_copy(update={"lr": lr}),
             seed=setting.seed,
             checkpoint=setting.workspace / "checkpoint",
             resume=True,

@@ -58,6 +58,7 @@ LORA = TrainConfig(
     validate_every=40,
 )
 FULL = LORA.model_copy(update={"steps": 60, "lr": 2e-5, "validate_every": 30})
+FINE_TUNING: dict[Trainable, TrainConfig] = {"lora": LORA, "all": FULL}
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def fine_tune(
         threshold: Ratings from here on are likes.
         recipe: Which parameters are trained.
         config: The loop's settings; `shots` are the lengths of histories, 0 keeps prompts without one in distribution.
-            None takes `LORA` or `FULL`.
+            None takes what `FINE_TUNING` has.
         limit: Examples in a history at most.
         validation_users: Validation reads so many users with both classes.
         validation_items: Validation reads so many of a user's candidates.
@@ -206,7 +207,7 @@ def fine_tune(
         DataError: No user has enough ratings.
         ArtifactError: The checkpoint is damaged or of another run.
     """
-    config = config or (LORA if recipe.trainable == "lora" else FULL)
+    config = config or FINE_TUNING[recipe.trainable]
     history = History(template, interactions.catalog, threshold, limit, seed)
     InContext(backbone, history)  # refuses other kinds of model before anything is copied
     student = _student(backbone, recipe)
