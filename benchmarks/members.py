@@ -21,8 +21,7 @@ from metarec.methods import Setting
 from metarec.metrics import bootstrap_interval
 from metarec.progress import progress
 from metarec.recommender import BASELINE
-from metarec.scorers.gp import fit_gp
-from metarec.scorers.stacked import Features, fit_stack
+from metarec.scorers.stacked import fit_process, fit_stack
 from metarec.scorers.trivial import ItemMean
 from metarec.task import load_task, load_task_data
 
@@ -62,9 +61,9 @@ def gains_over_the_process(task: str, seed: int) -> dict[str, dict[int, np.ndarr
     """Returns every validation user's AUC less that of the process alone, by method and K."""
     setting = Setting(load_task_data(load_task(task), seed), Path("runs") / "members")
     data, users = setting.interactions, setting.users
-    features = Features(setting.blocks, setting.vectors)
+    features = setting.known
     _, stack, _ = fit_stack(data, users, features, "stack", threshold=setting.threshold, seed=seed)
-    process = fit_gp(data, users, setting.blocks, seed=seed)
+    process = fit_process(data, users, features, seed=seed)
     members = [replace(member, name=name) for member, name in zip(stack.members, NAMES, strict=True)]
     report = evaluate(
         [ItemMean(setting.mean, name=BASELINE), process, *members, stack],

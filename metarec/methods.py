@@ -23,7 +23,7 @@ from metarec.priors import ItemPrior, fit_item_mean, smooth_by_text
 from metarec.reader import Reader
 from metarec.recommender import BASELINE, MetaRecommender
 from metarec.scorer import Request, Scorer
-from metarec.scorers.features import item_features, text_vectors
+from metarec.scorers.features import item_features, text_vectors, unrated_features
 from metarec.scorers.finetuned import (
     FINE_TUNING,
     FineTuned,
@@ -33,12 +33,12 @@ from metarec.scorers.finetuned import (
     then_per_user_lora,
 )
 from metarec.scorers.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn
-from metarec.scorers.gp import fit_gp
 from metarec.scorers.history import History, InContext, Listwise
 from metarec.scorers.networks import Form, Network, fit_network
 from metarec.scorers.prompted import ZeroShot, calibrated_zero_shot
 from metarec.scorers.residuals import Floats
 from metarec.scorers.saved import load_scorer, save_scorer
+from metarec.scorers.stacked import Features, fit_process
 from metarec.scorers.text import fit_text_logistic, fit_text_ridge, fit_two_tower
 from metarec.scorers.trivial import Constant, ItemMean, Popularity, Random
 from metarec.task import TaskData
@@ -96,7 +96,7 @@ class Setting:
     @cached_property
     def prior(self) -> ItemPrior:
         """Item means smoothed by text."""
-        return smooth_by_text(self.mean, self.vectors, self.seed)
+        return smooth_by_text(self.mean, self.known.text, self.seed)
 
     @cached_property
     def vectors(self) -> Floats:
@@ -104,15 +104,23 @@ class Setting:
         return text_vectors(self.interactions.catalog)
 
     @cached_property
-    def blocks(self) -> dict[str, Floats]:
-        """Features of items, block by block: text and the catalog's fields."""
-        return {"text": self.vectors, **item_features(self.interactions.catalog)}
+    def fields(self) -> dict[str, Floats]:
+        """Features of items from the catalog's fields, block by block."""
+        return item_features(self.interactions.catalog)
+
+    @cached_property
+    def known(self) -> Features:
+        """What is known of items beside ratings: text by the sentence encoder, and the fields."""
+        read = {"text": self.vectors}
+        if self.data.task.split.asks_unrated:
+            return unrated_features(read, self.fields)
+        return Features({**read, **self.fields}, self.vectors)
 
     @cached_property
     def features(self) -> Floats:
-        """The blocks side by side, text reduced to its principal components, each of mean length one."""
+        """Text's principal components and the fields side by side, each block of mean length one."""
         left, values, _ = np.linalg.svd(self.vectors - self.vectors.mean(0), full_matrices=False)
-        blocks = {**self.blocks, "text": left[:, :_COMPONENTS] * values[:_COMPONENTS]}
+        blocks = {"text": left[:, :_COMPONENTS] * values[:_COMPONENTS], **self.fields}
         return np.concatenate([block / np.sqrt((block**2).sum(1).mean()) for block in blocks.values()], 1)
 
     @cached_property
@@ -397,7 +405,10 @@ METHODS: dict[str, Method] = {
         {"inner_lr": 0.3, "steps": 10},
     ),
     "GP": Method(
-        _plain(lambda s, **o: fit_gp(s.interactions, s.users, s.blocks, seed=s.seed, **o), lambda gp: gp.loadings.size),
+        _plain(
+            lambda s, **o: fit_process(s.interactions, s.users, s.known, seed=s.seed, **o),
+            lambda gp: gp.loadings.size,
+        ),
         "fold-in",
         "Gaussian process with learned item covariance, text and fields",
     ),

@@ -57,7 +57,7 @@ from metarec.reader import Reader, default_placement, open_reader
 from metarec.scorer import Scorer
 from metarec.scorers.adapted import InnerLoop, MetaScorer
 from metarec.scorers.expected import expected_rating
-from metarec.scorers.features import item_features, state_vectors, text_vectors
+from metarec.scorers.features import item_features, state_vectors, text_vectors, unrated_features
 from metarec.scorers.prompted import ZeroShot
 from metarec.scorers.saved import read_scorer, write_scorer
 from metarec.scorers.stacked import CrossFitted, Features, Stacked, fit_stack
@@ -242,10 +242,10 @@ class MetaRecommender:
         prior, taste, unseen = fit_stack(
             data.interactions,
             data.parts["train"],
-            _features(reader, data.interactions.catalog, self.config.encoder),
+            _features(reader, data.interactions.catalog, self.config.encoder, unrated=data.task.split.asks_unrated),
             self.config.taste,
             threshold=data.task.like_threshold,
-            hide=_HIDDEN if data.task.split.by in ("item", "both") else 0.0,
+            hide=_HIDDEN if data.task.split.asks_unrated else 0.0,
             seed=self.config.seed,
         )
         if self.config.prior == "none":
@@ -654,12 +654,15 @@ def _reader(backbone: Backbone, config: RunConfig, template: PromptTemplate, cat
     return open_reader(backbone, prompts, placement, torch.bfloat16 if config.dtype == "mixed" else None)
 
 
-def _features(reader: Reader, catalog: Catalog, encoder: str | None) -> Features:
+def _features(reader: Reader, catalog: Catalog, encoder: str | None, *, unrated: bool) -> Features:
     read = {"llm": state_vectors(reader)}
     if encoder is not None:
         read["text"] = text_vectors(catalog, encoder)
+    fields = item_features(catalog)
+    if unrated:
+        return unrated_features(read, fields)
     beside = np.concatenate([unit_vectors(vectors) for vectors in read.values()], 1)
-    return Features({**read, **item_features(catalog)}, beside)
+    return Features({**read, **fields}, beside)
 
 
 def _load(path: Path, place: Mapping[str, str]) -> MetaRecommender:

@@ -88,6 +88,11 @@ class SplitConfig(Section):
     transfer: TransferConfig | None = None
     seed: int | None = Field(None, ge=0, description="null takes the run's")
 
+    @property
+    def asks_unrated(self) -> bool:
+        """Whether users are asked about items that nobody in meta-training rated."""
+        return self.by in ("item", "both")
+
     @model_validator(mode="after")
     def _combinations(self) -> SplitConfig:
         if self.by == "time" and (self.users == "known" or self.transfer or self.unseen):

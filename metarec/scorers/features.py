@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 from sklearn.decomposition import PCA
+from sklearn.kernel_approximation import Nystroem
 from sklearn.preprocessing import StandardScaler
 
 from metarec.backbone import MINILM, load_backbone
@@ -17,6 +19,7 @@ from metarec.interactions import Catalog
 from metarec.prompts import PromptTemplate, tokenize_catalog
 from metarec.reader import Reader, default_placement, open_reader
 from metarec.scorers.residuals import Floats
+from metarec.scorers.stacked import Features
 from metarec.scorers.text import unit_vectors
 
 _TEXT = PromptTemplate(
@@ -26,6 +29,9 @@ _TEXT = PromptTemplate(
     "bad",
 )
 _COMPONENTS = 128
+_NARROW = 48
+_LANDMARKS = 1000
+_GAMMA = 0.3
 _MIN_ITEMS = 5
 _TOKEN_FIELDS = ("genres", "authors")
 _YEAR = re.compile(r"-?\d{1,4}")
@@ -54,8 +60,47 @@ def text_vectors(catalog: Catalog, encoder: str = MINILM) -> Floats:
 def state_vectors(reader: Reader) -> Floats:
     """Returns principal components of what the frozen language model's states say of every item, (items, features)."""
     unit = unit_vectors(StandardScaler().fit_transform(reader.states.cpu().numpy()).astype(np.float64))
-    components: Floats = PCA(min(_COMPONENTS, *unit.shape), random_state=0).fit_transform(unit)
-    return components
+    return principal_components(unit, _COMPONENTS)
+
+
+def unrated_features(read: Mapping[str, Floats], fields: Mapping[str, Floats]) -> Features:
+    """Returns what methods read of items where they are asked about ones that nobody rated.
+
+    Text and fields together, as a Gaussian kernel sees them: means are regressed on that alone.
+
+    Args:
+        read: Vectors of the items' text by who read it, each of shape (items, features).
+        fields: What `item_features` gives.
+    """
+    together = [np.concatenate(list(fields.values()), 1)] if fields else []
+    kernel = kernel_features(*read.values(), *together)
+    blocks = {**read, **fields, "kernel": principal_components(kernel, _NARROW)}
+    return Features(blocks, kernel, unrated=True)
+
+
+def kernel_features(*blocks: Floats) -> Floats:
+    """Returns features whose inner products are a Gaussian kernel's of the items' unit vectors, side by side.
+
+    A linear method over them is a kernel method over the blocks: what a genre says may depend on the year.
+
+    Args:
+        blocks: Vectors of every item, each of shape (items, width).
+
+    Returns:
+        Shape (items, landmarks), landmarks being items drawn by a fixed seed, a thousand at most.
+
+    Source: Williams and Seeger 2001, "Using the Nyström method to speed up kernel machines".
+    """
+    unit = np.concatenate([unit_vectors(block) for block in blocks], 1)
+    landmarks = min(_LANDMARKS, len(unit))
+    features: Floats = Nystroem(kernel="rbf", gamma=_GAMMA, n_components=landmarks, random_state=0).fit_transform(unit)
+    return features
+
+
+def principal_components(features: Floats, components: int) -> Floats:
+    """Returns the first principal components of features, shape (items, components) or fewer."""
+    narrow: Floats = PCA(min(components, *features.shape), random_state=0).fit_transform(features)
+    return narrow
 
 
 def item_features(catalog: Catalog) -> dict[str, Floats]:

@@ -133,6 +133,8 @@ def fit_gp(
     users: Codes,
     features: Mapping[str, Floats],
     *,
+    means: Floats | None = None,
+    doubt: float = 1.0,
     factors: int = 16,
     noise: float = 0.6,
     level_variance: float = 0.2,
@@ -150,6 +152,10 @@ def fit_gp(
         interactions: The dataset.
         users: The meta-training users; nobody else's ratings are looked at.
         features: Blocks of item features, each of shape (items, width), e.g. text vectors, genres, year.
+        means: What item means are regressed on, shape (items, width). None takes the blocks and how often an item is
+            rated; where nobody rated what is asked about, that says nothing, and takes from what text says.
+        doubt: Factor on the noise once all is learned: above one where what is asked about shares features with a
+            support, but neither learned factors nor raters.
         factors: How many factors are learned beside the features.
         noise: Variance of a rating around a user's taste.
         level_variance: Variance of users' levels.
@@ -168,7 +174,8 @@ def fit_gp(
     with automatic relevance of factors), used as a Gaussian process after Rasmussen and Williams 2006, section 2.2.
     """
     baseline = fit_item_mean(interactions, users)
-    residuals, mean = _centred_means(interactions, users, baseline, features, mean_strength, seed)
+    told = [*features.values()] if means is None else [means]
+    residuals, mean = _centred_means(interactions, users, baseline, told, mean_strength, seed, counts=means is None)
     count = residuals.count
     blocks = [*_feature_loadings(features, count, components), np.full((len(count), 1), np.sqrt(level_variance))]
     loadings, spread = _factor_analysis(residuals, blocks, factors, noise, factor_variance, sweeps, seed)
@@ -179,7 +186,7 @@ def fit_gp(
         scale=baseline.scale,
         mean=mean,
         loadings=loadings,
-        noise=noise + spread,
+        noise=doubt * (noise + spread),
         centre=count @ loadings / count.sum(),
         choice=chosen,
         choice_strength=choice_strength,
@@ -190,9 +197,11 @@ def _centred_means(
     interactions: Interactions,
     users: Codes,
     baseline: ItemPrior,
-    features: Mapping[str, Floats],
+    features: Sequence[Floats],
     strength: float,
     seed: int,
+    *,
+    counts: bool,
 ) -> tuple[Residuals, Floats]:
     """Returns what users say beyond their own level and the item's mean without them, and the item means.
 
@@ -211,7 +220,7 @@ def _centred_means(
     squares = np.bincount(user, centred**2, len(users))
     centred /= np.sqrt((squares + _SPREAD_STRENGTH) / (length + _SPREAD_STRENGTH))[user]
     log_count = np.log1p(count)[:, None]
-    told = np.concatenate([*features.values(), log_count, log_count**2], 1)
+    told = np.concatenate([*features, *((log_count, log_count**2) if counts else ())], 1)
     total = np.bincount(item, centred, len(count)).astype(np.float32)
     prior = smooth_by_text(replace(baseline, total=total, strength=strength), told, seed)
     without = (total[item] - centred + strength * prior.centre[item]) / (count[item] - 1 + strength)

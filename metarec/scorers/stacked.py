@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
@@ -37,6 +38,8 @@ _PAIRS = 40
 _FIRST_WEIGHT, _OTHER_WEIGHT = 0.8, 0.2
 _STRENGTH = 15.0
 _SHARPNESS = 2.0
+_UNRATED_PENALTY = 6.0
+_DOUBT = 2.0
 
 
 @dataclass(frozen=True)
@@ -139,28 +142,39 @@ class Features:
     Args:
         blocks: Features for the Gaussian processes, each of shape (items, width).
         text: Vectors for the ridge regression, shape (items, features).
+        unrated: Whether asked items are ones that nobody rated. Their means are then regressed on `text` alone, and a
+            user's ratings of other items count for less; how much less was chosen on validation users.
     """
 
     blocks: Mapping[str, Floats]
     text: Floats
+    unrated: bool = False
+
+
+def fit_process(
+    interactions: Interactions, users: Codes, features: Features, *, seed: int, **options: Any
+) -> GaussianProcess:
+    """Fits a Gaussian process on features, for the items that are asked about; `options` are `fit_gp`'s."""
+    unrated: dict[str, Any] = {"means": features.text, "doubt": _DOUBT} if features.unrated else {}
+    return fit_gp(interactions, users, features.blocks, seed=seed, **{**unrated, **options})
 
 
 def fit_gp_alone(
     interactions: Interactions, users: Codes, prior: ItemPrior, features: Features, seed: int
 ) -> tuple[Member, ...]:
     """Fits one Gaussian process."""
-    return (fit_gp(interactions, users, features.blocks, seed=seed),)
+    return (fit_process(interactions, users, features, seed=seed),)
 
 
 def fit_all(
     interactions: Interactions, users: Codes, prior: ItemPrior, features: Features, seed: int
 ) -> tuple[Member, ...]:
-    """Fits all methods of the stack."""
-    return (
-        fit_gp(interactions, users, features.blocks, factors=_FACTORS, seed=seed),
-        fit_gp(interactions, users, features.blocks, factors=1, sweeps=4, components=_COMPONENTS, seed=seed),
-        fit_text_ridge(prior, features.text),
-    )
+    """Fits all methods of the stack; where items are unrated, one process, for learned factors do not reach them."""
+    process = fit_process(interactions, users, features, factors=_FACTORS, seed=seed)
+    if features.unrated:
+        return process, fit_text_ridge(prior, features.text, penalty=_UNRATED_PENALTY)
+    single = fit_process(interactions, users, features, factors=1, sweeps=4, components=_COMPONENTS, seed=seed)
+    return process, single, fit_text_ridge(prior, features.text)
 
 
 MEMBERS: dict[str, Callable[[Interactions, Codes, ItemPrior, Features, int], tuple[Member, ...]]] = {

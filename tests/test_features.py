@@ -1,0 +1,93 @@
+"""What is read of items that nobody rated: a kernel of text and fields, and means that counts do not explain away."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from known import WORLD
+
+from metarec.interactions import Interactions
+from metarec.priors import fit_item_mean, smooth_by_text
+from metarec.scorers.features import kernel_features, principal_components, unrated_features
+from metarec.scorers.gp import fit_gp
+from metarec.scorers.residuals import Floats
+from metarec.scorers.stacked import MEMBERS, fit_process
+from metarec.scorers.text import unit_vectors
+
+USERS = 80
+
+
+def rated(mean: Floats, raters: np.ndarray, noise: float = 0.5) -> Interactions:
+    """A world in which so many users rate each item around its mean; nobody rates the others."""
+    generator = np.random.default_rng(0)
+    chosen = [generator.choice(USERS, int(count), replace=False) for count in raters]
+    item = np.repeat(np.arange(len(mean)), raters.astype(int))
+    rating = 3.0 + mean[item] + generator.normal(scale=noise, size=len(item))
+    ids = tuple(map(str, range(len(mean))))
+    catalog = replace(WORLD.catalog, ids=ids, fields={"title": ids})
+    users = tuple(map(str, range(USERS)))
+    user = np.concatenate(chosen)
+    return replace(
+        WORLD, users=users, user=user, item=item, rating=rating.astype(np.float32), timestamp=None, catalog=catalog
+    )
+
+
+def test_inner_products_of_kernel_features_are_the_gaussian_kernel() -> None:
+    generator = np.random.default_rng(0)
+    blocks = generator.normal(size=(60, 7)), generator.normal(size=(60, 3))
+    unit = np.concatenate([unit_vectors(block) for block in blocks], 1)
+    squared = ((unit[:, None] - unit) ** 2).sum(-1)
+    features = kernel_features(*blocks)
+    np.testing.assert_allclose(features @ features.T, np.exp(-0.3 * squared), atol=1e-6)
+
+
+def test_what_a_genre_says_may_depend_on_the_year() -> None:
+    """Good if it is an old drama or a new comedy: no sum over genre and year knows that of a movie nobody rated."""
+    generator = np.random.default_rng(0)
+    drama, old = generator.choice([-1.0, 1.0], (2, 400))
+    mean = drama * old
+    data = rated(mean, np.where(np.arange(400) < 300, 8, 0))
+    fields = {"genre": drama[:, None], "year": (old + generator.normal(scale=0.1, size=400))[:, None]}
+    unrated = np.arange(300, 400)
+    prior = fit_item_mean(data, np.arange(USERS))
+    by_sum = smooth_by_text(prior, np.concatenate(list(fields.values()), 1), seed=0)
+    by_kernel = smooth_by_text(prior, unrated_features({}, fields).text, seed=0)
+    told = [np.corrcoef(some.values(unrated), mean[unrated])[0, 1] for some in (by_sum, by_kernel)]
+    assert abs(told[0]) < 0.3
+    assert told[1] > 0.9
+
+
+def test_counts_do_not_explain_away_what_text_says_of_items_that_nobody_rated() -> None:
+    """Genre makes movies popular and popular movies are good; of one that nobody rated the genre is all there is."""
+    generator = np.random.default_rng(0)
+    genre = generator.choice([-1.0, 1.0], 400)
+    raters = np.exp(2.0 + genre + generator.normal(scale=0.2, size=400)).round().clip(1, USERS)
+    mean = 0.5 * (np.log1p(raters) - 2.0)
+    unrated = np.arange(300, 400)
+    raters[unrated] = 0
+    data = rated(mean, raters)
+    block = {"genre": genre[:, None]}
+    gaps = []
+    for means in (None, block["genre"]):
+        told = fit_gp(data, np.arange(USERS), block, factors=2, means=means).mean[unrated]
+        gaps.append(float(told[genre[unrated] > 0].mean() - told[genre[unrated] < 0].mean()))
+    assert gaps[1] > 0.4
+    assert gaps[0] < 0.6 * gaps[1]
+
+
+def test_components_are_no_more_than_there_are() -> None:
+    assert principal_components(np.random.default_rng(0).normal(size=(20, 3)), 48).shape == (20, 3)
+
+
+def test_where_items_are_unrated_ratings_of_others_count_for_less() -> None:
+    generator = np.random.default_rng(0)
+    data = rated(generator.normal(size=120), np.full(120, 12))
+    features = unrated_features({"text": generator.normal(size=(120, 6))}, {})
+    users, more = np.arange(USERS), {"factors": 2, "sweeps": 2}
+    cold = fit_process(data, users, features, seed=0, **more)
+    warm = fit_process(data, users, features, seed=0, doubt=1.0, **more)
+    np.testing.assert_allclose(cold.noise, 2 * warm.noise)
+    np.testing.assert_array_equal(cold.loadings, warm.loadings)
+    prior = fit_item_mean(data, users)
+    assert len(MEMBERS["stack"](data, users, prior, features, 0)) == 2
