@@ -114,7 +114,7 @@ def keep(method: str, options: list[dict[str, Any]], gains: np.ndarray, seeds: i
         "seeds": seeds,
         "tried": [{"options": option, "gain": float(value)} for option, value in zip(options, gains, strict=True)],
     }
-    command = f"python benchmarks/tuning.py --seeds {seeds}"
+    command = "python benchmarks/tuning.py --methods METHOD --seeds SEEDS"
     write_json(RESULT, {"command": command, "task": TASK, "methods": {**before, method: found}})
     print(f"{method}: {found['best']}  {gains.max():+.4f}  (worst {gains.min():+.4f})", flush=True)
 

@@ -19,7 +19,7 @@ from metarec.backbone import Backbone, load_backbone
 from metarec.config import MetaConfig, RunConfig, override, validated
 from metarec.episodes import Episode
 from metarec.interactions import Codes, Interactions
-from metarec.priors import ItemPrior, fit_item_mean, smooth_by_text
+from metarec.priors import ItemPrior, fit_item_mean
 from metarec.reader import Reader
 from metarec.recommender import BASELINE, MetaRecommender
 from metarec.scorer import Request, Scorer
@@ -96,7 +96,7 @@ class Setting:
     @cached_property
     def prior(self) -> ItemPrior:
         """Item means smoothed by text."""
-        return smooth_by_text(self.mean, self.known.text, self.seed)
+        return self.known.smoothed(self.mean, self.seed)
 
     @cached_property
     def vectors(self) -> Floats:

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 from known import WORLD
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import RBF
 
 from metarec.interactions import Interactions
-from metarec.priors import fit_item_mean, smooth_by_text
+from metarec.priors import fit_item_mean, predict_unrated, smooth_by_text
 from metarec.scorers.features import kernel_features, principal_components, unrated_features
-from metarec.scorers.gp import fit_gp
 from metarec.scorers.residuals import Floats
-from metarec.scorers.stacked import MEMBERS, fit_process
-from metarec.scorers.text import unit_vectors
+from metarec.scorers.stacked import MEMBERS, Features, fit_process
 
 USERS = 80
 
@@ -34,11 +34,9 @@ def rated(mean: Floats, raters: np.ndarray, noise: float = 0.5) -> Interactions:
 
 
 def test_inner_products_of_kernel_features_are_the_gaussian_kernel() -> None:
-    generator = np.random.default_rng(0)
-    blocks = generator.normal(size=(60, 7)), generator.normal(size=(60, 3))
-    unit = np.concatenate([unit_vectors(block) for block in blocks], 1)
-    squared = ((unit[:, None] - unit) ** 2).sum(-1)
-    features = kernel_features(*blocks)
+    vectors = np.random.default_rng(0).normal(size=(60, 7))
+    squared = ((vectors[:, None] - vectors) ** 2).sum(-1)
+    features = kernel_features(vectors)
     np.testing.assert_allclose(features @ features.T, np.exp(-0.3 * squared), atol=1e-6)
 
 
@@ -52,10 +50,29 @@ def test_what_a_genre_says_may_depend_on_the_year() -> None:
     unrated = np.arange(300, 400)
     prior = fit_item_mean(data, np.arange(USERS))
     by_sum = smooth_by_text(prior, np.concatenate(list(fields.values()), 1), seed=0)
-    by_kernel = smooth_by_text(prior, unrated_features({}, fields).text, seed=0)
-    told = [np.corrcoef(some.values(unrated), mean[unrated])[0, 1] for some in (by_sum, by_kernel)]
+    features = unrated_features({}, fields)
+    by_features = smooth_by_text(prior, features.text, seed=0)
+    by_both = features.smoothed(prior, seed=0)
+    told = [np.corrcoef(some.values(unrated), mean[unrated])[0, 1] for some in (by_sum, by_features, by_both)]
     assert abs(told[0]) < 0.3
-    assert told[1] > 0.9
+    assert min(told[1:]) > 0.9
+    np.testing.assert_array_equal(by_both.centre[:300], by_features.centre[:300])
+
+
+def test_means_of_unrated_items_are_the_textbooks_regression() -> None:
+    """Against scikit-learn's Gaussian process with the same kernel and noise, on means around their own level."""
+    generator = np.random.default_rng(0)
+    data = rated(generator.normal(size=120), np.where(np.arange(120) < 100, generator.integers(1, 30, 120), 0))
+    prior = fit_item_mean(data, np.arange(USERS))
+    vectors = generator.normal(size=(120, 4)) / 2
+    found = predict_unrated(prior, vectors)
+    means, noise = prior.total[:100] / prior.count[:100], 0.5 + prior.strength / prior.count[:100]
+    kernel = RBF(np.sqrt(1 / 0.8))
+    weight = np.linalg.solve(kernel(vectors[:100]) + np.diag(noise), np.ones(100))
+    level = weight @ means / weight.sum()
+    model = GaussianProcessRegressor(kernel, alpha=noise, optimizer=None).fit(vectors[:100], means - level)
+    np.testing.assert_allclose(found.centre[100:], level + model.predict(vectors[100:]), atol=1e-4)
+    np.testing.assert_array_equal(found.centre[:100], prior.centre[:100])
 
 
 def test_counts_do_not_explain_away_what_text_says_of_items_that_nobody_rated() -> None:
@@ -69,8 +86,8 @@ def test_counts_do_not_explain_away_what_text_says_of_items_that_nobody_rated() 
     data = rated(mean, raters)
     block = {"genre": genre[:, None]}
     gaps = []
-    for means in (None, block["genre"]):
-        told = fit_gp(data, np.arange(USERS), block, factors=2, means=means).mean[unrated]
+    for features in (Features(block, block["genre"]), Features(block, block["genre"], block["genre"])):
+        told = fit_process(data, np.arange(USERS), features, seed=0, factors=2).mean[unrated]
         gaps.append(float(told[genre[unrated] > 0].mean() - told[genre[unrated] < 0].mean()))
     assert gaps[1] > 0.4
     assert gaps[0] < 0.6 * gaps[1]

@@ -66,34 +66,34 @@ def state_vectors(reader: Reader) -> Floats:
 def unrated_features(read: Mapping[str, Floats], fields: Mapping[str, Floats]) -> Features:
     """Returns what methods read of items where they are asked about ones that nobody rated.
 
-    Text and fields together, as a Gaussian kernel sees them: means are regressed on that alone.
+    Text and fields together, each of length one, as they are and as a Gaussian kernel sees them.
 
     Args:
         read: Vectors of the items' text by who read it, each of shape (items, features).
         fields: What `item_features` gives.
     """
     together = [np.concatenate(list(fields.values()), 1)] if fields else []
-    kernel = kernel_features(*read.values(), *together)
-    blocks = {**read, **fields, "kernel": principal_components(kernel, _NARROW)}
-    return Features(blocks, kernel, unrated=True)
+    unit = np.concatenate([unit_vectors(block) for block in (*read.values(), *together)], 1)
+    kernel = kernel_features(unit)
+    return Features({**read, **fields, "kernel": principal_components(kernel, _NARROW)}, kernel, unit)
 
 
-def kernel_features(*blocks: Floats) -> Floats:
-    """Returns features whose inner products are a Gaussian kernel's of the items' unit vectors, side by side.
+def kernel_features(vectors: Floats) -> Floats:
+    """Returns features whose inner products are a Gaussian kernel of the items' vectors.
 
-    A linear method over them is a kernel method over the blocks: what a genre says may depend on the year.
+    A linear method over them is a kernel method over the vectors: what a genre says may depend on the year.
 
     Args:
-        blocks: Vectors of every item, each of shape (items, width).
+        vectors: Shape (items, width).
 
     Returns:
         Shape (items, landmarks), landmarks being items drawn by a fixed seed, a thousand at most.
 
     Source: Williams and Seeger 2001, "Using the Nyström method to speed up kernel machines".
     """
-    unit = np.concatenate([unit_vectors(block) for block in blocks], 1)
-    landmarks = min(_LANDMARKS, len(unit))
-    features: Floats = Nystroem(kernel="rbf", gamma=_GAMMA, n_components=landmarks, random_state=0).fit_transform(unit)
+    landmarks = min(_LANDMARKS, len(vectors))
+    nystroem = Nystroem(kernel="rbf", gamma=_GAMMA, n_components=landmarks, random_state=0)
+    features: Floats = nystroem.fit_transform(vectors)
     return features
 
 

@@ -7,7 +7,7 @@ small solve. Empirical Bayes throughout; knows nothing of where item features co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -133,7 +133,7 @@ def fit_gp(
     users: Codes,
     features: Mapping[str, Floats],
     *,
-    means: Floats | None = None,
+    smooth: Callable[[ItemPrior], ItemPrior] | None = None,
     doubt: float = 1.0,
     factors: int = 16,
     noise: float = 0.6,
@@ -152,8 +152,8 @@ def fit_gp(
         interactions: The dataset.
         users: The meta-training users; nobody else's ratings are looked at.
         features: Blocks of item features, each of shape (items, width), e.g. text vectors, genres, year.
-        means: What item means are regressed on, shape (items, width). None takes the blocks and how often an item is
-            rated; where nobody rated what is asked about, that says nothing, and takes from what text says.
+        smooth: What shrinks item means towards what is known of the items. None regresses them on the blocks and on how
+            often an item is rated; where nobody rated what is asked about, that takes from what text says.
         doubt: Factor on the noise once all is learned: above one where what is asked about shares features with a
             support, but neither learned factors nor raters.
         factors: How many factors are learned beside the features.
@@ -174,8 +174,12 @@ def fit_gp(
     with automatic relevance of factors), used as a Gaussian process after Rasmussen and Williams 2006, section 2.2.
     """
     baseline = fit_item_mean(interactions, users)
-    told = [*features.values()] if means is None else [means]
-    residuals, mean = _centred_means(interactions, users, baseline, told, mean_strength, seed, counts=means is None)
+
+    def by_blocks(prior: ItemPrior) -> ItemPrior:
+        log_count = np.log1p(prior.count.astype(np.float64))[:, None]
+        return smooth_by_text(prior, np.concatenate([*features.values(), log_count, log_count**2], 1), seed)
+
+    residuals, mean = _centred_means(interactions, users, baseline, smooth or by_blocks, mean_strength)
     count = residuals.count
     blocks = [*_feature_loadings(features, count, components), np.full((len(count), 1), np.sqrt(level_variance))]
     loadings, spread = _factor_analysis(residuals, blocks, factors, noise, factor_variance, sweeps, seed)
@@ -197,11 +201,8 @@ def _centred_means(
     interactions: Interactions,
     users: Codes,
     baseline: ItemPrior,
-    features: Sequence[Floats],
+    smooth: Callable[[ItemPrior], ItemPrior],
     strength: float,
-    seed: int,
-    *,
-    counts: bool,
 ) -> tuple[Residuals, Floats]:
     """Returns what users say beyond their own level and the item's mean without them, and the item means.
 
@@ -219,10 +220,8 @@ def _centred_means(
     centred = rating - level[user]
     squares = np.bincount(user, centred**2, len(users))
     centred /= np.sqrt((squares + _SPREAD_STRENGTH) / (length + _SPREAD_STRENGTH))[user]
-    log_count = np.log1p(count)[:, None]
-    told = np.concatenate([*features, *((log_count, log_count**2) if counts else ())], 1)
     total = np.bincount(item, centred, len(count)).astype(np.float32)
-    prior = smooth_by_text(replace(baseline, total=total, strength=strength), told, seed)
+    prior = smooth(replace(baseline, total=total, strength=strength))
     without = (total[item] - centred + strength * prior.centre[item]) / (count[item] - 1 + strength)
     residuals = Residuals(user, item, centred - without, (len(users), len(count)))
     return residuals, prior.values(np.arange(len(count))).astype(np.float64)

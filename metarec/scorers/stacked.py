@@ -19,7 +19,7 @@ from torch import Tensor
 
 from metarec.episodes import evaluation_episodes
 from metarec.interactions import Codes, Flags, Interactions, Ratings, Values
-from metarec.priors import ItemPrior, fit_item_mean, smooth_by_text
+from metarec.priors import ItemPrior, fit_item_mean, predict_unrated, smooth_by_text
 from metarec.progress import progress
 from metarec.scorer import Request
 from metarec.scorers.gp import GaussianProcess, fit_gp
@@ -142,21 +142,28 @@ class Features:
     Args:
         blocks: Features for the Gaussian processes, each of shape (items, width).
         text: Vectors for the ridge regression, shape (items, features).
-        unrated: Whether asked items are ones that nobody rated. Their means are then regressed on `text` alone, and a
-            user's ratings of other items count for less; how much less was chosen on validation users.
+        unrated: Where asked items are ones that nobody rated, a vector of each item's text and fields, shape (items,
+            features): their means are predicted from these, and a user's ratings of other items count for less. How
+            much less was chosen on validation users. None elsewhere.
     """
 
     blocks: Mapping[str, Floats]
     text: Floats
-    unrated: bool = False
+    unrated: Floats | None = None
+
+    def smoothed(self, prior: ItemPrior, seed: int) -> ItemPrior:
+        """Returns item means shrunk towards what the features say."""
+        smooth = smooth_by_text(prior, self.text, seed)
+        return smooth if self.unrated is None else predict_unrated(smooth, self.unrated)
 
 
 def fit_process(
     interactions: Interactions, users: Codes, features: Features, *, seed: int, **options: Any
 ) -> GaussianProcess:
     """Fits a Gaussian process on features, for the items that are asked about; `options` are `fit_gp`'s."""
-    unrated: dict[str, Any] = {"means": features.text, "doubt": _DOUBT} if features.unrated else {}
-    return fit_gp(interactions, users, features.blocks, seed=seed, **{**unrated, **options})
+    if features.unrated is not None:
+        options = {"smooth": lambda prior: features.smoothed(prior, seed), "doubt": _DOUBT, **options}
+    return fit_gp(interactions, users, features.blocks, seed=seed, **options)
 
 
 def fit_gp_alone(
@@ -171,7 +178,7 @@ def fit_all(
 ) -> tuple[Member, ...]:
     """Fits all methods of the stack; where items are unrated, one process, for learned factors do not reach them."""
     process = fit_process(interactions, users, features, factors=_FACTORS, seed=seed)
-    if features.unrated:
+    if features.unrated is not None:
         return process, fit_text_ridge(prior, features.text, penalty=_UNRATED_PENALTY)
     single = fit_process(interactions, users, features, factors=1, sweeps=4, components=_COMPONENTS, seed=seed)
     return process, single, fit_text_ridge(prior, features.text)
@@ -254,7 +261,7 @@ def fit_stack(
     rated = np.bincount(interactions.item, minlength=len(interactions.catalog)) > 0
 
     def fit(part: Interactions, some: Codes) -> tuple[ItemPrior, tuple[Member, ...]]:
-        prior = smooth_by_text(fit_item_mean(part, some), features.text, seed)
+        prior = features.smoothed(fit_item_mean(part, some), seed)
         return prior, MEMBERS[members](part, some, prior, features, seed)
 
     parts: list[tuple[ItemPrior, tuple[Member, ...], Flags]] = []
