@@ -6,6 +6,7 @@ Charts are plotly's, whose script is inside the page. Knows nothing of how the n
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,7 +128,7 @@ def _costs(methods: dict[str, dict[int, Any]], baseline: str, shots: int) -> Fig
             hovertext=f"fit {row['fit_seconds']:.0f} s, {row['bytes_per_user']:,} bytes a user, "
             f"{row['parameters']:,} parameters, {row['tokens']:.0f} tokens a request",
         )
-    figure.update_xaxes(type="log")
+    figure.update_xaxes(type="category")
     figure.update_layout(showlegend=False)
     return figure
 
@@ -166,30 +167,29 @@ def _sizes(pooled: Sequence[Pooled], reference: str) -> list[dict[str, Any]]:
 
 
 def _by_size(task: str, groups: Sequence[Pooled], reference: str) -> dict[str, Any]:
-    limited = sorted(
-        (group for group in groups if group.train_users is not None), key=lambda group: group.train_users or 0
-    )
+    ordered = sorted(groups, key=lambda group: math.inf if group.train_users is None else group.train_users)
+    sizes = ["all" if group.train_users is None else f"{group.train_users:,}" for group in ordered]
     names = [
         name
-        for name, method in limited[0].methods.items()
-        if method.step is None and all(name in group.methods for group in limited)
+        for name, method in ordered[0].methods.items()
+        if method.step is None and all(name in group.methods for group in ordered)
     ]
-    shots = sorted({int(count) for count in limited[0].report.costs["shots"]})
+    shots = sorted({int(count) for count in ordered[0].report.costs["shots"]})
     figure = _figure("meta-training users", "AUC")
     for name in names:
         for count in (shots[0], shots[-1]):
             figure.add_scatter(
-                x=[group.train_users for group in limited],
-                y=[group.curve(name)[count] for group in limited],
+                x=sizes,
+                y=[group.curve(name)[count] for group in ordered],
                 name=f"{name}, K = {count}",
                 mode="lines+markers",
                 line={"dash": "dot" if count == shots[0] else "solid"},
             )
-    figure.update_xaxes(type="log")
+    figure.update_xaxes(type="category")
     table = [
         {
             "method": name,
-            "train_users": group.train_users,
+            "train_users": size,
             "auc": group.curve(name),
             "fit_seconds": group.methods[name].fit_seconds,
             "parameters": group.methods[name].parameters,
@@ -198,7 +198,7 @@ def _by_size(task: str, groups: Sequence[Pooled], reference: str) -> dict[str, A
             else crossing(group.curve(reference), group.curve(name)),
         }
         for name in names
-        for group in limited
+        for size, group in zip(sizes, ordered, strict=True)
     ]
     return {"task": task, "shots": shots, "rows": table, "figure": _script_json(_plain(figure))}
 
