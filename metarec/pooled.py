@@ -161,6 +161,13 @@ class Pooled:
         shots = sorted({int(count) for count in self.report.costs["shots"]})
         return {count: float(self.report.values(name, count).mean()) for count in shots}
 
+    def crossings(self, reference: str) -> dict[str, float | None]:
+        """Returns from how many ratings on a method is ahead of every other one: `crossing`, by the other's name."""
+        others = [name for name, method in self.methods.items() if method.step is None and name != reference]
+        if reference not in self.methods:
+            return {}
+        return {name: crossing(self.curve(reference), self.curve(name)) for name in others}
+
 
 def crossing(first: Mapping[int, float], second: Mapping[int, float]) -> float | None:
     """Says from how many ratings on one method is better than another.

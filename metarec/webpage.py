@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from metarec.pooled import Pooled, crossing
+from metarec.pooled import Pooled
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -193,9 +193,7 @@ def _by_size(task: str, groups: Sequence[Pooled], reference: str) -> dict[str, A
             "auc": group.curve(name),
             "fit_seconds": group.methods[name].fit_seconds,
             "parameters": group.methods[name].parameters,
-            "crossing": None
-            if reference not in group.methods or name == reference
-            else crossing(group.curve(reference), group.curve(name)),
+            "crossing": group.crossings(reference).get(name),
         }
         for name in names
         for size, group in zip(sizes, ordered, strict=True)

@@ -219,7 +219,11 @@ def test_the_crossing_is_where_one_method_overtakes_the_other_for_good(
 
 def test_the_page_compares_sizes_of_meta_training(oracle: None, task: str, tmp_path: Path) -> None:
     bench.run(plan(task, "metarec", seeds=1, train_users=[20, None, 5]), tmp_path)
-    page = render(read_cells(tmp_path, BASELINE), "metarec")
+    groups = read_cells(tmp_path, BASELINE)
+    for group in groups:
+        assert group.crossings("metarec")[BASELINE] == crossing(group.curve("metarec"), group.curve(BASELINE))
+        assert group.crossings("nobody") == {}
+    page = render(groups, "metarec")
     assert "Few-shot against fine-tuning" in page
     assert re.findall(r"<td>item mean</td><td>(\w+)</td>", page) == ["5", "20", "all"]
     assert re.search(r"<td>item mean</td><td>5</td>(<td>[^<]*</td>)+<td>K = \d", page)

@@ -150,6 +150,7 @@ def summary(pooled: list[Pooled]) -> dict[str, Any]:
                 "left_out": dict(group.report.left_out),
                 **group.made,
                 "rows": group.rows(REFERENCE),
+                f"{REFERENCE} is ahead from": group.crossings(REFERENCE),
             }
             for group in pooled
         ],
