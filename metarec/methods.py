@@ -384,7 +384,7 @@ METHODS: dict[str, Method] = {
     "two-tower cosine, LLM": Method(_llm_two_tower, "fold-in", "retrieval by the language model's own states"),
     "zero-shot prompt": Method(_zero_shot, "prompt", "the frozen model's answer, whoever asks; also calibrated"),
     "in-context prompt": Method(
-        _in_context, "prompt", "the user's history in the prompt; also calibrated", {"limit": 8}
+        _in_context, "prompt", "the user's history in the prompt; also calibrated", {"limit": 16}
     ),
     "in-context, listwise": Method(
         _listwise, "prompt", "history and a lettered list of candidates, shuffled", {"limit": 8, "rounds": 4}
