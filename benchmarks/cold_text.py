@@ -48,7 +48,7 @@ def main() -> None:
     command = f"python benchmarks/cold_text.py --first {arguments.first} --seeds {arguments.seeds}"
     write_json(RESULT, {"command": command, "task": TASK, "rows": rows, **environment()})
     for name, row in rows.items():
-        print(f"{name:44s}{row['auc']:.4f}")
+        print(f"{name:52s}{row['auc']:.4f}")
 
 
 def predictions(setting: Setting) -> dict[str, Floats]:
