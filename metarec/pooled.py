@@ -162,11 +162,18 @@ class Pooled:
         return {count: float(self.report.values(name, count).mean()) for count in shots}
 
     def crossings(self, reference: str) -> dict[str, float | None]:
-        """Returns from how many ratings on a method is ahead of every other one: `crossing`, by the other's name."""
+        """Returns from how many ratings on a method is ahead of every other one: `crossing`, by the other's name.
+
+        On the users that both have: some methods are measured on a few of them.
+        """
         others = [name for name, method in self.methods.items() if method.step is None and name != reference]
         if reference not in self.methods:
             return {}
-        return {name: crossing(self.curve(reference), self.curve(name)) for name in others}
+        return {name: crossing(self._gaps(reference, name), dict.fromkeys(self.curve(name), 0.0)) for name in others}
+
+    def _gaps(self, name: str, other: str) -> dict[int, float]:
+        paired = self.report.paired
+        return {count: float(paired(name, count, other, count).mean()) for count in self.curve(name)}
 
 
 def crossing(first: Mapping[int, float], second: Mapping[int, float]) -> float | None:
