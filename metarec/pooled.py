@@ -164,12 +164,17 @@ class Pooled:
     def crossings(self, reference: str) -> dict[str, float | None]:
         """Returns from how many ratings on a method is ahead of every other one: `crossing`, by the other's name.
 
-        On the users that both have: some methods are measured on a few of them.
+        On the users that both have, for some methods are measured on a few of them; who shares none is left out.
         """
-        others = [name for name, method in self.methods.items() if method.step is None and name != reference]
         if reference not in self.methods:
             return {}
-        return {name: crossing(self._gaps(reference, name), dict.fromkeys(self.curve(name), 0.0)) for name in others}
+        others = [name for name, method in self.methods.items() if method.step is None and name != reference]
+        gaps = {name: self._gaps(reference, name) for name in others}
+        return {
+            name: crossing(gap, dict.fromkeys(gap, 0.0))
+            for name, gap in gaps.items()
+            if np.isfinite(list(gap.values())).all()
+        }
 
     def _gaps(self, name: str, other: str) -> dict[int, float]:
         paired = self.report.paired

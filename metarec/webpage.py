@@ -128,7 +128,7 @@ def _costs(methods: dict[str, dict[int, Any]], baseline: str, shots: int) -> Fig
             hovertext=f"fit {row['fit_seconds']:.0f} s, {row['bytes_per_user']:,} bytes a user, "
             f"{row['parameters']:,} parameters, {row['tokens']:.0f} tokens a request",
         )
-    figure.update_xaxes(type="category")
+    figure.update_xaxes(type="log")
     figure.update_layout(showlegend=False)
     return figure
 

@@ -217,6 +217,15 @@ def test_the_crossing_is_where_one_method_overtakes_the_other_for_good(
     assert crossing(ours, theirs) == pytest.approx(expected)
 
 
+def test_methods_that_share_no_users_have_no_crossing(task: str, tmp_path: Path) -> None:
+    bench.run(plan(task, "random", seeds=1), tmp_path)
+    (group,) = read_cells(tmp_path, BASELINE)
+    table = group.report.per_user
+    apart = table.assign(user=table["user"].where(table["method"] == BASELINE, table["user"] + "'"))
+    assert set(group.crossings("random")) == {BASELINE}
+    assert replace(group, report=replace(group.report, per_user=apart)).crossings("random") == {}
+
+
 def test_the_page_compares_sizes_of_meta_training(oracle: None, task: str, tmp_path: Path) -> None:
     bench.run(plan(task, "metarec", seeds=1, train_users=[20, None, 5]), tmp_path)
     groups = read_cells(tmp_path, BASELINE)
@@ -226,6 +235,8 @@ def test_the_page_compares_sizes_of_meta_training(oracle: None, task: str, tmp_p
         assert group.crossings("nobody") == {}
     page = render(groups, "metarec")
     assert "Few-shot against fine-tuning" in page
+    assert page.count('"type": "category"') == 1, "sizes"
+    assert page.count('"type": "log"') == 1, "cost against quality, of the whole meta-training"
     assert re.findall(r"<td>item mean</td><td>(\w+)</td>", page) == ["5", "20", "all"]
     assert re.search(r"<td>item mean</td><td>5</td>(<td>[^<]*</td>)+<td>K = \d", page)
 

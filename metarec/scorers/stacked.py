@@ -144,7 +144,7 @@ class Features:
         text: Vectors for the ridge regression, shape (items, features).
         unrated: Where asked items are ones that nobody rated, a vector of each item's text and fields, shape (items,
             features): their means are predicted from these, and a user's ratings of other items count for less. How
-            much less was chosen on validation users. None elsewhere.
+            much less was chosen on splits that no table reports. None elsewhere.
     """
 
     blocks: Mapping[str, Floats]
