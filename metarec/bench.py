@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -198,10 +199,15 @@ def _measured(wanted: Sequence[Cell], out: Path, jobs: int, fresh: bool) -> Iter
 
 
 def _start_worker(threads: int) -> None:
+    # Limits hold for libraries that are loaded: NumPy, SciPy and scikit-learn bring a pool of threads each.
+    import scipy.linalg  # noqa: F401
+    import sklearn.utils  # noqa: F401
     import torch
+    from threadpoolctl import threadpool_limits
 
     os.environ[QUIET] = "1"
     torch.set_num_threads(threads)
+    threadpool_limits(threads)
 
 
 def _try(cell: Cell, out: Path, fresh: bool) -> str:
@@ -236,6 +242,7 @@ def _is_done(cell: Cell, out: Path) -> bool:
 
 
 def _measure(cell: Cell, out: Path, fresh: bool) -> None:
+    began, began_at = datetime.now(timezone.utc), time.perf_counter()
     data = _data(cell.task, cell.seed)
     # What a training leaves behind belongs to the method's options as well as to the cell.
     folder = out / "work" / cell.folder.parent / f"{cell.folder.name}-{content_hash(_identity(cell))[:8]}"
@@ -266,6 +273,8 @@ def _measure(cell: Cell, out: Path, fresh: bool) -> None:
         "identity": _identity(cell),
         "group": METHODS[cell.method].group,
         "fit_seconds": fit_seconds,
+        "began": began.isoformat(timespec="seconds"),
+        "seconds": time.perf_counter() - began_at,
         "left_out": dict(report.left_out),
         "hashes": data.hashes,
         **environment(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -62,7 +63,8 @@ class Pooled:
         train_users: How many meta-training users there were at most; None for all.
         report: The users of all seeds, each called ``seed/user``.
         methods: By name, in the order they were measured in.
-        made: What the figures are a function of: the task's digest, versions, hardware, and the data by seed.
+        made: What the figures are a function of: the task's digest, versions, hardware, the data by seed, and when
+            they were measured.
     """
 
     task: str
@@ -334,8 +336,25 @@ def _pool(
         "versions": cells[-1]["versions"],
         "hardware": cells[-1]["hardware"],
         "hashes_by_seed": {str(facts["identity"]["seed"]): facts["hashes"] for facts in cells},
+        **_measured(cells),
     }
     return Pooled(task, train_users, report, _methods(cells), made)
+
+
+def _measured(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns when the first cell began, when the last ended, and the seconds of all; nothing if one lacks them."""
+    if not all("began" in facts for facts in cells):
+        return {}
+    spans = [(datetime.fromisoformat(facts["began"]), timedelta(seconds=facts["seconds"])) for facts in cells]
+    first, last = min(began for began, _ in spans), max(began + took for began, took in spans)
+    return {
+        "measured": {
+            "began": first.isoformat(timespec="seconds"),
+            "ended": last.isoformat(timespec="seconds"),
+            "seconds": (last - first).total_seconds(),
+            "process_seconds": sum(facts["seconds"] for facts in cells),
+        }
+    }
 
 
 def _left_out(cells: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import re
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ import pytest
 import torch
 import yaml
 from conftest import Ran, known_interactions
+from threadpoolctl import threadpool_info
 
 from metarec import bench, methods
 from metarec.artifacts import load_json
@@ -150,6 +155,25 @@ def test_several_processes_measure_what_one_does(task: str, tmp_path: Path) -> N
     pd.testing.assert_frame_equal(
         one.sort_values(keys, ignore_index=True), two.sort_values(keys, ignore_index=True), check_like=True
     )
+
+
+def test_a_process_that_works_beside_others_takes_no_more_threads_than_its_share() -> None:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, bench._start_worker, (1,)) as pool:
+        pools = pool.submit(threadpool_info).result()
+        assert {found["num_threads"] for found in pools} == {1}
+        assert {found["user_api"] for found in pools} == {"blas", "openmp"}
+
+
+def test_results_say_from_when_to_when_and_for_how_long_they_were_measured(task: str, tmp_path: Path) -> None:
+    before = time.time()
+    bench.run(plan(task, "random", "popularity", seeds=2), tmp_path)
+    (pooled,) = read_cells(tmp_path, BASELINE)
+    measured = pooled.made["measured"]
+    began, ended = (datetime.fromisoformat(measured[at]).timestamp() for at in ("began", "ended"))
+    assert before - 1 <= began <= ended <= time.time() + 1
+    assert 0 < measured["process_seconds"] <= time.time() - before
+    assert measured["seconds"] == pytest.approx(ended - began, abs=2)
 
 
 def test_limited_users_and_limited_training_are_cells_of_their_own(task: str, tmp_path: Path) -> None:
