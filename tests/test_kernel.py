@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 import numpy as np
+import pytest
 import torch
 from known import CANDIDATES, GENRE, SUPPORT, TEST, THRESHOLD, TRAIN, VECTORS, WORLD, episodes
 
@@ -13,7 +14,7 @@ from metarec.evaluate import evaluate
 from metarec.interactions import Ratings
 from metarec.priors import fit_item_mean
 from metarec.scorers.gp import GaussianProcess, fit_gp
-from metarec.scorers.kernel import Displacement, _scores, _tensors, aligned, learn_displacement
+from metarec.scorers.kernel import Displacement, _scores, _tensors, aligned, learn_displacement, pace
 from metarec.scorers.trivial import ItemMean
 
 FACTORS = 4
@@ -115,3 +116,12 @@ def test_moving_a_weak_process_makes_new_users_rankings_better() -> None:
     )
     assert report.values("moved", 5).mean() > report.values("weak", 5).mean()
     assert np.isfinite(moved.apply(weak).posterior_mean(Ratings.empty(), CANDIDATES)).all()
+
+
+def test_more_users_make_more_and_smaller_steps_of_the_same_length_together() -> None:
+    few, many = (pace([np.arange(count), np.arange(count + 100)]) for count in (179, 1600))
+    assert few == {"users": 64, "steps": 400, "lr": 1e-3}
+    assert many == {"users": 256, "steps": 800, "lr": 5e-4}
+    between = pace([np.arange(576)])
+    assert between["users"] == 144
+    assert between["steps"] * between["lr"] == pytest.approx(0.4)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,9 @@ from metarec.scorers.residuals import Floats
 _SHOTS = (0, 2, 5, 10, 20)
 _MAX_QUERY, _MIN_QUERY = 40, 6
 _SHARPNESS = 2.0
+_FEWEST_USERS, _MOST_USERS = 64, 256
+# With the fewest users a step; chosen on validation users, as the bounds were.
+_STEPS, _RATE = 400, 1e-3
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,29 @@ def aligned(process: GaussianProcess, onto: GaussianProcess, factors: int) -> Ga
     return replace(process, loadings=turned(process.loadings), centre=turned(process.centre))
 
 
+def pace(strangers: Sequence[Codes]) -> dict[str, Any]:
+    """Returns how many users a step takes, how many steps, and at what rate, for `learn_displacement`.
+
+    A quarter of the users that a process has not seen, within bounds. With more users a gradient says more, so steps
+    become smaller and more numerous by the square root, and the way they go, which early stopping limits, is as long.
+
+    Args:
+        strangers: As in `learn_displacement`.
+    """
+    users = int(np.clip(min(len(some) for some in strangers) // 4, _FEWEST_USERS, _MOST_USERS))
+    more = float(np.sqrt(users / _FEWEST_USERS))
+    return {"users": users, "steps": round(_STEPS * more), "lr": _RATE / more}
+
+
 def learn_displacement(
     interactions: Interactions,
     processes: Sequence[GaussianProcess],
     strangers: Sequence[Codes],
     *,
     threshold: float,
-    steps: int = 400,
-    lr: float = 1e-3,
-    users: int = 64,
+    steps: int = _STEPS,
+    lr: float = _RATE,
+    users: int = _FEWEST_USERS,
     seed: int = 0,
 ) -> Displacement:
     """Learns one displacement for several processes, from the users that each of them has not seen.

@@ -23,7 +23,7 @@ from metarec.priors import ItemPrior, fit_item_mean, predict_unrated, smooth_by_
 from metarec.progress import progress
 from metarec.scorer import Request
 from metarec.scorers.gp import GaussianProcess, fit_gp
-from metarec.scorers.kernel import aligned, learn_displacement
+from metarec.scorers.kernel import aligned, learn_displacement, pace
 from metarec.scorers.residuals import Floats, score_each
 from metarec.scorers.text import TextRidge, fit_text_ridge
 
@@ -320,12 +320,9 @@ def _meta_learned(
 
     def moved(process: GaussianProcess, without: int | None) -> GaussianProcess:
         kept = [fold for fold in range(len(processes)) if fold != without]
+        theirs = [strangers[fold] for fold in kept]
         displacement = learn_displacement(
-            interactions,
-            [processes[fold] for fold in kept],
-            [strangers[fold] for fold in kept],
-            threshold=threshold,
-            seed=seed,
+            interactions, [processes[fold] for fold in kept], theirs, threshold=threshold, seed=seed, **pace(theirs)
         )
         return displacement.apply(process)
 
