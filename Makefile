@@ -27,7 +27,7 @@ learn2learn: setup  ## the library that tests compare with; its own set-up fails
 	$(PIP) Cython setuptools wheel
 	CYTHON_FORCE_REGEN=1 $(PIP) --no-deps --no-build-isolation --config-settings=--build-option=build_ext learn2learn==0.2.0
 
-bench: setup  ## the README's table: every method on the same users; an hour and a half, stopped and resumed at will
+bench: setup  ## the README's table: every method on the same users; an hour, stopped and resumed at will
 	$(BIN)/metarec bench benchmarks/plans/headline.yaml --jobs 2 --out runs/headline
 	$(BIN)/metarec report runs/headline --results benchmarks/results/headline.json \
 		--html benchmarks/results/report.html

@@ -3,6 +3,7 @@
     python benchmarks/tuning.py                      # two split seeds; benchmarks/results/tuning.json
     python benchmarks/tuning.py --methods ALS EASE
     python benchmarks/tuning.py --methods "joint LoRA" "full fine-tuning" "in-context prompt"     # hours
+    python benchmarks/tuning.py --methods "zero-shot prompt"    # wordings; half an hour
 
 What counts is the gain in AUC over the item mean, averaged over K > 0 and seeds. Where a language model reads every
 user's history, it is the gain at one K of a few users of the first split. A validation user of one split is a
@@ -27,10 +28,11 @@ from metarec.methods import METHODS, Setting
 from metarec.progress import progress
 from metarec.recommender import BASELINE
 from metarec.scorer import Scorer
-from metarec.task import load_task, load_task_data
+from metarec.task import PromptConfig, load_task, load_task_data
 
 RESULT = Path(__file__).parent / "results" / "tuning.json"
 TASK = "movielens/user-cold"
+_MOVIE = "{{ title }}{% if year %} ({{ year }}){% endif %}{% if genres %}, {{ genres }}{% endif %}"
 GRIDS: dict[str, Mapping[str, tuple[Any, ...]]] = {
     "text ridge, no prior": {"penalty": (0.1, 0.3, 1.0), "bias_strength": (0.0, 2.0)},
     "text logistic, no prior": {"penalty": (0.03, 0.3, 3.0)},
@@ -50,20 +52,31 @@ READERS: dict[str, Mapping[str, tuple[Any, ...]]] = {
     "full fine-tuning": {"lr": (5e-6, 2e-5, 6e-5)},
     "in-context prompt": {"limit": (4, 8, 16)},
 }
+# Of a prompt, what it says: the text, the word for a like, and the word against; the first is the tasks' own.
+WORDINGS: dict[str, tuple[str, str, str]] = {
+    "taste": ("", " Yes", " No"),
+    "good or bad": (f"{_MOVIE}\nIs this a good movie?\nAnswer:", " Yes", " No"),
+    "viewers": (f"{_MOVIE}\nDo most viewers like this movie?\nAnswer:", " Yes", " No"),
+    "review": (f"Review of the movie {_MOVIE}.\nThis movie is", " great", " terrible"),
+    "stars": (f"A critic's rating of the movie {_MOVIE}, from 1 to 5 stars:", " 5", " 1"),
+    "sentiment": (f"Movie: {_MOVIE}\nWhat people say of it is", " positive", " negative"),
+}
+PROMPTS: dict[str, Mapping[str, tuple[Any, ...]]] = {"zero-shot prompt": {"wording": tuple(WORDINGS)}}
+ALL = {**GRIDS, **READERS, **PROMPTS}
 _READ_USERS, _READ_SHOTS = 16, (10,)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2, help="how many split seeds, from 0")
-    parser.add_argument("--methods", nargs="*", default=list(GRIDS), choices=[*GRIDS, *READERS], help="only these")
+    parser.add_argument("--methods", nargs="*", default=list(GRIDS), choices=list(ALL), help="only these")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     settings = [
         Setting(load_task_data(load_task(TASK), seed), Path("runs") / "tuning" / str(seed))
         for seed in range(arguments.seeds)
     ]
-    grids = {method: {**GRIDS, **READERS}[method] for method in arguments.methods}
+    grids = {method: ALL[method] for method in arguments.methods}
     tried = {
         method: [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
         for method, grid in grids.items()
@@ -80,11 +93,21 @@ def main() -> None:
                     if method in READERS
                     else setting
                 )
-                scorer = METHODS[method].fit(own, **{**METHODS[method].options, **chosen})[0].scorer
+                scorer = fitted(method, own, **chosen)
                 gains[row, column] = gain(own, scorer, reads=method in READERS)
                 done += 1
                 advance(done, method)
             keep(method, options, gains.mean(0), len(splits[method]))
+
+
+def fitted(method: str, setting: Setting, *, wording: str | None = None, **options: Any) -> Scorer:
+    """Returns a method fitted with other options than its own, or on a task with another prompt."""
+    if wording is not None and WORDINGS[wording][0]:
+        text, positive, negative = WORDINGS[wording]
+        prompt = PromptConfig(text=text, positive=positive, negative=negative)
+        task = setting.data.task.model_copy(update={"prompt": prompt})
+        setting = replace(setting, data=replace(setting.data, task=task))
+    return METHODS[method].fit(setting, **{**METHODS[method].options, **options})[0].scorer
 
 
 def gain(setting: Setting, scorer: Scorer, *, reads: bool) -> float:

@@ -171,7 +171,8 @@ class Method:
 
     Args:
         fit: Fits the method.
-        group: ``trivial``, ``fold-in``, ``prompt``, ``fine-tuning``, ``meta``, ``algorithm`` or ``ablation``.
+        group: ``trivial``, ``fold-in``, ``prompt``, ``fine-tuning``, ``meta``, ``algorithm``,
+            ``adapter`` or ``ablation``.
         about: One line that says what it is.
         options: What `fit` was called with beside the setting; part of a cell's identity.
     """
@@ -326,6 +327,23 @@ def _item_prompt(recommender: MetaRecommender) -> Callable[[Request, int], str]:
     return lambda _, code: fitted.task.template.render(fitted.catalog, code, special)
 
 
+# Without the stack, which would have the last word on what little they differ by: name, group, in words, settings.
+_VARIANTS: tuple[tuple[str, str, str, Mapping[str, Any]], ...] = (
+    ("MAML", "algorithm", "meta-trained by second-order MAML", {"meta.algorithm": "maml"}),
+    ("MAML++", "algorithm", "meta-trained by MAML with a loss after every step", {"meta.algorithm": "maml++"}),
+    ("iMAML", "algorithm", "meta-trained by implicit gradients", {"meta.algorithm": "imaml"}),
+    ("Reptile", "algorithm", "meta-trained by Reptile", {"meta.algorithm": "reptile"}),
+    ("ANIL", "algorithm", "adapted in the topmost block alone", {"meta.adapt": "top"}),
+    ("Meta-SGD", "algorithm", "with an inner rate per number", {"meta.rates": "number"}),
+    ("ridge head", "algorithm", "a ridge regression in closed form in place of steps", {"meta.algorithm": "ridge"}),
+    ("prototypes", "algorithm", "prototypes in place of steps", {"meta.algorithm": "prototypes"}),
+    ("rank 8", "adapter", "adapters of rank 8", {"adapter.rank": 8, "adapter.alpha": 16}),
+    ("12 layers", "adapter", "adapters in the twelve topmost blocks", {"adapter.layers": 12}),
+    ("biases", "adapter", "biases in place of low-rank updates", {"adapter.kind": "bias"}),
+    ("prefix", "adapter", "virtual tokens in place of low-rank updates", {"adapter.kind": "prefix"}),
+    ("every token", "adapter", "adapters that every token of a prompt carries", {"adapter.active_tokens": "null"}),
+)
+
 METHODS: dict[str, Method] = {
     BASELINE: Method(_plain(lambda s: ItemMean(s.mean)), "trivial", "shrunk item means; what gains are measured from"),
     "random": Method(_plain(lambda s: Random(s.interactions.catalog, s.seed)), "trivial", "a hash of user and item"),
@@ -421,20 +439,13 @@ METHODS: dict[str, Method] = {
     ),
     "metarec": Method(_metarec, "meta", "the default: item prior, stack and adapted language model"),
     **{
-        f"metarec, {called}": Method(
+        f"metarec, no stack, {called}": Method(
             _metarec,
-            "algorithm",
-            f"the default, meta-trained by {by}",
-            {"name": f"metarec, {called}", "meta.algorithm": key},
+            group,
+            f"prior and language model, {how}",
+            {"name": f"metarec, no stack, {called}", "taste": "none", **settings},
         )
-        for called, key, by in (
-            ("MAML", "maml", "second-order MAML"),
-            ("MAML++", "maml++", "MAML with a loss after every step"),
-            ("iMAML", "imaml", "implicit gradients"),
-            ("Reptile", "reptile", "Reptile"),
-            ("ridge head", "ridge", "a ridge regression in closed form in place of steps"),
-            ("prototypes", "prototypes", "prototypes in place of steps"),
-        )
+        for called, group, how, settings in _VARIANTS
     },
     "metarec, no stack": Method(
         _metarec, "ablation", "prior and adapted language model", {"name": "metarec, no stack", "taste": "none"}
