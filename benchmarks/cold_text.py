@@ -21,9 +21,8 @@ from metarec.methods import Setting
 from metarec.metrics import auc
 from metarec.priors import predict_unrated, smooth_by_text
 from metarec.progress import progress
-from metarec.scorers.features import kernel_features, state_vectors
+from metarec.scorers.features import state_vectors, unrated_features
 from metarec.scorers.residuals import Floats
-from metarec.scorers.text import unit_vectors
 from metarec.task import load_task, load_task_data
 
 RESULT = Path(__file__).parent / "results" / "cold-text.json"
@@ -53,18 +52,18 @@ def main() -> None:
 
 def predictions(setting: Setting) -> dict[str, Floats]:
     """Returns every way's prediction of every item's mean."""
-    mean, fields = setting.mean, np.concatenate(list(setting.fields.values()), 1)
+    mean = setting.mean
     everything = np.arange(len(mean.count))
-    llm = state_vectors(setting.untrained.fitted.reader)
-    read = {"encoder": setting.vectors, "language model": llm, "fields": fields}
-    unit = {name: unit_vectors(vectors) for name, vectors in read.items()}
+    texts = {"encoder": setting.vectors, "language model": state_vectors(setting.untrained.fitted.reader)}
     log_count = np.log1p(mean.count)[:, None].astype(np.float64)
-    ways = [["encoder"], ["language model"], ["fields"], ["encoder", "fields"], list(read)]
+    every_way = (*texts, "fields")
+    ways = [("encoder",), ("language model",), ("fields",), ("encoder", "fields"), every_way]
     features = {}
     for names in ways:
         told = ", ".join(names)
-        features[f"ridge: {told}"] = np.concatenate([unit[name] for name in names], 1)
-        features[f"kernel: {told}"] = kernel_features(features[f"ridge: {told}"])
+        read = {name: texts[name] for name in names if name in texts}
+        known = unrated_features(read, setting.fields if "fields" in names else {})
+        features[f"ridge: {told}"], features[f"kernel: {told}"] = known.unrated, known.text
     for name in list(features)[-2:]:
         features[f"{name}, and counts"] = np.concatenate([features[name], log_count, log_count**2], 1)
     result = {name: smooth_by_text(mean, told, setting.seed).values(everything) for name, told in features.items()}
@@ -73,7 +72,7 @@ def predictions(setting: Setting) -> dict[str, Floats]:
         result[f"process: {told}"] = predict_unrated(mean, features[f"ridge: {told}"]).values(everything)
     rated = np.flatnonzero(mean.count > 0)
     weight = mean.count[rated] / (mean.count[rated] + mean.strength)
-    joined = np.concatenate(list(unit.values()), 1)
+    joined = features[f"ridge: {', '.join(every_way)}"]
     trees = ExtraTreesRegressor(200, min_samples_leaf=5, max_features=0.3, random_state=setting.seed)
     trees.fit(joined[rated], mean.total[rated] / mean.count[rated], sample_weight=weight)
     return {**result, "extra trees: encoder, language model, fields": trees.predict(joined)}
