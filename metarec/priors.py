@@ -26,8 +26,6 @@ _FOLDS = 5
 _GAMMA = 0.4
 # Of what items differ by, how much text does not tell, for every part that it tells.
 _UNTOLD = 0.5
-# Noise of ratings, in what `strength` says of it; chosen on those splits too.
-_NOISE = 2.0
 _MOST_RATED = 12_000
 
 
@@ -150,7 +148,7 @@ def predict_unrated(prior: ItemPrior, vectors: np.ndarray) -> ItemPrior:
     """Predicts the means of items that nobody rated by Gaussian process regression, and leaves those of the others.
 
     What text says of an item is a function whose covariance is a Gaussian kernel's; around it lies what text does not
-    say, and around that an item's ratings, whose noise is twice what the prior's `strength` says.
+    say, and around that an item's ratings, whose noise the prior's `strength` is the measure of.
 
     Args:
         prior: The fitted item means.
@@ -165,7 +163,7 @@ def predict_unrated(prior: ItemPrior, vectors: np.ndarray) -> ItemPrior:
     count = torch.from_numpy(prior.count[rated])
     read = torch.from_numpy(np.asarray(vectors, np.float32))
     known = read[rated]
-    covariance = _gaussian_kernel(known, known) + torch.diag(_UNTOLD + _NOISE * prior.strength / count)
+    covariance = _gaussian_kernel(known, known) + torch.diag(_UNTOLD + prior.strength / count)
     means = torch.from_numpy(prior.total[rated]) / count
     ones = torch.ones_like(means)
     factor = torch.linalg.cholesky(covariance)

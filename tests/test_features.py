@@ -66,7 +66,7 @@ def test_means_of_unrated_items_are_the_textbooks_regression() -> None:
     prior = fit_item_mean(data, np.arange(USERS))
     vectors = generator.normal(size=(120, 4)) / 2
     found = predict_unrated(prior, vectors)
-    means, noise = prior.total[:100] / prior.count[:100], 0.5 + 2.0 * prior.strength / prior.count[:100]
+    means, noise = prior.total[:100] / prior.count[:100], 0.5 + prior.strength / prior.count[:100]
     kernel = RBF(np.sqrt(1 / 0.8))
     weight = np.linalg.solve(kernel(vectors[:100]) + np.diag(noise), np.ones(100))
     level = weight @ means / weight.sum()

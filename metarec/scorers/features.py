@@ -32,8 +32,6 @@ _COMPONENTS = 128
 _NARROW = 48
 _LANDMARKS = 1000
 _GAMMA = 0.3
-# Squared length of what fields say beside that of each text, which has length one.
-_FIELDS = 2.0
 _MIN_ITEMS = 5
 _TOKEN_FIELDS = ("genres", "authors")
 _YEAR = re.compile(r"-?\d{1,4}")
@@ -68,17 +66,16 @@ def state_vectors(reader: Reader) -> Floats:
 def unrated_features(read: Mapping[str, Floats], fields: Mapping[str, Floats]) -> Features:
     """Returns what methods read of items where they are asked about ones that nobody rated.
 
-    Text and fields together, as they are and as a Gaussian kernel sees them; fields count for two texts.
+    Text and fields together, each of length one, as they are and as a Gaussian kernel sees them.
 
     Args:
         read: Vectors of the items' text by who read it, each of shape (items, features).
         fields: What `item_features` gives.
     """
     together = [np.concatenate(list(fields.values()), 1)] if fields else []
-    told = [np.sqrt(_FIELDS) * unit_vectors(block) for block in together]
-    vectors = np.concatenate([*map(unit_vectors, read.values()), *told], 1)
-    kernel = kernel_features(vectors)
-    return Features({**read, **fields, "kernel": principal_components(kernel, _NARROW)}, kernel, vectors)
+    unit = np.concatenate([unit_vectors(block) for block in (*read.values(), *together)], 1)
+    kernel = kernel_features(unit)
+    return Features({**read, **fields, "kernel": principal_components(kernel, _NARROW)}, kernel, unit)
 
 
 def kernel_features(vectors: Floats) -> Floats:
