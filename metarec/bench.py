@@ -97,7 +97,7 @@ class Cell:
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", name.casefold()).strip("-")
+    return re.sub(r"[^a-z0-9.+]+", "-", name.casefold()).strip("-")
 
 
 def read_plan(path: Path) -> Plan:

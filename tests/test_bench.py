@@ -176,6 +176,11 @@ def test_results_say_from_when_to_when_and_for_how_long_they_were_measured(task:
     assert measured["seconds"] == pytest.approx(ended - began, abs=2)
 
 
+def test_no_two_methods_share_a_cell() -> None:
+    folders = {bench.Cell("t", method, 0).folder for method in METHODS}
+    assert len(folders) == len(METHODS)
+
+
 def test_limited_users_and_limited_training_are_cells_of_their_own(task: str, tmp_path: Path) -> None:
     bench.run(plan(task, "popularity", seeds=1, train_users=[5, None], users=4), tmp_path)
     small, whole = sorted(read_cells(tmp_path, BASELINE), key=lambda group: group.train_users or 99)
