@@ -402,7 +402,7 @@ def _conjugate_gradient(
     """Solves ``operator(x) = target`` for every user on their own (Hestenes and Stiefel 1952)."""
 
     def dot(left: AdapterState, right: AdapterState) -> Tensor:
-        return torch.stack([(left[name] * right[name]).flatten(1).sum(1) for name in left]).sum(0)
+        return torch.stack([(left[name] * right[name]).reshape(len(left[name]), -1).sum(1) for name in left]).sum(0)
 
     def move(start: AdapterState, factor: Tensor, way: AdapterState) -> AdapterState:
         return {name: value + _per_user(factor, value) * way[name] for name, value in start.items()}

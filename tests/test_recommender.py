@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ import torch
 from conftest import known_interactions
 from torch import Tensor
 
-from metarec.config import RunConfig, validated
+from metarec.config import MetaConfig, RunConfig, validated
 from metarec.episodes import split_users
 from metarec.errors import ArtifactError, ConfigError, EvaluationError, RatingError, UnknownItemError
 from metarec.evaluate import evaluate
@@ -317,6 +317,17 @@ def test_items_read_once_at_the_initialization_give_the_same_first_step(
     for name, value in expected.state.items():
         torch.testing.assert_close(found.state[name], value, rtol=1e-3, atol=2e-5)
     assert not torch.equal(expected.state["score.prior_weight"][0], init["score.prior_weight"])
+
+
+@pytest.mark.parametrize("algorithm", get_args(MetaConfig.model_fields["algorithm"].annotation))
+def test_every_algorithm_trains_a_recommender(algorithm: str, model_dir: Callable[[str], Path]) -> None:
+    short = {**SETTINGS["train"], "steps": 2}
+    meta = {**SETTINGS["meta"], "algorithm": algorithm}
+    config = validated(RunConfig, {**SETTINGS, "train": short, "meta": meta}, "test")
+    training = MetaRecommender.from_pretrained(model_dir("llama"), config).fit(known_task()).fitted.training
+    last = training["history"][-1]
+    assert last["step"] == 2
+    assert math.isfinite(last["query_loss"])
 
 
 # On a model as small and random as this one, a prefix learns from some starts and stays at chance from others.
