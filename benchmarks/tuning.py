@@ -58,7 +58,7 @@ WORDINGS: dict[str, tuple[str, str, str]] = {
     "good or bad": (f"{_MOVIE}\nIs this a good movie?\nAnswer:", " Yes", " No"),
     "viewers": (f"{_MOVIE}\nDo most viewers like this movie?\nAnswer:", " Yes", " No"),
     "review": (f"Review of the movie {_MOVIE}.\nThis movie is", " great", " terrible"),
-    "stars": (f"A critic's rating of the movie {_MOVIE}, from 1 to 5 stars:", " 5", " 1"),
+    "stars": (f"A critic's rating of the movie {_MOVIE}, from 1 to 5 stars: ", "5", "1"),
     "sentiment": (f"Movie: {_MOVIE}\nWhat people say of it is", " positive", " negative"),
 }
 PROMPTS: dict[str, Mapping[str, tuple[Any, ...]]] = {"zero-shot prompt": {"wording": tuple(WORDINGS)}}
