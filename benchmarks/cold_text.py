@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.ensemble import ExtraTreesRegressor
 
 from metarec.artifacts import write_json
 from metarec.doctor import environment
@@ -21,12 +20,23 @@ from metarec.methods import Setting
 from metarec.metrics import auc
 from metarec.priors import predict_unrated, smooth_by_text
 from metarec.progress import progress
-from metarec.scorers.features import state_vectors, unrated_features
+from metarec.scorers.features import REVIEW, recalled_vectors, state_vectors, unrated_features
 from metarec.scorers.residuals import Floats
+from metarec.scorers.stacked import Features
 from metarec.task import load_task, load_task_data
 
 RESULT = Path(__file__).parent / "results" / "cold-text.json"
 TASK = "movielens/item-cold"
+_KNOWN = '"{{ title }}"{% if year %} ({{ year }}){% endif %}'
+# What the language model reads for its middle layers' states; the first is what metarec reads.
+SENTENCES = {
+    "review": REVIEW,
+    "movie review": "Movie review: " + _KNOWN + ", {{ genres }}. The film was received by critics and audiences as",
+    "found it": _KNOWN + ", {{ genres }}. Critics and audiences found it",
+    "story": "The movie " + _KNOWN + " tells the story of",
+    "director": _KNOWN + " is a movie directed by",
+    "nothing more": "{{ title }} ({{ year }}), {{ genres }}",
+}
 
 
 def main() -> None:
@@ -54,28 +64,29 @@ def predictions(setting: Setting) -> dict[str, Floats]:
     """Returns every way's prediction of every item's mean."""
     mean = setting.mean
     everything = np.arange(len(mean.count))
-    texts = {"encoder": setting.vectors, "language model": state_vectors(setting.untrained.fitted.reader)}
-    log_count = np.log1p(mean.count)[:, None].astype(np.float64)
-    every_way = (*texts, "fields")
-    ways = [("encoder",), ("language model",), ("fields",), ("encoder", "fields"), every_way]
-    features = {}
+    reader, catalog = setting.untrained.fitted.reader, setting.interactions.catalog
+    read = {"encoder": setting.vectors, "prompt": state_vectors(reader.states)}
+    read |= {name: recalled_vectors(reader.backbone, catalog, sentence) for name, sentence in SENTENCES.items()}
+
+    def unrated(*names: str) -> Features:
+        fields = setting.fields if "fields" in names else {}
+        return unrated_features({name: read[name] for name in names if name in read}, fields)
+
+    ways = [(name,) for name in ("encoder", "prompt", "review", "fields")]
+    ways += [("encoder", "fields"), *(("encoder", name, "fields") for name in read if name != "encoder")]
+    result = {}
     for names in ways:
-        told = ", ".join(names)
-        read = {name: texts[name] for name in names if name in texts}
-        known = unrated_features(read, setting.fields if "fields" in names else {})
-        features[f"ridge: {told}"], features[f"kernel: {told}"] = known.unrated, known.text
-    for name in list(features)[-2:]:
-        features[f"{name}, and counts"] = np.concatenate([features[name], log_count, log_count**2], 1)
-    result = {name: smooth_by_text(mean, told, setting.seed).values(everything) for name, told in features.items()}
-    for names in ways[-2:]:
-        told = ", ".join(names)
-        result[f"process: {told}"] = predict_unrated(mean, features[f"ridge: {told}"]).values(everything)
-    rated = np.flatnonzero(mean.count > 0)
-    weight = mean.count[rated] / (mean.count[rated] + mean.strength)
-    joined = features[f"ridge: {', '.join(every_way)}"]
-    trees = ExtraTreesRegressor(200, min_samples_leaf=5, max_features=0.3, random_state=setting.seed)
-    trees.fit(joined[rated], mean.total[rated] / mean.count[rated], sample_weight=weight)
-    return {**result, "extra trees: encoder, language model, fields": trees.predict(joined)}
+        known = unrated(*names)
+        assert known.unrated is not None
+        result[f"process: {', '.join(names)}"] = predict_unrated(mean, known.unrated).values(everything)
+    best = unrated("encoder", "review", "fields")
+    assert best.unrated is not None
+    log_count = np.log1p(mean.count)[:, None].astype(np.float64)
+    told = {"ridge": best.unrated, "kernel's features": best.text}
+    told["kernel's features, and counts"] = np.concatenate([best.text, log_count, log_count**2], 1)
+    for name, vectors in told.items():
+        result[f"{name}: encoder, review, fields"] = smooth_by_text(mean, vectors, setting.seed).values(everything)
+    return result
 
 
 def mean_auc(setting: Setting, predicted: Floats) -> float:

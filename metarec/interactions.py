@@ -110,7 +110,7 @@ def _other_forms(title: str) -> set[str]:
     """Returns a title without its brackets, and with an article at its end put in front."""
     bare = _BRACKETS.sub("", title)
     forms = {title, bare}
-    return forms | {_article_first(form) for form in forms}
+    return forms | {article_first(form) for form in forms}
 
 
 _YEAR = re.compile(r"^(.*\S)\s*\(((?:18|19|20)\d\d)(?:-(?:(?:19|20)\d\d)?)?\)$", re.DOTALL)
@@ -131,10 +131,11 @@ def read_title(text: str) -> tuple[str, str]:
     title, year = match.groups() if match else (text, "")
     first = title.find(" (")
     head, tail = (title, "") if first < 0 else (title[:first], title[first:])
-    return _article_first(head) + _BRACKETED.sub(lambda inner: f"({_article_first(inner[1])})", tail), year
+    return article_first(head) + _BRACKETED.sub(lambda inner: f"({article_first(inner[1])})", tail), year
 
 
-def _article_first(title: str) -> str:
+def article_first(title: str) -> str:
+    """Returns a title with an article at its end put in front: ``Matrix, The`` as ``The Matrix``."""
     match = _LAST_ARTICLE.match(title)
     if not match:
         return title

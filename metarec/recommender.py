@@ -57,7 +57,7 @@ from metarec.reader import Reader, default_placement, open_reader
 from metarec.scorer import Scorer
 from metarec.scorers.adapted import InnerLoop, MetaScorer
 from metarec.scorers.expected import expected_rating
-from metarec.scorers.features import item_features, state_vectors, text_vectors, unrated_features
+from metarec.scorers.features import item_features, recalled_vectors, state_vectors, text_vectors, unrated_features
 from metarec.scorers.prompted import ZeroShot
 from metarec.scorers.saved import read_scorer, write_scorer
 from metarec.scorers.stacked import CrossFitted, Features, Stacked, fit_stack
@@ -655,7 +655,9 @@ def _reader(backbone: Backbone, config: RunConfig, template: PromptTemplate, cat
 
 
 def _features(reader: Reader, catalog: Catalog, encoder: str | None, *, unrated: bool) -> Features:
-    read = {"llm": state_vectors(reader)}
+    # Where ratings will tell of items, it is enough to read the prompt, which is read anyway.
+    recalls = unrated and reader.backbone.kind == "causal"
+    read = {"llm": recalled_vectors(reader.backbone, catalog) if recalls else state_vectors(reader.states)}
     if encoder is not None:
         read["text"] = text_vectors(catalog, encoder)
     fields = item_features(catalog)

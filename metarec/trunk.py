@@ -20,16 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarec.artifacts import MANIFEST, cache_dir, content_hash, dump_json, load_json, verify_dir, write_manifest
+from metarec.artifacts import cache_dir, content_hash, verify_dir
 from metarec.backbone import Backbone, BertWeights, LlamaWeights, final_state
+from metarec.cache import BLOCK_ITEMS, blocks_to_read, finish_reading, open_array, start_reading
 from metarec.errors import ArtifactError
 from metarec.lora import AdapterKind, AdapterSpec, user_update
 from metarec.packing import PREFIX, Packed, pack
-from metarec.progress import progress
 from metarec.prompts import CatalogPrompts
 from metarec.transformer import Adapters, BertBlock, KeyValues, LlamaBlock, cast_block, pick
-
-_BLOCK_ITEMS = 64
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def pool(hidden: Tensor, mask: Tensor) -> Tensor:
 
 def _all_frozen_states(trunk: Trunk, items: int) -> Tensor:
     with torch.no_grad():
-        blocks = torch.arange(items).split(_BLOCK_ITEMS)
+        blocks = torch.arange(items).split(BLOCK_ITEMS)
         states = torch.cat([trunk.last_states(trunk.gather(block[None]), None)[0] for block in blocks])
         return states.to(torch.promote_types(states.dtype, torch.float32))
 
@@ -333,36 +331,20 @@ class CachedTrunk:
             frozen_rows = int((self._lengths - self._shared).sum()) - active_rows
             block = self.backbone.weights.blocks[0]
             width = block.kv_heads * block.head_dim
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / MANIFEST).unlink(missing_ok=True)
-        active = _open_array(self.path / "active.npy", (active_rows, self.backbone.hidden_size), self._dtype)
-        frozen = _open_array(self.path / "frozen.npy", (frozen_rows, layers, 2, width), self._dtype)
+        start_reading(self.path)
+        active = open_array(self.path / "active.npy", (active_rows, self.backbone.hidden_size), self._dtype)
+        frozen = open_array(self.path / "frozen.npy", (frozen_rows, layers, 2, width), self._dtype)
         into = (
             _Ragged(active, self._active_lengths),
             _Ragged(frozen, self._lengths - self._shared - self._active_lengths),
         )
-        order = np.argsort(self._lengths, kind="stable")
-        marker = self.path / "done.json"
-        done = int(load_json(marker)["items"]) if marker.exists() else 0
-        work = np.cumsum(self._lengths[order] - self._shared)
-        with progress(f"reading {len(order):,} items once", int(work[-1])) as advance:
-            for start in range(done, len(order), _BLOCK_ITEMS):
-                items = order[start : start + _BLOCK_ITEMS]
-                self._build_block(items, *into)
-                stop = start + len(items)
-                advance(int(work[stop - 1]))
-                if start // _BLOCK_ITEMS % 16 == 15:
-                    active.flush()
-                    frozen.flush()
-                    marker.write_text(dump_json({"items": stop}), encoding="utf-8")
-        active.flush()
-        frozen.flush()
+        for items in blocks_to_read(self.path, self._lengths - self._shared, (active, frozen)):
+            self._build_block(items, *into)
         self.__dict__["_cache"] = into
         np.save(
             self.path / "states.npy", _all_frozen_states(self, len(self._lengths)).cpu().numpy(), allow_pickle=False
         )
-        marker.unlink(missing_ok=True)
-        write_manifest(self.path, "trunk")
+        finish_reading(self.path, "trunk")
 
     def _build_block(self, items: np.ndarray, active: _Ragged, frozen: _Ragged) -> None:
         tokens = [self.prompts.tokens[item][self._shared :] for item in items]
@@ -533,12 +515,6 @@ class CachedTrunk:
         if isinstance(weights, BertWeights):
             return states if pooled else self.backbone.before_head(states)
         return final_state(weights, states)
-
-
-def _open_array(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> np.memmap:
-    if path.exists():
-        return np.load(path, mmap_mode="r+", allow_pickle=False)  # type: ignore[no-any-return]
-    return np.lib.format.open_memmap(path, "w+", np.float64 if dtype == torch.float64 else np.float32, shape)
 
 
 def _shaped(rope: tuple[Tensor, Tensor], shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:

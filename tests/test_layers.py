@@ -17,10 +17,10 @@ PACKAGE = ROOT / "metarec"
 LAYERS = [
     ["errors"],
     ["artifacts", "interactions", "packing", "progress"],
-    ["metrics", "lora", "config", "store"],
+    ["metrics", "lora", "config", "store", "cache"],
     ["heads", "meta", "transformer", "sources", "labels"],
     ["episodes", "backbone", "learn2learn", "quality"],
-    ["prompts", "scorer", "priors", "views"],
+    ["prompts", "scorer", "priors", "views", "recall"],
     ["trunk", "evaluate"],
     ["reader", "pooled", "task"],
     ["objective", "train", "report", "webpage"],

@@ -210,7 +210,7 @@ def test_an_interrupted_cache_build_goes_on_where_it_stopped(
     backbone: Backbones, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("METAREC_CACHE", str(tmp_path))
-    monkeypatch.setattr("metarec.trunk._BLOCK_ITEMS", 2)
+    monkeypatch.setattr("metarec.cache.BLOCK_ITEMS", 2)
     model, texts = backbone("llama"), prompts("llama")
     placed = placement_of(model, texts, 2)
     whole = CachedTrunk(model, texts, placed).frozen_states()
