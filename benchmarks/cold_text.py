@@ -20,22 +20,22 @@ from metarec.methods import Setting
 from metarec.metrics import auc
 from metarec.priors import predict_unrated, smooth_by_text
 from metarec.progress import progress
-from metarec.scorers.features import REVIEW, recalled_vectors, state_vectors, unrated_features
+from metarec.prompts import REVIEW
+from metarec.scorers.features import recalled_vectors, state_vectors, unrated_features
 from metarec.scorers.residuals import Floats
 from metarec.scorers.stacked import Features
 from metarec.task import load_task, load_task_data
 
 RESULT = Path(__file__).parent / "results" / "cold-text.json"
 TASK = "movielens/item-cold"
-_KNOWN = '"{{ title }}"{% if year %} ({{ year }}){% endif %}'
-# What the language model reads for its middle layers' states; the first is what metarec reads.
+_MOVIE_REVIEW, _STORY = load_task(TASK).prompt.recall
+# What the language model reads for its middle layers' states.
 SENTENCES = {
-    "review": REVIEW,
-    "movie review": "Movie review: " + _KNOWN + ", {{ genres }}. The film was received by critics and audiences as",
-    "found it": _KNOWN + ", {{ genres }}. Critics and audiences found it",
-    "story": "The movie " + _KNOWN + " tells the story of",
-    "director": _KNOWN + " is a movie directed by",
-    "nothing more": "{{ title }} ({{ year }}), {{ genres }}",
+    "both": (_MOVIE_REVIEW, _STORY),
+    "movie review": (_MOVIE_REVIEW,),
+    "story": (_STORY,),
+    "review": (REVIEW,),
+    "nothing more": ("{{ title }} ({{ year }}), {{ genres }}",),
 }
 
 
@@ -66,26 +66,26 @@ def predictions(setting: Setting) -> dict[str, Floats]:
     everything = np.arange(len(mean.count))
     reader, catalog = setting.untrained.fitted.reader, setting.interactions.catalog
     read = {"encoder": setting.vectors, "prompt": state_vectors(reader.states)}
-    read |= {name: recalled_vectors(reader.backbone, catalog, sentence) for name, sentence in SENTENCES.items()}
+    read |= {name: recalled_vectors(reader.backbone, catalog, sentences) for name, sentences in SENTENCES.items()}
 
     def unrated(*names: str) -> Features:
         fields = setting.fields if "fields" in names else {}
         return unrated_features({name: read[name] for name in names if name in read}, fields)
 
-    ways = [(name,) for name in ("encoder", "prompt", "review", "fields")]
+    ways = [(name,) for name in ("encoder", "prompt", "both", "fields")]
     ways += [("encoder", "fields"), *(("encoder", name, "fields") for name in read if name != "encoder")]
     result = {}
     for names in ways:
         known = unrated(*names)
         assert known.unrated is not None
         result[f"process: {', '.join(names)}"] = predict_unrated(mean, known.unrated).values(everything)
-    best = unrated("encoder", "review", "fields")
+    best = unrated("encoder", "both", "fields")
     assert best.unrated is not None
     log_count = np.log1p(mean.count)[:, None].astype(np.float64)
     told = {"ridge": best.unrated, "kernel's features": best.text}
     told["kernel's features, and counts"] = np.concatenate([best.text, log_count, log_count**2], 1)
     for name, vectors in told.items():
-        result[f"{name}: encoder, review, fields"] = smooth_by_text(mean, vectors, setting.seed).values(everything)
+        result[f"{name}: encoder, both, fields"] = smooth_by_text(mean, vectors, setting.seed).values(everything)
     return result
 
 

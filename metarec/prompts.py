@@ -17,9 +17,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from metarec.artifacts import content_hash
 from metarec.backbone import Backbone
 from metarec.errors import ConfigError
-from metarec.interactions import Catalog
+from metarec.interactions import Catalog, article_first
 
 MAX_FIELD_CHARACTERS = 300
+_USUAL_FIELDS = ("year", "genres", "authors")
+FIELDS_AFTER_TITLE = (
+    "{% if year %} ({{ year }}){% endif %}{% for field in [genres, authors] if field %}, {{ field }}{% endfor %}"
+)
+# For whatever people review; it goes on as reviews do.
+REVIEW = 'Review: "{{ title }}"' + FIELDS_AFTER_TITLE + ". It was received by critics and audiences as"
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,35 @@ class PromptTemplate:
         Raises:
             ConfigError: The template names a field that the catalog does not have, or fails.
         """
-        fields = {name: clean_field(value, special_tokens) for name, value in catalog.row(code).items()}
-        return _render(self._compiled, {**fields, "mask": mask}, "the prompt template", catalog.ids[code])
+        fields = {**_cleaned(catalog, code, special_tokens), "mask": mask}
+        return _render(self._compiled, fields, "the prompt template", catalog.ids[code])
+
+
+def described(catalog: Catalog) -> Catalog:
+    """Returns the catalog with blanks for what is usually known of items and not of these."""
+    return Catalog(catalog.ids, {**{name: ("",) * len(catalog) for name in _USUAL_FIELDS}, **catalog.fields})
+
+
+def recall_texts(catalog: Catalog, sentence: str = REVIEW, special_tokens: Sequence[str] = ()) -> list[str]:
+    """Renders, for every item, a sentence that goes on with what is known of it.
+
+    Titles are written as in a text, ``The Matrix`` for ``Matrix, The``.
+
+    Args:
+        catalog: The items.
+        sentence: Jinja2 template over the catalog's fields, of which `described` gives the usual ones.
+        special_tokens: The tokenizer's control texts, removed from the fields.
+
+    Raises:
+        ConfigError: The template does not parse, names a field that is not there, or fails.
+    """
+    compiled = _compile(sentence, "prompt.recall")
+    titles = tuple(map(article_first, catalog.fields["title"]))
+    named = Catalog(catalog.ids, {**described(catalog).fields, "title": titles})
+    return [
+        _render(compiled, _cleaned(named, code, special_tokens), "a template of 'prompt.recall'", catalog.ids[code])
+        for code in range(len(named))
+    ]
 
 
 def derive_fields(catalog: Catalog, templates: Mapping[str, str]) -> Catalog:
@@ -91,6 +124,10 @@ def _render(template: jinja2.Template, fields: Mapping[str, str], what: str, ite
         raise ConfigError(
             f"{what} fails on item '{item}': {error}", f"Fields there are: {', '.join(sorted(set(fields) - {'mask'}))}"
         ) from None
+
+
+def _cleaned(catalog: Catalog, code: int, special_tokens: Sequence[str]) -> dict[str, str]:
+    return {name: clean_field(value, special_tokens) for name, value in catalog.row(code).items()}
 
 
 def clean_field(value: str, special_tokens: Sequence[str] = ()) -> str:

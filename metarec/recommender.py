@@ -52,12 +52,18 @@ from metarec.objective import (
 )
 from metarec.priors import ItemPrior
 from metarec.progress import progress
-from metarec.prompts import PromptTemplate, tokenize_catalog
+from metarec.prompts import REVIEW, PromptTemplate, tokenize_catalog
 from metarec.reader import Reader, default_placement, open_reader
 from metarec.scorer import Scorer
 from metarec.scorers.adapted import InnerLoop, MetaScorer
 from metarec.scorers.expected import expected_rating
-from metarec.scorers.features import item_features, recalled_vectors, state_vectors, text_vectors, unrated_features
+from metarec.scorers.features import (
+    item_features,
+    recalled_vectors,
+    state_vectors,
+    text_vectors,
+    unrated_features,
+)
 from metarec.scorers.prompted import ZeroShot
 from metarec.scorers.saved import read_scorer, write_scorer
 from metarec.scorers.stacked import CrossFitted, Features, Stacked, fit_stack
@@ -242,7 +248,7 @@ class MetaRecommender:
         prior, taste, unseen = fit_stack(
             data.interactions,
             data.parts["train"],
-            _features(reader, data.interactions.catalog, self.config.encoder, unrated=data.task.split.asks_unrated),
+            _features(reader, data.interactions.catalog, self.config.encoder, data.task),
             self.config.taste,
             threshold=data.task.like_threshold,
             hide=_HIDDEN if data.task.split.asks_unrated else 0.0,
@@ -654,10 +660,13 @@ def _reader(backbone: Backbone, config: RunConfig, template: PromptTemplate, cat
     return open_reader(backbone, prompts, placement, torch.bfloat16 if config.dtype == "mixed" else None)
 
 
-def _features(reader: Reader, catalog: Catalog, encoder: str | None, *, unrated: bool) -> Features:
-    # Where ratings will tell of items, it is enough to read the prompt, which is read anyway.
-    recalls = unrated and reader.backbone.kind == "causal"
-    read = {"llm": recalled_vectors(reader.backbone, catalog) if recalls else state_vectors(reader.states)}
+def _features(reader: Reader, catalog: Catalog, encoder: str | None, task: Task) -> Features:
+    unrated = task.split.asks_unrated
+    if unrated and reader.backbone.kind == "causal":
+        read = {"llm": recalled_vectors(reader.backbone, catalog, task.prompt.recall or (REVIEW,))}
+    else:
+        # Where ratings tell of items, the states behind the prompt's answer will do, which is read anyway.
+        read = {"llm": state_vectors(reader.states)}
     if encoder is not None:
         read["text"] = text_vectors(catalog, encoder)
     fields = item_features(catalog)

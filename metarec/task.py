@@ -124,6 +124,12 @@ class PromptConfig(Section):
     positive: str
     negative: str
     ratings: tuple[str, ...] = Field((), description="answer words from the lowest to the highest rating")
+    recall: tuple[str, ...] = Field(
+        (),
+        description="sentences about an item that go on with what is known of it, read for items that nobody rated",
+        # Tasks without any keep the digest they had before there were any.
+        exclude_if=lambda sentences: not sentences,
+    )
 
 
 class DomainConfig(Section):

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from metarec.backbone import Backbone
+from metarec.errors import ConfigError
 from metarec.interactions import Catalog
+from metarec.prompts import recall_texts
 from metarec.recall import recalled_states
 from metarec.scorers import features
 from metarec.scorers.features import recalled_vectors
+from metarec.task import load_task
 
 TEXTS = ["a good movie", "is this a bad movie ?", "a dead movie , is this a good movie ?", "a good"]
 Backbones = Callable[..., Backbone]
@@ -93,3 +96,21 @@ def test_the_sentence_names_items_as_people_do(backbone: Backbones, monkeypatch:
     assert read[0].startswith('Review: "The Matrix" (1999). It')
     assert read[1].startswith('Review: "Heat". It')
     assert read[2].startswith('Review: "Se7en" (1995). It')
+
+
+def test_a_task_says_what_is_read_and_keeps_its_digest_where_it_does_not() -> None:
+    task = load_task("movielens/item-cold")
+    catalog = Catalog(("1",), {"title": ("Matrix, The",), "year": ("1999",), "genres": ("",)})
+    read = [text for sentence in task.prompt.recall for text in recall_texts(catalog, sentence)]
+    assert read == [
+        'Movie review: "The Matrix" (1999). The film was received by critics and audiences as',
+        'The movie "The Matrix" (1999) tells the story of',
+    ]
+    assert "recall" in task.model_dump()["prompt"]
+    assert "recall" not in load_task("movielens/user-cold").model_dump()["prompt"]
+
+
+@pytest.mark.parametrize("sentence", ["{{ title", "{{ director }} made it"])
+def test_a_sentence_that_does_not_fit_is_named(sentence: str) -> None:
+    with pytest.raises(ConfigError, match=r"prompt\.recall"):
+        recall_texts(Catalog(("1",), {"title": ("Heat",)}), sentence)

@@ -110,6 +110,7 @@ def validate(
 
 
 def _validated(task: Task, seed: int) -> dict[str, Any]:
+    from metarec.prompts import recall_texts
     from metarec.task import load_task_data
 
     data = load_task_data(task, seed)
@@ -121,6 +122,8 @@ def _validated(task: Task, seed: int) -> dict[str, Any]:
     catalog = data.interactions.catalog
     template = task.template
     prompts = [template.render(catalog, code) for code in range(len(catalog))]
+    for sentence in task.prompt.recall:
+        recall_texts(catalog, sentence)
     repeated = len(prompts) - len(set(prompts))
     episodes = ", ".join(f"{kept} {part} episodes" for part, (kept, _) in counts.items())
     said = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from sklearn.decomposition import PCA
@@ -16,18 +16,15 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from metarec.backbone import MINILM, Backbone, load_backbone
-from metarec.interactions import Catalog, article_first
-from metarec.prompts import PromptTemplate, tokenize_catalog
+from metarec.interactions import Catalog
+from metarec.prompts import FIELDS_AFTER_TITLE, REVIEW, PromptTemplate, described, recall_texts, tokenize_catalog
 from metarec.reader import default_placement, open_reader
 from metarec.recall import recalled_states
 from metarec.scorers.residuals import Floats
 from metarec.scorers.stacked import Features
 from metarec.scorers.text import unit_vectors
 
-_FIELDS = "{% if year %} ({{ year }}){% endif %}{% for field in [genres, authors] if field %}, {{ field }}{% endfor %}"
-_TEXT = PromptTemplate("{{ title }}" + _FIELDS, "good", "bad")
-# A sentence that goes on as reviews do; `benchmarks/cold_text.py` compares it with others.
-REVIEW = 'Review: "{{ title }}"' + _FIELDS + ". It was received by critics and audiences as"
+_TEXT = PromptTemplate("{{ title }}" + FIELDS_AFTER_TITLE, "good", "bad")
 _COMPONENTS = 128
 _NARROW = 48
 _LANDMARKS = 1000
@@ -51,24 +48,25 @@ def text_vectors(catalog: Catalog, encoder: str = MINILM) -> Floats:
         BackboneError: The encoder is not there.
     """
     backbone = load_backbone(encoder)
-    prompts = tokenize_catalog(backbone, _TEXT, _described(catalog))
+    prompts = tokenize_catalog(backbone, _TEXT, described(catalog))
     placement = default_placement(backbone, prompts, layers=1, targets=None, rank=1, alpha=1.0, active_tokens=None)
     return open_reader(backbone, prompts, placement).states.numpy().astype(np.float64)
 
 
-def recalled_vectors(backbone: Backbone, catalog: Catalog, sentence: str = REVIEW) -> Floats:
+def recalled_vectors(backbone: Backbone, catalog: Catalog, sentences: Sequence[str] = (REVIEW,)) -> Floats:
     """Returns what a causal language model recalls of every item, shape (items, features).
 
     Args:
         backbone: The model.
         catalog: The items.
-        sentence: Jinja2 template of what it reads, over the usual fields; those that are missing are blank.
+        sentences: What it reads, one after the other, see `metarec.prompts.recall_texts`.
+
+    Raises:
+        ConfigError: A sentence does not fit the catalog.
     """
-    # As people write titles in a text: "The Matrix", not "Matrix, The".
-    named = _described(catalog, title=tuple(map(article_first, catalog.fields["title"])))
-    template, special = PromptTemplate(sentence, " good", " bad"), backbone.special_tokens
-    texts = [template.render(named, code, special) for code in range(len(named))]
-    return state_vectors(recalled_states(backbone, texts))
+    texts = [recall_texts(catalog, sentence, backbone.special_tokens) for sentence in sentences]
+    vectors = [unit_vectors(state_vectors(recalled_states(backbone, some))) for some in texts]
+    return np.concatenate(vectors, 1)
 
 
 def state_vectors(states: Tensor) -> Floats:
@@ -113,12 +111,6 @@ def kernel_features(vectors: Floats) -> Floats:
     nystroem = Nystroem(kernel="rbf", gamma=_GAMMA, n_components=landmarks, random_state=0)
     features: Floats = nystroem.fit_transform(vectors)
     return features
-
-
-def _described(catalog: Catalog, **replaced: tuple[str, ...]) -> Catalog:
-    """Returns the catalog with blanks for what is usually known of items and not of these."""
-    blank = {name: ("",) * len(catalog) for name in ("year", "genres", "authors")}
-    return Catalog(catalog.ids, {**blank, **catalog.fields, **replaced})
 
 
 def principal_components(features: Floats, components: int) -> Floats:
