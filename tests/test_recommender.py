@@ -20,8 +20,9 @@ from metarec.config import MetaConfig, RunConfig, validated
 from metarec.episodes import split_users
 from metarec.errors import ArtifactError, ConfigError, EvaluationError, RatingError, UnknownItemError
 from metarec.evaluate import evaluate
-from metarec.interactions import Ratings
+from metarec.interactions import Catalog, Ratings
 from metarec.objective import tangent
+from metarec.prompts import REVIEW
 from metarec.recommender import MetaRecommender
 from metarec.scorer import Request, Scorer
 from metarec.task import Task, TaskData
@@ -41,7 +42,7 @@ SETTINGS = {
         "warmup": 20,
     },
 }
-TASK = {
+TASK: dict[str, Any] = {
     "name": "test/known",
     "version": 1,
     "description": "Two opposite tastes.",
@@ -69,6 +70,26 @@ def known_task(seed: int = 0) -> TaskData:
 def fitted(model_dir: Callable[[str], Path]) -> MetaRecommender:
     config = validated(RunConfig, SETTINGS, "test")
     return MetaRecommender.from_pretrained(model_dir("llama"), config).fit(known_task())
+
+
+def test_sentences_are_read_where_items_are_unrated_and_nowhere_else(
+    model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Sequence[str]] = []
+
+    def recalled(_: Any, catalog: Catalog, sentences: Sequence[str]) -> np.ndarray:
+        read.append(sentences)
+        return np.random.default_rng(0).normal(size=(len(catalog), 6))
+
+    monkeypatch.setattr("metarec.recommender.recalled_vectors", recalled)
+    known = known_task()
+    recommender = MetaRecommender.from_pretrained(model_dir("llama"), validated(RunConfig, SETTINGS, "test"))
+    recommender.prepare(known)
+    assert read == []
+    for prompt, expected in (({"recall": ["{{ title }} is"]}, ("{{ title }} is",)), ({}, (REVIEW,))):
+        settings = TASK | {"split": {"by": "item", "unseen": 0.2}, "prompt": {**TASK["prompt"], **prompt}}
+        recommender.prepare(replace(known, task=validated(Task, settings, "test")))
+        assert read.pop() == expected
 
 
 @pytest.fixture(scope="module")
