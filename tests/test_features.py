@@ -12,8 +12,10 @@ from sklearn.gaussian_process.kernels import RBF
 from metarec.interactions import Interactions
 from metarec.priors import fit_item_mean, predict_unrated, smooth_by_text
 from metarec.scorers.features import kernel_features, principal_components, unrated_features
+from metarec.scorers.gp import GaussianProcess
 from metarec.scorers.residuals import Floats
 from metarec.scorers.stacked import MEMBERS, Features, fit_process
+from metarec.scorers.text import TextRidge
 
 USERS = 80
 
@@ -97,14 +99,13 @@ def test_components_are_no_more_than_there_are() -> None:
     assert principal_components(np.random.default_rng(0).normal(size=(20, 3)), 48).shape == (20, 3)
 
 
-def test_where_items_are_unrated_ratings_of_others_count_for_less() -> None:
+def test_where_items_are_unrated_the_stack_has_one_process() -> None:
     generator = np.random.default_rng(0)
     data = rated(generator.normal(size=120), np.full(120, 12))
     features = unrated_features({"text": generator.normal(size=(120, 6))}, {})
-    users, more = np.arange(USERS), {"factors": 2, "sweeps": 2}
-    cold = fit_process(data, users, features, seed=0, **more)
-    warm = fit_process(data, users, features, seed=0, doubt=1.0, **more)
-    np.testing.assert_allclose(cold.noise, 2 * warm.noise)
-    np.testing.assert_array_equal(cold.loadings, warm.loadings)
-    prior = fit_item_mean(data, users)
-    assert len(MEMBERS["stack"](data, users, prior, features, 0)) == 2
+    users, prior = np.arange(USERS), fit_item_mean(data, np.arange(USERS))
+    for known, kinds in (
+        (features, [GaussianProcess, TextRidge]),
+        (replace(features, unrated=None), [GaussianProcess, GaussianProcess, TextRidge]),
+    ):
+        assert [type(member) for member in MEMBERS["stack"](data, users, prior, known, 0)] == kinds

@@ -134,7 +134,6 @@ def fit_gp(
     features: Mapping[str, Floats],
     *,
     smooth: Callable[[ItemPrior], ItemPrior] | None = None,
-    doubt: float = 1.0,
     factors: int = 16,
     noise: float = 0.6,
     level_variance: float = 0.2,
@@ -154,8 +153,6 @@ def fit_gp(
         features: Blocks of item features, each of shape (items, width), e.g. text vectors, genres, year.
         smooth: What shrinks item means towards what is known of the items. None regresses them on the blocks and on how
             often an item is rated; where nobody rated what is asked about, that takes from what text says.
-        doubt: Factor on the noise once all is learned: above one where what is asked about shares features with a
-            support, but neither learned factors nor raters.
         factors: How many factors are learned beside the features.
         noise: Variance of a rating around a user's taste.
         level_variance: Variance of users' levels.
@@ -190,7 +187,7 @@ def fit_gp(
         scale=baseline.scale,
         mean=mean,
         loadings=loadings,
-        noise=doubt * (noise + spread),
+        noise=noise + spread,
         centre=count @ loadings / count.sum(),
         choice=chosen,
         choice_strength=choice_strength,

@@ -38,8 +38,6 @@ _PAIRS = 40
 _FIRST_WEIGHT, _OTHER_WEIGHT = 0.8, 0.2
 _STRENGTH = 15.0
 _SHARPNESS = 2.0
-_UNRATED_PENALTY = 6.0
-_DOUBT = 2.0
 
 
 @dataclass(frozen=True)
@@ -143,8 +141,7 @@ class Features:
         blocks: Features for the Gaussian processes, each of shape (items, width).
         text: Vectors for the ridge regression, shape (items, features).
         unrated: Where asked items are ones that nobody rated, a vector of each item's text and fields, shape (items,
-            features): their means are predicted from these, and a user's ratings of other items count for less. How
-            much less was chosen on splits that no table reports. None elsewhere.
+            features): their means are predicted from these. None elsewhere.
     """
 
     blocks: Mapping[str, Floats]
@@ -162,7 +159,7 @@ def fit_process(
 ) -> GaussianProcess:
     """Fits a Gaussian process on features, for the items that are asked about; `options` are `fit_gp`'s."""
     if features.unrated is not None:
-        options = {"smooth": lambda prior: features.smoothed(prior, seed), "doubt": _DOUBT, **options}
+        options = {"smooth": lambda prior: features.smoothed(prior, seed), **options}
     return fit_gp(interactions, users, features.blocks, seed=seed, **options)
 
 
@@ -178,10 +175,11 @@ def fit_all(
 ) -> tuple[Member, ...]:
     """Fits all methods of the stack; where items are unrated, one process, for learned factors do not reach them."""
     process = fit_process(interactions, users, features, factors=_FACTORS, seed=seed)
+    ridge = fit_text_ridge(prior, features.text)
     if features.unrated is not None:
-        return process, fit_text_ridge(prior, features.text, penalty=_UNRATED_PENALTY)
+        return process, ridge
     single = fit_process(interactions, users, features, factors=1, sweeps=4, components=_COMPONENTS, seed=seed)
-    return process, single, fit_text_ridge(prior, features.text)
+    return process, single, ridge
 
 
 MEMBERS: dict[str, Callable[[Interactions, Codes, ItemPrior, Features, int], tuple[Member, ...]]] = {
