@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,9 +39,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         write: Called with the path of a temporary file in the same directory.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _beside(path)
+    temporary.touch(exist_ok=False)
     try:
         write(temporary)
         _fsync(temporary)
@@ -68,11 +67,11 @@ def replace_dir(path: Path, kind: str) -> Iterator[Path]:
     if path.exists() and not (path / MANIFEST).exists() and (not path.is_dir() or any(path.iterdir())):
         raise ArtifactError(f"'{path}' exists and is not a metarec {kind}", "Choose another directory")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = _beside(path)
+    temporary.mkdir()
     try:
         yield temporary
         write_manifest(temporary, kind)
-        temporary.chmod(0o755)
         # A directory cannot be renamed over a full one: the old one steps aside first and is removed last.
         aside = temporary.with_name(temporary.name + ".old")
         if path.exists():
@@ -82,6 +81,11 @@ def replace_dir(path: Path, kind: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _fsync(path.parent)
+
+
+def _beside(path: Path) -> Path:
+    """Returns a free name beside a path. Made without `tempfile`, whose files nobody but their owner may read."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
 def write_manifest(path: Path, kind: str) -> None:
