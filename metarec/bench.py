@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -208,6 +209,15 @@ def _start_worker(threads: int) -> None:
     os.environ[QUIET] = "1"
     torch.set_num_threads(threads)
     threadpool_limits(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone: killed, it cannot say so, and cells would go on."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _try(cell: Cell, out: Path, fresh: bool) -> str:

@@ -6,6 +6,8 @@ import csv
 import json
 import multiprocessing
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -163,6 +165,24 @@ def test_a_process_that_works_beside_others_takes_no_more_threads_than_its_share
         pools = pool.submit(threadpool_info).result()
         assert {found["num_threads"] for found in pools} == {1}
         assert {found["user_api"] for found in pools} == {"blas", "openmp"}
+
+
+def test_processes_end_with_the_one_that_started_them() -> None:
+    script = """
+import multiprocessing, time
+from concurrent.futures import ProcessPoolExecutor
+from metarec.bench import _start_worker
+pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start_worker, (1,))
+print(pool.submit(abs, -1).result(), flush=True)
+pool.submit(time.sleep, 600)
+time.sleep(600)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "1\n"
+    parent.kill()
+    # The pipe ends once nobody holds it any more, and a process of the pool would for ten minutes.
+    assert parent.communicate(timeout=60) == ("", None)
 
 
 def test_results_say_from_when_to_when_and_for_how_long_they_were_measured(task: str, tmp_path: Path) -> None:
