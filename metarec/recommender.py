@@ -52,7 +52,7 @@ from metarec.objective import (
 )
 from metarec.priors import ItemPrior
 from metarec.progress import progress
-from metarec.prompts import REVIEW, PromptTemplate, tokenize_catalog
+from metarec.prompts import PromptTemplate, tokenize_catalog
 from metarec.reader import Reader, default_placement, open_reader
 from metarec.scorer import Scorer
 from metarec.scorers.adapted import InnerLoop, MetaScorer
@@ -661,16 +661,15 @@ def _reader(backbone: Backbone, config: RunConfig, template: PromptTemplate, cat
 
 
 def _features(reader: Reader, catalog: Catalog, encoder: str | None, task: Task) -> Features:
-    unrated = task.split.asks_unrated
-    if unrated and reader.backbone.kind == "causal":
-        read = {"llm": recalled_vectors(reader.backbone, catalog, task.prompt.recall or (REVIEW,))}
+    if task.recall and reader.backbone.kind == "causal":
+        read = {"llm": recalled_vectors(reader.backbone, catalog, task.recall)}
     else:
         # Where ratings tell of items, the states behind the prompt's answer will do, which is read anyway.
         read = {"llm": state_vectors(reader.states)}
     if encoder is not None:
         read["text"] = text_vectors(catalog, encoder)
     fields = item_features(catalog)
-    if unrated:
+    if task.split.asks_unrated:
         return unrated_features(read, fields)
     beside = np.concatenate([unit_vectors(vectors) for vectors in read.values()], 1)
     return Features({**read, **fields}, beside)

@@ -34,7 +34,7 @@ from metarec.errors import ConfigError, DataError, suggest
 from metarec.evaluate import METRICS, check_metric
 from metarec.interactions import Codes, Flags, Interactions
 from metarec.labels import LabelRule, read_rule
-from metarec.prompts import PromptTemplate, derive_fields
+from metarec.prompts import REVIEW, PromptTemplate, derive_fields
 from metarec.sources import SourceOptions, read_source
 from metarec.views import as_domains, keep_users, merge, with_negatives
 
@@ -192,6 +192,11 @@ class Task(Section):
         if not self.shots or self.shots[0] < 0 or list(self.shots) != sorted(set(self.shots)):
             raise ValueError(f"shots {list(self.shots)} are not ascending numbers from 0 on")
         return self
+
+    @property
+    def recall(self) -> tuple[str, ...]:
+        """Sentences that a causal language model reads of each item where ones are asked about that nobody rated."""
+        return (self.prompt.recall or (REVIEW,)) if self.split.asks_unrated else ()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Task:

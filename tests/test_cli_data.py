@@ -79,10 +79,15 @@ def test_preview_shows_the_prompts_with_their_answers(metarec: Callable[..., Ran
     ran = metarec("tasks", "preview", "movielens/genre-as-domain", "--items", 2)
     assert ran.status == 0
     assert ran.out.count("does the viewer like it?") == 4
+    assert "besides" not in ran.out
     assert "domain " in ran.out
     episode = json.loads(metarec("tasks", "preview", "movielens/item-cold", "--json").out)["episodes"][0]
     assert (episode["support_size"], len(episode["query"])) == (20, 3)
     assert episode["query"][0]["answer"] in (" Yes", " No")
+    review, story = episode["query"][0]["recall"]
+    assert review.startswith("Movie review: ")
+    assert story.endswith("tells the story of")
+    assert "besides: Movie review: " in metarec("tasks", "preview", "movielens/item-cold").out
 
 
 def test_a_root_option_brings_own_tasks_to_every_verb(metarec: Callable[..., Ran], own: Path) -> None:

@@ -122,7 +122,7 @@ def _validated(task: Task, seed: int) -> dict[str, Any]:
     catalog = data.interactions.catalog
     template = task.template
     prompts = [template.render(catalog, code) for code in range(len(catalog))]
-    for sentence in task.prompt.recall:
+    for sentence in task.recall:
         recall_texts(catalog, sentence)
     repeated = len(prompts) - len(set(prompts))
     episodes = ", ".join(f"{kept} {part} episodes" for part, (kept, _) in counts.items())
@@ -148,12 +148,13 @@ def preview(
     items: Annotated[int, typer.Option(min=1, help="How many items of each support and query.")] = 3,
     json: JsonOption = False,
 ) -> None:
-    """Show the first test episodes as a model sees them: the prompts of support and query, with their answers."""
+    """Show the first test episodes as a model sees them: prompts with their answers, and what it reads besides."""
+    from metarec.prompts import recall_texts
     from metarec.task import load_task, load_task_data
 
     task = load_task(name, include_path or [])
     data = load_task_data(task, seed)
-    template = task.template
+    template, recalled = task.template, [recall_texts(data.interactions.catalog, sentence) for sentence in task.recall]
     shown: list[dict[str, Any]] = []
     for episode in data.episodes("test")[0][:episodes]:
         sides = {}
@@ -164,6 +165,7 @@ def preview(
                     "prompt": template.render(data.interactions.catalog, int(code)),
                     "rating": round(float(value), 3),
                     "answer": task.prompt.positive if like else task.prompt.negative,
+                    "recall": [texts[code] for texts in recalled],
                 }
                 for code, value, like in list(zip(ratings.items, ratings.values, liked, strict=True))[:items]
             ]
@@ -178,4 +180,6 @@ def preview(
             typer.echo(f"\n{side}, {len(episode_facts[side])} of {episode_facts[f'{side}_size']}:")
             for entry in episode_facts[side]:
                 typer.echo(f"---\n{entry['prompt']}{entry['answer']}    (rating {entry['rating']:g})")
+                for text in entry["recall"]:
+                    typer.echo(f"besides: {text}")
         typer.echo("")
