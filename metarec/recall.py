@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarec.artifacts import cache_dir, content_hash, verify_dir
+from metarec.artifacts import cache_dir, content_hash
 from metarec.backbone import Backbone
-from metarec.cache import blocks_to_read, finish_reading, open_array, start_reading
-from metarec.errors import ArtifactError
+from metarec.cache import Arrays, fill_cache
 
 _KIND = "recall"
 # Of a model's blocks; between a half and nine tenths it hardly matters where.
@@ -52,14 +51,12 @@ def recalled_states(backbone: Backbone, texts: Sequence[str]) -> Tensor:
     blocks = max(1, round(_DEPTH * int(backbone.model.config.num_hidden_layers)))
     identity = {"backbone": backbone.fingerprint, "dtype": str(backbone.dtype), "tokens": tokens, "blocks": blocks}
     path = cache_dir() / _KIND / content_hash(identity)
-    try:
-        verify_dir(path, _KIND)
-    except ArtifactError:
-        start_reading(path)
-        states = open_array(path / "states.npy", (len(tokens), backbone.hidden_size), backbone.dtype)
-        for items in blocks_to_read(path, np.array([len(ids) for ids in tokens]), (states,)):
-            states[items] = _mean_states(backbone, [tokens[item] for item in items], blocks).numpy()
-        finish_reading(path, _KIND)
+
+    def read(items: np.ndarray, into: Arrays) -> None:
+        into["states"][items] = _mean_states(backbone, [tokens[item] for item in items], blocks).numpy()
+
+    lengths = np.array([len(ids) for ids in tokens])
+    fill_cache(path, _KIND, lengths, {"states": (len(tokens), backbone.hidden_size)}, backbone.dtype, read)
     return torch.from_numpy(np.load(path / "states.npy", allow_pickle=False))
 
 

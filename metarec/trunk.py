@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarec.artifacts import cache_dir, content_hash, verify_dir
+from metarec.artifacts import cache_dir, content_hash
 from metarec.backbone import Backbone, BertWeights, LlamaWeights, final_state
-from metarec.cache import BLOCK_ITEMS, blocks_to_read, finish_reading, open_array, start_reading
-from metarec.errors import ArtifactError
+from metarec.cache import BLOCK_ITEMS, Arrays, fill_cache
 from metarec.lora import AdapterKind, AdapterSpec, user_update
 from metarec.packing import PREFIX, Packed, pack
 from metarec.prompts import CatalogPrompts
@@ -307,14 +306,14 @@ class CachedTrunk:
 
     @cached_property
     def _cache(self) -> tuple[_Ragged, _Ragged]:
-        try:
-            verify_dir(self.path, "trunk")
-        except ArtifactError:
-            self._build()
+        self._build()
         active = np.load(self.path / "active.npy", mmap_mode="r", allow_pickle=False)
         frozen = np.load(self.path / "frozen.npy", mmap_mode="r", allow_pickle=False)
+        return self._ragged({"active": active, "frozen": frozen})
+
+    def _ragged(self, arrays: Arrays) -> tuple[_Ragged, _Ragged]:
         frozen_lengths = self._lengths - self._shared - self._active_lengths
-        return _Ragged(active, self._active_lengths), _Ragged(frozen, frozen_lengths)
+        return _Ragged(arrays["active"], self._active_lengths), _Ragged(arrays["frozen"], frozen_lengths)
 
     def frozen_states(self) -> Tensor:
         """See `Trunk.frozen_states`."""
@@ -323,28 +322,27 @@ class CachedTrunk:
 
     @torch.no_grad()
     def _build(self) -> None:
-        """Computes the cache block by block; an interrupted build goes on where it stopped."""
-        layers = self.placement.layers
+        """Computes the cache block by block, unless it is there; an interrupted build goes on where it stopped."""
         active_rows, frozen_rows = int(self._active_lengths.sum()), 0
         width = 0
         if isinstance(self.backbone.weights, LlamaWeights) and self._frozen_tail:
             frozen_rows = int((self._lengths - self._shared).sum()) - active_rows
             block = self.backbone.weights.blocks[0]
             width = block.kv_heads * block.head_dim
-        start_reading(self.path)
-        active = open_array(self.path / "active.npy", (active_rows, self.backbone.hidden_size), self._dtype)
-        frozen = open_array(self.path / "frozen.npy", (frozen_rows, layers, 2, width), self._dtype)
-        into = (
-            _Ragged(active, self._active_lengths),
-            _Ragged(frozen, self._lengths - self._shared - self._active_lengths),
-        )
-        for items in blocks_to_read(self.path, self._lengths - self._shared, (active, frozen)):
-            self._build_block(items, *into)
-        self.__dict__["_cache"] = into
-        np.save(
-            self.path / "states.npy", _all_frozen_states(self, len(self._lengths)).cpu().numpy(), allow_pickle=False
-        )
-        finish_reading(self.path, "trunk")
+        shapes = {
+            "active": (active_rows, self.backbone.hidden_size),
+            "frozen": (frozen_rows, self.placement.layers, 2, width),
+        }
+
+        def read(items: np.ndarray, into: Arrays) -> None:
+            self._build_block(items, *self._ragged(into))
+
+        def finish(arrays: Arrays) -> None:
+            self.__dict__["_cache"] = self._ragged(arrays)
+            states = _all_frozen_states(self, len(self._lengths)).cpu().numpy()
+            np.save(self.path / "states.npy", states, allow_pickle=False)
+
+        fill_cache(self.path, "trunk", self._lengths - self._shared, shapes, self._dtype, read, finish)
 
     def _build_block(self, items: np.ndarray, active: _Ragged, frozen: _Ragged) -> None:
         tokens = [self.prompts.tokens[item][self._shared :] for item in items]

@@ -1,0 +1,110 @@
+"""Caches of readings: what several processes want at once is read once between them, and a crash costs one share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from metarec.cache import Arrays, fill_cache
+
+LENGTHS = np.random.default_rng(0).integers(1, 9, 40)
+
+
+@pytest.fixture(autouse=True)
+def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metarec.cache.BLOCK_ITEMS", 2)
+    monkeypatch.setattr("metarec.cache._SHARE_BLOCKS", 2)
+
+
+class Reading:
+    """Writes an item's length where the item is, and counts."""
+
+    def __init__(self, path: Path, seconds: float = 0.0, stop_after: int = 1000) -> None:
+        self.path, self.seconds, self.stop_after = path, seconds, stop_after
+        self.items: list[int] = []
+        self.finished = 0
+
+    def __call__(self, items: np.ndarray, into: Arrays) -> None:
+        if len(self.items) >= self.stop_after:
+            raise KeyboardInterrupt
+        time.sleep(self.seconds)
+        self.items += items.tolist()
+        into["states"][items] = LENGTHS[items][:, None]
+
+    def finish(self, arrays: Arrays) -> None:
+        self.finished += 1
+        np.testing.assert_array_equal(arrays["states"][:, 0], LENGTHS)
+
+    def fill(self) -> np.ndarray:
+        shapes = {"states": (len(LENGTHS), 3), "nothing": (0, 2)}
+        fill_cache(self.path, "recall", LENGTHS, shapes, torch.float32, self, self.finish)
+        states: np.ndarray = np.load(self.path / "states.npy")
+        return states
+
+
+def test_everything_is_read_once_and_then_never_again(tmp_path: Path) -> None:
+    first, second = Reading(tmp_path / "a"), Reading(tmp_path / "a")
+    np.testing.assert_array_equal(first.fill(), np.repeat(LENGTHS[:, None], 3, 1))
+    second.fill()
+    assert sorted(first.items) == list(range(40))
+    assert (first.finished, second.items, second.finished) == (1, [], 0)
+
+
+def test_readers_side_by_side_share_the_work(tmp_path: Path) -> None:
+    readers = [Reading(tmp_path / "a", seconds=0.01) for _ in range(3)]
+    threads = [threading.Thread(target=reader.fill) for reader in readers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(item for reader in readers for item in reader.items) == list(range(40))
+    assert sum(bool(reader.items) for reader in readers) > 1
+    assert sum(reader.finished for reader in readers) == 1
+
+
+def test_what_one_left_unfinished_another_reads(tmp_path: Path) -> None:
+    stopped, other = Reading(tmp_path / "a", stop_after=10), Reading(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fill()
+    np.testing.assert_array_equal(other.fill()[:, 0], LENGTHS)
+    assert set(other.items) == set(range(40)) - set(stopped.items[:8]), "two shares of four items were done"
+
+
+def test_a_killed_process_keeps_no_share(tmp_path: Path) -> None:
+    script = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import metarec.cache, test_cache
+metarec.cache.BLOCK_ITEMS = metarec.cache._SHARE_BLOCKS = 2
+class Stuck(test_cache.Reading):
+    def __call__(self, items, into):
+        print("reading", flush=True)
+        time.sleep(600)
+Stuck(Path({str(tmp_path / "a")!r})).fill()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout is not None
+        assert killed.stdout.readline() == "reading\n"
+        killed.kill()
+    reader = Reading(tmp_path / "a")
+    reader.fill()
+    assert sorted(reader.items) == list(range(40))
+
+
+def test_what_is_damaged_is_read_again(tmp_path: Path) -> None:
+    Reading(tmp_path / "a").fill()
+    with (tmp_path / "a" / "states.npy").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\x00\x01\x02\x03")
+    reader = Reading(tmp_path / "a")
+    np.testing.assert_array_equal(reader.fill()[:, 0], LENGTHS)
+    assert len(reader.items) == 40
