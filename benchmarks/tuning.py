@@ -2,7 +2,9 @@
 
     python benchmarks/tuning.py                      # two split seeds; benchmarks/results/tuning.json
     python benchmarks/tuning.py --methods ALS EASE
-    python benchmarks/tuning.py --methods "joint LoRA" "full fine-tuning" "in-context prompt"     # hours
+    python benchmarks/tuning.py --methods "joint LoRA" "full fine-tuning"                         # hours
+    python benchmarks/tuning.py --methods "joint LoRA, longer" "full fine-tuning, longer"         # hours
+    python benchmarks/tuning.py --methods "in-context prompt" "in-context, listwise"
     python benchmarks/tuning.py --methods "zero-shot prompt"    # wordings; half an hour
 
 What counts is the gain in AUC over the item mean, averaged over K > 0 and seeds. Where a language model reads every
@@ -51,6 +53,9 @@ READERS: dict[str, Mapping[str, tuple[Any, ...]]] = {
     "joint LoRA": {"lr": (1.5e-4, 5e-4, 2e-3)},
     "full fine-tuning": {"lr": (5e-6, 2e-5, 6e-5)},
     "in-context prompt": {"limit": (4, 8, 16)},
+    "in-context, listwise": {"limit": (4, 8, 16)},
+    "joint LoRA, longer": {"longer": (1, 4)},
+    "full fine-tuning, longer": {"longer": (1, 4)},
 }
 # Of a prompt, what it says: the text, the word for a like, and the word against; the first is the tasks' own.
 WORDINGS: dict[str, tuple[str, str, str]] = {
@@ -107,7 +112,8 @@ def fitted(method: str, setting: Setting, *, wording: str | None = None, **optio
         prompt = PromptConfig(text=text, positive=positive, negative=negative)
         task = setting.data.task.model_copy(update={"prompt": prompt})
         setting = replace(setting, data=replace(setting.data, task=task))
-    return METHODS[method].fit(setting, **{**METHODS[method].options, **options})[0].scorer
+    asked = METHODS[method.partition(",")[0] if method not in METHODS else method]
+    return asked.fit(setting, **{**asked.options, **options})[0].scorer
 
 
 def gain(setting: Setting, scorer: Scorer, *, reads: bool) -> float:

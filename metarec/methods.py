@@ -240,10 +240,17 @@ def _listwise(setting: Setting, *, limit: int, rounds: int) -> Sequence[Row]:
     return [_prompted(Listwise(setting.backbone, setting.history(limit), rounds=rounds))]
 
 
-def _fine_tuned(setting: Setting, *, trainable: Trainable, lr: float | None = None) -> Sequence[Row]:
+def _fine_tuned(setting: Setting, *, trainable: Trainable, lr: float | None = None, longer: int = 1) -> Sequence[Row]:
     """One model for all users; the whole model also with every user's own LoRA on top."""
     data, task, path = setting.interactions, setting.data.task, setting.workspace / "model"
     config = FINE_TUNING[trainable]
+    config = config.model_copy(
+        update={
+            "lr": config.lr if lr is None else lr,
+            "steps": longer * config.steps,
+            "validate_every": longer * config.validate_every,
+        }
+    )
     if path.exists():
         tuned = cast("FineTuned", load_scorer(path, backbone=setting.backbone))
     else:
@@ -256,7 +263,7 @@ def _fine_tuned(setting: Setting, *, trainable: Trainable, lr: float | None = No
             validation=setting.validation,
             threshold=setting.threshold,
             recipe=Recipe(trainable, seed=setting.seed),
-            config=config if lr is None else config.model_copy(update={"lr": lr}),
+            config=config,
             seed=setting.seed,
             checkpoint=setting.workspace / "checkpoint",
             resume=True,
