@@ -97,10 +97,12 @@ def _is_whole(path: Path, kind: str) -> bool:
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.memmap:
-    """Opens an array on disk, or makes one of zeros."""
-    if path.exists():
-        return np.load(path, mmap_mode="r+", allow_pickle=False)  # type: ignore[no-any-return]
-    return np.lib.format.open_memmap(path, "w+", dtype, shape)
+    """Opens an array on disk, or makes one of zeros, which appears with its whole length or not at all."""
+    if not path.exists():
+        fresh = path.with_name(f"{path.name}.new")
+        np.lib.format.open_memmap(fresh, "w+", dtype, shape)
+        fresh.replace(path)
+    return np.load(path, mmap_mode="r+", allow_pickle=False)  # type: ignore[no-any-return]
 
 
 def _take(done: np.memmap, locks: Path) -> tuple[int, AbstractContextManager[object]] | None:
