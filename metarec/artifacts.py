@@ -51,12 +51,13 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def replace_dir(path: Path, kind: str) -> Iterator[Path]:
+def replace_dir(path: Path, kind: str, *, private: bool = False) -> Iterator[Path]:
     """Writes a directory of files with a manifest; it appears complete or not at all.
 
     Args:
         path: The directory to create or replace.
         kind: What the directory is (``checkpoint``, ``adapter``), checked by `verify_dir`.
+        private: Nobody but the owner may read it; otherwise whom the umask says.
 
     Yields:
         A temporary directory to write into.
@@ -68,9 +69,11 @@ def replace_dir(path: Path, kind: str) -> Iterator[Path]:
         raise ArtifactError(f"'{path}' exists and is not a metarec {kind}", "Choose another directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
-    temporary.mkdir()
+    temporary.mkdir(mode=0o700 if private else 0o777)
     try:
         yield temporary
+        for file in temporary.iterdir():  # safetensors lets nobody but the owner read what it writes
+            file.chmod(temporary.stat().st_mode & 0o666)
         write_manifest(temporary, kind)
         # A directory cannot be renamed over a full one: the old one steps aside first and is removed last.
         aside = temporary.with_name(temporary.name + ".old")

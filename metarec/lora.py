@@ -211,7 +211,7 @@ def save_adapter(
     }
     if invocation_tokens is not None:
         config["alora_invocation_tokens"] = list(invocation_tokens)
-    with replace_dir(path, "adapter") as directory:
+    with replace_dir(path, "adapter", private=True) as directory:
         write_tensors(directory / _PEFT_WEIGHTS, weights)
         write_tensors(directory / _SCORE_FILE, score)
         (directory / _PEFT_CONFIG).write_text(dump_json(config), encoding="utf-8")

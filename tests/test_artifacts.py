@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from metarec.artifacts import load_json, replace_dir, replace_file, write_json
+from metarec.lora import write_tensors
 
 
 @pytest.fixture(params=[0o022, 0o077])
@@ -26,9 +28,17 @@ def test_files_and_directories_are_readable_for_whom_the_umask_says(umask: int, 
     write_json(tmp_path / "report.json", {})
     with replace_dir(tmp_path / "run", "checkpoint") as directory:
         write_json(directory / "config.json", {})
+        write_tensors(directory / "meta.safetensors", {"rates": torch.ones(2)})
     assert mode(tmp_path / "run") == 0o777 & ~umask
-    for file in (tmp_path / "report.json", tmp_path / "run" / "config.json", tmp_path / "run" / "manifest.json"):
-        assert mode(file) == 0o666 & ~umask
+    for file in (tmp_path / "report.json", *(tmp_path / "run").iterdir()):
+        assert mode(file) == 0o666 & ~umask, file
+
+
+def test_what_is_private_is_the_owners_alone(umask: int, tmp_path: Path) -> None:
+    with replace_dir(tmp_path / "user", "adapter", private=True) as directory:
+        write_json(directory / "user.json", {})
+        write_tensors(directory / "adapter.safetensors", {"a": torch.ones(2)})
+    assert mode(tmp_path / "user") == 0o700
 
 
 def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
