@@ -112,6 +112,7 @@ def fitted(method: str, setting: Setting, *, wording: str | None = None, **optio
         prompt = PromptConfig(text=text, positive=positive, negative=negative)
         task = setting.data.task.model_copy(update={"prompt": prompt})
         setting = replace(setting, data=replace(setting.data, task=task))
+    # "joint LoRA, longer" is a grid of the method before the comma.
     asked = METHODS[method.partition(",")[0] if method not in METHODS else method]
     return asked.fit(setting, **{**asked.options, **options})[0].scorer
 

@@ -241,7 +241,7 @@ def _listwise(setting: Setting, *, limit: int, rounds: int) -> Sequence[Row]:
 
 
 def _fine_tuned(setting: Setting, *, trainable: Trainable, lr: float | None = None, longer: int = 1) -> Sequence[Row]:
-    """One model for all users; the whole model also with every user's own LoRA on top."""
+    """One model for all users, in so many times the steps; the whole model also with every user's own LoRA on top."""
     data, task, path = setting.interactions, setting.data.task, setting.workspace / "model"
     config = FINE_TUNING[trainable]
     config = config.model_copy(
