@@ -15,16 +15,17 @@ import numpy as np
 import torch
 
 from metarec.artifacts import write_json
+from metarec.bench.methods import Setting
+from metarec.data.task_data import load_task_data
+from metarec.data.task_files import load_task
+from metarec.data.templates import REVIEW
 from metarec.doctor import environment
-from metarec.methods import Setting
 from metarec.metrics import auc
-from metarec.priors import predict_unrated, smooth_by_text
 from metarec.progress import progress
-from metarec.prompts import REVIEW
-from metarec.scorers.features import recalled_vectors, state_vectors, unrated_features
-from metarec.scorers.residuals import Floats
-from metarec.scorers.stacked import Features
-from metarec.task import load_task, load_task_data
+from metarec.scorers.collaborative.features import Features, state_vectors, unrated_features
+from metarec.scorers.collaborative.item_mean import predict_unrated, smooth_by_text
+from metarec.scorers.collaborative.residuals import Floats
+from metarec.scorers.language.item_vectors import recalled_vectors
 
 RESULT = Path(__file__).parent / "results" / "cold-text.json"
 TASK = "movielens/item-cold"

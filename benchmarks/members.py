@@ -16,14 +16,16 @@ import numpy as np
 import torch
 
 from metarec.artifacts import load_json, write_json
+from metarec.bench.methods import Setting
+from metarec.data.task_data import load_task_data
+from metarec.data.task_files import load_task
 from metarec.evaluate import evaluate
-from metarec.methods import Setting
 from metarec.metrics import bootstrap_interval
 from metarec.progress import progress
 from metarec.recommender import BASELINE
-from metarec.scorers.stacked import fit_process, fit_stack
-from metarec.scorers.trivial import ItemMean
-from metarec.task import load_task, load_task_data
+from metarec.scorers.collaborative.gp import fit_process
+from metarec.scorers.collaborative.stack import fit_stack
+from metarec.scorers.collaborative.trivial import ItemMean
 
 RESULT = Path(__file__).parent / "results" / "members.json"
 NAMES = ("meta-learned kernel", "one factor", "text ridge")

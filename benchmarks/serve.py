@@ -100,8 +100,9 @@ def serving(checkpoint: Path, *options: str) -> Any:
 def smaller(checkpoint: Path, items: int, out: Path) -> Path:
     """Saves the recommender over its most rated items alone."""
     from metarec.cli.runs import load_run
-    from metarec.interactions import Catalog
-    from metarec.recommender import MetaRecommender, _reader
+    from metarec.data.interactions import Catalog
+    from metarec.fitting import catalog_reader
+    from metarec.recommender import MetaRecommender
 
     full = load_run(checkpoint)
     fitted = full.fitted
@@ -111,7 +112,7 @@ def smaller(checkpoint: Path, items: int, out: Path) -> Path:
     fields = {name: tuple(column[code] for code in chosen) for name, column in fitted.catalog.fields.items()}
     catalog = Catalog(tuple(fitted.catalog.ids[code] for code in chosen), fields)
     columns = {name: getattr(fitted.prior, name)[chosen] for name in ("total", "count", "centre")}
-    reader = _reader(full.backbone, full.config, fitted.task.template, catalog)
+    reader = catalog_reader(full.backbone, full.config, fitted.task.template, catalog)
     _ = reader.frozen_log_odds
     prior = replace(fitted.prior, **columns)
     members = tuple(of_items(member, chosen, prior) for member in fitted.taste.members)
@@ -180,7 +181,7 @@ def bulk(arguments: argparse.Namespace) -> dict[str, Any]:
     from metarec.cli.runs import load_run
     from metarec.serve.bulk import adapt_users
     from metarec.serve.engine import BULK_USERS_AT_ONCE, Engine, side_by_side
-    from metarec.store import AdapterStore
+    from metarec.serve.store import AdapterStore
 
     recommender = load_run(arguments.checkpoint)
     generator = np.random.default_rng(0)
@@ -286,7 +287,7 @@ def kills(arguments: argparse.Namespace) -> dict[str, Any]:
             thread.join()
         logged = sum(len(holder[0].ask("GET", f"/v1/users/writer{number}")[1]["ratings"]) for number in range(3))
         seconds = holder[0].stop()
-        from metarec.store import AdapterStore
+        from metarec.serve.store import AdapterStore
 
         store = AdapterStore(Path(scratch) / "store", create=False)
         keys = [key for (key,) in store._index.execute("SELECT idempotency_key FROM requests")]
@@ -310,7 +311,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     from metarec.cli.runs import load_run
     from metarec.serve.bulk import adapt_users
     from metarec.serve.engine import Engine
-    from metarec.store import AdapterStore
+    from metarec.serve.store import AdapterStore
 
     torch.set_num_threads(arguments.threads)
     recommender = load_run(arguments.checkpoint)
@@ -339,7 +340,7 @@ def retrieval(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from metarec.cli.runs import load_run
     from metarec.serve.engine import Engine, Person
-    from metarec.store import AdapterStore
+    from metarec.serve.store import AdapterStore
 
     torch.set_num_threads(arguments.threads)
     recommender = load_run(arguments.checkpoint)
@@ -374,10 +375,10 @@ def stream(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from metarec.cli.runs import load_run
-    from metarec.interactions import Ratings
-    from metarec.lora import expand_users, select_user
+    from metarec.data.interactions import Ratings
     from metarec.metrics import auc, bootstrap_interval
-    from metarec.objective import candidates, collate, score, support_loss
+    from metarec.scorers.language.score import candidates, collate, score, support_loss
+    from metarec.tensors import expand_users, select_user
 
     torch.set_num_threads(arguments.threads)
     recommender = load_run(arguments.checkpoint)

@@ -37,19 +37,23 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from metarec.artifacts import dump_json, load_json, write_json
-from metarec.backbone import Backbone, load_backbone
 from metarec.config import RunConfig
-from metarec.interactions import Catalog
-from metarec.learn2learn import load_module
-from metarec.lora import LORA_A, AdapterState, init_adapter, save_adapter
-from metarec.meta import adapt, initial_meta_state, maml
-from metarec.objective import initial_state
-from metarec.prompts import CatalogPrompts, tokenize_catalog
-from metarec.reader import Reader, default_placement, open_reader
-from metarec.scorers.adapted import USERS_AT_ONCE
-from metarec.sources import read_source
-from metarec.task import load_task
-from metarec.trunk import CachedTrunk, Placement
+from metarec.data.interactions import Catalog
+from metarec.data.sources import read_source
+from metarec.data.task_files import load_task
+from metarec.lm.adapters import LORA_A, init_adapter
+from metarec.lm.answer_model import Reader, open_reader
+from metarec.lm.backbone import Backbone, load_backbone
+from metarec.lm.cached_forward import CachedTrunk
+from metarec.lm.peft_files import save_adapter
+from metarec.lm.placement import Placement, default_placement
+from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
+from metarec.meta.algorithms import maml
+from metarec.meta.inner_loop import adapt, initial_meta_state
+from metarec.meta.learn2learn import load_module
+from metarec.scorers.language.adapted import USERS_AT_ONCE
+from metarec.scorers.language.score import initial_state
+from metarec.tensors import AdapterState
 
 _RESULTS = Path(__file__).parent / "results"
 RESULTS = {"cpu": _RESULTS / "speed.json", "cuda": _RESULTS / "speed-cuda.json"}

@@ -25,12 +25,14 @@ import numpy as np
 import torch
 
 from metarec.artifacts import load_json, write_json
+from metarec.bench.methods import METHODS, Setting
+from metarec.data.task import PromptConfig
+from metarec.data.task_data import load_task_data
+from metarec.data.task_files import load_task
 from metarec.evaluate import evaluate
-from metarec.methods import METHODS, Setting
 from metarec.progress import progress
 from metarec.recommender import BASELINE
 from metarec.scorer import Scorer
-from metarec.task import PromptConfig, load_task, load_task_data
 
 RESULT = Path(__file__).parent / "results" / "tuning.json"
 TASK = "movielens/user-cold"

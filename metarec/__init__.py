@@ -11,16 +11,17 @@ from metarec.errors import MetarecError
 
 if TYPE_CHECKING:
     from metarec.config import RunConfig
+    from metarec.data.task import Task
+    from metarec.data.task_files import load_task
     from metarec.recommender import AdaptedUser, MetaRecommender, Recommendation
-    from metarec.task import Task, load_task
 
 _HOMES = {
     "AdaptedUser": "metarec.recommender",
     "MetaRecommender": "metarec.recommender",
     "Recommendation": "metarec.recommender",
     "RunConfig": "metarec.config",
-    "Task": "metarec.task",
-    "load_task": "metarec.task",
+    "Task": "metarec.data.task",
+    "load_task": "metarec.data.task",
 }
 
 __all__ = [

@@ -27,7 +27,7 @@ class Section(BaseModel):
 
 
 class AdapterConfig(Section):
-    """Where the adapters sit; see `metarec.reader.Placement`."""
+    """Where the adapters sit; see `metarec.lm.answer_model.Placement`."""
 
     kind: Literal["lora", "bias", "prefix"] = Field(
         "lora", description="low-rank updates, biases, or virtual tokens that attention sees in front of the prompt"

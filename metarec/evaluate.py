@@ -15,16 +15,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from metarec.artifacts import SCHEMA_VERSION
-from metarec.episodes import Episode
-from metarec.errors import EvaluationError, suggest
-from metarec.interactions import Catalog, Flags, Ratings
-from metarec.metrics import RANKING, at_cutoff, auc, bootstrap_interval, check_scores, recbole_ndcg
+from metarec.data.episodes import Episode
+from metarec.data.interactions import Catalog, Flags, Ratings
+from metarec.errors import EvaluationError
+from metarec.metrics import ERRORS, METRICS, RECBOLE, at_cutoff, auc, bootstrap_interval, check_scores, recbole_ndcg
 from metarec.scorer import Request, Scorer
 
-CUTOFF = 10
-METRICS = ("auc", f"ndcg@{CUTOFF}")
-_RECBOLE = ("recbole-rating-ndcg", "recbole-click-ndcg")
-_ERRORS = ("mae", "rmse")
 # How many ratings the mean residual of a support counts as, when scores are turned into ratings.
 _LEVEL_STRENGTH = 1.0
 
@@ -180,11 +176,11 @@ def evaluate(
     if len(set(names)) != len(names) or baseline not in names:
         raise EvaluationError(f"scorers are named {names}, the baseline '{baseline}'")
     metrics = tuple(dict.fromkeys((*METRICS, *metrics)))
-    if set(metrics) & set(_ERRORS) and not calibration:
+    if set(metrics) & set(ERRORS) and not calibration:
         raise EvaluationError("mae and rmse need validation users", "Scores become ratings on them")
     labels = {episode.user: episode.query.likes(threshold) for episode in episodes}
     both = [episode for episode in episodes if 0 < labels[episode.user].sum() < len(episode.query)]
-    kept = list(episodes) if set(metrics) & {*_ERRORS, *_names(metrics, _RECBOLE)} else both
+    kept = list(episodes) if set(metrics) & {*ERRORS, *_names(metrics, RECBOLE)} else both
     if not both:
         raise EvaluationError(f"none of {len(episodes)} users both likes and dislikes something in the query")
     if not short_supports and max(shots) > min(len(episode.support) for episode in kept):
@@ -207,7 +203,7 @@ def evaluate(
                     "bytes_per_user": scorer.bytes_per_user if count else 0,
                 }
             )
-            to_rating = _line(scorer, calibration, count) if set(metrics) & set(_ERRORS) else None
+            to_rating = _line(scorer, calibration, count) if set(metrics) & set(ERRORS) else None
             for episode, scores in zip(kept, scored, strict=True):
                 values = scores.detach().numpy()
                 check_scores(values, f"method '{scorer.name}', K = {count}")
@@ -247,19 +243,6 @@ def _predictions(
     )
 
 
-def check_metric(name: str) -> None:
-    """Refuses a metric that there is not.
-
-    Raises:
-        EvaluationError: It is none of ``auc``, ``mae``, ``rmse``, or a ranking measure with a cutoff.
-    """
-    measure, at, cutoff = name.partition("@")
-    ranking = measure in (*RANKING, *_RECBOLE) and at and cutoff.isdigit() and int(cutoff) > 0
-    if not ranking and name not in ("auc", *_ERRORS):
-        known = ["auc", *_ERRORS, *(f"{measure}@5" for measure in (*RANKING, *_RECBOLE))]
-        raise EvaluationError(f"no metric is called '{name}'", suggest(name, known))
-
-
 def _names(metrics: Sequence[str], measures: Sequence[str]) -> set[str]:
     return {metric for metric in metrics if metric.partition("@")[0] in measures}
 
@@ -276,10 +259,10 @@ def _measure(
     measure, _, cutoff = metric.partition("@")
     if metric == "auc":
         return auc(scores, liked)
-    if error is not None and metric in _ERRORS:
+    if error is not None and metric in ERRORS:
         return float(np.abs(error).mean() if metric == "mae" else np.sqrt((error**2).mean()))
-    if measure in _RECBOLE:
-        clicks = measure != _RECBOLE[0]
+    if measure in RECBOLE:
+        clicks = measure != RECBOLE[0]
         return recbole_ndcg(scores, liked.astype(np.float32) if clicks else query.values, int(cutoff), clicks=clicks)
     return at_cutoff(measure, scores, liked, items, int(cutoff), seed)
 

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from metarec.errors import EvaluationError
+from metarec.errors import EvaluationError, suggest
 
 
 def check_scores(scores: NDArray[np.floating], where: str) -> None:
@@ -221,3 +221,22 @@ def calibrated(
         method="predict_proba",
     )[:, 1]
     return chance
+
+
+CUTOFF = 10
+METRICS = ("auc", f"ndcg@{CUTOFF}")
+RECBOLE = ("recbole-rating-ndcg", "recbole-click-ndcg")
+ERRORS = ("mae", "rmse")
+
+
+def check_metric(name: str) -> None:
+    """Refuses a metric that there is not.
+
+    Raises:
+        EvaluationError: It is none of ``auc``, ``mae``, ``rmse``, or a ranking measure with a cutoff.
+    """
+    measure, at, cutoff = name.partition("@")
+    ranking = measure in (*RANKING, *RECBOLE) and at and cutoff.isdigit() and int(cutoff) > 0
+    if not ranking and name not in ("auc", *ERRORS):
+        known = ["auc", *ERRORS, *(f"{measure}@5" for measure in (*RANKING, *RECBOLE))]
+        raise EvaluationError(f"no metric is called '{name}'", suggest(name, known))

@@ -19,91 +19,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarec import learn2learn
 from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
-from metarec.backbone import Backbone, load_backbone
 from metarec.config import Dtype, RunConfig, validated
-from metarec.episodes import Episode, training_batch
+from metarec.data.interactions import Catalog, Codes, Ratings, RatingScale, Values, read_ratings
+from metarec.data.task import Task
+from metarec.data.task_data import TaskData, load_task_data
+from metarec.data.task_files import load_task
 from metarec.errors import ArtifactError, ConfigError
-from metarec.evaluate import Report, evaluate, mean_auc
-from metarec.interactions import Catalog, Codes, Ratings, RatingScale, Values, read_ratings
-from metarec.lora import (
-    AdapterState,
-    expand_users,
-    load_adapter,
-    read_tensors,
-    save_adapter,
-    select_user,
-    write_tensors,
+from metarec.evaluate import Report, evaluate
+from metarec.fitting import (
+    HIDDEN_SHARE,
+    PRIOR_COLUMNS,
+    PRIOR_NUMBERS,
+    TASTE,
+    Fitted,
+    catalog_reader,
+    closed_form_head,
+    collaborative_features,
+    meta_scorer,
+    meta_train,
+    open_backbone,
 )
-from metarec.meta import ALGORITHMS, Loss, MetaGradient, MetaState, closed_form
+from metarec.lm.backbone import Backbone
+from metarec.lm.peft_files import load_adapter, save_adapter
+from metarec.meta.inner_loop import MetaState
 from metarec.metrics import rank_order
-from metarec.objective import (
-    TASTE_WEIGHT,
-    Batch,
-    Head,
-    candidates,
-    collate,
-    head_solver,
-    initial_state,
-    pairwise_loss,
-    score,
-    support_loss,
-)
-from metarec.priors import ItemPrior
 from metarec.progress import progress
-from metarec.prompts import PromptTemplate, tokenize_catalog
-from metarec.reader import Reader, default_placement, open_reader
 from metarec.scorer import Scorer
-from metarec.scorers.adapted import InnerLoop, MetaScorer
-from metarec.scorers.expected import expected_rating
-from metarec.scorers.features import (
-    item_features,
-    recalled_vectors,
-    state_vectors,
-    text_vectors,
-    unrated_features,
-)
-from metarec.scorers.prompted import ZeroShot
-from metarec.scorers.saved import read_scorer, write_scorer
-from metarec.scorers.stacked import CrossFitted, Features, Stacked, fit_stack
-from metarec.scorers.text import unit_vectors
-from metarec.scorers.trivial import ItemMean
-from metarec.task import Task, TaskData, load_task, load_task_data
-from metarec.train import Trained, train
+from metarec.scorers.collaborative.item_mean import ItemPrior
+from metarec.scorers.collaborative.stack import CrossFitted, Stacked, fit_stack
+from metarec.scorers.collaborative.trivial import ItemMean
+from metarec.scorers.language.adapted import MetaScorer
+from metarec.scorers.language.expected_rating import expected_rating
+from metarec.scorers.language.score import TASTE_WEIGHT, candidates, initial_state, score
+from metarec.scorers.language.zero_shot import ZeroShot
+from metarec.scorers.serialization import read_scorer, write_scorer
+from metarec.tensors import AdapterState, expand_users, read_tensors, select_user, write_tensors
 
 BASELINE = "item mean"
 _ITEMS_AT_ONCE = 512
-_PRIOR_COLUMNS = ("total", "count", "centre")
-_PRIOR_NUMBERS = ("mean", "scale", "strength", "silent")
-_TASTE = "taste"
-# Where a task asks about items that nobody rated, a fifth is hidden from every fold too, as in `split.unseen`.
-_HIDDEN = 0.2
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What fitting a task leaves behind: everything a recommender needs to serve without the dataset.
-
-    Args:
-        task: The task, with its prompt and label rule.
-        catalog: The items.
-        scale: The rating scale.
-        prior: Shrunk item means smoothed by text: an input of the score.
-        taste: What users of like taste say: another input; without members it says what the prior says.
-        meta: The meta-parameters.
-        reader: The language model, reading this catalog.
-        training: A JSON-able summary of the training.
-    """
-
-    task: Task
-    catalog: Catalog
-    scale: RatingScale
-    prior: ItemPrior
-    taste: Stacked
-    meta: MetaState
-    reader: Reader
-    training: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -160,7 +114,7 @@ class MetaRecommender:
                 raise ConfigError(f"'{path}' brings its own settings", "Leave 'config' out")
             return _load(path, place)
         config = (config or RunConfig()).model_copy(update={"backbone": str(name), **place})
-        return cls(_backbone(config), config)
+        return cls(open_backbone(config), config)
 
     @property
     def fitted(self) -> Fitted:
@@ -215,7 +169,7 @@ class MetaRecommender:
     def _fit(
         self, data: TaskData, prepared: Fitted, unseen: CrossFitted, checkpoint: Path, resume: bool
     ) -> MetaRecommender:
-        trained = _meta_train(data, prepared, unseen, self.config, self._identity(data), checkpoint, resume)
+        trained = meta_train(data, prepared, unseen, self.config, self._identity(data), checkpoint, resume)
         training = {
             "best_step": trained.best_step,
             "best_validation_auc": trained.best_value,
@@ -244,14 +198,14 @@ class MetaRecommender:
         }
 
     def _prepare(self, data: TaskData) -> tuple[Fitted, CrossFitted]:
-        reader = _reader(self.backbone, self.config, data.task.template, data.interactions.catalog)
+        reader = catalog_reader(self.backbone, self.config, data.task.template, data.interactions.catalog)
         prior, taste, unseen = fit_stack(
             data.interactions,
             data.parts["train"],
-            _features(reader, data.interactions.catalog, self.config.encoder, data.task),
+            collaborative_features(reader, data.interactions.catalog, self.config.encoder, data.task),
             self.config.taste,
             threshold=data.task.like_threshold,
-            hide=_HIDDEN if data.task.split.asks_unrated else 0.0,
+            hide=HIDDEN_SHARE if data.task.split.asks_unrated else 0.0,
             seed=self.config.seed,
         )
         if self.config.prior == "none":
@@ -270,7 +224,7 @@ class MetaRecommender:
                 top_only=self.config.meta.adapt == "top",
                 steps_with_rates=max(self.config.meta.inner_steps, 1) if self.config.meta.rates == "step" else 1,
                 elementwise_rates=self.config.meta.rates == "number",
-                head=_head(self.config),
+                head=closed_form_head(self.config),
             ),
             reader=reader,
             training={},
@@ -287,7 +241,7 @@ class MetaRecommender:
             steps: Inner steps; None takes the configuration's.
             name: How it is called in tables.
         """
-        return _scorer(self.fitted, self.config, rate_scale=rate_scale, steps=steps, name=name)
+        return meta_scorer(self.fitted, self.config, rate_scale=rate_scale, steps=steps, name=name)
 
     def scorers(self) -> list[Scorer]:
         """Returns the rows of the default table: item mean, stack, zero-shot prompt, before and after adaptation.
@@ -385,21 +339,21 @@ class MetaRecommender:
             ArtifactError: The directory exists and holds something else.
         """
         fitted = self.fitted
-        columns = {name: torch.from_numpy(getattr(fitted.prior, name)) for name in _PRIOR_COLUMNS}
+        columns = {name: torch.from_numpy(getattr(fitted.prior, name)) for name in PRIOR_COLUMNS}
         facts = {
             "metarec": version("metarec"),
             "backbone_fingerprint": self.backbone.fingerprint,
             "config": self.config.model_dump(mode="json"),
             "task": fitted.task.model_dump(mode="json"),
             "scale": [fitted.scale.low, fitted.scale.high],
-            "prior": {name: getattr(fitted.prior, name) for name in _PRIOR_NUMBERS},
+            "prior": {name: getattr(fitted.prior, name) for name in PRIOR_NUMBERS},
             "training": fitted.training,
         }
         catalog = {"ids": fitted.catalog.ids, "fields": dict(fitted.catalog.fields)}
         with replace_dir(Path(path), "recommender") as directory:
             write_tensors(directory / "meta.safetensors", fitted.meta.tensors())
             write_tensors(directory / "prior.safetensors", columns)
-            write_scorer(directory, _TASTE, fitted.taste)
+            write_scorer(directory, TASTE, fitted.taste)
             (directory / "catalog.json").write_text(dump_json(catalog), encoding="utf-8")
             (directory / "recommender.json").write_text(dump_json(facts), encoding="utf-8")
 
@@ -503,185 +457,13 @@ class AdaptedUser:
         return torch.cat(values)
 
 
-def _meta_train(
-    data: TaskData,
-    prepared: Fitted,
-    unseen: CrossFitted,
-    config: RunConfig,
-    identity: dict[str, Any],
-    checkpoint: Path,
-    resume: bool,
-) -> Trained:
-    reader = prepared.reader
-    threshold = data.task.like_threshold
-    episodes = data.episodes("validation")[0][: config.train.validation_users]
-    one_by_one = config.meta.engine == "learn2learn"
-    if one_by_one and config.meta.algorithm not in ("fomaml", "maml"):
-        raise ConfigError(
-            f"meta.algorithm '{config.meta.algorithm}' is not one learn2learn has", "Set meta.engine to 'batched'"
-        )
-    cold = any(fold.hidden.any() for fold in unseen.folds)
-
-    # Prior and stack are those of a fold that has not seen the user, as they are for any new one: what has seen a
-    # user's ratings would teach the adapter that nothing is left to learn.
-    def support_of(batch: Sequence[Episode]) -> Batch:
-        folds = [unseen.without(episode.user) for episode in batch]
-        return collate(
-            [episode.support for episode in batch],
-            prepared.prior,
-            reader,
-            threshold,
-            means=[fold.prior.values(episode.support.items) for fold, episode in zip(folds, batch, strict=True)],
-            expected=[fold.taste.leave_one_out(episode.support) for fold, episode in zip(folds, batch, strict=True)],
-        )
-
-    def inner(batch: Sequence[Episode]) -> Loss:
-        return support_loss(
-            support_of(batch), reader, shrinkage=config.meta.shrinkage, bias_strength=config.meta.bias_strength
-        )
-
-    def outer(batch: Sequence[Episode]) -> Loss:
-        folds = [unseen.without(episode.user) for episode in batch]
-        query = collate(
-            [episode.query for episode in batch],
-            prepared.prior,
-            reader,
-            threshold,
-            means=[fold.prior.values(episode.query.items) for fold, episode in zip(folds, batch, strict=True)],
-            expected=[
-                fold.taste.posterior_mean(episode.support, episode.query.items)
-                for fold, episode in zip(folds, batch, strict=True)
-            ],
-        )
-        return pairwise_loss(query, reader, sharpness=config.train.sharpness)
-
-    def gradient_at(meta: MetaState, step: int) -> MetaGradient:
-        batch = training_batch(
-            data.interactions,
-            data.parts["train"],
-            batch_users=config.train.users,
-            shots=config.train.shots,
-            max_query=config.train.max_query,
-            min_query=config.train.min_query,
-            seed=config.seed,
-            step=step,
-            hidden=(lambda user: unseen.without(user).hidden) if cold else None,
-        )
-        steps = config.meta.inner_steps
-        head = _head(config)
-        if head is not None:
-            solve = head_solver(support_of(batch), reader, head, bias_strength=config.meta.bias_strength)
-            return closed_form(meta, solve, outer(batch), len(batch))
-        if one_by_one:
-            losses = [(inner([episode]), outer([episode])) for episode in batch]
-            return learn2learn.meta_gradient(meta, losses, steps, second_order=config.meta.algorithm == "maml")
-        return ALGORITHMS[config.meta.algorithm](meta, inner(batch), outer(batch), len(batch), steps)
-
-    def validate(meta: MetaState) -> float:
-        scorer = _scorer(replace(prepared, meta=meta), config)
-        shots = [count for count in data.task.shots if count > 0] or list(data.task.shots)
-        report = evaluate(
-            [scorer],
-            episodes,
-            shots,
-            data.interactions.catalog,
-            threshold=threshold,
-            seed=config.seed,
-            baseline=scorer.name,
-            left_out={},
-            short_supports=data.task.short_supports,
-        )
-        return mean_auc(report, scorer.name, shots)
-
-    return train(
-        prepared.meta,
-        gradient_at,
-        validate,
-        config.train,
-        checkpoint=checkpoint,
-        identity=identity,
-        resume=resume,
-    )
-
-
-def _scorer(
-    fitted: Fitted,
-    config: RunConfig,
-    *,
-    rate_scale: float = 1.0,
-    steps: int | None = None,
-    name: str = "metarec, adapted",
-) -> MetaScorer:
-    inner = InnerLoop(
-        steps=config.meta.inner_steps if steps is None else steps,
-        shrinkage=config.meta.shrinkage,
-        bias_strength=config.meta.bias_strength,
-        head=_head(config),
-        storage=getattr(torch, config.adapter.storage),
-    )
-    return MetaScorer(
-        fitted.meta,
-        fitted.reader,
-        fitted.prior,
-        fitted.taste,
-        inner,
-        fitted.task.like_threshold,
-        rate_scale=rate_scale,
-        name=name,
-    )
-
-
-def _head(config: RunConfig) -> Head | None:
-    algorithm = config.meta.algorithm
-    return algorithm if algorithm == "ridge" or algorithm == "prototypes" else None
-
-
-def _backbone(config: RunConfig) -> Backbone:
-    return load_backbone(
-        config.backbone, device=config.device, dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    )
-
-
-def _reader(backbone: Backbone, config: RunConfig, template: PromptTemplate, catalog: Catalog) -> Reader:
-    prompts = tokenize_catalog(backbone, template, catalog)
-    adapter = config.adapter
-    placement = default_placement(
-        backbone,
-        prompts,
-        layers=adapter.layers,
-        targets=adapter.targets,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        active_tokens=adapter.active_tokens,
-        kind=adapter.kind,
-        rslora=adapter.rslora,
-        virtual_tokens=adapter.virtual_tokens,
-    )
-    return open_reader(backbone, prompts, placement, torch.bfloat16 if config.dtype == "mixed" else None)
-
-
-def _features(reader: Reader, catalog: Catalog, encoder: str | None, task: Task) -> Features:
-    if task.recall and reader.backbone.kind == "causal":
-        read = {"llm": recalled_vectors(reader.backbone, catalog, task.recall)}
-    else:
-        # Where ratings tell of items, the states behind the prompt's answer will do, which is read anyway.
-        read = {"llm": state_vectors(reader.states)}
-    if encoder is not None:
-        read["text"] = text_vectors(catalog, encoder)
-    fields = item_features(catalog)
-    if task.split.asks_unrated:
-        return unrated_features(read, fields)
-    beside = np.concatenate([unit_vectors(vectors) for vectors in read.values()], 1)
-    return Features({**read, **fields}, beside)
-
-
 def _load(path: Path, place: Mapping[str, str]) -> MetaRecommender:
     verify_dir(path, "recommender")
     facts = load_json(path / "recommender.json")
     where = str(path / "recommender.json")
     config = validated(RunConfig, {**facts["config"], **place}, where)
     task = validated(Task, facts["task"], where)
-    backbone = _backbone(config)
+    backbone = open_backbone(config)
     if backbone.fingerprint != facts["backbone_fingerprint"]:
         raise ArtifactError(
             f"'{path}' was made with other weights of '{config.backbone}'", "Install the backbone it was made with"
@@ -690,8 +472,8 @@ def _load(path: Path, place: Mapping[str, str]) -> MetaRecommender:
     fields = {name: tuple(column) for name, column in listed["fields"].items()}
     catalog = Catalog(tuple(listed["ids"]), fields)
     tensors = read_tensors(path / "prior.safetensors")
-    columns: dict[str, Any] = {name: tensors[name].numpy() for name in _PRIOR_COLUMNS}
-    taste = read_scorer(path, _TASTE)
+    columns: dict[str, Any] = {name: tensors[name].numpy() for name in PRIOR_COLUMNS}
+    taste = read_scorer(path, TASTE)
     if not isinstance(taste, Stacked):
         raise ArtifactError(f"'{path}' holds a {type(taste).__name__} for what users of like taste say", "Train again")
     fitted = Fitted(
@@ -701,7 +483,7 @@ def _load(path: Path, place: Mapping[str, str]) -> MetaRecommender:
         prior=ItemPrior(**facts["prior"], **columns),
         taste=taste,
         meta=MetaState.from_tensors(read_tensors(path / "meta.safetensors", config.device)),
-        reader=_reader(backbone, config, task.template, catalog),
+        reader=catalog_reader(backbone, config, task.template, catalog),
         training=facts["training"],
     )
     return MetaRecommender(backbone, config, fitted)

@@ -5,13 +5,17 @@ A `Request` is an episode without its labels, so that no method, classical or LL
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from metarec.interactions import Codes, Ratings
+from metarec.data.interactions import Codes, Ratings
+from metarec.errors import UnknownItemError
 
 
 @dataclass(frozen=True)
@@ -45,3 +49,41 @@ class Scorer(Protocol):
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """Returns one float tensor of shape (candidates,) per request, finite everywhere."""
         ...
+
+
+Scores = NDArray[np.floating]
+
+
+def check_codes(requests: Sequence[Request], items: int) -> None:
+    """Refuses requests that name a code outside the catalog.
+
+    Args:
+        requests: The requests.
+        items: How many items the method knows.
+
+    Raises:
+        UnknownItemError: A candidate's or a support's code is negative or too large.
+    """
+    for request in requests:
+        for where, codes in (("candidate", request.candidates), ("support", request.support.items)):
+            unknown = codes[(codes < 0) | (codes >= items)]
+            if len(unknown):
+                raise UnknownItemError(
+                    f"{where} item code {unknown[0]} is not one of the {items} items the method was fitted on",
+                    "Fit again with the catalog that holds it",
+                )
+
+
+def score_each(requests: Sequence[Request], items: int, values: Callable[[Request], Scores]) -> list[Tensor]:
+    """Scores requests one by one.
+
+    Args:
+        requests: The requests.
+        items: How many items the method knows.
+        values: Scores of one request's candidates.
+
+    Raises:
+        UnknownItemError: See `check_codes`.
+    """
+    check_codes(requests, items)
+    return [torch.from_numpy(np.asarray(values(request), np.float32)) for request in requests]

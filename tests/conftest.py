@@ -19,9 +19,10 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from metarec.backbone import Backbone, load_backbone
-from metarec.interactions import Catalog, Interactions, RatingScale
-from metarec.prompts import CatalogPrompts, PromptTemplate, tokenize_catalog
+from metarec.data.interactions import Catalog, Interactions, RatingScale
+from metarec.data.templates import PromptTemplate
+from metarec.lm.backbone import Backbone, load_backbone
+from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
 
 WORDS = """
 the a of night day love war star road man woman king dead blue red city river house game dream

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 from conftest import known_interactions
 
-from metarec.episodes import Episode, evaluation_episodes
-from metarec.interactions import Interactions, Ratings
-from metarec.scorers.features import item_features
+from metarec.data.episodes import Episode, evaluation_episodes
+from metarec.data.interactions import Interactions, Ratings
+from metarec.scorers.collaborative.features import item_features
 
 THRESHOLD = 3.5
 TRAIN, VALIDATION, TEST = np.split(np.arange(60), [40, 48])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from metarec.artifacts import load_json, replace_dir, replace_file, write_json
-from metarec.lora import write_tensors
+from metarec.tensors import write_tensors
 
 
 @pytest.fixture(params=[0o022, 0o077])

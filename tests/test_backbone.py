@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from metarec.backbone import Backbone, BertWeights, LlamaWeights, load_backbone, prepare_backbone
+from metarec.data.interactions import Catalog
+from metarec.data.templates import PromptTemplate
 from metarec.errors import BackboneError, ConfigError
-from metarec.interactions import Catalog
-from metarec.prompts import PromptTemplate, tokenize_catalog
+from metarec.lm.backbone import Backbone, BertWeights, LlamaWeights, load_backbone, prepare_backbone
+from metarec.lm.tokenized import tokenize_catalog
 
 Backbones = Callable[..., Backbone]
 

@@ -23,15 +23,17 @@ import yaml
 from conftest import Ran, known_interactions
 from threadpoolctl import threadpool_info
 
-from metarec import bench, methods
 from metarec.artifacts import load_json
+from metarec.bench import cells as bench
+from metarec.bench import methods
+from metarec.bench.methods import METHODS, Method, Row, Setting
+from metarec.bench.plan import Cell, Plan, cells
+from metarec.bench.summary import Pooled, crossing, holm, read_cells
+from metarec.bench.webpage import render
+from metarec.data.interactions import Ratings
 from metarec.errors import ArtifactError, ConfigError, EvaluationError
-from metarec.interactions import Ratings
-from metarec.methods import METHODS, Method, Row, Setting
-from metarec.pooled import Pooled, crossing, holm, read_cells
 from metarec.recommender import BASELINE
-from metarec.scorers.trivial import ItemMean
-from metarec.webpage import render
+from metarec.scorers.collaborative.trivial import ItemMean
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +67,8 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def plan(task: str, *names: str, seeds: int = 2, **more: object) -> bench.Plan:
-    return bench.Plan.model_validate(
-        {"name": "t", "parts": [{"tasks": [task], "methods": names, "seeds": seeds, **more}]}
-    )
+def plan(task: str, *names: str, seeds: int = 2, **more: object) -> Plan:
+    return Plan.model_validate({"name": "t", "parts": [{"tasks": [task], "methods": names, "seeds": seeds, **more}]})
 
 
 @pytest.fixture
@@ -127,16 +127,16 @@ def test_a_cell_with_other_options_or_a_changed_byte_is_measured_again(
 ) -> None:
     wanted = plan(task, "random", seeds=1)
     bench.run(wanted, tmp_path)
-    cell = next(cell for cell in bench.cells(wanted) if cell.method == "random")
+    cell = next(cell for cell in cells(wanted) if cell.method == "random")
     if harm == "damage":
         file = tmp_path / "cells" / cell.folder / "per_user.parquet"
         file.write_bytes(file.read_bytes()[:-1] + b"!")
     else:
         changed = Method(lambda setting, **_: METHODS["constant"].rows(setting), "trivial", "", {"strength": 2})
         monkeypatch.setitem(METHODS, "random", changed)
-    assert bench.missing(bench.cells(wanted), tmp_path) == [cell]
+    assert bench.missing(cells(wanted), tmp_path) == [cell]
     bench.run(wanted, tmp_path)
-    assert bench.missing(bench.cells(wanted), tmp_path) == []
+    assert bench.missing(cells(wanted), tmp_path) == []
 
 
 @pytest.mark.usefixtures("oracle")
@@ -171,7 +171,7 @@ def test_processes_end_with_the_one_that_started_them() -> None:
     script = """
 import multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor
-from metarec.bench import _start_worker
+from metarec.bench.cells import _start_worker
 pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start_worker, (1,))
 print(pool.submit(abs, -1).result(), flush=True)
 pool.submit(time.sleep, 600)
@@ -197,7 +197,7 @@ def test_results_say_from_when_to_when_and_for_how_long_they_were_measured(task:
 
 
 def test_no_two_methods_share_a_cell() -> None:
-    folders = {bench.Cell("t", method, 0).folder for method in METHODS}
+    folders = {Cell("t", method, 0).folder for method in METHODS}
     assert len(folders) == len(METHODS)
 
 
@@ -302,11 +302,11 @@ def test_a_folder_without_cells_says_so(tmp_path: Path) -> None:
 
 def test_an_unknown_method_is_named_with_the_nearest_one(task: str) -> None:
     with pytest.raises(ConfigError, match=r"'populrity'.*'popularity'"):
-        bench.cells(plan(task, "populrity"))
+        cells(plan(task, "populrity"))
 
 
 def test_a_group_stands_for_its_methods(task: str) -> None:
-    names = {cell.method for cell in bench.cells(plan(task, "trivial"))}
+    names = {cell.method for cell in cells(plan(task, "trivial"))}
     assert names == {name for name, method in METHODS.items() if method.group == "trivial"}
 
 
@@ -318,7 +318,8 @@ def test_every_method_says_what_it_is_in_one_line() -> None:
 
 
 def test_limited_training_sees_only_those_users(task: str, tmp_path: Path) -> None:
-    from metarec.task import load_task, load_task_data
+    from metarec.data.task_data import load_task_data
+    from metarec.data.task_files import load_task
 
     data = load_task_data(load_task(task), 0)
     setting = methods.Setting(data, tmp_path, 5)

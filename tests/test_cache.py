@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from metarec.cache import Arrays, fill_cache
+from metarec.lm.cache import Arrays, fill_cache
 
 LENGTHS = np.random.default_rng(0).integers(1, 9, 40)
 
 
 @pytest.fixture(autouse=True)
 def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metarec.cache.BLOCK_ITEMS", 2)
-    monkeypatch.setattr("metarec.cache._SHARE_BLOCKS", 2)
+    monkeypatch.setattr("metarec.lm.cache.BLOCK_ITEMS", 2)
+    monkeypatch.setattr("metarec.lm.cache._SHARE_BLOCKS", 2)
 
 
 class Reading:
@@ -83,8 +83,8 @@ def test_a_killed_process_keeps_no_share(tmp_path: Path) -> None:
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-import metarec.cache, test_cache
-metarec.cache.BLOCK_ITEMS = metarec.cache._SHARE_BLOCKS = 2
+import metarec.lm.cache, test_cache
+metarec.lm.cache.BLOCK_ITEMS = metarec.lm.cache._SHARE_BLOCKS = 2
 class Stuck(test_cache.Reading):
     def __call__(self, items, into):
         print("reading", flush=True)

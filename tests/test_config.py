@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metarec.config import RunConfig, override, read_yaml, validated
+from metarec.data.interactions import Catalog
+from metarec.data.task import Task
+from metarec.data.task_files import load_task, task_names
+from metarec.data.templates import PromptTemplate, clean_field
 from metarec.errors import BackboneError, ConfigError, MetarecError
-from metarec.interactions import Catalog
-from metarec.prompts import PromptTemplate, clean_field
-from metarec.task import Task, load_task, task_names
 
 
 @pytest.mark.parametrize("name", task_names())

@@ -35,27 +35,28 @@ from known import (
 from test_recommender import SETTINGS, TASK
 
 from metarec.artifacts import dump_json, load_json, write_manifest
-from metarec.backbone import Backbone, load_backbone
 from metarec.config import RunConfig, validated
+from metarec.data.interactions import Interactions, Ratings
+from metarec.data.task import Task
+from metarec.data.task_data import TaskData
 from metarec.errors import ArtifactError, UnknownItemError
 from metarec.evaluate import Report, evaluate
-from metarec.interactions import Interactions, Ratings
-from metarec.priors import ItemPrior, fit_item_mean
-from metarec.reader import Reader
+from metarec.lm.answer_model import Reader
+from metarec.lm.backbone import Backbone, load_backbone
 from metarec.recommender import MetaRecommender
 from metarec.scorer import Request, Scorer
-from metarec.scorers.adapted import MetaScorer
-from metarec.scorers.expected import expected_rating
-from metarec.scorers.finetuned import FULL, FineTuned, Recipe, Trainable, fine_tune, then_per_user_lora
-from metarec.scorers.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn
-from metarec.scorers.gp import fit_gp
-from metarec.scorers.history import History, InContext, Listwise
-from metarec.scorers.networks import Form, fit_network
-from metarec.scorers.prompted import ZeroShot, calibrated_zero_shot
-from metarec.scorers.saved import CLASSES, load_scorer, save_scorer
-from metarec.scorers.text import fit_text_logistic, fit_text_ridge, fit_two_tower
-from metarec.scorers.trivial import Constant, ItemMean, Popularity, Random
-from metarec.task import Task, TaskData
+from metarec.scorers.collaborative.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn
+from metarec.scorers.collaborative.gp import fit_gp
+from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
+from metarec.scorers.collaborative.networks import Form, fit_network
+from metarec.scorers.collaborative.text import fit_text_logistic, fit_text_ridge, fit_two_tower
+from metarec.scorers.collaborative.trivial import Constant, ItemMean, Popularity, Random
+from metarec.scorers.language.adapted import MetaScorer
+from metarec.scorers.language.expected_rating import expected_rating
+from metarec.scorers.language.finetuned import FULL, FineTuned, Recipe, Trainable, fine_tune, then_per_user_lora
+from metarec.scorers.language.in_context import History, InContext, Listwise
+from metarec.scorers.language.zero_shot import ZeroShot, calibrated_zero_shot
+from metarec.scorers.serialization import CLASSES, load_scorer, save_scorer
 
 ModelDir = Callable[[str], Path]
 TRAINING = {**SETTINGS["train"], "steps": 60, "validate_every": 60, "lr": 0.03, "score_lr": 0.05, "sharpness": 4.0}  # type: ignore[dict-item]
@@ -468,7 +469,7 @@ def test_a_scorer_with_two_language_models_is_not_saved(known: Given, tmp_path: 
         save_scorer(tmp_path / "scorer", two)
 
 
-@pytest.mark.parametrize("name", ["Path", "metarec.scorers.trivial.Constant", "Ratings"])
+@pytest.mark.parametrize("name", ["Path", "metarec.scorers.collaborative.trivial.Constant", "Ratings"])
 def test_a_file_names_no_class_that_is_not_a_scorers(name: str, known: Given, tmp_path: Path) -> None:
     save_scorer(tmp_path / "scorer", FITS["constant"](known))
     document = load_json(tmp_path / "scorer" / "scorer.json")

@@ -10,10 +10,10 @@ from conftest import known_interactions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metarec.episodes import Episode, evaluation_episodes, split_users, training_batch
+from metarec.data.episodes import Episode, evaluation_episodes, split_users, training_batch
+from metarec.data.interactions import Interactions
 from metarec.errors import ConfigError, DataError
 from metarec.evaluate import request
-from metarec.interactions import Interactions
 
 DATA = known_interactions()
 ALL = np.arange(len(DATA.users))

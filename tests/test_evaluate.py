@@ -13,12 +13,13 @@ from conftest import known_interactions
 from test_task import BASE
 from torch import Tensor
 
-from metarec import task as task_module
 from metarec.config import validated
+from metarec.data import task_data
+from metarec.data.task import Task
+from metarec.data.task_data import TaskData, load_task_data
 from metarec.errors import EvaluationError
 from metarec.evaluate import Report, evaluate
 from metarec.scorer import Request, Scorer
-from metarec.task import Task, TaskData, load_task_data
 
 DATA = known_interactions()
 TRUTH = {(DATA.users[u], int(i)): float(r) for u, i, r in zip(DATA.user, DATA.item, DATA.rating, strict=True)}
@@ -41,7 +42,7 @@ ORACLE = Fixed("oracle", lambda asked: torch.tensor([TRUTH[asked.user, int(item)
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., TaskData]:
     def load(**changes: Any) -> TaskData:
-        monkeypatch.setattr(task_module, "read_source", lambda *_: DATA)
+        monkeypatch.setattr(task_data, "read_source", lambda *_: DATA)
         return load_task_data(validated(Task, BASE | changes, "test"), 0)
 
     return load

@@ -12,16 +12,17 @@ import torch
 from conftest import TEMPLATES
 from test_recommender import SETTINGS, TASK, known_task
 
-from metarec.backbone import Backbone
 from metarec.config import RunConfig, validated
+from metarec.data.interactions import Catalog, Ratings, RatingScale
+from metarec.data.task import Task
 from metarec.errors import ConfigError
-from metarec.interactions import Catalog, Ratings, RatingScale
-from metarec.prompts import CatalogPrompts
-from metarec.reader import Reader, default_placement, open_reader
+from metarec.lm.answer_model import Reader, open_reader
+from metarec.lm.backbone import Backbone
+from metarec.lm.placement import default_placement
+from metarec.lm.tokenized import CatalogPrompts
 from metarec.recommender import MetaRecommender
 from metarec.scorer import Request
-from metarec.scorers.expected import expected_rating
-from metarec.task import Task
+from metarec.scorers.language.expected_rating import expected_rating
 
 WORDS = (" dead", " blue", " good")
 

@@ -9,13 +9,13 @@ from known import WORLD
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF
 
-from metarec.interactions import Interactions
-from metarec.priors import fit_item_mean, predict_unrated, smooth_by_text
-from metarec.scorers.features import kernel_features, principal_components, unrated_features
-from metarec.scorers.gp import GaussianProcess
-from metarec.scorers.residuals import Floats
-from metarec.scorers.stacked import MEMBERS, Features, fit_process
-from metarec.scorers.text import TextRidge
+from metarec.data.interactions import Interactions
+from metarec.scorers.collaborative.features import Features, kernel_features, principal_components, unrated_features
+from metarec.scorers.collaborative.gp import GaussianProcess, fit_process
+from metarec.scorers.collaborative.item_mean import fit_item_mean, predict_unrated, smooth_by_text
+from metarec.scorers.collaborative.residuals import Floats
+from metarec.scorers.collaborative.stack import MEMBERS
+from metarec.scorers.collaborative.text import TextRidge
 
 USERS = 80
 

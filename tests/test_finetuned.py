@@ -15,28 +15,20 @@ from conftest import TEMPLATES, known_interactions
 from test_recommender import known_task
 from torch import Tensor
 
-from metarec import methods
-from metarec.backbone import Backbone
+from metarec.bench import methods
+from metarec.bench.methods import METHODS, Setting
 from metarec.config import TrainConfig
-from metarec.episodes import Episode, evaluation_episodes
+from metarec.data.episodes import Episode, evaluation_episodes
+from metarec.data.interactions import Ratings
 from metarec.errors import ArtifactError, BackboneError, ConfigError, UnknownItemError
 from metarec.evaluate import evaluate
-from metarec.interactions import Ratings
-from metarec.methods import METHODS, Setting
-from metarec.objective import pairwise_logistic
-from metarec.priors import fit_item_mean
+from metarec.lm.backbone import Backbone
+from metarec.meta.losses import pairwise_logistic
 from metarec.scorer import Request, Scorer
-from metarec.scorers.finetuned import (
-    FULL,
-    NAMES,
-    FineTuned,
-    Recipe,
-    _loss,
-    fine_tune,
-    then_per_user_lora,
-)
-from metarec.scorers.history import History, InContext
-from metarec.scorers.saved import load_scorer, save_scorer
+from metarec.scorers.collaborative.item_mean import fit_item_mean
+from metarec.scorers.language.finetuned import FULL, NAMES, FineTuned, Recipe, _loss, fine_tune, then_per_user_lora
+from metarec.scorers.language.in_context import History, InContext
+from metarec.scorers.serialization import load_scorer, save_scorer
 
 Backbones = Callable[..., Backbone]
 TEMPLATE = TEMPLATES["causal"]
@@ -213,7 +205,7 @@ def test_the_same_seed_gives_the_same_model_and_another_one_another(trainable: s
 def test_an_interrupted_training_resumed_ends_with_the_same_model(
     trainable: str, backbone: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from metarec.scorers import finetuned
+    from metarec.scorers.language import finetuned
 
     model = backbone("llama")
     whole = tune(model, trainable, SHORT)

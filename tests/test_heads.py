@@ -10,9 +10,10 @@ from sklearn.neighbors import NearestCentroid
 from test_meta import numeric_gradients
 from torch import Tensor
 
-from metarec.heads import prototype_head, ridge_head
-from metarec.lora import AdapterState, expand_users
-from metarec.meta import MetaState, closed_form
+from metarec.meta.algorithms import closed_form
+from metarec.meta.heads import prototype_head, ridge_head
+from metarec.meta.inner_loop import MetaState
+from metarec.tensors import AdapterState, expand_users
 
 USERS, ITEMS, FEATURES = 3, 6, 9
 

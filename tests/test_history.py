@@ -13,14 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metarec.backbone import Backbone
+from metarec.data.interactions import Catalog, Ratings
+from metarec.data.templates import content_free
 from metarec.errors import BackboneError, ConfigError, UnknownItemError
-from metarec.interactions import Catalog, Ratings
-from metarec.prompts import CatalogPrompts, content_free
-from metarec.reader import default_placement, open_reader
+from metarec.lm.answer_model import open_reader
+from metarec.lm.backbone import Backbone
+from metarec.lm.placement import default_placement
+from metarec.lm.tokenized import CatalogPrompts
 from metarec.scorer import Request, Scorer
-from metarec.scorers.history import History, InContext, Listwise
-from metarec.scorers.prompted import ZeroShot, calibrated_zero_shot
+from metarec.scorers.language.in_context import History, InContext, Listwise
+from metarec.scorers.language.zero_shot import ZeroShot, calibrated_zero_shot
 
 Backbones = Callable[..., Backbone]
 CATALOG = small_catalog()
@@ -63,7 +65,7 @@ def token(model: Backbone, word: str) -> int:
 def test_a_history_read_once_gives_what_the_whole_prompt_gives(
     family: str, support: Ratings, backbone: Backbones, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("metarec.backbone._TEXTS_AT_ONCE", 3)
+    monkeypatch.setattr("metarec.lm.backbone._TEXTS_AT_ONCE", 3)
     model = backbone(family)
     plain, calibrated = InContext(model, HISTORY), InContext(model, HISTORY, calibrated=True)
     request = Request("a", support, CANDIDATES)

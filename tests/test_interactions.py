@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metarec.data.interactions import Catalog, RatingScale, read_ratings
+from metarec.data.sources import read_source
+from metarec.data.sources.assembly import assemble
 from metarec.errors import DataError, MetarecError, RatingError, UnknownItemError
-from metarec.interactions import Catalog, RatingScale, read_ratings
-from metarec.sources import assemble, read_source
 
 CATALOG = Catalog(
     ids=("007", "NA", "3", "4"),

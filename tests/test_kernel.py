@@ -10,12 +10,19 @@ import pytest
 import torch
 from known import CANDIDATES, GENRE, SUPPORT, TEST, THRESHOLD, TRAIN, VECTORS, WORLD, episodes
 
+from metarec.data.interactions import Ratings
 from metarec.evaluate import evaluate
-from metarec.interactions import Ratings
-from metarec.priors import fit_item_mean
-from metarec.scorers.gp import GaussianProcess, fit_gp
-from metarec.scorers.kernel import Displacement, _scores, _tensors, aligned, learn_displacement, pace
-from metarec.scorers.trivial import ItemMean
+from metarec.scorers.collaborative.gp import GaussianProcess, fit_gp
+from metarec.scorers.collaborative.item_mean import fit_item_mean
+from metarec.scorers.collaborative.kernel_learning import (
+    Displacement,
+    _scores,
+    _tensors,
+    aligned,
+    learn_displacement,
+    pace,
+)
+from metarec.scorers.collaborative.trivial import ItemMean
 
 FACTORS = 4
 HALVES = (TRAIN[::2], TRAIN[1::2])

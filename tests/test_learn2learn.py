@@ -13,8 +13,9 @@ from test_recommender import SETTINGS, known_task
 
 from metarec.config import RunConfig, validated
 from metarec.errors import ConfigError
-from metarec.learn2learn import meta_gradient
-from metarec.meta import initial_meta_state, maml
+from metarec.meta.algorithms import maml
+from metarec.meta.inner_loop import initial_meta_state
+from metarec.meta.learn2learn import meta_gradient
 from metarec.recommender import MetaRecommender
 
 pytestmark = pytest.mark.skipif(

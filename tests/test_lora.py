@@ -11,23 +11,15 @@ import pytest
 import torch
 from test_trunk import placement_of, random_state, some_items
 
-from metarec.backbone import Backbone, load_backbone
 from metarec.errors import ArtifactError
-from metarec.lora import (
-    LORA_B,
-    AdapterKind,
-    AdapterSpec,
-    adapted_linear,
-    init_adapter,
-    load_adapter,
-    round_adapter,
-    save_adapter,
-    select_user,
-    write_tensors,
-)
-from metarec.prompts import CatalogPrompts
-from metarec.reader import Reader, check_placement
-from metarec.trunk import CachedTrunk
+from metarec.lm.adapters import LORA_B, AdapterKind, AdapterSpec, adapted_linear, init_adapter, round_adapter
+from metarec.lm.answer_model import Reader
+from metarec.lm.backbone import Backbone, load_backbone
+from metarec.lm.cached_forward import CachedTrunk
+from metarec.lm.peft_files import load_adapter, save_adapter
+from metarec.lm.placement import check_placement
+from metarec.lm.tokenized import CatalogPrompts
+from metarec.tensors import select_user, write_tensors
 
 Backbones = Callable[..., Backbone]
 Prompts = Callable[[str], CatalogPrompts]

@@ -10,23 +10,13 @@ import torch
 from test_trunk import placement_of, random_state, some_items
 from torch import Tensor
 
-from metarec.backbone import Backbone
-from metarec.lora import AdapterState, select_user
-from metarec.meta import (
-    ALGORITHMS,
-    Loss,
-    MetaState,
-    adapt,
-    fomaml,
-    imaml,
-    initial_meta_state,
-    maml,
-    maml_plus_plus,
-    reptile,
-)
-from metarec.prompts import CatalogPrompts
-from metarec.reader import Reader
-from metarec.trunk import CachedTrunk
+from metarec.lm.answer_model import Reader
+from metarec.lm.backbone import Backbone
+from metarec.lm.cached_forward import CachedTrunk
+from metarec.lm.tokenized import CatalogPrompts
+from metarec.meta.algorithms import ALGORITHMS, fomaml, imaml, maml, maml_plus_plus, reptile
+from metarec.meta.inner_loop import Loss, MetaState, adapt, initial_meta_state
+from metarec.tensors import AdapterState, select_user
 
 USERS = 3
 TARGETS = torch.tensor([[1.0, -2.0], [0.5, 0.0], [3.0, 1.0]], dtype=torch.float64)

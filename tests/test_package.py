@@ -36,7 +36,7 @@ def test_the_wheel_runs_outside_the_clone(wheel: Path, tmp_path: Path) -> None:
     # By PYTHONPATH the installed copy comes before the clone that the environment knows.
     environment = os.environ | {"PYTHONPATH": str(target)}
     code = (
-        "import metarec, metarec.task as task; print(metarec.__file__); print(task.tasks_dir());"
+        "import metarec, metarec.data.task_files as task; print(metarec.__file__); print(task.tasks_dir());"
         "print(task.load_task('movielens/user-cold').version)"
     )
     done = subprocess.run(

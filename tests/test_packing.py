@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metarec.packing import PADDING, PREFIX, pack
+from metarec.lm.packing import PADDING, PREFIX, pack
 
 LENGTHS = st.integers(1, 4).flatmap(
     lambda users: st.integers(0, 23).flatmap(

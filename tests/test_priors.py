@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import known_interactions
 
+from metarec.data.interactions import Interactions, Ratings
 from metarec.errors import DataError
-from metarec.interactions import Interactions, Ratings
-from metarec.priors import fit_item_mean, smooth_by_text
+from metarec.scorers.collaborative.item_mean import fit_item_mean, smooth_by_text
 
 DATA = known_interactions()
 TRAIN = np.arange(40)

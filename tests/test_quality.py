@@ -15,24 +15,11 @@ from conftest import small_catalog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metarec.data.checks import CHECKS, Finding, Limits, check, plain_text, read_for_checks
+from metarec.data.interactions import Catalog, RatingScale
+from metarec.data.repairs import broken, describe, fix, leakage, near_duplicates, read_threshold
+from metarec.data.sources.assembly import MAX_TEXT, Tables, assemble, assemble_tables
 from metarec.errors import ConfigError
-from metarec.interactions import Catalog, RatingScale
-from metarec.quality import (
-    CHECKS,
-    Finding,
-    Limits,
-    broken,
-    check,
-    describe,
-    fix,
-    leakage,
-    near_duplicates,
-    plain_text,
-    read_for_checks,
-    read_threshold,
-)
-from metarec.sources import Tables, assemble
-from metarec.sources.assembly import MAX_TEXT, assemble_tables
 
 NOW = 1_700_000_000.0
 LIMITS = Limits(user_ratings=2, item_ratings=2, one_value=5, per_day=30, share=0.9)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from metarec.backbone import Backbone
+from metarec.data.interactions import Catalog
+from metarec.data.task_files import load_task
+from metarec.data.templates import recall_texts
 from metarec.errors import ConfigError
-from metarec.interactions import Catalog
-from metarec.prompts import recall_texts
-from metarec.recall import recalled_states
-from metarec.scorers import features
-from metarec.scorers.features import recalled_vectors
-from metarec.task import load_task
+from metarec.lm.backbone import Backbone
+from metarec.lm.hidden_states import recalled_states
+from metarec.scorers.language import item_vectors
+from metarec.scorers.language.item_vectors import recalled_vectors
 
 TEXTS = ["a good movie", "is this a bad movie ?", "a dead movie , is this a good movie ?", "a good"]
 Backbones = Callable[..., Backbone]
@@ -50,7 +50,7 @@ def test_the_model_reads_whole_again_afterwards(backbone: Backbones) -> None:
 def test_texts_are_read_once(backbone: Backbones, monkeypatch: pytest.MonkeyPatch) -> None:
     model = backbone("llama")
     first = recalled_states(model, TEXTS)
-    monkeypatch.setattr("metarec.recall._mean_states", None)
+    monkeypatch.setattr("metarec.lm.hidden_states._mean_states", None)
     torch.testing.assert_close(recalled_states(model, TEXTS), first)
     with pytest.raises(TypeError):
         recalled_states(model, TEXTS[:2])
@@ -59,12 +59,12 @@ def test_texts_are_read_once(backbone: Backbones, monkeypatch: pytest.MonkeyPatc
 def test_an_interrupted_reading_goes_on_where_it_stopped(
     backbone: Backbones, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from metarec import recall
+    from metarec.lm import hidden_states as recall
 
     model, texts = backbone("llama"), [f"a good movie {'? ' * (place % 7)}" for place in range(40)]
     whole = recalled_states(model, texts)
     monkeypatch.setenv("METAREC_CACHE", str(tmp_path / "second"))
-    monkeypatch.setattr("metarec.cache.BLOCK_ITEMS", 2)
+    monkeypatch.setattr("metarec.lm.cache.BLOCK_ITEMS", 2)
     read, rows = recall._mean_states, []
 
     def interrupted(model: Backbone, tokens: list[list[int]], blocks: int) -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_the_sentence_names_items_as_people_do(backbone: Backbones, monkeypatch:
         read.extend(texts)
         return torch.from_numpy(np.random.default_rng(0).normal(size=(len(texts), 8)))
 
-    monkeypatch.setattr(features, "recalled_states", reading)
+    monkeypatch.setattr(item_vectors, "recalled_states", reading)
     titles = {"title": ("Matrix, The", "Heat", f"Se7en {model.special_tokens[0]}"), "year": ("1999", "", "1995")}
     recalled_vectors(model, Catalog(("1", "2", "3"), titles))
     assert read[0].startswith('Review: "The Matrix" (1999). It')

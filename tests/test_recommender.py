@@ -17,15 +17,16 @@ from conftest import known_interactions
 from torch import Tensor
 
 from metarec.config import MetaConfig, RunConfig, validated
-from metarec.episodes import split_users
+from metarec.data.episodes import split_users
+from metarec.data.interactions import Catalog, Ratings
+from metarec.data.task import Task
+from metarec.data.task_data import TaskData
+from metarec.data.templates import REVIEW
 from metarec.errors import ArtifactError, ConfigError, EvaluationError, RatingError, UnknownItemError
 from metarec.evaluate import evaluate
-from metarec.interactions import Catalog, Ratings
-from metarec.objective import tangent
-from metarec.prompts import REVIEW
 from metarec.recommender import MetaRecommender
 from metarec.scorer import Request, Scorer
-from metarec.task import Task, TaskData
+from metarec.scorers.language.linearized import tangent
 
 SETTINGS = {
     "taste": "none",
@@ -81,7 +82,7 @@ def test_sentences_are_read_where_items_are_unrated_and_nowhere_else(
         read.append(sentences)
         return np.random.default_rng(0).normal(size=(len(catalog), 6))
 
-    monkeypatch.setattr("metarec.recommender.recalled_vectors", recalled)
+    monkeypatch.setattr("metarec.fitting.recalled_vectors", recalled)
     known = known_task()
     recommender = MetaRecommender.from_pretrained(model_dir("llama"), validated(RunConfig, SETTINGS, "test"))
     recommender.prepare(known)

@@ -10,16 +10,16 @@ import pytest
 from known import CANDIDATES, GENRE, SUPPORT, THRESHOLD, TRAIN, VECTORS, WORLD, ratings
 from sklearn.linear_model import LogisticRegression, Ridge
 
+from metarec.data.interactions import Ratings
 from metarec.errors import DataError
-from metarec.interactions import Ratings
-from metarec.priors import fit_item_mean
 from metarec.scorer import Request
-from metarec.scorers.features import item_features
-from metarec.scorers.foldin import fit_als, fit_ease, similarity
-from metarec.scorers.gp import GaussianProcess, fit_gp
-from metarec.scorers.residuals import training_residuals
-from metarec.scorers.text import fit_two_tower, logistic_dual
-from metarec.scorers.trivial import Random
+from metarec.scorers.collaborative.features import item_features
+from metarec.scorers.collaborative.foldin import fit_als, fit_ease, similarity
+from metarec.scorers.collaborative.gp import GaussianProcess, fit_gp
+from metarec.scorers.collaborative.item_mean import fit_item_mean
+from metarec.scorers.collaborative.residuals import training_residuals
+from metarec.scorers.collaborative.text import fit_two_tower, logistic_dual
+from metarec.scorers.collaborative.trivial import Random
 
 
 @cache

@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from metarec.recommender import MetaRecommender
-from metarec.serve.app import ServeSettings, create_app
+from metarec.serve.app import create_app
 from metarec.serve.engine import Engine
 from metarec.serve.guard import ApiKey, JsonLines, Limits, new_key, read_keys
+from metarec.serve.service import ServeSettings
+from metarec.serve.store import AdapterStore
 from metarec.serve.worker import BusyError, Job, Worker
-from metarec.store import AdapterStore
 
 
 @pytest.fixture(scope="session")
@@ -333,7 +334,7 @@ def test_a_full_queue_answers_429_at_once_and_the_service_stays_healthy(start: C
 
 
 def test_users_who_come_together_are_adapted_together(recommender: MetaRecommender, tmp_path: Path) -> None:
-    from metarec.store import Feedback
+    from metarec.serve.store import Feedback
 
     engine = Engine(recommender, AdapterStore(tmp_path))
     worker = Worker(engine)

@@ -26,7 +26,7 @@ from metarec.recommender import MetaRecommender
 from metarec.serve.bulk import adapt_users, read_feedback
 from metarec.serve.engine import Engine
 from metarec.serve.guard import read_keys
-from metarec.store import AdapterStore
+from metarec.serve.store import AdapterStore
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,12 +15,12 @@ from test_recommender import SETTINGS, known_task
 
 from metarec.config import RunConfig, validated
 from metarec.errors import ConfigError, ConflictError, UnknownItemError
+from metarec.lm.cached_forward import CachedTrunk
 from metarec.recommender import MetaRecommender
-from metarec.scorers.adapted import MetaScorer
+from metarec.scorers.language.adapted import MetaScorer
 from metarec.serve.engine import Engine, Person
 from metarec.serve.items import GrowingReader
-from metarec.store import AdapterStore, Feedback
-from metarec.trunk import CachedTrunk
+from metarec.serve.store import AdapterStore, Feedback
 
 NEW = ("n1", {"title": "night war of love", "genres": "drama"})
 

@@ -18,9 +18,10 @@ pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 import uvicorn
 from starlette.testclient import TestClient
 
-from metarec.serve.app import ServeSettings, create_app
+from metarec.serve.app import create_app
 from metarec.serve.engine import Engine
-from metarec.store import AdapterStore
+from metarec.serve.service import ServeSettings
+from metarec.serve.store import AdapterStore
 
 
 @pytest.fixture

@@ -16,10 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from metarec.data.interactions import Interactions, read_title
+from metarec.data.sources import SOURCES, read_source, read_tables, write_tables
+from metarec.data.sources.formats import SourceOptions
+from metarec.data.task_data import load_task_data
+from metarec.data.task_files import load_task
 from metarec.errors import ArtifactError, DataError, MetarecError
-from metarec.interactions import Interactions, read_title
-from metarec.sources import SOURCES, SourceOptions, read_source, read_tables, write_tables
-from metarec.task import load_task, load_task_data
 
 QUARANTINE = SourceOptions(bad_rows="quarantine")
 
@@ -291,7 +293,7 @@ def test_a_saved_hugging_face_dataset(splits: bool, tmp_path: Path) -> None:
 
 
 def test_every_source_has_a_task_and_every_task_a_source() -> None:
-    from metarec.task import task_names
+    from metarec.data.task_files import task_names
 
     used = {load_task(name).dataset.source for name in task_names()}
     assert used - {"mix"} == set(SOURCES)

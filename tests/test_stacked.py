@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from known import CANDIDATES, GENRE, ITEMS, SUPPORT, TEST, THRESHOLD, TRAIN, VECTORS, WORLD, episodes, ratings
 
+from metarec.data.interactions import Interactions, Ratings
 from metarec.evaluate import evaluate
-from metarec.interactions import Interactions, Ratings
-from metarec.priors import ItemPrior
-from metarec.scorers.stacked import MEMBERS, CrossFitted, Features, Stacked, fit_stack
-from metarec.scorers.trivial import ItemMean
+from metarec.scorers.collaborative.features import Features
+from metarec.scorers.collaborative.item_mean import ItemPrior
+from metarec.scorers.collaborative.stack import MEMBERS, CrossFitted, Stacked, fit_stack
+from metarec.scorers.collaborative.trivial import ItemMean
 
 FEATURES = Features({"text": VECTORS, "genres": GENRE}, VECTORS)
 

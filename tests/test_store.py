@@ -16,16 +16,8 @@ from hypothesis import strategies as st
 
 from metarec.artifacts import replace_dir
 from metarec.errors import ArtifactError, ConfigError, ConflictError, StoreError
-from metarec.store import (
-    Accepted,
-    AdapterStore,
-    Event,
-    Feedback,
-    HotAdapters,
-    NewAdapter,
-    check_id,
-    latest_ratings,
-)
+from metarec.serve.hot_adapters import HotAdapters
+from metarec.serve.store import Accepted, AdapterStore, Event, Feedback, NewAdapter, check_id, latest_ratings
 
 
 def writer(content: bytes = b"weights") -> Callable[[Path], None]:
@@ -258,7 +250,7 @@ def test_a_store_of_another_schema_is_refused(tmp_path: Path) -> None:
 WRITERS = 8
 _KILLED = """
 import sys, threading
-from metarec.store import AdapterStore, Feedback
+from metarec.serve.store import AdapterStore, Feedback
 store = AdapterStore(sys.argv[1])
 lock = threading.Lock()
 def write(worker):

@@ -13,24 +13,18 @@ from conftest import known_interactions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metarec import task as task_module
 from metarec.config import validated
-from metarec.episodes import seeded, training_batch
+from metarec.data import task_data, task_files
+from metarec.data.episodes import seeded, training_batch
+from metarec.data.interactions import Interactions
+from metarec.data.labels import read_rule
+from metarec.data.task import Task
+from metarec.data.task_data import TaskData, load_task_data
+from metarec.data.task_files import group_names, load_group, load_task, task_names
+from metarec.data.transforms import as_domains, keep_users, merge, with_negatives
 from metarec.errors import ConfigError, DataError, MetarecError
 from metarec.evaluate import request
-from metarec.interactions import Interactions
-from metarec.labels import read_rule
-from metarec.priors import fit_item_mean
-from metarec.task import (
-    Task,
-    TaskData,
-    group_names,
-    load_group,
-    load_task,
-    load_task_data,
-    task_names,
-)
-from metarec.views import as_domains, keep_users, merge, with_negatives
+from metarec.scorers.collaborative.item_mean import fit_item_mean
 
 DATA = known_interactions()
 BASE: dict[str, Any] = {
@@ -52,7 +46,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Returns what a task over the known ratings loads to."""
 
     def loaded(seed: int = 0, data: Interactions = DATA, **changes: Any) -> TaskData:
-        monkeypatch.setattr(task_module, "read_source", lambda *_: data)
+        monkeypatch.setattr(task_data, "read_source", lambda *_: data)
         return load_task_data(validated(Task, BASE | changes, "test"), seed)
 
     return loaded
@@ -361,7 +355,7 @@ def test_every_shipped_task_says_where_it_comes_from(name: str) -> None:
     task = load_task(name)
     assert task.origin
     assert task.name == name
-    family = task_module.tasks_dir() / name.split("/")[0]
+    family = task_files.tasks_dir() / name.split("/")[0]
     assert "## Changelog" in (family / "README.md").read_text(encoding="utf-8")
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from metarec.config import TrainConfig
 from metarec.errors import ArtifactError
-from metarec.lora import AdapterState
-from metarec.meta import MetaGradient, MetaState, fomaml, initial_meta_state
-from metarec.train import Trained, train
+from metarec.meta.algorithms import MetaGradient, fomaml
+from metarec.meta.inner_loop import MetaState, initial_meta_state
+from metarec.meta.outer_loop import Trained, train
+from metarec.tensors import AdapterState
 
 CONFIG = TrainConfig(steps=30, validate_every=10, warmup=3, patience=99)
 

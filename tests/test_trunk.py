@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from metarec.backbone import Backbone
 from metarec.errors import ConfigError
-from metarec.lora import AdapterSpec, AdapterState, select_user
-from metarec.prompts import CatalogPrompts
-from metarec.reader import Reader, check_placement, default_placement, open_reader
-from metarec.trunk import CachedTrunk, Placement, PlainTrunk
+from metarec.lm.adapters import AdapterSpec
+from metarec.lm.answer_model import Reader, open_reader
+from metarec.lm.backbone import Backbone
+from metarec.lm.cached_forward import CachedTrunk
+from metarec.lm.placement import Placement, check_placement, default_placement
+from metarec.lm.reference_forward import PlainTrunk
+from metarec.lm.tokenized import CatalogPrompts
+from metarec.tensors import AdapterState, select_user
 
 FAMILIES = {
     "llama": [None, 1, 2],
@@ -210,7 +213,7 @@ def test_an_interrupted_cache_build_goes_on_where_it_stopped(
     backbone: Backbones, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("METAREC_CACHE", str(tmp_path))
-    monkeypatch.setattr("metarec.cache.BLOCK_ITEMS", 2)
+    monkeypatch.setattr("metarec.lm.cache.BLOCK_ITEMS", 2)
     model, texts = backbone("llama"), prompts("llama")
     placed = placement_of(model, texts, 2)
     whole = CachedTrunk(model, texts, placed).frozen_states()

@@ -11,7 +11,7 @@ from metarec.cli.options import JsonOption, print_json
 from metarec.errors import ConfigError
 
 if TYPE_CHECKING:
-    from metarec.pooled import Pooled
+    from metarec.bench.summary import Pooled
 
 app = typer.Typer()
 # The method that every other is compared with, beside the baseline.
@@ -45,12 +45,14 @@ def bench(
     json: JsonOption = False,
 ) -> None:
     """Measure methods on the same users: cells that can be stopped, repeated and shared among processes."""
-    from metarec import bench as engine
+    from metarec.bench import cells as engine
+    from metarec.bench.methods import METHODS
+    from metarec.bench.plan import Plan, read_plan
+    from metarec.bench.plan import cells as cells_of
+    from metarec.bench.summary import read_cells
     from metarec.config import validated
-    from metarec.methods import METHODS
-    from metarec.pooled import read_cells
+    from metarec.data.task_files import load_group
     from metarec.recommender import BASELINE
-    from metarec.task import load_group
 
     if methods:
         listed = {name: {"group": entry.group, "about": entry.about} for name, entry in METHODS.items()}
@@ -63,12 +65,12 @@ def bench(
     if plan is not None and (task or method or users):
         raise ConfigError("a plan and --task, --method or --users are both given", "Change the plan, or leave it out")
     if plan is not None:
-        chosen = engine.read_plan(plan)
+        chosen = read_plan(plan)
     else:
         tasks = [name for given in task or ["movielens/user-cold"] for name in load_group(given)]
         part = {"tasks": tasks, "methods": method or ["trivial", "fold-in"], "seeds": seeds, "users": users}
-        chosen = validated(engine.Plan, {"name": "bench", "parts": [part]}, "options")
-    cells = engine.cells(chosen)
+        chosen = validated(Plan, {"name": "bench", "parts": [part]}, "options")
+    cells = cells_of(chosen)
     if dry_run:
         missing = engine.missing(cells, out)
         if json:
@@ -93,19 +95,19 @@ def report(
 ) -> None:
     """Say what the cells of a benchmark say together; as a table, as JSON, as a page."""
     from metarec.artifacts import replace_file, write_json
-    from metarec.pooled import read_cells
+    from metarec.bench.summary import read_cells
     from metarec.recommender import BASELINE
 
     pooled = read_cells(out, BASELINE)
     if results is not None:
         write_json(results, summary(pooled))
     if html is not None:
-        from metarec.webpage import render
+        from metarec.bench.webpage import render
 
         page = render(pooled, REFERENCE)
         replace_file(html, lambda target: target.write_text(page, encoding="utf-8"))
     if markdown:
-        from metarec.report import markdown as written
+        from metarec.bench.report import markdown as written
 
         for group in pooled:
             typer.echo(f"{written(group, REFERENCE)}\n")
@@ -120,7 +122,7 @@ def compare(
     json: JsonOption = False,
 ) -> None:
     """Say what changed between two runs: paired differences of every method that both have, user by user."""
-    from metarec.pooled import compare_runs
+    from metarec.bench.summary import compare_runs
 
     rows = compare_runs(first, second)
     if json:
@@ -163,7 +165,7 @@ def _show(pooled: list[Pooled], json: bool, facts: dict[str, Any]) -> None:
         return
     from rich.console import Console
 
-    from metarec.report import standings
+    from metarec.bench.report import standings
 
     console = Console()
     for group in pooled:

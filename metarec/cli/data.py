@@ -11,9 +11,10 @@ from metarec.cli.options import JsonOption, print_json
 from metarec.errors import ConfigError
 
 if TYPE_CHECKING:
-    from metarec.quality import Finding
-    from metarec.sources import SourceOptions, Tables
-    from metarec.task import Task
+    from metarec.data.checks import Finding
+    from metarec.data.sources.assembly import Tables
+    from metarec.data.sources.formats import SourceOptions
+    from metarec.data.task import Task
 
 data_app = typer.Typer(help="Datasets: what they are, what is wrong with them, a copy.", no_args_is_help=True)
 
@@ -65,27 +66,27 @@ def check(
     json: JsonOption = False,
 ) -> None:
     """Say what is wrong with a dataset, with rows and cures; of a task also whether its split leaks."""
-    from metarec import quality
+    from metarec.data import checks, repairs
+    from metarec.data.sources import write_tables
     from metarec.progress import progress
-    from metarec.sources import write_tables
 
-    thresholds = [quality.read_threshold(text) for text in fail_on or []]
+    thresholds = [repairs.read_threshold(text) for text in fail_on or []]
     task, tables = _tables(what, path, _options(ratings_file, items_file, column, separator, encoding, scale))
     with progress("checking", 3, after=2.0) as advance:
-        data = quality.read_for_checks(tables)
-        findings = quality.check(data)
+        data = checks.read_for_checks(tables)
+        findings = checks.check(data)
         advance(1)
-        mended, done = quality.fix(data, findings) if fix else (tables, [])
+        mended, done = repairs.fix(data, findings) if fix else (tables, [])
         advance(2)
         if task is not None:
             findings += _of_the_split(task, seed)
         advance(3)
     if fix:
         write_tables(mended, fix)
-    verdict = quality.broken(findings, thresholds)
+    verdict = repairs.broken(findings, thresholds)
     if json:
         print_json(
-            quality.to_json(findings, done, verdict, {"where": tables.where, "fixed_copy": str(fix) if fix else None})
+            repairs.to_json(findings, done, verdict, {"where": tables.where, "fixed_copy": str(fix) if fix else None})
         )
     else:
         for finding in findings:
@@ -111,9 +112,9 @@ def _line(finding: Finding) -> str:
 
 def _of_the_split(task: Task, seed: int) -> list[Finding]:
     """Leaks of the task's split, and items that nearly repeat one on its other side."""
+    from metarec.data.repairs import leakage, near_duplicates
+    from metarec.data.task_data import load_task_data
     from metarec.errors import DataError
-    from metarec.quality import leakage, near_duplicates
-    from metarec.task import load_task_data
 
     try:
         data = load_task_data(task, seed)
@@ -139,10 +140,10 @@ def describe(
     json: JsonOption = False,
 ) -> None:
     """Say what a dataset is: sizes, density, ratings per user and item, histogram, time span, fields."""
-    from metarec import quality
+    from metarec.data import checks, repairs
 
     _, tables = _tables(what, path, _options(ratings_file, items_file, column, separator, encoding, scale))
-    facts = quality.describe(quality.read_for_checks(tables))
+    facts = repairs.describe(checks.read_for_checks(tables))
     if json:
         print_json(facts)
         return
@@ -180,7 +181,7 @@ def convert(
     json: JsonOption = False,
 ) -> None:
     """Write a dataset as Parquet with a manifest; every task reads the folder in place of the original."""
-    from metarec.sources import write_tables
+    from metarec.data.sources import write_tables
 
     _, tables = _tables(what, path, _options(ratings_file, items_file, column, separator, encoding, scale))
     write_tables(tables, out)
@@ -198,7 +199,7 @@ def _options(
     ratings: str | None, items: str | None, columns: list[str] | None, separator: str, encoding: str, scale: str | None
 ) -> SourceOptions:
     from metarec.config import validated
-    from metarec.sources import SourceOptions
+    from metarec.data.sources.formats import SourceOptions
 
     named = {}
     for entry in columns or []:
@@ -218,8 +219,8 @@ def _options(
 
 
 def _tables(what: str, path: Path | None, options: SourceOptions) -> tuple[Task | None, Tables]:
-    from metarec.sources import SOURCES, read_tables
-    from metarec.task import load_task
+    from metarec.data.sources import SOURCES, read_tables
+    from metarec.data.task_files import load_task
 
     if what in SOURCES:
         return None, read_tables(what, path, options)

@@ -59,7 +59,7 @@ def model_prepare(
     json: JsonOption = False,
 ) -> None:
     """Unpack an embedded model into the cache and check that any model loads. Other commands do this by themselves."""
-    from metarec.backbone import load_backbone
+    from metarec.lm.backbone import load_backbone
 
     backbone = load_backbone(name)
     facts = {
@@ -231,8 +231,8 @@ def _train(
     values |= {key: value for key, value in named.items() if value is not None}
     assignments = [*(overrides or []), *([f"meta.engine={engine}"] if engine else [])]
     settings = validated(RunConfig, override(values, assignments), str(config) if config else "settings")
+    from metarec.data.task_files import load_task
     from metarec.recommender import MetaRecommender
-    from metarec.task import load_task
 
     chosen = load_task(settings.task)
     recommender = MetaRecommender.from_pretrained(settings.backbone, settings)
@@ -250,7 +250,7 @@ def _train(
 
 def _evaluate(recommender: MetaRecommender, run: Path, json: bool, quiet: bool = False) -> dict[str, Any]:
     from metarec.artifacts import replace_file, write_json
-    from metarec.report import findings, table
+    from metarec.bench.report import findings, table
 
     report = recommender.evaluate()
     result = {**report.to_json(), **provenance(recommender)}

@@ -67,9 +67,10 @@ def serve(
     import logging.config
 
     from metarec.cli.runs import load_run
-    from metarec.serve.app import ServeSettings, create_app
+    from metarec.serve.app import create_app
     from metarec.serve.engine import Engine, side_by_side
-    from metarec.store import AdapterStore
+    from metarec.serve.service import ServeSettings
+    from metarec.serve.store import AdapterStore
 
     workers = side_by_side(threads)
     recommender = load_run(checkpoint)

@@ -15,7 +15,7 @@ from metarec.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from metarec.recommender import MetaRecommender
-    from metarec.store import AdapterStore
+    from metarec.serve.store import AdapterStore
 
 app = typer.Typer()
 store_app = typer.Typer(help="Feedback and adapters on disk.", no_args_is_help=True)
@@ -32,7 +32,7 @@ AdaptersOption = Annotated[
 
 
 def _open(store: str, adapters: Path | None, create: bool = False) -> AdapterStore:
-    from metarec.store import AdapterStore
+    from metarec.serve.store import AdapterStore
 
     return AdapterStore(store, adapters, create=create)
 

@@ -11,7 +11,8 @@ from metarec.cli.options import JsonOption, print_json
 from metarec.errors import MetarecError
 
 if TYPE_CHECKING:
-    from metarec.task import Task, TaskData
+    from metarec.data.task import Task
+    from metarec.data.task_data import TaskData
 
 tasks_app = typer.Typer(help="Tasks: what can be measured, and what a model is shown.", no_args_is_help=True)
 
@@ -28,7 +29,7 @@ SeedOption = Annotated[int, typer.Option(help="Seed of the split.")]
 @tasks_app.command("list", epilog="Example: metarec tasks list --include-path my-tasks --json")
 def list_tasks(include_path: IncludeOption = None, json: JsonOption = False) -> None:
     """List all tasks and groups, and whether their data is there."""
-    from metarec.task import group_names, load_group, load_task, task_names
+    from metarec.data.task_files import group_names, load_group, load_task, task_names
 
     found: list[dict[str, Any]] = []
     for name in task_names(include_path or []):
@@ -61,7 +62,7 @@ def show_task(name: TaskArgument, include_path: IncludeOption = None, json: Json
     """Print a task with all that it includes, and its digest."""
     import yaml
 
-    from metarec.task import load_task
+    from metarec.data.task_files import load_task
 
     task = load_task(name, include_path or [])
     values = {**task.model_dump(mode="json"), "digest": task.digest}
@@ -82,8 +83,8 @@ def validate(
     json: JsonOption = False,
 ) -> None:
     """Load, label, split and render tasks for real, and look for leaks; status 1 if one is not sound."""
+    from metarec.data.task_files import load_group, load_task, task_names
     from metarec.progress import progress
-    from metarec.task import load_group, load_task, task_names
 
     own = include_path or []
     chosen = [task for name in names for task in load_group(name, own)] if names else task_names(own)
@@ -110,8 +111,8 @@ def validate(
 
 
 def _validated(task: Task, seed: int) -> dict[str, Any]:
-    from metarec.prompts import recall_texts
-    from metarec.task import load_task_data
+    from metarec.data.task_data import load_task_data
+    from metarec.data.templates import recall_texts
 
     data = load_task_data(task, seed)
     counts = {part: _counted(data, part) for part in ("validation", "test")}
@@ -149,8 +150,9 @@ def preview(
     json: JsonOption = False,
 ) -> None:
     """Show the first test episodes as a model sees them: prompts with their answers, and what it reads besides."""
-    from metarec.prompts import recall_texts
-    from metarec.task import load_task, load_task_data
+    from metarec.data.task_data import load_task_data
+    from metarec.data.task_files import load_task
+    from metarec.data.templates import recall_texts
 
     task = load_task(name, include_path or [])
     data = load_task_data(task, seed)

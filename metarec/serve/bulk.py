@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from metarec.data.interactions import Catalog, RatingScale
 from metarec.errors import DataError, MetarecError
-from metarec.interactions import Catalog, RatingScale
 from metarec.progress import progress
 from metarec.serve.engine import Engine
-from metarec.store import Feedback, NewAdapter, check_id
+from metarec.serve.store import Feedback, NewAdapter, check_id
 
 _USERS_AT_ONCE = 256
 _WRITERS = 4

@@ -21,16 +21,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from metarec.data.interactions import Catalog, Codes, Ratings
 from metarec.errors import ArtifactError, ConfigError, ConflictError, MetarecError, UnknownItemError
-from metarec.interactions import Catalog, Codes, Ratings
+from metarec.lm.reference_forward import PlainTrunk
+from metarec.lm.tokenized import tokenize_catalog
 from metarec.metrics import rank_order
-from metarec.objective import PRIOR_WEIGHT, Tangent, tangent
-from metarec.prompts import tokenize_catalog
 from metarec.recommender import AdaptedUser, MetaRecommender, Recommendation
+from metarec.scorers.language.linearized import Tangent, tangent
+from metarec.scorers.language.score import PRIOR_WEIGHT
+from metarec.serve.hot_adapters import HotAdapters
 from metarec.serve.items import check_fields, extend, longest
 from metarec.serve.retrieval import Effects, extended, fit_effects
-from metarec.store import AdapterStore, HotAdapters, NewAdapter, Profile, latest_ratings
-from metarec.trunk import PlainTrunk
+from metarec.serve.store import AdapterStore, NewAdapter, Profile, latest_ratings
 
 _LOG = logging.getLogger(__name__)
 

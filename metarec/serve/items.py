@@ -14,13 +14,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from metarec.data.interactions import Catalog
 from metarec.errors import ConfigError, suggest
-from metarec.interactions import Catalog
-from metarec.priors import extend_by_text
-from metarec.prompts import CatalogPrompts, tokenize_catalog
-from metarec.reader import Reader, open_reader
-from metarec.recommender import Fitted, MetaRecommender
-from metarec.trunk import CachedTrunk, Gathered
+from metarec.fitting import Fitted
+from metarec.lm.answer_model import Reader, open_reader
+from metarec.lm.cached_forward import CachedTrunk
+from metarec.lm.forward import Gathered
+from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
+from metarec.recommender import MetaRecommender
+from metarec.scorers.collaborative.item_mean import extend_by_text
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from fastapi import Cookie, FastAPI, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 
 from metarec.errors import ConfigError
-from metarec.serve.app import Service
 from metarec.serve.engine import Person, Reason
+from metarec.serve.service import Service
 from metarec.serve.worker import Job
 
 _HERE = Path(__file__).parent

@@ -18,13 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metarec.interactions import Codes
-from metarec.lora import expand_users
-from metarec.meta import MetaState
-from metarec.objective import HEAD, LLM_WEIGHT, Tangent, tangent
+from metarec.data.interactions import Codes
+from metarec.lm.answer_model import Reader
+from metarec.meta.inner_loop import MetaState
 from metarec.progress import progress
-from metarec.reader import Reader
-from metarec.scorers.adapted import InnerLoop
+from metarec.scorers.language.adapted import InnerLoop
+from metarec.scorers.language.linearized import Tangent, tangent
+from metarec.scorers.language.score import HEAD, LLM_WEIGHT
+from metarec.tensors import expand_users
 
 _DIRECTIONS = 128
 _SAMPLE = 1024

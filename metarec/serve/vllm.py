@@ -12,7 +12,7 @@ from pathlib import Path
 
 from metarec.artifacts import dump_json, load_json, replace_dir
 from metarec.errors import ArtifactError, StoreError
-from metarec.store import AdapterStore
+from metarec.serve.store import AdapterStore
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"

@@ -16,7 +16,7 @@ from typing import Any
 
 from metarec.errors import ConflictError, MetarecError
 from metarec.serve.engine import Engine, Person
-from metarec.store import Accepted, Feedback, NewAdapter
+from metarec.serve.store import Accepted, Feedback, NewAdapter
 
 _BATCH = 16
 # How many adapters may wait to be written; a killed process computes them again from the log.

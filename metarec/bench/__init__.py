@@ -1,0 +1,1 @@
+"""Methods on tasks, side by side: cells, summaries, tables and pages."""

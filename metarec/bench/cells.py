@@ -1,0 +1,217 @@
+"""Runs the cells of a benchmark: one method on one split each; what is done is not measured again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from datetime import datetime, timezone
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metarec.artifacts import SCHEMA_VERSION, content_hash, dump_json, load_json, parse_json, replace_dir, verify_dir
+from metarec.bench.methods import METHODS, Row, Setting
+from metarec.bench.plan import Cell, Plan, cells
+from metarec.bench.summary import CELL_FACTS, CELL_TABLES
+from metarec.data.task_data import TaskData, load_task_data
+from metarec.data.task_files import load_task
+from metarec.doctor import environment
+from metarec.errors import ArtifactError, EvaluationError
+from metarec.evaluate import evaluate, request
+from metarec.progress import QUIET, progress
+from metarec.scorer import Request
+
+_SHOWN_USERS, _SHOWN_PROMPTS = 3, 2
+
+
+def run(plan: Plan, out: Path, *, jobs: int = 1, fresh: bool = False) -> None:
+    """Measures the cells of a plan that are not there yet.
+
+    Args:
+        plan: What to measure.
+        out: Folder of the cells and of what trainings keep.
+        jobs: Processes; each takes its share of the cores.
+        fresh: Measures all of them again.
+
+    Raises:
+        ConfigError: A task or a method is not known.
+        EvaluationError: A cell failed; all others were measured first.
+        KeyboardInterrupt: Everything that is done is kept, trainings in their checkpoints.
+    """
+    wanted = cells(plan)
+    for task in {cell.task for cell in wanted}:
+        load_task(task)  # so that a task that cannot be read ends it here, and not every cell
+    missing_cells = wanted if fresh else missing(wanted, out)
+    failed: dict[Cell, str] = {}
+    with progress("cells", len(missing_cells)) as advance:
+        for done, (cell, problem) in enumerate(_measured(missing_cells, out, jobs, fresh), start=1):
+            if problem:
+                failed[cell] = problem
+            advance(done, f"{cell.method} on {cell.task}, seed {cell.seed}")
+    if failed:
+        cell, problem = next(iter(failed.items()))
+        raise EvaluationError(
+            f"{len(failed)} of {len(missing_cells)} cells failed, the first '{cell.method}' on '{cell.task}', seed "
+            f"{cell.seed}: {problem.strip().splitlines()[-1]}",
+            f"The others are kept; the whole errors are in {out / 'failed.json'}",
+        )
+
+
+def missing(wanted: Sequence[Cell], out: Path) -> list[Cell]:
+    """Returns the cells that were not measured yet, or not as they would be now."""
+    return [cell for cell in wanted if not _is_done(cell, out)]
+
+
+def _measured(wanted: Sequence[Cell], out: Path, jobs: int, fresh: bool) -> Iterator[tuple[Cell, str]]:
+    failures = out / "failed.json"
+    failures.unlink(missing_ok=True)
+    problems: dict[str, str] = {}
+
+    def noted(cell: Cell, problem: str) -> tuple[Cell, str]:
+        if problem:
+            problems[str(cell.folder)] = problem
+            failures.write_text(dump_json(problems), encoding="utf-8")
+        return cell, problem
+
+    if jobs == 1:
+        for cell in wanted:
+            yield noted(cell, _try(cell, out, fresh))
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker, (threads,))
+    try:
+        futures = {pool.submit(_try, cell, out, fresh): cell for cell in wanted}
+        for future in as_completed(futures):
+            yield noted(futures[future], future.result())
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(threads: int) -> None:
+    # Limits hold for libraries that are loaded: NumPy, SciPy and scikit-learn bring a pool of threads each.
+    import scipy.linalg  # noqa: F401
+    import sklearn.utils  # noqa: F401
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    os.environ[QUIET] = "1"
+    torch.set_num_threads(threads)
+    threadpool_limits(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone: killed, it cannot say so, and cells would go on."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _try(cell: Cell, out: Path, fresh: bool) -> str:
+    """Measures a cell; returns the error that kept it from being measured, or nothing."""
+    try:
+        _measure(cell, out, fresh)
+    except Exception:
+        # Of a hundred cells one may fail for a reason of its own; `run` says so at the end, with status 2.
+        return traceback.format_exc()
+    return ""
+
+
+@lru_cache(maxsize=1)
+def _data(task: str, seed: int) -> TaskData:
+    return load_task_data(load_task(task), seed)
+
+
+def _identity(cell: Cell) -> dict[str, Any]:
+    options = dict(METHODS[cell.method].options)
+    task = load_task(cell.task)
+    return {**asdict(cell), "task": task.name, "task_digest": task.digest, "options": options}
+
+
+def _is_done(cell: Cell, out: Path) -> bool:
+    """Says whether a cell was measured as it would be now; a damaged one was not."""
+    folder = out / "cells" / cell.folder
+    try:
+        verify_dir(folder, "cell")
+    except ArtifactError:
+        return False
+    return bool(load_json(folder / CELL_FACTS)["identity"] == parse_json(dump_json(_identity(cell))))
+
+
+def _measure(cell: Cell, out: Path, fresh: bool) -> None:
+    began, began_at = datetime.now(timezone.utc), time.perf_counter()
+    data = _data(cell.task, cell.seed)
+    # What a training leaves behind belongs to the method's options as well as to the cell.
+    folder = out / "work" / cell.folder.parent / f"{cell.folder.name}-{content_hash(_identity(cell))[:8]}"
+    if fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    setting = Setting(data, folder, cell.train_users)
+    episodes, short = data.episodes("test")
+    labels = [episode.query.likes(data.task.like_threshold) for episode in episodes]
+    both = [episode for episode, liked in zip(episodes, labels, strict=True) if 0 < liked.sum() < len(liked)]
+    chosen = episodes if cell.users is None else both[: cell.users]
+    started = time.perf_counter()
+    rows = METHODS[cell.method].rows(setting)
+    fit_seconds = time.perf_counter() - started
+    report = evaluate(
+        [row.scorer for row in rows],
+        chosen,
+        data.task.shots,
+        data.interactions.catalog,
+        threshold=data.task.like_threshold,
+        seed=cell.seed,
+        baseline=rows[0].scorer.name,
+        left_out={"too few ratings": short} if short else {},
+        short_supports=data.task.short_supports,
+        hashes=data.hashes,
+    )
+    facts = {
+        "schema_version": SCHEMA_VERSION,
+        "identity": _identity(cell),
+        "group": METHODS[cell.method].group,
+        "fit_seconds": fit_seconds,
+        "began": began.isoformat(timespec="seconds"),
+        "seconds": time.perf_counter() - began_at,
+        "left_out": dict(report.left_out),
+        "hashes": data.hashes,
+        **environment(),
+        "rows": [
+            {
+                "method": row.scorer.name,
+                "parameters": int(row.parameters),
+                "log_odds": row.log_odds,
+                "step": row.step,
+                "tokens": {
+                    str(shots): float(np.mean([row.tokens(request(episode, shots)) for episode in chosen]))
+                    for shots in data.task.shots
+                },
+                "prompts": _prompts(row, [request(episode, max(data.task.shots)) for episode in chosen], data),
+            }
+            for row in rows
+        ],
+    }
+    with replace_dir(out / "cells" / cell.folder, "cell") as directory:
+        (directory / CELL_FACTS).write_text(dump_json(facts), encoding="utf-8")
+        for name in CELL_TABLES:
+            getattr(report, name).to_parquet(directory / f"{name}.parquet", index=False)
+
+
+def _prompts(row: Row, requests: Sequence[Request], data: TaskData) -> dict[str, dict[str, str]]:
+    """Returns what a language model reads of a few users' first candidates, by user and item."""
+    if row.prompt is None:
+        return {}
+    ids = data.interactions.catalog.ids
+    return {
+        asked.user: {ids[code]: row.prompt(asked, int(code)) for code in asked.candidates[:_SHOWN_PROMPTS]}
+        for asked in requests[:_SHOWN_USERS]
+    }

@@ -1,0 +1,1 @@
+"""Ratings, items, tasks and episodes; nothing here knows a model."""

@@ -1,0 +1,280 @@
+"""Users become episodes: a disjoint split of users, then a support and a query set for each.
+
+Domains are episodes in the same way, once `metarec.data.transforms` has put them in the place of users. Everything is a
+pure function of a seed and of names: a user's split does not depend on which other users there are, and a training
+batch depends on the seed and the step alone, which is what makes a run resumable bit for bit.
+Knows nothing of label rules, prompts or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from metarec.data.interactions import Codes, Flags, Interactions, Ratings
+from metarec.errors import ConfigError, DataError
+
+Order = Literal["random", "time"]
+Candidates = Literal["rated", "sampled", "full"]
+Part = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One user's data for few-shot learning.
+
+    Args:
+        user: The user's id.
+        support: What may be adapted to; a K-shot support is its first K ratings, so smaller ones are nested in
+            larger ones.
+        query: What is held out; the same for every K.
+    """
+
+    user: str
+    support: Ratings
+    query: Ratings
+
+
+def split_users(interactions: Interactions, fractions: tuple[float, float, float], seed: int) -> Mapping[Part, Codes]:
+    """Divides users into meta-train, validation and test without overlap.
+
+    Args:
+        interactions: The dataset.
+        fractions: Shares of the three parts; they sum to one.
+        seed: Another seed gives another division.
+
+    Returns:
+        User codes of each part, ascending.
+
+    Raises:
+        ConfigError: The fractions are not positive or do not sum to one.
+        DataError: A part would be empty.
+    """
+    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
+        raise ConfigError(f"split fractions {fractions} are not positive numbers that sum to 1", "Use 0.8, 0.1, 0.1")
+    order = np.random.default_rng(seed).permutation(len(interactions.users))
+    held_out = [round(len(order) * fraction) for fraction in fractions[1:]]
+    validation, test, train = np.split(order, np.cumsum(held_out))
+    parts: dict[Part, Codes] = {"train": np.sort(train), "validation": np.sort(validation), "test": np.sort(test)}
+    _no_part_is_empty(parts, len(interactions.users))
+    return parts
+
+
+def _no_part_is_empty(parts: Mapping[Part, Codes], users: int) -> None:
+    for name, part in parts.items():
+        if len(part) == 0:
+            raise DataError(f"{users} users leave none for {name}", "Use more users or other fractions")
+
+
+def split_items(interactions: Interactions, unseen: float, seed: int) -> Flags:
+    """Divides items into those that meta-training may see and those it may not.
+
+    Args:
+        interactions: The dataset.
+        unseen: Share of the catalog that is held out.
+        seed: Another seed gives another division.
+
+    Returns:
+        True for items that are seen, shape (items,).
+
+    Raises:
+        ConfigError: The share leaves no item on one side.
+    """
+    items = len(interactions.catalog)
+    count = round(items * unseen)
+    if not 0 < count < items:
+        raise ConfigError(f"an unseen share of {unseen} leaves {count} of {items} items unseen", "Use e.g. 0.2")
+    seen = np.ones(items, bool)
+    seen[np.random.default_rng([seed, 1]).permutation(items)[:count]] = False
+    return seen
+
+
+def split_by_time(
+    interactions: Interactions, fractions: tuple[float, float, float]
+) -> tuple[Mapping[Part, Codes], Flags]:
+    """Divides users by when they came, and keeps every part from knowing what a later part's users did.
+
+    Users are ordered by their first rating: the earliest train, the latest are tested. A part's rows end where the
+    next part's first user begins, so that neither a rating nor an item mean comes from the future.
+
+    Args:
+        interactions: The dataset, with timestamps.
+        fractions: Shares of the three parts; they sum to one.
+
+    Returns:
+        User codes of each part, ascending; and which rows the parts may use, shape (rows,).
+
+    Raises:
+        DataError: The dataset has no timestamps, or a part would be empty.
+    """
+    if interactions.timestamp is None:
+        raise DataError("the dataset has no timestamps", "Set split.by to 'user'")
+    first = np.full(len(interactions.users), np.iinfo(np.int64).max)
+    np.minimum.at(first, interactions.user, interactions.timestamp)
+    order = np.argsort(first, kind="stable")
+    bounds = np.round(np.cumsum(fractions)[:2] * len(order)).astype(int)
+    names: tuple[Part, ...] = ("train", "validation", "test")
+    parts: dict[Part, Codes] = {
+        name: np.sort(users) for name, users in zip(names, np.split(order, bounds), strict=True)
+    }
+    _no_part_is_empty(parts, len(interactions.users))
+    end = np.full(len(interactions.users), np.iinfo(np.int64).max)
+    end[parts["train"]] = first[parts["validation"]].min()
+    end[parts["validation"]] = first[parts["test"]].min()
+    return parts, interactions.timestamp < end[interactions.user]
+
+
+def evaluation_episodes(
+    interactions: Interactions,
+    users: Codes,
+    *,
+    max_support: int,
+    max_query: int,
+    min_query: int,
+    order: Order,
+    seed: int,
+    support_from: Flags | None = None,
+    query_from: Flags | None = None,
+    short_supports: bool = False,
+    candidates: Candidates = "rated",
+    sampled: int = 0,
+) -> tuple[list[Episode], int]:
+    """Cuts every user's ratings into one support and one query. An item is in an episode once at most.
+
+    Args:
+        interactions: The dataset.
+        users: User codes.
+        max_support: Size of every support, the largest K.
+        max_query: Size of a query at most.
+        min_query: Users with fewer ratings than `max_support` + `min_query` are left out.
+        order: ``random`` (by `seed` and user id) or ``time`` (a user's earliest ratings are the support).
+        seed: Seed of the random order, and of sampled candidates.
+        support_from: Items that a support may hold, shape (items,); None for all.
+        query_from: Items that a query may hold, shape (items,); None for all.
+        short_supports: Users with fewer than `max_support` ratings beside their query give what they have.
+        candidates: ``rated`` asks about held-out ratings alone; ``sampled`` adds items that the user never rated,
+            ``full`` all of them. Those count as rated lowest and as not liked.
+        sampled: How many unrated items ``sampled`` adds.
+
+    Returns:
+        The episodes in the order of `users`, and how many users had too few ratings.
+
+    Raises:
+        DataError: Order by time is asked for but the dataset has none.
+    """
+    everything = np.ones(len(interactions.catalog), bool)
+    support_from = everything if support_from is None else support_from
+    query_from = everything if query_from is None else query_from
+    # Where both are cut from the same ratings, a short support must leave the query its share.
+    reserved = min_query if (support_from & query_from).any() else 0
+    episodes = []
+    for user in users:
+        rows = interactions.rows_of_user[user]
+        name = interactions.users[user]
+        if order == "time":
+            if interactions.timestamp is None:
+                raise DataError("the dataset has no timestamps", "Set split.order to 'random'")
+            rows = rows[np.argsort(interactions.timestamp[rows], kind="stable")]
+        else:
+            rows = seeded(seed, name).permutation(rows)
+        rows = _first_of_each_item(interactions, rows)
+        usable = rows[support_from[interactions.item[rows]]]
+        size = min(max_support, len(usable) - reserved) if short_supports else max_support
+        support = usable[: max(size, 0)]
+        rest = rows[~np.isin(rows, support)]
+        query = rest[query_from[interactions.item[rest]]][:max_query]
+        if (len(support) < max_support and not short_supports) or len(query) < min_query:
+            continue
+        asked = interactions.ratings(query)
+        if candidates != "rated":
+            strangers = query_from.copy()
+            strangers[interactions.item[interactions.rows_of_user[user]]] = False
+            asked = _with_unrated(asked, np.flatnonzero(strangers), interactions, candidates, sampled, seed, name)
+        episodes.append(Episode(name, interactions.ratings(support), asked))
+    return episodes, len(users) - len(episodes)
+
+
+def _first_of_each_item(interactions: Interactions, rows: Codes) -> Codes:
+    _, first = np.unique(interactions.item[rows], return_index=True)
+    return rows if len(first) == len(rows) else rows[np.sort(first)]
+
+
+def _with_unrated(
+    query: Ratings, strangers: Codes, data: Interactions, candidates: Candidates, sampled: int, seed: int, name: str
+) -> Ratings:
+    if candidates == "sampled":
+        strangers = seeded(seed, f"{name}\0candidates").choice(strangers, min(sampled, len(strangers)), replace=False)
+    if query.liked is None:
+        raise ConfigError("unrated candidates need labelled ratings", "Load the data through its task")
+    return Ratings(
+        np.concatenate([query.items, strangers]),
+        np.concatenate([query.values, np.full(len(strangers), data.scale.low, np.float32)]),
+        np.concatenate([query.liked, np.zeros(len(strangers), bool)]),
+    )
+
+
+def seeded(seed: int, name: str) -> np.random.Generator:
+    """Returns a generator of a seed and a name, the same whoever else there is."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+    return np.random.default_rng([seed, *np.frombuffer(digest[:16], np.uint32).tolist()])
+
+
+def training_batch(
+    interactions: Interactions,
+    users: Codes,
+    *,
+    batch_users: int,
+    shots: Sequence[int],
+    max_query: int,
+    min_query: int,
+    seed: int,
+    step: int,
+    hidden: Callable[[str], Flags] | None = None,
+) -> list[Episode]:
+    """Samples episodes of meta-training users, as a function of the seed and the step alone.
+
+    All users of a batch have the same K, drawn evenly from `shots`.
+
+    Args:
+        interactions: The dataset.
+        users: Meta-training users.
+        batch_users: How many different users to draw.
+        shots: The support sizes to draw K from.
+        max_query: Size of a query at most.
+        min_query: Users need at least K + `min_query` ratings.
+        seed: Seed of the run.
+        step: Number of the outer step.
+        hidden: Items that count as never rated for a user, by id: a query holds them alone, a support none of them.
+
+    Raises:
+        DataError: No user has enough ratings.
+    """
+    generator = np.random.default_rng([seed, step])
+    support_size = int(generator.choice(np.asarray(shots)))
+    eligible = users[interactions.items_of_user[users] >= support_size + min_query]
+    if len(eligible) == 0:
+        raise DataError(
+            f"no meta-training user has {support_size + min_query} ratings", "Lower train.shots or train.min_query"
+        )
+    episodes = []
+    for user in generator.permutation(eligible):
+        rows = _first_of_each_item(interactions, generator.permutation(interactions.rows_of_user[user]))
+        cold = np.zeros(len(rows), bool)
+        if hidden is not None:
+            cold = hidden(interactions.users[user])[interactions.item[rows]]
+        support = rows[~cold][:support_size]
+        query = (rows[~cold][support_size:] if hidden is None else rows[cold])[:max_query]
+        if len(support) == support_size and len(query) >= min_query:
+            parts = interactions.ratings(support), interactions.ratings(query)
+            episodes.append(Episode(interactions.users[user], *parts))
+        if len(episodes) == batch_users:
+            break
+    if not episodes:
+        raise DataError(
+            f"no meta-training user has {support_size} ratings and {min_query} of hidden items", "Lower train.min_query"
+        )
+    return episodes

@@ -1,0 +1,218 @@
+"""Tasks are data: what a YAML file may say, as settings that refuse what they do not know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from metarec.artifacts import content_hash
+from metarec.config import Section
+from metarec.data.episodes import Candidates, Order
+from metarec.data.labels import LabelRule, read_rule
+from metarec.data.sources.formats import SourceOptions
+from metarec.data.templates import REVIEW, PromptTemplate
+from metarec.metrics import METRICS, check_metric
+
+
+class DatasetConfig(Section):
+    """Which dataset, and where it is."""
+
+    source: str
+    path: Path | None = None
+    options: SourceOptions = SourceOptions()
+    fields: dict[str, str] = Field({}, description="catalog fields made from others, by Jinja2 templates")
+    ratings_per_user: tuple[int, int | None] = Field((1, None), description="users with fewer or more are left out")
+    parts: dict[str, DatasetConfig] = Field({}, description="of source 'mix': the datasets that are joined")
+
+    @model_validator(mode="after")
+    def _only_a_mix_has_parts(self) -> DatasetConfig:
+        if bool(self.parts) != (self.source == "mix"):
+            raise ValueError("'parts' and source 'mix' belong together")
+        return self
+
+
+class UnseenFrom(Section):
+    """Items count as unseen from a value of a field on, e.g. movies released since a year."""
+
+    field: str
+    since: float
+
+
+class TransferConfig(Section):
+    """Which part of a mix is meta-trained on, and which one is adapted to."""
+
+    train: str
+    test: str
+
+
+class SplitConfig(Section):
+    """How users, items and ratings are divided."""
+
+    by: Literal["user", "item", "both", "time"] = "user"
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    order: Order = "random"
+    unseen: Annotated[float, Field(gt=0, lt=1)] | UnseenFrom | None = Field(
+        None, description="which items meta-training never sees; by user, nobody is asked about them either"
+    )
+    users: Literal["new", "known"] = Field("new", description="known: test users' other ratings are trained on")
+    transfer: TransferConfig | None = None
+    seed: int | None = Field(None, ge=0, description="null takes the run's")
+
+    @property
+    def asks_unrated(self) -> bool:
+        """Whether users are asked about items that nobody in meta-training rated."""
+        return self.by in ("item", "both")
+
+    @model_validator(mode="after")
+    def _combinations(self) -> SplitConfig:
+        if self.by == "time" and (self.users == "known" or self.transfer or self.unseen):
+            raise ValueError("a split by time has new users, all items and one dataset")
+        if self.by in ("item", "both") and self.unseen is None:
+            raise ValueError(f"a split by {self.by} says which items are 'unseen', e.g. 0.2 of them")
+        return self
+
+
+class QueryConfig(Section):
+    """How much of a user is held out, and what it is ranked among."""
+
+    max: int = Field(50, ge=2)
+    min: int = Field(5, ge=1)
+    candidates: Candidates = "rated"
+    sampled: int = Field(0, ge=0, description="unrated items per query, where candidates are 'sampled'")
+
+    @model_validator(mode="after")
+    def _sampled_says_how_many(self) -> QueryConfig:
+        if (self.candidates == "sampled") != (self.sampled > 0):
+            raise ValueError("'sampled' says how many unrated items join a query whose candidates are 'sampled'")
+        return self
+
+
+class PromptConfig(Section):
+    """How an item is put to the language model."""
+
+    text: str
+    positive: str
+    negative: str
+    ratings: tuple[str, ...] = Field((), description="answer words from the lowest to the highest rating")
+    recall: tuple[str, ...] = Field(
+        (),
+        description="sentences about an item that go on with what is known of it, read for items that nobody rated",
+        # Tasks without any keep the digest they had before there were any.
+        exclude_if=lambda sentences: not sentences,
+    )
+
+
+class DomainConfig(Section):
+    """Which field of an item names its domain."""
+
+    field: str
+    separator: str = ", "
+
+
+class NegativesConfig(Section):
+    """How many items nobody touched stand beside each one that somebody did, in implicit data."""
+
+    per_positive: int = Field(1, ge=1, le=100)
+    draw: Literal["even", "popular"] = "even"
+
+
+class Task(Section):
+    """What is measured: a dataset, its episodes, the prompt and the label rule."""
+
+    name: str
+    version: int = Field(ge=1)
+    description: str
+    licence: str
+    origin: str = Field("", description="where the data comes from, or how to cite it")
+    dataset: DatasetConfig
+    by: Literal["user", "domain"] = "user"
+    domain: DomainConfig | None = None
+    split: SplitConfig = SplitConfig()
+    shots: tuple[int, ...] = (0, 5, 10, 20)
+    short_supports: bool = Field(False, description="users with fewer than K ratings give what they have")
+    query: QueryConfig = QueryConfig()
+    label: str
+    negatives: NegativesConfig | None = None
+    metrics: tuple[str, ...] = METRICS
+    prompt: PromptConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _threshold_is_a_label_rule(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "like_threshold" in values and "label" not in values:
+            rest = {key: value for key, value in values.items() if key != "like_threshold"}
+            return {**rest, "label": f"rating >= {values['like_threshold']}"}
+        return values
+
+    @field_validator("label")
+    @classmethod
+    def _label_is_a_rule(cls, text: str) -> str:
+        read_rule(text)
+        return text
+
+    @field_validator("metrics")
+    @classmethod
+    def _metrics_are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            check_metric(name)
+        return tuple(dict.fromkeys((*METRICS, *names)))
+
+    @model_validator(mode="after")
+    def _shots_ascend(self) -> Task:
+        if not self.shots or self.shots[0] < 0 or list(self.shots) != sorted(set(self.shots)):
+            raise ValueError(f"shots {list(self.shots)} are not ascending numbers from 0 on")
+        return self
+
+    @property
+    def recall(self) -> tuple[str, ...]:
+        """Sentences that a causal language model reads of each item where ones are asked about that nobody rated."""
+        return (self.prompt.recall or (REVIEW,)) if self.split.asks_unrated else ()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Task:
+        if (self.by == "domain") != (self.domain is not None):
+            raise ValueError("'by: domain' and a 'domain' belong together")
+        if self.by == "domain" and (self.query.candidates != "rated" or self.rule.kind == "implicit"):
+            raise ValueError("episodes by domain ask about rated items")
+        if (self.rule.kind == "implicit") != (self.negatives is not None):
+            raise ValueError("label 'implicit' and 'negatives' belong together")
+        if self.rule.kind == "rating" and self.query.candidates != "rated":
+            raise ValueError("label 'rating' asks about rated items, the others have no rating")
+        transfer = self.split.transfer
+        if transfer and not {transfer.train, transfer.test} <= set(self.dataset.parts):
+            raise ValueError(f"split.transfer names no parts of the mix: {sorted(self.dataset.parts)}")
+        return self
+
+    @property
+    def rule(self) -> LabelRule:
+        """The label rule, read."""
+        return read_rule(self.label)
+
+    @property
+    def like_threshold(self) -> float:
+        """Ratings from here on are likes; NaN where the user's own mean decides."""
+        return self.rule.threshold
+
+    @property
+    def template(self) -> PromptTemplate:
+        """The prompt, ready to render."""
+        return PromptTemplate(self.prompt.text, self.prompt.positive, self.prompt.negative)
+
+    @property
+    def digest(self) -> str:
+        """Names the task by its content; where the data lies on this disk does not count."""
+        values = self.model_dump(mode="json")
+        for dataset in (values["dataset"], *values["dataset"]["parts"].values()):
+            del dataset["path"]
+        return content_hash(values)
+
+
+class GroupConfig(Section):
+    """A suite of tasks."""
+
+    group: str
+    description: str = ""
+    tasks: tuple[str, ...] = Field(min_length=1)

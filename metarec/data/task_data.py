@@ -1,0 +1,196 @@
+"""Reads, labels and splits a task's data, so that no method can see the test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from metarec.artifacts import content_hash
+from metarec.data.episodes import Episode, Part, evaluation_episodes, split_by_time, split_items, split_users
+from metarec.data.interactions import Codes, Flags, Interactions
+from metarec.data.sources import read_source
+from metarec.data.task import DatasetConfig, SplitConfig, Task, UnseenFrom
+from metarec.data.templates import derive_fields
+from metarec.data.transforms import as_domains, keep_users, merge, with_negatives
+from metarec.errors import DataError, suggest
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task's dataset, split by a seed.
+
+    Args:
+        task: The task.
+        interactions: What may be trained on: rows of the training users are all that training may see of them.
+        parts: User codes of meta-train, validation and test.
+        seed: Seed of the split.
+        held_out: Where validation and test episodes are cut from; None cuts them from `interactions`.
+        seen: Items that meta-training may see, shape (items,); None for all.
+    """
+
+    task: Task
+    interactions: Interactions
+    parts: Mapping[Part, Codes]
+    seed: int
+    held_out: Interactions | None = None
+    seen: Flags | None = None
+
+    def episodes(self, part: Part) -> tuple[list[Episode], int]:
+        """Returns the evaluation episodes of a part, and how many of its users have too few ratings."""
+        split, query = self.task.split, self.task.query
+        cold = self.seen if self.seen is None or split.by == "user" else ~self.seen
+        return evaluation_episodes(
+            self.interactions if self.held_out is None else self.held_out,
+            self.parts[part],
+            max_support=self.task.shots[-1],
+            max_query=query.max,
+            min_query=query.min,
+            order=split.order,
+            seed=self.seed,
+            support_from=cold if split.by == "both" else self.seen,
+            query_from=cold,
+            short_supports=self.task.short_supports,
+            candidates=query.candidates,
+            sampled=query.sampled,
+        )
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Names data, split and prompt by their content; they go into every result."""
+        split: dict[str, Any] = {part: users.tolist() for part, users in self.parts.items()}
+        if self.seen is not None:
+            split["seen"] = np.flatnonzero(self.seen).tolist()
+        whole = self.interactions if self.held_out is None else self.held_out
+        return {
+            "data": whole.digest,
+            "split": content_hash(split),
+            "prompt": content_hash(self.task.prompt.model_dump(mode="json")),
+        }
+
+    def leaks(self) -> list[str]:
+        """Says in sentences what training could see of the test; none is right."""
+        found = []
+        episodes = [episode for part in ("validation", "test") for episode in self.episodes(part)[0]]
+        rows = np.isin(self.interactions.user, self.parts["train"])
+        trained = set(zip(self.interactions.user[rows].tolist(), self.interactions.item[rows].tolist(), strict=True))
+        code = {user: position for position, user in enumerate(self.interactions.users)}
+        asked = {(code[episode.user], int(item)) for episode in episodes for item in episode.query.items}
+        if both := trained & asked:
+            found.append(f"{len(both)} ratings are trained on and asked about")
+        if self.seen is not None:
+            items = {item for _, item in trained}
+            if hidden := items & set(np.flatnonzero(~self.seen).tolist()):
+                found.append(f"{len(hidden)} unseen items are rated in meta-training")
+            shown = {int(item) for episode in episodes for item in episode.query.items} & items
+            if shown and self.task.split.by != "user":
+                found.append(f"{len(shown)} items of queries are rated in meta-training")
+        if self.task.split.users == "new" and set(self.parts["train"]) & {
+            *self.parts["validation"],
+            *self.parts["test"],
+        }:
+            found.append("users are trained on and tested")
+        mixed = sum(bool(set(episode.support.items) & set(episode.query.items)) for episode in episodes)
+        if mixed:
+            found.append(f"{mixed} episodes have an item in support and query")
+        return found
+
+
+def load_task_data(task: Task, seed: int) -> TaskData:
+    """Reads a task's dataset, applies its label rule and splits it.
+
+    Args:
+        task: The task.
+        seed: Seed of the split, of episodes and of negatives, unless the task fixes its own.
+
+    Raises:
+        DataError: The data cannot be read, or is too small for the split.
+    """
+    seed = seed if task.split.seed is None else task.split.seed
+    data = load_dataset(task.dataset)
+    if task.negatives:
+        data = with_negatives(data, task.negatives.per_positive, seed, popular=task.negatives.draw == "popular")
+    data = task.rule.apply(data)
+    if task.domain:
+        data = as_domains(data, task.domain.field, task.domain.separator)
+    return _split(task, data, seed)
+
+
+def load_dataset(config: DatasetConfig) -> Interactions:
+    """Reads a dataset as a task names it: its source, its derived fields, its users of the right size."""
+    if config.source == "mix":
+        data = merge({name: load_dataset(part) for name, part in config.parts.items()})
+    else:
+        data = read_source(config.source, config.path, config.options)
+    if config.fields:
+        data = replace(data, catalog=derive_fields(data.catalog, config.fields))
+    return keep_users(data, *config.ratings_per_user)
+
+
+def _split(task: Task, data: Interactions, seed: int) -> TaskData:
+    split = task.split
+    if split.by == "time":
+        parts, usable = split_by_time(data, split.fractions)
+        return TaskData(task, data.subset(usable), parts, seed)
+    parts = split_users(data, split.fractions, seed)
+    if split.transfer:
+        parts = _transfer(data, split, seed)
+    seen = None if split.unseen is None else _seen_items(data, split.unseen, seed)
+    if split.users == "known":
+        parts = {**parts, "train": np.arange(len(data.users))}
+    if seen is None and split.users == "new":
+        return TaskData(task, data, parts, seed)
+    trained = np.isin(data.user, parts["train"]) & (True if seen is None else seen[data.item])
+    if split.users == "known":
+        trained &= ~_asked(TaskData(task, data, parts, seed, data, seen))
+    return TaskData(task, data.subset(trained), parts, seed, data, seen)
+
+
+def _transfer(data: Interactions, split: SplitConfig, seed: int) -> Mapping[Part, Codes]:
+    """Trains and validates on one part's users; tests those users of the other that its own task would test."""
+    assert split.transfer
+    codes = {
+        name: np.array([code for code, user in enumerate(data.users) if user.startswith(f"{name}/")], np.int64)
+        for name in (split.transfer.train, split.transfer.test)
+    }
+    source, target = codes.values()
+    inside = {
+        name: split_users(replace(data, users=tuple(data.users[code] for code in users)), split.fractions, seed)
+        for name, users in codes.items()
+    }
+    trained, tested = inside.values()
+    return {
+        "train": source[trained["train"]],
+        "validation": source[trained["validation"]],
+        "test": target[tested["test"]],
+    }
+
+
+def _seen_items(data: Interactions, unseen: float | UnseenFrom, seed: int) -> Flags:
+    if isinstance(unseen, float):
+        return split_items(data, unseen, seed)
+    if unseen.field not in data.catalog.fields:
+        raise DataError(f"the catalog has no field '{unseen.field}'", suggest(unseen.field, data.catalog.fields))
+    numbers = np.array(
+        [float(text) if text.replace(".", "", 1).isdigit() else -np.inf for text in data.catalog.fields[unseen.field]]
+    )
+    seen: Flags = numbers < unseen.since
+    if seen.all() or not seen.any():
+        raise DataError(
+            f"{unseen.field} since {unseen.since:g} leaves {seen.sum()} of {len(seen)} items seen", "Choose another"
+        )
+    return seen
+
+
+def _asked(data: TaskData) -> Flags:
+    """Rows that a validation or test query asks about."""
+    whole = data.held_out if data.held_out is not None else data.interactions
+    code = {user: position for position, user in enumerate(whole.users)}
+    episodes = [episode for part in ("validation", "test") for episode in data.episodes(part)[0]]
+    keys = [code[episode.user] * len(whole.catalog) + episode.query.items for episode in episodes]
+    asked = np.concatenate([*keys, np.zeros(0, np.int64)])
+    flags: Flags = np.isin(whole.user * len(whole.catalog) + whole.item, asked)
+    return flags

@@ -1,0 +1,144 @@
+"""Item text: Jinja2 templates over a catalog's fields.
+
+Item fields are cleaned before they enter a prompt: control characters and texts that a tokenizer would read as its
+own control tokens become spaces, so that no title can end a turn or add one. Knows nothing of users, scores or models.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from metarec.data.interactions import Catalog, article_first
+from metarec.errors import ConfigError
+
+MAX_FIELD_CHARACTERS = 300
+_USUAL_FIELDS = ("year", "genres", "authors")
+FIELDS_AFTER_TITLE = (
+    "{% if year %} ({{ year }}){% endif %}{% for field in [genres, authors] if field %}, {{ field }}{% endfor %}"
+)
+# For whatever people review; it goes on as reviews do.
+REVIEW = 'Review: "{{ title }}"' + FIELDS_AFTER_TITLE + ". It was received by critics and audiences as"
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The text that describes one item and asks for an answer.
+
+    Args:
+        text: Jinja2 template over the catalog's fields, and ``mask`` where the model fills in a blank.
+        positive: The answer word that counts for the item.
+        negative: The answer word that counts against it.
+    """
+
+    text: str
+    positive: str
+    negative: str
+
+    @cached_property
+    def _compiled(self) -> jinja2.Template:
+        return _compile(self.text, "prompt.text")
+
+    def render(self, catalog: Catalog, code: int, special_tokens: Sequence[str] = (), mask: str = "") -> str:
+        """Returns the prompt of one item.
+
+        Args:
+            catalog: Where its fields are.
+            code: The item.
+            special_tokens: The tokenizer's control texts, removed from the fields.
+            mask: What ``{{ mask }}`` stands for.
+
+        Raises:
+            ConfigError: The template names a field that the catalog does not have, or fails.
+        """
+        fields = {**_cleaned(catalog, code, special_tokens), "mask": mask}
+        return _render(self._compiled, fields, "the prompt template", catalog.ids[code])
+
+
+def described(catalog: Catalog) -> Catalog:
+    """Returns the catalog with blanks for what is usually known of items and not of these."""
+    return Catalog(catalog.ids, {**{name: ("",) * len(catalog) for name in _USUAL_FIELDS}, **catalog.fields})
+
+
+def recall_texts(catalog: Catalog, sentence: str = REVIEW, special_tokens: Sequence[str] = ()) -> list[str]:
+    """Renders, for every item, a sentence that goes on with what is known of it.
+
+    Titles are written as in a text, ``The Matrix`` for ``Matrix, The``.
+
+    Args:
+        catalog: The items.
+        sentence: Jinja2 template over the catalog's fields, of which `described` gives the usual ones.
+        special_tokens: The tokenizer's control texts, removed from the fields.
+
+    Raises:
+        ConfigError: The template does not parse, names a field that is not there, or fails.
+    """
+    compiled = _compile(sentence, "prompt.recall")
+    titles = tuple(map(article_first, catalog.fields["title"]))
+    named = Catalog(catalog.ids, {**described(catalog).fields, "title": titles})
+    return [
+        _render(compiled, _cleaned(named, code, special_tokens), "a template of 'prompt.recall'", catalog.ids[code])
+        for code in range(len(named))
+    ]
+
+
+def derive_fields(catalog: Catalog, templates: Mapping[str, str]) -> Catalog:
+    """Builds catalog fields from others: item text as a task wants it, or the value that names a domain.
+
+    Args:
+        catalog: The items.
+        templates: Name of a new or replaced field to its Jinja2 template over the fields before it.
+
+    Raises:
+        ConfigError: A template does not parse, names a field that is not there, or fails.
+    """
+    for name, text in templates.items():
+        compiled = _compile(text, f"dataset.fields.{name}")
+        column = tuple(
+            _render(compiled, catalog.row(code), f"the template of field '{name}'", catalog.ids[code]).strip()
+            for code in range(len(catalog))
+        )
+        catalog = Catalog(catalog.ids, {**catalog.fields, name: column})
+    return catalog
+
+
+def _compile(text: str, where: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
+    try:
+        return environment.from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"the template does not parse: {error}", f"Repair '{where}'") from None
+
+
+def _render(template: jinja2.Template, fields: Mapping[str, str], what: str, item: str) -> str:
+    try:
+        return template.render(**fields)
+    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{what} fails on item '{item}': {error}", f"Fields there are: {', '.join(sorted(set(fields) - {'mask'}))}"
+        ) from None
+
+
+def _cleaned(catalog: Catalog, code: int, special_tokens: Sequence[str]) -> dict[str, str]:
+    return {name: clean_field(value, special_tokens) for name, value in catalog.row(code).items()}
+
+
+def clean_field(value: str, special_tokens: Sequence[str] = ()) -> str:
+    """Returns a field's text without control characters or control tokens, on one line, of bounded length."""
+    visible = "".join(" " if unicodedata.category(char).startswith("C") else char for char in value)
+    for token in special_tokens:
+        visible = visible.replace(token, " ")
+    return " ".join(visible.split())[:MAX_FIELD_CHARACTERS]
+
+
+def content_free(catalog: Catalog) -> Catalog:
+    """Returns a catalog of one item of which nothing is known: every field says ``N/A``.
+
+    Source: Zhao et al. 2021, "Calibrate Before Use", section 5.
+    """
+    return Catalog(("N/A",), dict.fromkeys(catalog.fields, ("N/A",)))

@@ -1,0 +1,159 @@
+"""Other views of a dataset: domains in the place of users, several datasets as one, seeded negatives, thinner users.
+
+Every function takes `Interactions` and returns `Interactions`; none of them changes a rating that somebody gave,
+except that `merge` brings different scales to one. Knows nothing of files, splits or models.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from metarec.data.episodes import seeded
+from metarec.data.interactions import Catalog, Codes, Interactions, RatingScale
+from metarec.errors import DataError, suggest
+
+DOMAIN = "domain"
+
+
+def as_domains(interactions: Interactions, field: str, separator: str) -> Interactions:
+    """Puts an item field's values in the place of users: an episode is then a domain, its rows many users' ratings.
+
+    An item with several values (a movie of three genres) belongs to the rarest of them alone, so that domains share
+    no item and a held-out domain is one that meta-training has seen nothing of. Items without a value belong to none.
+
+    Args:
+        interactions: The dataset.
+        field: The catalog field.
+        separator: What stands between several values.
+
+    Raises:
+        DataError: The catalog has no such field, or it is empty everywhere.
+    """
+    if field not in interactions.catalog.fields:
+        raise DataError(
+            f"the catalog has no field '{field}' to take domains from", suggest(field, interactions.catalog.fields)
+        )
+    values = [
+        [part.strip() for part in text.split(separator) if part.strip()] for text in interactions.catalog.fields[field]
+    ]
+    frequency = Counter(part for parts in values for part in parts)
+    domains = sorted(frequency)
+    if not domains:
+        raise DataError(f"catalog field '{field}' is empty everywhere", "Choose another field for the domains")
+    code = {domain: position for position, domain in enumerate(domains)}
+    domain_of_item = np.array(
+        [code[min(parts, key=lambda part: (frequency[part], part))] if parts else -1 for parts in values], np.int64
+    )
+    domain = domain_of_item[interactions.item]
+    kept = domain >= 0
+    lost = int((~kept).sum())
+    dropped = {**interactions.dropped, **({f"item without {field}": lost} if lost else {})}
+    return replace(interactions.subset(kept), users=tuple(domains), user=domain[kept], dropped=dropped)
+
+
+def merge(parts: Mapping[str, Interactions]) -> Interactions:
+    """Joins several datasets into one catalog, with a ``domain`` field that says which one an item is from.
+
+    Ids get their part's name in front. Ratings are multiplied so that the highest of every part is the first one's:
+    4 of 5 stays 4 of 5, 8 of 10 becomes it.
+
+    Args:
+        parts: Name to dataset, at least one.
+    """
+    named = list(parts.items())
+    high = named[0][1].scale.high
+    factors = [high / part.scale.high for _, part in named]
+    scale = RatingScale(min(part.scale.low * factor for (_, part), factor in zip(named, factors, strict=True)), high)
+    timed = all(part.timestamp is not None for _, part in named)
+    names = sorted({name for _, part in named for name in part.catalog.fields})
+    columns: dict[str, tuple[str, ...]] = {
+        name: tuple(text for _, part in named for text in part.catalog.fields.get(name, ("",) * len(part.catalog)))
+        for name in names
+    }
+    columns[DOMAIN] = tuple(label for label, part in named for _ in part.catalog.ids)
+    first_user = np.cumsum([0, *(len(part.users) for _, part in named)])
+    first_item = np.cumsum([0, *(len(part.catalog) for _, part in named)])
+    return Interactions(
+        users=tuple(f"{label}/{user}" for label, part in named for user in part.users),
+        user=np.concatenate([part.user + start for (_, part), start in zip(named, first_user, strict=False)]),
+        item=np.concatenate([part.item + start for (_, part), start in zip(named, first_item, strict=False)]),
+        rating=np.concatenate(
+            [(part.rating * factor).astype(np.float32) for (_, part), factor in zip(named, factors, strict=True)]
+        ),
+        timestamp=np.concatenate([part.timestamp for _, part in named if part.timestamp is not None])
+        if timed
+        else None,
+        catalog=Catalog(tuple(f"{label}/{item}" for label, part in named for item in part.catalog.ids), columns),
+        scale=scale,
+        dropped={f"{label}: {reason}": count for label, part in named for reason, count in part.dropped.items()},
+    )
+
+
+def with_negatives(interactions: Interactions, per_positive: int, seed: int, popular: bool = False) -> Interactions:
+    """Turns what users interacted with into ones, and adds items that they did not as zeros.
+
+    Each user's negatives are a function of the seed and the user's id alone, carry the time of the positives they
+    stand beside, and never name an item that the user interacted with.
+
+    Args:
+        interactions: The dataset; its ratings are ignored, each row counts as an interaction.
+        per_positive: Negatives for every positive; fewer where a user has touched almost everything.
+        seed: Seed of the draw.
+        popular: Draw items by how often they were interacted with instead of evenly (harder negatives).
+    """
+    share = np.bincount(interactions.item, minlength=len(interactions.catalog)).astype(np.float64)
+    share = share / share.sum() if popular else np.full(len(share), 1 / len(share))
+    users, items, sources = [], [], []
+    for user, rows in enumerate(interactions.rows_of_user):
+        if not len(rows):
+            continue
+        left = share.copy()
+        left[interactions.item[rows]] = 0
+        count = min(per_positive * len(rows), int((left > 0).sum()))
+        if not count:
+            continue
+        drawn = seeded(seed, f"{interactions.users[user]}\0negatives").choice(
+            len(left), count, replace=False, p=left / left.sum()
+        )
+        users.append(np.full(count, user, np.int64))
+        items.append(drawn.astype(np.int64))
+        sources.append(np.resize(rows, count))
+    extra_user, extra_item, source = (
+        np.concatenate([*part, np.zeros(0, np.int64)]) for part in (users, items, sources)
+    )
+    time = interactions.timestamp
+    return replace(
+        interactions,
+        user=np.concatenate([interactions.user, extra_user]).astype(np.int64),
+        item=np.concatenate([interactions.item, extra_item]).astype(np.int64),
+        rating=np.repeat(np.array([1, 0], np.float32), [len(interactions), len(extra_user)]),
+        timestamp=None if time is None else np.concatenate([time, time[source.astype(np.int64)]]),
+        scale=RatingScale(0.0, 1.0),
+        liked=None,
+    )
+
+
+def keep_users(interactions: Interactions, fewest: int, most: int | None) -> Interactions:
+    """Leaves out users with fewer or more ratings than stated; the rest of the data stays as it is.
+
+    Raises:
+        DataError: Nobody is left.
+    """
+    count = np.bincount(interactions.user, minlength=len(interactions.users))
+    kept: Codes = np.flatnonzero((count >= fewest) & (count <= (most if most is not None else count.max(initial=0))))
+    if len(kept) == len(interactions.users):
+        return interactions
+    if not len(kept):
+        raise DataError(
+            f"no user has {fewest} to {most or 'any number of'} ratings", "Widen 'ratings_per_user' in the task"
+        )
+    new = np.full(len(interactions.users), -1, np.int64)
+    new[kept] = np.arange(len(kept))
+    rows = new[interactions.user] >= 0
+    data = interactions.subset(rows)
+    dropped = {**interactions.dropped, "user outside ratings_per_user": len(interactions.users) - len(kept)}
+    return replace(data, users=tuple(interactions.users[user] for user in kept), user=new[data.user], dropped=dropped)

@@ -1,0 +1,1 @@
+"""The frozen language model, its adapters, and how items are read fast."""

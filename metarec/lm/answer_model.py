@@ -1,0 +1,160 @@
+"""The language model's opinion of a catalog: every item's answer log-odds, under every user's adapter.
+
+Knows where adapters may sit and how an answer is read from a state; nothing of ratings, losses or users' histories.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from metarec.artifacts import content_hash
+from metarec.lm.adapters import AdapterSpec
+from metarec.lm.backbone import Backbone
+from metarec.lm.blocks import Adapters
+from metarec.lm.cached_forward import CachedTrunk
+from metarec.lm.forward import Gathered, Trunk, pool
+from metarec.lm.placement import Placement, adapter_spec, check_placement
+from metarec.lm.reference_forward import PlainTrunk
+from metarec.lm.tokenized import CatalogPrompts
+
+_LOG = logging.getLogger(__name__)
+# An encoder has no answer words of its own: its log-odds are a difference of cosines, sharpened like CLIP's.
+_ENCODER_SHARPNESS = 20.0
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Gives every item's answer log-odds under every user's adapter.
+
+    Args:
+        backbone: The model.
+        prompts: The catalog's prompts.
+        placement: Where the adapters sit.
+        trunk: What runs the model.
+    """
+
+    backbone: Backbone
+    prompts: CatalogPrompts
+    placement: Placement
+    trunk: Trunk
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Names what its answers depend on, but for precision: the backbone, the prompts and the placement."""
+        return {
+            "backbone": self.backbone.fingerprint,
+            "prompts": self.prompts.digest,
+            "placement": content_hash(asdict(self.placement)),
+        }
+
+    @cached_property
+    def spec(self) -> AdapterSpec:
+        """The adapters it takes."""
+        return adapter_spec(self.backbone, self.placement)
+
+    @property
+    def invocation_tokens(self) -> tuple[int, ...] | None:
+        """Token ids from whose start the adapter is active, or None where it is active everywhere."""
+        count = self.placement.active_tokens
+        return None if count is None else self.prompts.tokens[0][-count:]
+
+    def gather(self, items: Tensor) -> Gathered:
+        """Collects what reading some items needs, once for all the steps that read them.
+
+        Args:
+            items: Item codes, shape (users, items).
+        """
+        return self.trunk.gather(items)
+
+    def log_odds(self, gathered: Gathered, state: Mapping[str, Tensor] | None) -> Tensor:
+        """Reads items.
+
+        Args:
+            gathered: The items.
+            state: Adapters with a user dimension; None reads with the frozen model.
+
+        Returns:
+            log p(yes) - log p(no), shape (users, items).
+        """
+        return self.answer(self.last_states(gathered, state))
+
+    def last_states(self, gathered: Gathered, state: Mapping[str, Tensor] | None) -> Tensor:
+        """Reads items as `log_odds` does; returns the states behind the answers, shape (users, items, hidden)."""
+        adapters = None if state is None else Adapters(state, self.spec.scaling)
+        return self.trunk.last_states(gathered, adapters)
+
+    def features(self, states: Tensor) -> Tensor:
+        """Returns states around the catalog's frozen mean, so that a frozen item has length one on average."""
+        centre, length = self.frozen_moments
+        return (states - centre) / length
+
+    @cached_property
+    def frozen_moments(self) -> tuple[Tensor, Tensor]:
+        """The catalog's mean frozen state, shape (hidden,), and the root mean square length around it, a scalar."""
+        centre = self.states.mean(0)
+        return centre, (self.states - centre).square().sum(1).mean().sqrt()
+
+    @cached_property
+    def states(self) -> Tensor:
+        """Every item's state under the frozen model, shape (catalog, hidden)."""
+        return self.trunk.frozen_states()
+
+    @cached_property
+    def frozen_log_odds(self) -> Tensor:
+        """Every item's log-odds under the frozen model, shape (catalog,)."""
+        return self.answer(self.states)
+
+    @cached_property
+    def frozen_mean(self) -> Tensor:
+        """Mean of the catalog's log-odds under the frozen model, a scalar."""
+        return self.frozen_log_odds.mean()
+
+    @cached_property
+    def _answer_axis(self) -> tuple[Tensor, Tensor]:
+        if self.prompts.answers is None:
+            yes, no = (_encode(self.backbone, ids) for ids in self.prompts.answer_texts)
+            return (yes - no) * _ENCODER_SHARPNESS, yes.new_zeros(())
+        return self.backbone.answer_direction(*self.prompts.answers)
+
+    def answer(self, state: Tensor) -> Tensor:
+        """Turns states into log p(yes) - log p(no)."""
+        direction, offset = self._answer_axis
+        return state.to(direction.dtype) @ direction + offset
+
+
+@torch.no_grad()
+def _encode(backbone: Backbone, ids: tuple[int, ...]) -> Tensor:
+    tokens = torch.tensor([ids], device=backbone.device)
+    hidden: Tensor = backbone.model(input_ids=tokens).last_hidden_state
+    return pool(hidden, torch.ones_like(tokens)[:, None])[0, 0]
+
+
+def open_reader(
+    backbone: Backbone, prompts: CatalogPrompts, placement: Placement, block_dtype: torch.dtype | None = None
+) -> Reader:
+    """Returns a reader over the fastest trunk that is exact for the model.
+
+    Args:
+        backbone: The model.
+        prompts: The catalog's prompts.
+        placement: Where the adapters sit.
+        block_dtype: Precision of the adapted blocks' frozen weights, where they can be told apart from the others.
+
+    Raises:
+        ConfigError: The placement does not fit the model or the prompts.
+    """
+    check_placement(backbone, prompts, placement)
+    if backbone.weights is None:
+        _LOG.warning(
+            "the structure of '%s' (%s) is not one metarec can take apart; reading it whole, which is slower",
+            backbone.name,
+            backbone.model.config.model_type,
+        )
+        return Reader(backbone, prompts, placement, PlainTrunk(backbone, prompts, placement))
+    return Reader(backbone, prompts, placement, CachedTrunk(backbone, prompts, placement, block_dtype))

@@ -1,0 +1,338 @@
+"""Reads items from a cache of what no adapter changes.
+
+The layers below the adapted ones, and for activated LoRA also the item tokens' keys and values, lie in memory-mapped
+files, computed once per catalog.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarec.artifacts import cache_dir, content_hash
+from metarec.lm.backbone import Backbone, BertWeights, LlamaWeights, final_state
+from metarec.lm.blocks import Adapters, BertBlock, KeyValues, LlamaBlock, cast_block, pick
+from metarec.lm.cache import Arrays, fill_cache
+from metarec.lm.forward import Gathered, all_frozen_states, pool
+from metarec.lm.packing import PREFIX, Packed, pack
+from metarec.lm.placement import Placement
+from metarec.lm.tokenized import CatalogPrompts
+
+
+class _Ragged:
+    """Rows of different lengths in one flat array: item i owns rows ``offsets[i]`` to ``offsets[i + 1]``."""
+
+    def __init__(self, flat: np.ndarray, lengths: np.ndarray) -> None:
+        self.flat = flat
+        self.lengths = lengths
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
+
+    def padded(self, items: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Returns padded rows, shape (items, longest, ...), and True where a row is real."""
+        lengths = self.lengths[items]
+        steps = np.arange(max(int(lengths.max(initial=0)), 1))
+        real = steps < lengths[:, None]
+        rows = np.where(real, self.offsets[items][:, None] + steps, 0)
+        return torch.from_numpy(self.flat[rows]), torch.from_numpy(real)
+
+    def packed(self, items: np.ndarray, prefix: int) -> tuple[Tensor, Packed]:
+        """Returns items side by side, shape (rows, places, ...), and where they are; the prefix's places mean nothing.
+
+        Args:
+            items: Item codes, shape (users, items).
+            prefix: Places to leave free at the start of every row.
+        """
+        layout = pack(self.lengths[items], prefix)
+        rows_each = len(layout.owner) // len(items)
+        per_row = layout.last.shape[1]
+        begins = np.zeros((len(items), rows_each * per_row), np.int64)
+        begins[:, : items.shape[1]] = self.offsets[items]
+        begins = begins.reshape(len(layout.owner), per_row)
+        rows = np.take_along_axis(begins, np.maximum(layout.owner, 0), 1) + layout.offset
+        return torch.from_numpy(self.flat[np.where(layout.owner >= 0, rows, 0)]), layout
+
+
+@dataclass(frozen=True)
+class CachedTrunk:
+    """Reads from a cache; only the adapted layers, and in activated LoRA only their last tokens, run.
+
+    Args:
+        backbone: The model; it computes the cache.
+        prompts: The catalog's prompts.
+        placement: Where the adapters sit.
+        block_dtype: Precision of the adapted blocks' frozen weights; None keeps the backbone's.
+    """
+
+    backbone: Backbone
+    prompts: CatalogPrompts
+    placement: Placement
+    block_dtype: torch.dtype | None = None
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        # What is learned on top is never of lower precision than float32, whatever the frozen weights are.
+        return torch.float64 if self.backbone.dtype == torch.float64 else torch.float32
+
+    @property
+    def _first(self) -> int:
+        return int(self.backbone.model.config.num_hidden_layers) - self.placement.layers
+
+    @property
+    def _frozen_tail(self) -> bool:
+        return self.placement.active_tokens is not None
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return np.array([len(ids) for ids in self.prompts.tokens])
+
+    @cached_property
+    def _active_lengths(self) -> np.ndarray:
+        active = self.placement.active_tokens
+        return np.full(len(self._lengths), active) if active is not None else self._lengths - self._shared
+
+    @property
+    def _shared(self) -> int:
+        # A bidirectional model's prefix sees the item, so nothing of it can be shared.
+        return self.prompts.prefix if isinstance(self.backbone.weights, LlamaWeights) else 0
+
+    @cached_property
+    def path(self) -> Path:
+        """The cache's directory, named by everything its content depends on."""
+        key = content_hash(
+            {
+                "backbone": self.backbone.fingerprint,
+                "dtype": str(self.backbone.dtype),
+                "prompts": self.prompts.digest,
+                "first_layer": self._first,
+                "active_tokens": self.placement.active_tokens,
+            }
+        )
+        return cache_dir() / "trunk" / key
+
+    @cached_property
+    def _cache(self) -> tuple[_Ragged, _Ragged]:
+        self._build()
+        active = np.load(self.path / "active.npy", mmap_mode="r", allow_pickle=False)
+        frozen = np.load(self.path / "frozen.npy", mmap_mode="r", allow_pickle=False)
+        return self._ragged({"active": active, "frozen": frozen})
+
+    def _ragged(self, arrays: Arrays) -> tuple[_Ragged, _Ragged]:
+        frozen_lengths = self._lengths - self._shared - self._active_lengths
+        return _Ragged(arrays["active"], self._active_lengths), _Ragged(arrays["frozen"], frozen_lengths)
+
+    def frozen_states(self) -> Tensor:
+        """See `Trunk.frozen_states`."""
+        _ = self._cache
+        return torch.from_numpy(np.load(self.path / "states.npy", allow_pickle=False)).to(self.backbone.device)
+
+    @torch.no_grad()
+    def _build(self) -> None:
+        """Computes the cache block by block, unless it is there; an interrupted build goes on where it stopped."""
+        active_rows, frozen_rows = int(self._active_lengths.sum()), 0
+        width = 0
+        if isinstance(self.backbone.weights, LlamaWeights) and self._frozen_tail:
+            frozen_rows = int((self._lengths - self._shared).sum()) - active_rows
+            block = self.backbone.weights.blocks[0]
+            width = block.kv_heads * block.head_dim
+        shapes = {
+            "active": (active_rows, self.backbone.hidden_size),
+            "frozen": (frozen_rows, self.placement.layers, 2, width),
+        }
+
+        def read(items: np.ndarray, into: Arrays) -> None:
+            self._build_block(items, *self._ragged(into))
+
+        def finish(arrays: Arrays) -> None:
+            self.__dict__["_cache"] = self._ragged(arrays)
+            states = all_frozen_states(self, len(self._lengths)).cpu().numpy()
+            np.save(self.path / "states.npy", states, allow_pickle=False)
+
+        fill_cache(self.path, "trunk", self._lengths - self._shared, shapes, self._dtype, read, finish)
+
+    def _build_block(self, items: np.ndarray, active: _Ragged, frozen: _Ragged) -> None:
+        tokens = [self.prompts.tokens[item][self._shared :] for item in items]
+        lengths = np.array([len(ids) for ids in tokens])
+        width = int(lengths.max())
+        padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in tokens], device=self.backbone.device)
+        weights = self.backbone.weights
+        caches: list[tuple[Tensor, Tensor]] = []
+        if isinstance(weights, BertWeights):
+            mask = torch.arange(width, device=padded.device) < torch.from_numpy(lengths).to(padded.device)[:, None]
+            hidden = weights.embed(padded)[None].to(self._dtype)
+            for bert_block in weights.blocks[: self._first]:
+                hidden = bert_block(hidden, mask[:, None])
+            entering = hidden[0]
+        else:
+            assert isinstance(weights, LlamaWeights)
+            entering, caches = self._run_decoder(weights, padded)
+        for row, item in enumerate(items):
+            length, count = lengths[row], self._active_lengths[item]
+            begin = active.offsets[item]
+            active.flat[begin : begin + count] = entering[row, length - count : length].cpu().numpy()
+            kept, begin = frozen.lengths[item], frozen.offsets[item]
+            for layer, (keys, values) in enumerate(caches):
+                for kind, source in enumerate((keys, values)):
+                    flat = source[row].transpose(0, 1)[:kept].flatten(1)
+                    frozen.flat[begin : begin + kept, layer, kind] = flat.cpu().numpy()
+
+    def _run_decoder(self, weights: LlamaWeights, tokens: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Returns the states that enter the adapted layers and, for activated LoRA, those layers' keys and values."""
+        width = tokens.shape[1]
+        hidden = weights.embeddings[tokens][None].to(self._dtype)
+        positions = torch.arange(self._shared, self._shared + width, device=tokens.device)
+        rope = _shaped(weights.rope(positions))
+        causal = _causal(width, tokens.device)
+        entering, caches = hidden, []
+        for index, block in enumerate(weights.blocks):
+            if index == self._first:
+                entering = hidden
+                if not self._frozen_tail:
+                    break
+            own = block.key_values(hidden, rope)
+            if index >= self._first:
+                caches.append(own)
+            if index == len(weights.blocks) - 1:
+                break
+            hidden = block(hidden, rope, self._prefix(index), causal, own=own)
+        return entering[0], caches
+
+    @cached_property
+    def _blocks(self) -> Sequence[LlamaBlock | BertBlock]:
+        """The adapted blocks."""
+        assert self.backbone.weights is not None
+        blocks: Sequence[LlamaBlock | BertBlock] = self.backbone.weights.blocks[self._first :]
+        return blocks if self.block_dtype is None else [cast_block(block, self.block_dtype) for block in blocks]
+
+    @cached_property
+    def _prefix_run(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """The common prefix through the frozen model: every layer's keys and values, and the states at the top."""
+        weights = self.backbone.weights
+        assert isinstance(weights, LlamaWeights)
+        with torch.no_grad():
+            tokens = torch.tensor(self.prompts.tokens[0][: self._shared], dtype=torch.long, device=self.backbone.device)
+            hidden = weights.embeddings[tokens][None, None].to(self._dtype)
+            rope = _shaped(weights.rope(torch.arange(self._shared, device=tokens.device)))
+            causal = _causal(self._shared, tokens.device)
+            caches: list[tuple[Tensor, Tensor]] = []
+            entering = hidden
+            for index, block in enumerate(weights.blocks):
+                if index == self._first:
+                    entering = hidden
+                own = block.key_values(hidden, rope)
+                caches.append(own)
+                hidden = block(hidden, rope, (), causal, own=own)
+        return caches, entering
+
+    def _prefix(self, layer: int) -> list[KeyValues]:
+        return [KeyValues(*self._prefix_run[0][layer], None)] if self._shared else []
+
+    def gather(self, items: Tensor) -> Gathered:
+        """See `Trunk.gather`."""
+        return Gathered(items, self._gather_tail(items) if self._frozen_tail else self._gather_packed(items))
+
+    def _gather_tail(self, items: Tensor) -> tuple[Any, ...]:
+        """The last tokens' states, and the frozen keys and values of all tokens before them."""
+        users, count = items.shape
+        codes = items.flatten().numpy()
+        active, frozen = self._cache
+        device = self.backbone.device
+        weights = self.backbone.weights
+        assert isinstance(weights, LlamaWeights)
+        hidden = active.padded(codes)[0].to(device)
+        width = hidden.shape[1]
+        flat, real = (part.to(device) for part in frozen.padded(codes))
+        block = weights.blocks[0]
+        # (layers, keys and values, rows, kv heads, tokens, head)
+        heads = flat.unflatten(-1, (block.kv_heads, block.head_dim)).permute(2, 3, 0, 4, 1, 5).contiguous()
+        past = [
+            [*self._prefix(self._first + layer), KeyValues(keys, values, real[:, None])]
+            for layer, (keys, values) in enumerate(heads)
+        ]
+        lengths = torch.from_numpy(self._lengths[codes]).to(device)
+        positions = lengths[:, None] - width + torch.arange(width, device=device)
+        rope = _shaped(weights.rope(positions.flatten()), tuple(positions.shape))
+        last = torch.full((len(codes), 1), width - 1, device=device)
+        causal = _causal(width, device) if width > 1 else None
+        return hidden.view(users, count, *hidden.shape[1:]), rope, past, causal, last
+
+    def _gather_packed(self, items: Tensor) -> tuple[Any, ...]:
+        """All tokens of several items side by side behind one copy of the common prefix, which is active too."""
+        users = len(items)
+        device = self.backbone.device
+        flat, layout = self._cache[0].packed(items.numpy(), self._shared)
+        hidden = flat.to(device)
+        rope = None
+        weights = self.backbone.weights
+        if isinstance(weights, LlamaWeights):
+            if self._shared:
+                hidden[:, : self._shared] = self._prefix_run[1][0]
+            # PEFT counts a prefix of virtual tokens as positions; its keys themselves are not rotated.
+            before = np.where(layout.owner == PREFIX, 0, self._shared) + self.placement.virtual_tokens
+            positions = torch.from_numpy(layout.offset + before).to(device)
+            rope = _shaped(weights.rope(positions.flatten()), tuple(positions.shape))
+        visible = torch.from_numpy(layout.visible(causal=rope is not None)).to(device)
+        hidden = hidden.view(users, -1, *hidden.shape[1:])
+        read = self._places_read(items, layout).to(device)
+        return hidden, rope, [()] * self.placement.layers, visible, read
+
+    def _places_read(self, items: Tensor, layout: Packed) -> Tensor:
+        """Where the answer is read: at the last token, at the mask token, or for encoders averaged over each item.
+
+        Returns:
+            Positions, shape (rows, items per row), or which places belong to an item, shape (rows, items, places).
+        """
+        if self.backbone.kind == "causal":
+            return torch.from_numpy(layout.last)
+        if self.backbone.kind == "encoder":
+            return torch.from_numpy(layout.owner[:, None, :] == np.arange(layout.last.shape[1])[:, None])
+        before = np.zeros(layout.last.size, np.int64).reshape(len(items), -1)
+        before[:, : items.shape[1]] = self._after_blank[items.numpy()]
+        return torch.from_numpy(layout.last - before.reshape(layout.last.shape)).clamp(min=0)
+
+    @cached_property
+    def _after_blank(self) -> np.ndarray:
+        mask_token = self.prompts.mask_token
+        return np.array([len(ids) - 1 - ids.index(mask_token) for ids in self.prompts.tokens])
+
+    def last_states(self, gathered: Gathered, adapters: Adapters | None) -> Tensor:
+        """See `Trunk.last_states`."""
+        users, count = gathered.items.shape
+        hidden, rope, past, mask, read = gathered.inputs
+        pooled = self.backbone.kind == "encoder"
+        weights = self.backbone.weights
+        assert weights is not None
+        for layer, block in enumerate(self._blocks):
+            # Of the topmost layer nothing but what the answer is read from is needed.
+            top = layer == self.placement.layers - 1 and not pooled and hidden.shape[2] > 1
+            only = read if top else None
+            if isinstance(block, BertBlock):
+                hidden = block(hidden, mask, adapters, only=only)
+            else:
+                hidden = block(hidden, rope, past[layer], mask, adapters, only=only)
+        if pooled:
+            states = pool(hidden.flatten(0, 1), read)
+        else:
+            states = hidden if hidden.shape[2] == read.shape[1] else pick(hidden.flatten(0, 1), read)
+        width = self.backbone.hidden_size
+        states = states.reshape(users, states.numel() // (users * width), width)[:, :count]
+        if isinstance(weights, BertWeights):
+            return states if pooled else self.backbone.before_head(states)
+        return final_state(weights, states)
+
+
+def _shaped(rope: tuple[Tensor, Tensor], shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+    """Gives cosines and sines the dimensions (rows, 1, tokens, head)."""
+    cos, sin = rope
+    rows = shape or (1, cos.shape[0])
+    return cos.view(rows[0], 1, rows[1], cos.shape[-1]), sin.view(rows[0], 1, rows[1], sin.shape[-1])
+
+
+def _causal(tokens: int, device: Any) -> Tensor:
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()[None]

@@ -1,0 +1,70 @@
+"""Turns items and adapters into the states that answers are read from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from metarec.lm.blocks import Adapters
+from metarec.lm.cache import BLOCK_ITEMS
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Items ready to be read: their codes (users, items), and a trunk's own inputs for them."""
+
+    items: Tensor
+    inputs: tuple[Any, ...]
+
+
+class Trunk(Protocol):
+    """Turns items and adapters into the states that answers are read from."""
+
+    def gather(self, items: Tensor) -> Gathered:
+        """Collects what reading some items needs, once for all the steps that read them.
+
+        Args:
+            items: Item codes, shape (users, items).
+        """
+        ...
+
+    def last_states(self, gathered: Gathered, adapters: Adapters | None) -> Tensor:
+        """Reads items.
+
+        Args:
+            gathered: The items.
+            adapters: Every user's adapters; None reads with the frozen model.
+
+        Returns:
+            The state that the answer is read from, shape (users, items, hidden).
+        """
+        ...
+
+    def frozen_states(self) -> Tensor:
+        """Returns every item's state under the frozen model, float32, shape (catalog, hidden)."""
+        ...
+
+
+def pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Averages tokens and scales to unit length, as sentence encoders do.
+
+    Args:
+        hidden: States, shape (rows, tokens, hidden).
+        mask: Which tokens are averaged, shape (rows, averages, tokens).
+
+    Returns:
+        Shape (rows, averages, hidden); zero where there is nothing to average.
+    """
+    weights = mask.to(hidden.dtype)
+    return torch.nn.functional.normalize((weights @ hidden) / weights.sum(-1, keepdim=True).clamp(min=1), dim=-1)
+
+
+def all_frozen_states(trunk: Trunk, items: int) -> Tensor:
+    """Returns every item's state under the frozen model, shape (items, hidden)."""
+    with torch.no_grad():
+        blocks = torch.arange(items).split(BLOCK_ITEMS)
+        states = torch.cat([trunk.last_states(trunk.gather(block[None]), None)[0] for block in blocks])
+        return states.to(torch.promote_types(states.dtype, torch.float32))

@@ -1,0 +1,88 @@
+"""Runs the whole transformers model with a hook on every adapted layer.
+
+The reference that fast paths are held to, and the way for models whose structure is not recognised.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metarec.lm.adapters import user_update
+from metarec.lm.backbone import Backbone
+from metarec.lm.blocks import Adapters
+from metarec.lm.forward import Gathered, all_frozen_states, pool
+from metarec.lm.placement import Placement, adapter_spec
+from metarec.lm.tokenized import CatalogPrompts
+
+
+@dataclass(frozen=True)
+class PlainTrunk:
+    """Runs the whole model for every item and user, with a hook on every adapted layer."""
+
+    backbone: Backbone
+    prompts: CatalogPrompts
+    placement: Placement
+
+    def gather(self, items: Tensor) -> Gathered:
+        """See `Trunk.gather`."""
+        rows = [self.prompts.tokens[code] for code in items.flatten().tolist()]
+        lengths = torch.tensor([len(row) for row in rows])
+        width = max(map(len, rows), default=1)
+        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]).view(len(rows), width)
+        return Gathered(items, (tokens.to(self.backbone.device), lengths.to(self.backbone.device)))
+
+    def last_states(self, gathered: Gathered, adapters: Adapters | None) -> Tensor:
+        """See `Trunk.last_states`."""
+        users, count = gathered.items.shape
+        tokens, lengths = gathered.inputs
+        rows, width = tokens.shape
+        if rows == 0:
+            return torch.zeros(users, count, self.backbone.hidden_size, device=tokens.device)
+        places = torch.arange(width, device=lengths.device)
+        mask = places < lengths[:, None]
+        active = mask
+        if self.placement.active_tokens is not None:
+            active = mask & (places >= lengths[:, None] - self.placement.active_tokens)
+        with ExitStack() as hooks:
+            for name in adapter_spec(self.backbone, self.placement).shapes if adapters else ():
+                assert adapters is not None
+                hook = partial(_add_update, adapters=adapters, name=name, active=active, users=users)
+                module = self.backbone.model.get_submodule(name)
+                hooks.callback(module.register_forward_hook(hook).remove)
+            inputs = {"input_ids": tokens, "attention_mask": mask.long()}
+            if self.backbone.kind == "masked":
+                hidden = self.backbone.before_any_head(inputs)
+            else:
+                hidden = self.backbone.model.base_model(**inputs, **self._no_cache()).last_hidden_state
+        last = torch.arange(rows, device=lengths.device)
+        if self.backbone.kind == "encoder":
+            read = pool(hidden, mask[:, None])[:, 0]
+        elif self.backbone.kind == "masked":
+            blank = (tokens == self.prompts.mask_token).int().argmax(1)
+            read = hidden[last, blank]
+        else:
+            read = hidden[last, lengths - 1]
+        return read.view(users, count, -1)
+
+    def frozen_states(self) -> Tensor:
+        """See `Trunk.frozen_states`."""
+        return all_frozen_states(self, len(self.prompts.tokens))
+
+    def _no_cache(self) -> dict[str, bool]:
+        return {"use_cache": False} if self.backbone.kind == "causal" else {}
+
+
+def _add_update(
+    module: Any, args: Any, output: Tensor, *, adapters: Adapters, name: str, active: Tensor, users: int
+) -> Tensor:
+    inputs = args[0].reshape(users, -1, args[0].shape[-1])
+    update = user_update(inputs.to(next(iter(adapters.state.values())).dtype), adapters.state, name, adapters.scaling)
+    assert update is not None
+    masked: Tensor = update.expand(users, inputs.shape[1], -1).reshape(output.shape) * active.unsqueeze(-1)
+    return output + masked.to(output.dtype)

@@ -1,0 +1,87 @@
+"""A catalog as a language model reads it: every item's prompt as tokens, and the answer words.
+
+The answers are single tokens found at the prompt's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from metarec.artifacts import content_hash
+from metarec.data.interactions import Catalog
+from metarec.data.templates import PromptTemplate
+from metarec.errors import ConfigError
+from metarec.lm.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class CatalogPrompts:
+    """Every item's prompt as token ids, and what all prompts share.
+
+    Args:
+        texts: Prompt per item.
+        tokens: Token ids per item.
+        prefix: How many leading tokens all prompts have in common.
+        suffix: How many trailing tokens all prompts have in common, beyond the prefix.
+        answers: Token ids of the yes and the no word; None for encoders.
+        mask_token: Token id of the blank to fill in; None where the answer follows the prompt.
+        answer_texts: The two texts an encoder compares items with.
+    """
+
+    texts: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    prefix: int
+    suffix: int
+    answers: tuple[int, int] | None
+    mask_token: int | None
+    answer_texts: tuple[tuple[int, ...], tuple[int, ...]]
+
+    @property
+    def digest(self) -> str:
+        """Names the prompts by their content."""
+        return content_hash([self.tokens, self.answers, self.answer_texts])
+
+
+def tokenize_catalog(backbone: Backbone, template: PromptTemplate, catalog: Catalog) -> CatalogPrompts:
+    """Renders and tokenizes every item's prompt.
+
+    Raises:
+        ConfigError: A masked LM's template has no ``{{ mask }}``.
+        BackboneError: An answer word is not one token.
+    """
+    mask = backbone.tokenizer.mask_token if backbone.kind == "masked" else ""
+    special = backbone.special_tokens
+    texts = [template.render(catalog, code, special, mask) for code in range(len(catalog))]
+    if backbone.kind == "masked" and mask not in texts[0]:
+        raise ConfigError(
+            f"the prompt leaves '{backbone.name}' no blank to fill in", "Put {{ mask }} where the answer goes"
+        )
+    tokens = tuple(map(tuple, backbone.tokenize(texts)))
+    answers = None
+    if backbone.kind != "encoder":
+        answers = (
+            backbone.answer_token(texts[0], template.positive),
+            backbone.answer_token(texts[0], template.negative),
+        )
+    shortest = min(map(len, tokens))
+    prefix = min(common_start(tokens), shortest - 1)
+    suffix = min(common_start([ids[::-1] for ids in tokens]), shortest - prefix)
+    yes_text, no_text = backbone.tokenize([template.positive, template.negative])
+    return CatalogPrompts(
+        texts=tuple(texts),
+        tokens=tokens,
+        prefix=prefix,
+        suffix=suffix,
+        answers=answers,
+        mask_token=backbone.tokenizer.mask_token_id if backbone.kind == "masked" else None,
+        answer_texts=(tuple(yes_text), tuple(no_text)),
+    )
+
+
+def common_start(sequences: Sequence[tuple[int, ...]]) -> int:
+    """Returns how many leading numbers all sequences have in common."""
+    # The least and the greatest sequence differ wherever any two do.
+    least, greatest = min(sequences), max(sequences)
+    differ = (place for place, (a, b) in enumerate(zip(least, greatest, strict=False)) if a != b)
+    return next(differ, min(len(least), len(greatest)))

@@ -1,0 +1,115 @@
+"""The same meta-gradient by learn2learn, one user after another: the reference in tests, the baseline in benchmarks.
+
+Its users recognise their own code here: a module that is cloned, adapted and backpropagated through. Knows nothing of
+text, ratings or language models, and is no faster than a loop.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metarec.errors import ConfigError
+from metarec.meta.algorithms import MetaGradient
+from metarec.meta.inner_loop import Loss, MetaState
+from metarec.tensors import AdapterState
+
+
+def meta_gradient(
+    meta: MetaState, losses: Sequence[tuple[Loss, Loss]], steps: int, *, second_order: bool
+) -> MetaGradient:
+    """MAML or first-order MAML through ``learn2learn.algorithms.MetaSGD``.
+
+    learn2learn's MetaSGD with rates that are functions of ours is MAML with learned rates of any granularity; its MAML
+    knows a single constant rate.
+
+    Args:
+        meta: The meta-parameters; rates must not differ between steps.
+        losses: One support and one query loss per user, each about that user alone.
+        steps: Inner steps.
+        second_order: Whether the Hessian takes part.
+
+    Returns:
+        What `metarec.meta.algorithms.maml` returns for the same users together.
+
+    Raises:
+        ConfigError: learn2learn is not installed, or the rates differ between steps.
+    """
+    if any(len(rate) > 1 for rate in meta.log_rate.values()):
+        raise ConfigError("learn2learn knows no rates per step", "Set meta.rates to 'tensor' or 'number'")
+    meta_sgd = load_module("learn2learn.algorithms.meta_sgd").MetaSGD
+    leaves = {name: value.detach().requires_grad_() for name, value in meta.tensors().items()}
+    traced = MetaState.from_tensors(leaves)
+    shared = {name: value for name, value in traced.init.items() if name not in traced.log_rate}
+    adapted = _Tensors({name: traced.init[name] for name in traced.log_rate})
+    rates = [traced.rate(name, 0).expand(traced.init[name].shape) for name in traced.log_rate]
+    learner = meta_sgd(adapted, lrs=rates, first_order=not second_order)
+    values, totals, kept = [], dict.fromkeys(leaves, torch.zeros(())), []
+    for support_loss, query_loss in losses:
+        clone = learner.clone()
+        finite = True
+        for _ in range(steps):
+            loss = support_loss(_as_one_user({**shared, **clone()})).sum()
+            finite = finite and bool(loss.isfinite())
+            if not finite:
+                break
+            clone.adapt(loss)
+        value = query_loss(_as_one_user({**shared, **clone()})).sum()
+        finite = finite and bool(value.isfinite())
+        values.append(value.detach())
+        kept.append(finite)
+        if finite:
+            inputs = {**leaves, **{f"init/{name}": value for name, value in adapted.by_name.items()}}
+            gradients = torch.autograd.grad(value, list(inputs.values()), allow_unused=True, retain_graph=True)
+            for name, gradient in zip(inputs, gradients, strict=True):
+                totals[name] = totals[name] + (torch.zeros_like(leaves[name]) if gradient is None else gradient)
+    count = max(sum(kept), 1)
+    return MetaGradient(
+        torch.stack(values), {name: total.detach() / count for name, total in totals.items()}, ~torch.tensor(kept)
+    )
+
+
+class _Tensors(nn.Module):
+    """The adapted tensors as a module, for learn2learn to clone and update."""
+
+    def __init__(self, tensors: AdapterState) -> None:
+        super().__init__()
+        self._names = list(tensors)
+        # Dots are not allowed in the names of parameters.
+        for place, tensor in enumerate(tensors.values()):
+            self.register_parameter(f"t{place}", nn.Parameter(tensor.detach().clone()))
+
+    @property
+    def by_name(self) -> AdapterState:
+        return {name: getattr(self, f"t{place}") for place, name in enumerate(self._names)}
+
+    def forward(self) -> AdapterState:
+        return self.by_name
+
+
+def _as_one_user(state: AdapterState) -> dict[str, Tensor]:
+    return {name: tensor[None] for name, tensor in state.items()}
+
+
+def load_module(name: str) -> Any:
+    """Imports one module of learn2learn without its package's own imports, which want torchvision and gym."""
+    spec = importlib.util.find_spec("learn2learn")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("learn2learn is not installed", "Run: make learn2learn")
+    root = Path(next(iter(spec.submodule_search_locations)))
+    for bare, path in (("learn2learn", root), ("learn2learn.algorithms", root / "algorithms")):
+        if bare not in sys.modules:
+            module = ModuleType(bare)
+            module.__path__ = [str(path)]
+            module.__spec__ = ModuleSpec(bare, None, is_package=True)
+            module.__spec__.submodule_search_locations = module.__path__
+            sys.modules[bare] = module
+    return importlib.import_module(name)

@@ -1,0 +1,244 @@
+"""The outer loop: meta-trains on episodes, validates, stops early, keeps the best, and resumes exactly.
+
+A step depends on the seed, its number and the state before it, on nothing else; the state is written whole. So a run
+that was killed and resumed ends with the same weights, bit for bit, as one that was not. Knows nothing of the command
+line, nor of what the meta-parameters mean.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
+from metarec.config import TrainConfig
+from metarec.errors import ArtifactError
+from metarec.meta.algorithms import MetaGradient
+from metarec.meta.inner_loop import MetaState
+from metarec.progress import progress
+from metarec.tensors import read_tensors, write_tensors
+
+MetaGradientAt = Callable[[MetaState, int], MetaGradient]
+Validate = Callable[[MetaState], float]
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an outer loop ends with.
+
+    Args:
+        best: The meta-parameters with the best validation value.
+        best_step: After how many steps they were reached; 0 is the untrained state.
+        best_value: Their validation value, higher is better.
+        steps: How many steps were taken.
+        diverged: How many inner loops met a non-finite loss.
+        history: ``(step, mean query loss since the last validation, validation value)``.
+    """
+
+    best: MetaState
+    best_step: int
+    best_value: float
+    steps: int
+    diverged: int
+    history: tuple[tuple[int, float, float], ...]
+
+
+@dataclass
+class _Progress:
+    """The part of a run's state that is not tensors; JSON-able."""
+
+    step: int = 0
+    best_step: int = 0
+    best_value: float = -math.inf
+    diverged: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    history: tuple[tuple[int, float, float], ...] = ()
+
+
+def train(
+    initial: MetaState,
+    gradient_at: MetaGradientAt,
+    validate: Validate,
+    config: TrainConfig,
+    *,
+    checkpoint: Path,
+    identity: Mapping[str, Any],
+    resume: bool,
+    description: str = "meta-training",
+) -> Trained:
+    """Runs the outer loop with AdamW, warm-up and cosine decay, clipping and early stopping.
+
+    A checkpoint is written at every validation, and when the loop is interrupted.
+
+    Args:
+        initial: Meta-parameters to start from.
+        gradient_at: The meta-gradient of a state at a step; a pure function.
+        validate: A value to maximize.
+        config: The outer loop's settings.
+        checkpoint: Directory of the checkpoint.
+        identity: What the run is a function of; a checkpoint of another run is refused.
+        resume: Goes on from the checkpoint if there is one.
+        description: What the progress bar says is being done.
+
+    Raises:
+        ArtifactError: The checkpoint is damaged or of another run.
+        KeyboardInterrupt: After the checkpoint was written.
+    """
+    tensors = {name: value.detach().clone() for name, value in initial.tensors().items()}
+    optimizer, schedule = _optimizer(tensors, config)
+    best = {name: value.clone() for name, value in tensors.items()}
+    at = _Progress()
+    if resume and checkpoint.exists():
+        at, best = _load(checkpoint, tensors, optimizer, identity)
+    meta = MetaState.from_tensors(tensors)
+
+    def save() -> None:
+        _save(checkpoint, tensors, best, optimizer, at, identity)
+
+    def check() -> None:
+        nonlocal best
+        value = validate(meta)
+        loss = at.loss_sum / max(at.loss_count, 1)
+        at.history = (*at.history, (at.step, loss, value))
+        at.loss_sum, at.loss_count = 0.0, 0
+        if value > at.best_value:
+            at.best_value, at.best_step = value, at.step
+            best = {name: tensor.clone() for name, tensor in tensors.items()}
+        save()
+
+    with _deferred_interrupt() as interrupted, progress(description, config.steps) as advance:
+        if not at.history:
+            check()
+        while at.step < config.steps and not _stale(at, config):
+            gradient = gradient_at(meta, at.step)
+            _step(tensors, gradient, optimizer, schedule(at.step), config.clip)
+            at.step += 1
+            at.diverged += int(gradient.diverged.sum())
+            at.loss_sum += float(gradient.loss[~gradient.diverged].sum())
+            at.loss_count += int((~gradient.diverged).sum())
+            if at.step % config.validate_every == 0 or at.step == config.steps:
+                check()
+            advance(at.step, f"validation AUC {at.history[-1][2]:.4f} (best {at.best_value:.4f})")
+            if interrupted():
+                save()
+                raise KeyboardInterrupt
+    return Trained(MetaState.from_tensors(best), at.best_step, at.best_value, at.step, at.diverged, at.history)
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Lets a step finish before Ctrl-C takes effect, for a state between two steps is none to resume from.
+
+    A second Ctrl-C interrupts at once. Off the main thread signals stay as they are.
+    """
+    pressed = False
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _stale(at: _Progress, config: TrainConfig) -> bool:
+    return sum(step > at.best_step for step, _, _ in at.history) >= config.patience
+
+
+def _optimizer(tensors: Mapping[str, Tensor], config: TrainConfig) -> tuple[torch.optim.AdamW, Callable[[int], float]]:
+    """Returns AdamW over two groups (adapters; score weights and inner rates) and the schedule's factor by step."""
+
+    def is_adapter(name: str) -> bool:
+        return tensors[name].numel() > 1 and not name.startswith("log_rate/")
+
+    adapters = [tensors[name] for name in tensors if is_adapter(name)]
+    scalars = [tensors[name] for name in tensors if not is_adapter(name)]
+    groups = [
+        {"params": adapters, "lr": config.lr, "base_lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": scalars, "lr": config.score_lr, "base_lr": config.score_lr, "weight_decay": 0.0},
+    ]
+
+    def schedule(step: int) -> float:
+        if step < config.warmup:
+            return (step + 1) / config.warmup
+        done = (step - config.warmup) / max(config.steps - config.warmup, 1)
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+    return torch.optim.AdamW([group for group in groups if group["params"]]), schedule
+
+
+def _step(
+    tensors: Mapping[str, Tensor], gradient: MetaGradient, optimizer: torch.optim.AdamW, factor: float, clip: float
+) -> None:
+    for name, tensor in tensors.items():
+        tensor.grad = gradient.gradients[name].to(tensor.dtype)
+    torch.nn.utils.clip_grad_norm_(list(tensors.values()), clip, error_if_nonfinite=True)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    optimizer.step()
+
+
+def _save(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    best: Mapping[str, Tensor],
+    optimizer: torch.optim.AdamW,
+    at: _Progress,
+    identity: Mapping[str, Any],
+) -> None:
+    moments = {
+        f"{index}/{key}": value
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+    }
+    state = asdict(at)
+    state["best_value"] = None if math.isinf(at.best_value) else at.best_value
+    with replace_dir(path, "checkpoint") as directory:
+        write_tensors(directory / "meta.safetensors", tensors)
+        write_tensors(directory / "best.safetensors", best)
+        write_tensors(directory / "optimizer.safetensors", moments)
+        (directory / _STATE).write_text(dump_json({"identity": dict(identity), **state}), encoding="utf-8")
+
+
+def _load(
+    path: Path, tensors: Mapping[str, Tensor], optimizer: torch.optim.AdamW, identity: Mapping[str, Any]
+) -> tuple[_Progress, dict[str, Tensor]]:
+    verify_dir(path, "checkpoint")
+    state = load_json(path / _STATE)
+    found = state.pop("identity")
+    for key, value in identity.items():
+        if found.get(key) != value:
+            raise ArtifactError(
+                f"the checkpoint '{path}' is of another run: its {key} is {found.get(key)!r}, not {value!r}",
+                "Resume with the same settings, or choose another run name",
+            )
+    for name, value in read_tensors(path / "meta.safetensors").items():
+        tensors[name].copy_(value)
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in read_tensors(path / "optimizer.safetensors").items():
+        index, _, key = name.partition("/")
+        moments.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    best_value = state.pop("best_value")
+    history = tuple(tuple(entry) for entry in state.pop("history"))
+    at = _Progress(**state, best_value=-math.inf if best_value is None else best_value, history=history)
+    return at, read_tensors(path / "best.safetensors")

@@ -1,0 +1,1 @@
+"""Predictors from ratings and item features; none reads a language model."""

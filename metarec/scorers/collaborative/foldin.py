@@ -1,0 +1,319 @@
+"""Collaborative filtering that folds a new user in by closed form: ALS, EASE, item-kNN and user-kNN.
+
+Each learns from the residuals of the meta-training users' ratings around the item prior, and adds to the prior what
+the support's residuals tell; without a support the score is the prior. Knows nothing of item text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csc_array, csr_array
+from torch import Tensor
+
+from metarec.data.interactions import Codes, Interactions
+from metarec.errors import DataError
+from metarec.scorer import Request, Scores, score_each
+from metarec.scorers.collaborative.item_mean import ItemPrior
+from metarec.scorers.collaborative.residuals import Floats, centred_residuals, training_residuals
+
+
+@dataclass(frozen=True)
+class ALS:
+    """Matrix factorization of residuals; a new user's factors are a ridge regression on the support.
+
+    Args:
+        prior: The item prior.
+        factors: Item factors, shape (items, factors).
+        penalty: Ridge penalty of the user's factors.
+        bias_strength: Ratings that a user's level of zero counts for.
+        name: How the method is called in tables.
+    """
+
+    prior: ItemPrior
+    factors: Floats
+    penalty: float
+    bias_strength: float
+    name: str = "ALS"
+
+    @property
+    def bytes_per_user(self) -> int:
+        """The user's factors in float32."""
+        return 4 * int(self.factors.shape[1])
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        """See `Scorer.score`."""
+        return score_each(requests, len(self.factors), self._values)
+
+    def _values(self, request: Request) -> Scores:
+        residual = centred_residuals(self.prior, request.support, self.bias_strength)
+        rated = self.factors[request.support.items]
+        taste = np.linalg.solve(rated.T @ rated + self.penalty * np.eye(rated.shape[1]), rated.T @ residual)
+        return self.prior.values(request.candidates) + self.factors[request.candidates] @ taste
+
+
+def fit_als(
+    interactions: Interactions,
+    users: Codes,
+    prior: ItemPrior,
+    *,
+    factors: int = 16,
+    item_penalty: float = 10.0,
+    user_penalty: float = 3.0,
+    bias_strength: float = 2.0,
+    sweeps: int = 8,
+    seed: int = 0,
+) -> ALS:
+    """Fits item factors by alternating least squares.
+
+    Args:
+        interactions: The dataset.
+        users: The meta-training users.
+        prior: The item prior, fitted on the same users.
+        factors: How many factors.
+        item_penalty: Ridge penalty of items' factors.
+        user_penalty: Ridge penalty of users' factors.
+        bias_strength: Ratings that a user's level of zero counts for.
+        sweeps: How often users and items are solved for.
+        seed: Seed of the first item factors.
+
+    Source: Zhou et al. 2008, "Large-scale parallel collaborative filtering for the Netflix prize", section 3, with
+    penalties that do not grow with the number of ratings.
+    """
+    residuals = training_residuals(interactions, users, prior).centred(bias_strength)
+    by_user = residuals.matrix()
+    by_item = by_user.T.tocsr()
+    item_factors = np.random.default_rng(seed).normal(scale=factors**-0.5, size=(residuals.shape[1], factors))
+    for _ in range(sweeps):
+        item_factors = _ridge(by_item, _ridge(by_user, item_factors, user_penalty), item_penalty)
+    return ALS(prior, item_factors, user_penalty, bias_strength)
+
+
+def _ridge(ratings: csr_array, factors: Floats, penalty: float) -> Floats:
+    """Solves every row's ridge regression of its entries on the factors of their columns."""
+    size = factors.shape[1]
+    squares = (factors[:, :, None] * factors[:, None]).reshape(len(factors), -1)
+    rated = csr_array((np.ones_like(ratings.data), ratings.indices, ratings.indptr), ratings.shape)
+    gram = (rated @ squares).reshape(-1, size, size) + penalty * np.eye(size)
+    solved: Floats = np.linalg.solve(gram, (ratings @ factors)[:, :, None])[:, :, 0]
+    return solved
+
+
+@dataclass(frozen=True)
+class EASE:
+    """A linear autoencoder of residuals over the items that have enough ratings.
+
+    Args:
+        prior: The item prior.
+        weights: Weight of the row's residual in the column's score, over kept items, shape (kept, kept).
+        place: Each item's row in `weights`, -1 where it is not kept, shape (items,).
+        bias_strength: Ratings that a user's level of zero counts for.
+        name: How the method is called in tables.
+        bytes_per_user: Nothing is kept beyond the ratings.
+    """
+
+    prior: ItemPrior
+    weights: Floats
+    place: Codes
+    bias_strength: float
+    name: str = "EASE"
+    bytes_per_user: int = 0
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        """See `Scorer.score`."""
+        return score_each(requests, len(self.place), self._values)
+
+    def _values(self, request: Request) -> Scores:
+        residual = centred_residuals(self.prior, request.support, self.bias_strength)
+        rows, columns = self.place[request.support.items], self.place[request.candidates]
+        told = residual[rows >= 0] @ self.weights[rows[rows >= 0]][:, columns]
+        return self.prior.values(request.candidates) + np.where(columns >= 0, told, 0.0)
+
+
+def fit_ease(
+    interactions: Interactions,
+    users: Codes,
+    prior: ItemPrior,
+    *,
+    min_ratings: int = 10,
+    max_items: int = 4000,
+    penalty: float = 30.0,
+    bias_strength: float = 2.0,
+) -> EASE:
+    """Fits the item-item weights in closed form.
+
+    Args:
+        interactions: The dataset.
+        users: The meta-training users.
+        prior: The item prior, fitted on the same users.
+        min_ratings: Items with fewer are left to the prior.
+        max_items: At most so many items are kept, those with most ratings; memory grows with its square.
+        penalty: Ridge penalty.
+        bias_strength: Ratings that a user's level of zero counts for.
+
+    Raises:
+        DataError: No item has `min_ratings` ratings.
+
+    Source: Steck 2019, "Embarrassingly shallow autoencoders for sparse data", eq. 8, on residuals instead of clicks.
+    """
+    residuals = training_residuals(interactions, users, prior).centred(bias_strength)
+    count = residuals.count
+    kept = np.flatnonzero(count >= min_ratings)
+    kept = np.sort(kept[np.argsort(-count[kept], kind="stable")][:max_items])
+    if not len(kept):
+        raise DataError(f"no item has {min_ratings} ratings of meta-training users", "Lower min_ratings")
+    rated = csc_array(residuals.matrix())[:, kept]
+    inverse = np.linalg.inv((rated.T @ rated).toarray() + penalty * np.eye(len(kept)))
+    weights = -inverse / np.diag(inverse)
+    np.fill_diagonal(weights, 0.0)
+    place = np.full(len(count), -1, np.int64)
+    place[kept] = np.arange(len(kept))
+    return EASE(prior, weights.astype(np.float32), place, bias_strength)
+
+
+@dataclass(frozen=True)
+class ItemKNN:
+    """A candidate's score moves with the residuals of rated items that meta-training users rated alike.
+
+    Args:
+        prior: The item prior.
+        ratings: Centred residuals, shape (items, users).
+        shrinkage: Common raters that a similarity of zero counts for.
+        strength: Total similarity that the prior counts for.
+        bias_strength: Ratings that a user's level of zero counts for.
+        name: How the method is called in tables.
+        bytes_per_user: Nothing is kept beyond the ratings.
+    """
+
+    prior: ItemPrior
+    ratings: csr_array
+    shrinkage: float
+    strength: float
+    bias_strength: float
+    name: str = "item-kNN"
+    bytes_per_user: int = 0
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        """See `Scorer.score`."""
+        return score_each(requests, self.ratings.shape[0], self._values)
+
+    def _values(self, request: Request) -> Scores:
+        prior = self.prior.values(request.candidates)
+        if len(request.support) == 0:
+            return prior
+        residual = centred_residuals(self.prior, request.support, self.bias_strength)
+        alike = similarity(self.ratings[request.candidates], self.ratings[request.support.items], self.shrinkage)
+        told: Floats = alike @ residual / (np.abs(alike).sum(1) + self.strength)
+        return prior + told
+
+
+def fit_item_knn(
+    interactions: Interactions,
+    users: Codes,
+    prior: ItemPrior,
+    *,
+    shrinkage: float = 100.0,
+    strength: float = 1.0,
+    bias_strength: float = 2.0,
+) -> ItemKNN:
+    """Keeps what item similarities are computed from; every rated item is a neighbour.
+
+    Args:
+        interactions: The dataset.
+        users: The meta-training users.
+        prior: The item prior, fitted on the same users.
+        shrinkage: Common raters that a similarity of zero counts for.
+        strength: Total similarity that the prior counts for.
+        bias_strength: Ratings that a user's level of zero counts for.
+
+    Source: Koren 2010, "Factor in the neighbors", eq. 3 and 4.
+    """
+    residuals = training_residuals(interactions, users, prior).centred(bias_strength)
+    return ItemKNN(prior, residuals.matrix().T.tocsr(), shrinkage, strength, bias_strength)
+
+
+def similarity(left: csr_array, right: csr_array, shrinkage: float) -> Floats:
+    """Cosine over the columns that both rows have, shrunk by how few those are, shape (left rows, right rows)."""
+
+    def over(rows: csr_array, entries: Floats) -> csr_array:
+        return csr_array((entries, rows.indices, rows.indptr), rows.shape)
+
+    shown = [over(rows, np.ones_like(rows.data)) for rows in (left, right)]
+    squares = [over(rows, rows.data**2) for rows in (left, right)]
+    common = (shown[0] @ shown[1].T).toarray()
+    norm = np.sqrt((squares[0] @ shown[1].T).toarray() * (shown[0] @ squares[1].T).toarray())
+    cosine = np.divide((left @ right.T).toarray(), norm, out=np.zeros_like(norm), where=norm > 0)
+    shrunk: Floats = cosine * common / (common + shrinkage)
+    return shrunk
+
+
+@dataclass(frozen=True)
+class UserKNN:
+    """A candidate's score moves with its residuals from meta-training users who rate like the new one.
+
+    Args:
+        prior: The item prior.
+        ratings: Centred residuals, shape (users, items).
+        neighbours: How many of the most similar users count.
+        shrinkage: Common items that a similarity of zero counts for.
+        strength: Total similarity that the prior counts for.
+        bias_strength: Ratings that a user's level of zero counts for.
+        name: How the method is called in tables.
+        bytes_per_user: Nothing is kept beyond the ratings.
+    """
+
+    prior: ItemPrior
+    ratings: csr_array
+    neighbours: int
+    shrinkage: float
+    strength: float
+    bias_strength: float
+    name: str = "user-kNN"
+    bytes_per_user: int = 0
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        """See `Scorer.score`."""
+        return score_each(requests, self.ratings.shape[1], self._values)
+
+    def _values(self, request: Request) -> Scores:
+        prior = self.prior.values(request.candidates)
+        if len(request.support) == 0:
+            return prior
+        residual = centred_residuals(self.prior, request.support, self.bias_strength)
+        rated = request.support.items
+        asked = csr_array((residual, (np.zeros(len(rated), np.int64), rated)), (1, self.ratings.shape[1]))
+        alike = np.maximum(similarity(asked, self.ratings, self.shrinkage)[0], 0.0)
+        nearest = np.argsort(-alike, kind="stable")[: self.neighbours]
+        theirs = self.ratings[nearest][:, request.candidates].toarray()
+        weight = alike[nearest]
+        told: Floats = weight @ theirs / (weight @ (theirs != 0) + self.strength)
+        return prior + told
+
+
+def fit_user_knn(
+    interactions: Interactions,
+    users: Codes,
+    prior: ItemPrior,
+    *,
+    neighbours: int = 800,
+    shrinkage: float = 60.0,
+    strength: float = 1.0,
+    bias_strength: float = 2.0,
+) -> UserKNN:
+    """Keeps what user similarities are computed from.
+
+    Args:
+        interactions: The dataset.
+        users: The meta-training users.
+        prior: The item prior, fitted on the same users.
+        neighbours: How many of the most similar users count.
+        shrinkage: Common items that a similarity of zero counts for.
+        strength: Total similarity that the prior counts for.
+        bias_strength: Ratings that a user's level of zero counts for.
+
+    Source: Herlocker et al. 1999, "An algorithmic framework for performing collaborative filtering", sections 3 to 5.
+    """
+    residuals = training_residuals(interactions, users, prior).centred(bias_strength)
+    return UserKNN(prior, residuals.matrix(), neighbours, shrinkage, strength, bias_strength)

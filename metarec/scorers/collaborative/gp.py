@@ -1,0 +1,307 @@
+"""Gaussian process regression of a user's taste, with a covariance of items learned from the meta-training users.
+
+A rating is the item's mean, plus the user's level, plus the user's taste for the item's features and for factors that
+are learned with their uncertainty, plus noise. A new user's taste is the posterior given the support: closed form, one
+small solve. Empirical Bayes throughout; knows nothing of where item features come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from metarec.data.interactions import Codes, Interactions, Ratings, Values
+from metarec.scorer import Request, score_each
+from metarec.scorers.collaborative.features import Features
+from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean, smooth_by_text
+from metarec.scorers.collaborative.residuals import Floats, Residuals
+
+_LEVEL_SWEEPS = 6
+_LEVEL_STRENGTH = 3.0
+_SPREAD_STRENGTH = 5.0
+_FIRST_VARIANCE = 0.05
+
+
+@dataclass(frozen=True)
+class GaussianProcess:
+    """A Gaussian process over items whose kernel is the inner product of their loadings.
+
+    Args:
+        mean_rating: Global mean rating.
+        scale: Standard deviation of ratings; everything else is in its units around `mean_rating`.
+        mean: What an unknown user is expected to give each item, shape (items,).
+        loadings: Each item's loadings, the last one the user's level, shape (items, loadings).
+        noise: Variance of a rating around taste: the noise itself and what is not known of the loadings, (items,).
+        centre: The loadings of an average rating, shape (loadings,).
+        choice: How far having rated an item, whatever the rating, moves taste towards it, shape (loadings,).
+        choice_strength: Ratings that no choice at all counts for.
+        name: How the method is called in tables.
+    """
+
+    mean_rating: float
+    scale: float
+    mean: Floats
+    loadings: Floats
+    noise: Floats
+    centre: Floats
+    choice: Floats
+    choice_strength: float
+    name: str = "GP"
+
+    @property
+    def bytes_per_user(self) -> int:
+        """The posterior mean of the user's taste in float32."""
+        return 4 * int(self.loadings.shape[1])
+
+    def taste(self, support: Ratings) -> Floats:
+        """Returns the posterior mean of a user's weights of the loadings, shape (loadings,)."""
+        if len(support) == 0:
+            return np.zeros(self.loadings.shape[1])
+        rated = self.loadings[support.items]
+        expected, residual, covariance = self._conditions(support)
+        posterior: Floats = expected + rated.T @ np.linalg.solve(covariance, residual)
+        return posterior
+
+    def _conditions(self, support: Ratings) -> tuple[Floats, Floats, Floats]:
+        """Taste before any rating is looked at, what the ratings say beyond it, and the ratings' covariance."""
+        rated, count = self.loadings[support.items], len(support)
+        expected = self.choice * (rated.mean(0) - self.centre) * count / (count + self.choice_strength)
+        residual = self._standardize(support) - self.mean[support.items] - rated @ expected
+        return expected, residual, rated @ rated.T + np.diag(self.noise[support.items])
+
+    def _standardize(self, support: Ratings) -> Floats:
+        return (support.values.astype(np.float64) - self.mean_rating) / self.scale
+
+    def posterior_mean(self, support: Ratings, candidates: Codes) -> Values:
+        """Predicts ratings in the units of `ItemPrior`, the user's level included.
+
+        Args:
+            support: What is known of the user; may be empty.
+            candidates: Item codes, shape (candidates,).
+
+        Returns:
+            Expected ratings, shape (candidates,).
+        """
+        values = self.mean[candidates] + self.loadings[candidates] @ self.taste(support)
+        return values.astype(np.float32)
+
+    def leave_one_out(self, support: Ratings) -> Values:
+        """Predicts each rating of a support from the others, in the units of `ItemPrior`, shape (ratings,).
+
+        Source: Rasmussen and Williams 2006, eq. 5.12.
+        """
+        if len(support) == 0:
+            return np.zeros(0, np.float32)
+        _, residual, covariance = self._conditions(support)
+        inverse = np.linalg.inv(covariance)
+        predicted: Values = (self._standardize(support) - inverse @ residual / np.diag(inverse)).astype(np.float32)
+        return predicted
+
+    def without_mean(self) -> GaussianProcess:
+        """Returns the same covariance around a mean of zero for every item."""
+        return replace(self, mean=np.zeros_like(self.mean))
+
+    def extended(self, mean: Values) -> GaussianProcess:
+        """Returns the same process with new items of which only the expected rating is known.
+
+        Args:
+            mean: What an unknown user is expected to give each new item, shape (new items,).
+        """
+        silent = np.zeros((len(mean), self.loadings.shape[1]))
+        noise = np.full(len(mean), self.noise.max())
+        return replace(
+            self,
+            mean=np.concatenate([self.mean, mean]),
+            loadings=np.concatenate([self.loadings, silent]),
+            noise=np.concatenate([self.noise, noise]),
+        )
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        """See `Scorer.score`."""
+        return score_each(
+            requests, len(self.mean), lambda request: self.posterior_mean(request.support, request.candidates)
+        )
+
+
+def fit_gp(
+    interactions: Interactions,
+    users: Codes,
+    features: Mapping[str, Floats],
+    *,
+    smooth: Callable[[ItemPrior], ItemPrior] | None = None,
+    factors: int = 16,
+    noise: float = 0.6,
+    level_variance: float = 0.2,
+    factor_variance: float = 0.02,
+    components: int = 48,
+    sweeps: int = 8,
+    choice: float = 4.0,
+    choice_strength: float = 3.0,
+    mean_strength: float = 4.0,
+    seed: int = 0,
+) -> GaussianProcess:
+    """Learns the items' means and covariance by variational expectation maximization.
+
+    Args:
+        interactions: The dataset.
+        users: The meta-training users; nobody else's ratings are looked at.
+        features: Blocks of item features, each of shape (items, width), e.g. text vectors, genres, year.
+        smooth: What shrinks item means towards what is known of the items. None regresses them on the blocks and on how
+            often an item is rated; where nobody rated what is asked about, that takes from what text says.
+        factors: How many factors are learned beside the features.
+        noise: Variance of a rating around a user's taste.
+        level_variance: Variance of users' levels.
+        factor_variance: Where the variance of the loadings of each learned factor starts; it is then learned.
+        components: Wider blocks of features are reduced to so many principal components.
+        sweeps: Rounds of expectation and maximization; few, for early stopping regularizes.
+        choice: See `GaussianProcess`; the same for all loadings but the level.
+        choice_strength: See `GaussianProcess`.
+        mean_strength: Ratings that an item's predicted mean counts for.
+        seed: Seed of the first loadings and of the folds that predict item means.
+
+    Raises:
+        DataError: The users have no ratings, or all the same one.
+
+    Source: the model is a Bayesian factor analysis with covariates (Bishop 1999, "Variational principal components",
+    with automatic relevance of factors), used as a Gaussian process after Rasmussen and Williams 2006, section 2.2.
+    """
+    baseline = fit_item_mean(interactions, users)
+
+    def by_blocks(prior: ItemPrior) -> ItemPrior:
+        log_count = np.log1p(prior.count.astype(np.float64))[:, None]
+        return smooth_by_text(prior, np.concatenate([*features.values(), log_count, log_count**2], 1), seed)
+
+    residuals, mean = _centred_means(interactions, users, baseline, smooth or by_blocks, mean_strength)
+    count = residuals.count
+    blocks = [*_feature_loadings(features, count, components), np.full((len(count), 1), np.sqrt(level_variance))]
+    loadings, spread = _factor_analysis(residuals, blocks, factors, noise, factor_variance, sweeps, seed)
+    chosen = np.full(loadings.shape[1], choice)
+    chosen[-1] = 0.0
+    return GaussianProcess(
+        mean_rating=baseline.mean,
+        scale=baseline.scale,
+        mean=mean,
+        loadings=loadings,
+        noise=noise + spread,
+        centre=count @ loadings / count.sum(),
+        choice=chosen,
+        choice_strength=choice_strength,
+    )
+
+
+def _centred_means(
+    interactions: Interactions,
+    users: Codes,
+    baseline: ItemPrior,
+    smooth: Callable[[ItemPrior], ItemPrior],
+    strength: float,
+) -> tuple[Residuals, Floats]:
+    """Returns what users say beyond their own level and the item's mean without them, and the item means.
+
+    Who rates generously, or little apart, would otherwise move the means of the items that happen to be theirs.
+    """
+    kept = np.isin(interactions.user, users)
+    user = np.searchsorted(np.sort(users), interactions.user[kept])
+    item = interactions.item[kept]
+    rating = baseline.standardize(interactions.rating[kept]).astype(np.float64)
+    count, length = np.bincount(item, minlength=len(baseline.count)), np.bincount(user, minlength=len(users))
+    level = np.zeros(len(users))
+    for _ in range(_LEVEL_SWEEPS):
+        means = np.bincount(item, rating - level[user], len(count)) / (count + strength)
+        level = np.bincount(user, rating - means[item], len(users)) / (length + _LEVEL_STRENGTH)
+    centred = rating - level[user]
+    squares = np.bincount(user, centred**2, len(users))
+    centred /= np.sqrt((squares + _SPREAD_STRENGTH) / (length + _SPREAD_STRENGTH))[user]
+    total = np.bincount(item, centred, len(count)).astype(np.float32)
+    prior = smooth(replace(baseline, total=total, strength=strength))
+    without = (total[item] - centred + strength * prior.centre[item]) / (count[item] - 1 + strength)
+    residuals = Residuals(user, item, centred - without, (len(users), len(count)))
+    return residuals, prior.values(np.arange(len(count))).astype(np.float64)
+
+
+def _feature_loadings(features: Mapping[str, Floats], count: Codes, components: int) -> list[Floats]:
+    """Returns every block at `_FIRST_VARIANCE`, and how much an item is rated at all as one more."""
+    blocks = []
+    for block in (*features.values(), np.log1p(count)[:, None] - np.log1p(count).mean()):
+        narrow = np.asarray(block, np.float64)
+        if narrow.shape[1] > components:
+            left, values, _ = np.linalg.svd(narrow - narrow.mean(0), full_matrices=False)
+            narrow = left[:, :components] * values[:components]
+        blocks.append(narrow * np.sqrt(_FIRST_VARIANCE / max((narrow**2).sum(1).mean(), 1e-12)))
+    return blocks
+
+
+def _factor_analysis(
+    residuals: Residuals,
+    blocks: Sequence[Floats],
+    factors: int,
+    noise: float,
+    variance: float,
+    sweeps: int,
+    seed: int,
+) -> tuple[Floats, Floats]:
+    """Learns loadings beside blocks of given ones; users' weights of all are standard normal.
+
+    Of a given block only the scale is learned; the last block, the user's level, keeps its own.
+
+    Returns:
+        All loadings, the learned ones first, and the trace of the learned ones' covariance, shape (items,).
+    """
+    users, items = residuals.shape
+    ratings = residuals.matrix()
+    rated = csr_array((np.ones_like(ratings.data), ratings.indices, ratings.indptr), ratings.shape)
+    by_item, raters = ratings.T.tocsr(), rated.T.tocsr()
+    known = residuals.count > 0
+    fixed = np.concatenate(blocks, 1)
+    bounds = np.cumsum([0, *(block.shape[1] for block in blocks)])
+    learned = np.random.default_rng(seed).normal(scale=np.sqrt(variance), size=(items, factors)) * known[:, None]
+    covariance = np.zeros((items, factors, factors))
+    variances = np.full(factors, variance)
+    for _ in range(sweeps):
+        loadings = np.concatenate([learned, fixed], 1)
+        width = loadings.shape[1]
+        # Users: the posterior of their weights, given loadings that are themselves uncertain.
+        precision = np.broadcast_to(np.eye(width), (users, width, width)).copy()
+        for user, (start, end) in enumerate(zip(ratings.indptr[:-1], ratings.indptr[1:], strict=True)):
+            theirs = loadings[ratings.indices[start:end]]
+            precision[user] += theirs.T @ theirs / noise
+        unsure = (rated @ covariance.reshape(items, -1)).reshape(users, factors, factors)
+        precision[:, :factors, :factors] += unsure / noise
+        posterior = _inverse(precision)
+        weights = np.einsum("uij,uj->ui", posterior, ratings @ loadings / noise)
+        moments = posterior[:, :factors] + weights[:, :factors, None] * weights[:, None]
+        # Items: the posterior of their loadings, given users' weights.
+        among = (raters @ moments[:, :, :factors].reshape(users, -1)).reshape(items, factors, factors)
+        across = (raters @ moments[:, :, factors:].reshape(users, -1)).reshape(items, factors, -1)
+        left = by_item @ weights[:, :factors] - np.einsum("iab,ib->ia", across, fixed)
+        covariance = _inverse(among / noise + np.diag(1 / variances))
+        learned = np.einsum("iab,ib->ia", covariance, left / noise)
+        spread = np.diagonal(covariance, axis1=1, axis2=2)
+        variances = (learned[known] ** 2 + spread[known]).mean(0)
+        # Blocks: the variance of users' weights, which are standard normal again once it is in the loadings.
+        squares = (np.diagonal(posterior, axis1=1, axis2=2) + weights**2).mean(0)[factors:]
+        for start, end in pairwise(bounds[:-1].tolist()):
+            fixed[:, start:end] *= np.sqrt(squares[start:end].mean())
+    return np.concatenate([learned, fixed], 1), spread.sum(1)
+
+
+def _inverse(matrices: Floats) -> Floats:
+    """Inverts positive definite matrices, shape (matrices, width, width); by Cholesky, in a third of the time of LU."""
+    inverse: Floats = torch.cholesky_inverse(torch.linalg.cholesky(torch.from_numpy(matrices))).numpy()
+    return inverse
+
+
+def fit_process(
+    interactions: Interactions, users: Codes, features: Features, *, seed: int, **options: Any
+) -> GaussianProcess:
+    """Fits a Gaussian process on features, for the items that are asked about; `options` are `fit_gp`'s."""
+    if features.unrated is not None:
+        options = {"smooth": lambda prior: features.smoothed(prior, seed), **options}
+    return fit_gp(interactions, users, features.blocks, seed=seed, **options)

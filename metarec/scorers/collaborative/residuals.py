@@ -1,0 +1,80 @@
+"""What ratings say beyond the item prior: the common ground of the methods that fold a user in.
+
+Knows nothing of how a method turns residuals into scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+from metarec.data.interactions import Codes, Interactions, Ratings
+from metarec.scorers.collaborative.item_mean import ItemPrior
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Meta-training ratings minus the item prior, one entry per rating, in the prior's units.
+
+    Args:
+        user: Row of the rating's user among the meta-training users, shape (ratings,).
+        item: Item code, shape (ratings,).
+        value: Residual, shape (ratings,).
+        shape: Number of meta-training users, number of items.
+    """
+
+    user: Codes
+    item: Codes
+    value: Floats
+    shape: tuple[int, int]
+
+    def centred(self, strength: float) -> Residuals:
+        """Returns the residuals around each user's own level, see `level`."""
+        count = np.bincount(self.user, minlength=self.shape[0])
+        levels = np.bincount(self.user, self.value, self.shape[0]) / (count + strength)
+        return Residuals(self.user, self.item, self.value - levels[self.user], self.shape)
+
+    @property
+    def count(self) -> Codes:
+        """How many residuals each item has, shape (items,)."""
+        return np.bincount(self.item, minlength=self.shape[1]).astype(np.int64)
+
+    def matrix(self) -> csr_array:
+        """Returns them as a sparse matrix, shape (users, items)."""
+        return csr_array((self.value, (self.user, self.item)), self.shape)
+
+
+def training_residuals(interactions: Interactions, users: Codes, prior: ItemPrior) -> Residuals:
+    """Returns the residuals of the meta-training users, each against the prior without that very rating.
+
+    Args:
+        interactions: The dataset.
+        users: The meta-training users that `prior` was fitted on; nobody else's ratings are looked at.
+        prior: The item prior.
+    """
+    kept = np.isin(interactions.user, users)
+    own = Ratings(interactions.item[kept], interactions.rating[kept])
+    value = prior.standardize(own.values).astype(np.float64) - prior.values_without(own)
+    rows = np.searchsorted(np.sort(users), interactions.user[kept])
+    return Residuals(rows, own.items, value, (len(users), len(interactions.catalog)))
+
+
+def support_residuals(prior: ItemPrior, support: Ratings) -> Floats:
+    """Returns a new user's ratings minus the item prior, shape (ratings,)."""
+    return prior.standardize(support.values).astype(np.float64) - prior.values(support.items)
+
+
+def level(residuals: Floats, strength: float) -> float:
+    """Returns a user's own level: the mean residual, shrunk as if `strength` more had been zero."""
+    return float(residuals.sum() / (len(residuals) + strength)) if len(residuals) else 0.0
+
+
+def centred_residuals(prior: ItemPrior, support: Ratings, strength: float) -> Floats:
+    """Returns a new user's residuals around their own level, see `level`."""
+    residuals = support_residuals(prior, support)
+    return residuals - level(residuals, strength)

@@ -1,0 +1,363 @@
+"""Several methods' opinions as one: a weighted sum, its weights learned on users whom none of the methods has seen.
+
+A Gaussian process with a meta-learned kernel, one over hardly any factors and a ridge regression on text err in
+different ways. What each adds to the item prior enters with a weight that depends on how many ratings there are. None
+keeps anybody's ratings.
+Cross-fitting gives every meta-training user what they would get as a new one: for the weights, and for the outer loop.
+Knows nothing of language models; text is vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import minimize
+from torch import Tensor
+
+from metarec.data.episodes import evaluation_episodes
+from metarec.data.interactions import Codes, Flags, Interactions, Ratings, Values
+from metarec.progress import progress
+from metarec.scorer import Request, score_each
+from metarec.scorers.collaborative.features import Features
+from metarec.scorers.collaborative.gp import GaussianProcess, fit_process
+from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
+from metarec.scorers.collaborative.kernel_learning import aligned, learn_displacement, pace
+from metarec.scorers.collaborative.residuals import Floats
+from metarec.scorers.collaborative.text import TextRidge, fit_text_ridge
+
+Member = GaussianProcess | TextRidge
+_SHOTS = (0, 5, 10, 20)
+_MAX_QUERY, _MIN_QUERY = 50, 5
+_FACTORS = 16
+_COMPONENTS = 32
+_PAIRS = 40
+# Weights before anything is learned: the first member's, and every other one's; and for how many users that counts.
+_FIRST_WEIGHT, _OTHER_WEIGHT = 0.8, 0.2
+_STRENGTH = 15.0
+_SHARPNESS = 2.0
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The item prior plus a weighted sum of what the members add to it.
+
+    Args:
+        prior: The item prior that the members' scores are taken around.
+        members: The methods; the first is a Gaussian process. Their scores are in the prior's units.
+        shots: Numbers of ratings that weights were learned for, ascending; between them weights are interpolated.
+        weights: Shape (shots, members).
+        name: How the method is called in tables.
+    """
+
+    prior: ItemPrior
+    members: tuple[Member, ...]
+    shots: tuple[int, ...]
+    weights: Floats
+    name: str = "stacked"
+
+    @property
+    def bytes_per_user(self) -> int:
+        """What all members keep."""
+        return sum(member.bytes_per_user for member in self.members)
+
+    def posterior_mean(self, support: Ratings, candidates: Codes) -> Values:
+        """Predicts ratings in the units of `ItemPrior`.
+
+        Args:
+            support: What is known of the user; may be empty.
+            candidates: Item codes, shape (candidates,).
+
+        Returns:
+            Expected ratings, shape (candidates,).
+        """
+        base = self.prior.values(candidates)
+        asked = [Request("", support, candidates)]
+        total = base.astype(np.float64)
+        for weight, member in zip(self._weights(len(support)), self.members, strict=True):
+            total += weight * (member.score(asked)[0].numpy() - base)
+        return total.astype(np.float32)
+
+    def leave_one_out(self, support: Ratings) -> Values:
+        """Predicts each rating of a support from the others, in the units of `ItemPrior`, shape (ratings,).
+
+        By the Gaussian processes alone, with the weights of all: only theirs has a closed form.
+        """
+        base = self.prior.values(support.items)
+        total = base.astype(np.float64)
+        for weight, member in zip(self._weights(max(len(support) - 1, 0)), self.members, strict=True):
+            if isinstance(member, GaussianProcess):
+                total += weight * (member.leave_one_out(support) - base)
+        return total.astype(np.float32)
+
+    def _weights(self, ratings: int) -> Floats:
+        at = np.log1p(np.asarray(self.shots, np.float64))
+        return np.array([np.interp(np.log1p(ratings), at, column) for column in self.weights.T])
+
+    def without_mean(self) -> Stacked:
+        """Returns the same methods around a mean of zero for every item."""
+        silent = self.prior.silenced()
+        members = tuple(
+            member.without_mean() if isinstance(member, GaussianProcess) else replace(member, prior=silent)
+            for member in self.members
+        )
+        return replace(self, prior=silent, members=members)
+
+    def extended(self, prior: ItemPrior) -> Stacked:
+        """Returns the same methods with new items of which only the prior is known.
+
+        Args:
+            prior: The prior of all items, the new ones last.
+        """
+        return replace(self, prior=prior, members=tuple(_extended(member, prior) for member in self.members))
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        """See `Scorer.score`."""
+        return score_each(
+            requests, len(self.prior.count), lambda asked: self.posterior_mean(asked.support, asked.candidates)
+        )
+
+
+def _extended(member: Member, prior: ItemPrior) -> Member:
+    """Gives a method items that nobody rated: it adds nothing to their prior."""
+    if isinstance(member, GaussianProcess):
+        return member.extended(prior.values(np.arange(len(member.mean), len(prior.count))))
+    silent = np.zeros((len(prior.count) - len(member.vectors), member.vectors.shape[1]))
+    return replace(member, prior=prior, vectors=np.concatenate([member.vectors, silent]))
+
+
+def no_taste(prior: ItemPrior) -> Stacked:
+    """Returns what says of every item what the prior says."""
+    return Stacked(prior, (), (0,), np.ones((1, 0)))
+
+
+def fit_gp_alone(
+    interactions: Interactions, users: Codes, prior: ItemPrior, features: Features, seed: int
+) -> tuple[Member, ...]:
+    """Fits one Gaussian process."""
+    return (fit_process(interactions, users, features, seed=seed),)
+
+
+def fit_all(
+    interactions: Interactions, users: Codes, prior: ItemPrior, features: Features, seed: int
+) -> tuple[Member, ...]:
+    """Fits all methods of the stack; where items are unrated, one process, for learned factors do not reach them."""
+    process = fit_process(interactions, users, features, factors=_FACTORS, seed=seed)
+    ridge = fit_text_ridge(prior, features.text)
+    if features.unrated is not None:
+        return process, ridge
+    single = fit_process(interactions, users, features, factors=1, sweeps=4, components=_COMPONENTS, seed=seed)
+    return process, single, ridge
+
+
+MEMBERS: dict[str, Callable[[Interactions, Codes, ItemPrior, Features, int], tuple[Member, ...]]] = {
+    "none": lambda *_: (),
+    "gp": fit_gp_alone,
+    "stack": fit_all,
+}
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What was fitted without some of the meta-training users, and without some of the items.
+
+    Args:
+        prior: The item prior.
+        taste: The stack.
+        hidden: Items whose ratings nothing here has seen, shape (items,); none where no item is cold.
+    """
+
+    prior: ItemPrior
+    taste: Stacked
+    hidden: Flags
+
+
+@dataclass(frozen=True)
+class CrossFitted:
+    """Fits that each have not seen a fold of the meta-training users: what those users look like when new.
+
+    Args:
+        folds: The fits.
+        fold: Which fold each meta-training user is in, by user id.
+    """
+
+    folds: tuple[Fold, ...]
+    fold: Mapping[str, int]
+
+    def without(self, user: str) -> Fold:
+        """Returns the fit that has not seen a user."""
+        return self.folds[self.fold[user]]
+
+    def without_mean(self) -> CrossFitted:
+        """Returns the same fits around a mean of zero for every item."""
+        silent = (Fold(fold.prior.silenced(), fold.taste.without_mean(), fold.hidden) for fold in self.folds)
+        return replace(self, folds=tuple(silent))
+
+
+def fit_stack(
+    interactions: Interactions,
+    users: Codes,
+    features: Features,
+    members: str,
+    *,
+    threshold: float,
+    hide: float = 0.0,
+    folds: int = 3,
+    seed: int = 0,
+) -> tuple[ItemPrior, Stacked, CrossFitted]:
+    """Fits the methods on all meta-training users and without each fold of them, and learns the weights.
+
+    Args:
+        interactions: The dataset.
+        users: The meta-training users; nobody else's ratings are looked at.
+        features: What is known of items.
+        members: A key of `MEMBERS`; with one member there is nothing to weigh.
+        threshold: Ratings from here on are likes.
+        hide: Share of items that are hidden from every fold too, where the task asks about items that nobody rated.
+        folds: How many folds.
+        seed: Seed of the folds and of the fits.
+
+    Returns:
+        The item prior and the stack of all users, and the same without every fold.
+
+    Source: Wolpert 1992, "Stacked generalization"; weights by the pairwise logistic loss of Rendle et al. 2009, eq. 4.
+    """
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(users)) % folds
+    rated = np.bincount(interactions.item, minlength=len(interactions.catalog)) > 0
+
+    def fit(part: Interactions, some: Codes) -> tuple[ItemPrior, tuple[Member, ...]]:
+        prior = features.smoothed(fit_item_mean(part, some), seed)
+        return prior, MEMBERS[members](part, some, prior, features, seed)
+
+    parts: list[tuple[ItemPrior, tuple[Member, ...], Flags]] = []
+    with progress("fitting users of like taste", folds + 1, after=2.0) as advance:
+        for fold in range(folds):
+            hidden = rated & (generator.random(len(rated)) < hide)
+            seen = interactions.subset(~hidden[interactions.item]) if hide else interactions
+            parts.append((*fit(seen, users[order != fold]), hidden))
+            advance(fold + 1)
+        prior, everybody = fit(interactions, users)
+        advance(folds + 1)
+    if members == "stack" and not hide:
+        # Where items are cold, no item that will be asked for would be moved.
+        strangers = [users[order == fold] for fold in range(folds)]
+        everybody, learned = _meta_learned(
+            interactions, strangers, everybody, [some for _, some, _ in parts], threshold, seed
+        )
+        parts = [(own, some, hidden) for (own, _, hidden), some in zip(parts, learned, strict=True)]
+    shots = _SHOTS if len(everybody) > 1 else (0,)
+    weights = np.ones((1, len(everybody)))
+    if len(everybody) > 1:
+        examples = [
+            _examples(interactions, users[order == fold], *parts[fold], threshold, seed) for fold in range(folds)
+        ]
+        # Without ratings members say nothing but what they hold of items, which the first one alone does well.
+        found = [_weights([pair for part in examples for pair in part[count]], len(everybody)) for count in shots[1:]]
+        weights = np.stack([np.eye(len(everybody))[0], *found])
+    fitted = [Fold(own, Stacked(own, some, shots, weights), hidden) for own, some, hidden in parts]
+    fold_of = {interactions.users[code]: int(fold) for code, fold in zip(users, order, strict=True)}
+    return prior, Stacked(prior, everybody, shots, weights), CrossFitted(tuple(fitted), fold_of)
+
+
+def _meta_learned(
+    interactions: Interactions,
+    strangers: Sequence[Codes],
+    everybody: tuple[Member, ...],
+    parts: Sequence[tuple[Member, ...]],
+    threshold: float,
+    seed: int,
+) -> tuple[tuple[Member, ...], list[tuple[Member, ...]]]:
+    """Meta-learns the first member's kernel, for everybody, and for every fold from the users of the other ones.
+
+    A fold then knows of its own users no more than what the other folds' processes passed on through the gradient.
+
+    Args:
+        interactions: The dataset.
+        strangers: Each fold's users, whom its own members have not seen.
+        everybody: The members fitted on all users; the first is a Gaussian process.
+        parts: The members of every fold.
+        threshold: Ratings from here on are likes.
+        seed: Seed of the episodes.
+    """
+    whole = everybody[0]
+    assert isinstance(whole, GaussianProcess)
+    processes = [aligned(some[0], whole, _FACTORS) for some in parts if isinstance(some[0], GaussianProcess)]
+
+    def moved(process: GaussianProcess, without: int | None) -> GaussianProcess:
+        kept = [fold for fold in range(len(processes)) if fold != without]
+        theirs = [strangers[fold] for fold in kept]
+        displacement = learn_displacement(
+            interactions, [processes[fold] for fold in kept], theirs, threshold=threshold, seed=seed, **pace(theirs)
+        )
+        return displacement.apply(process)
+
+    learned = []
+    with progress("meta-learning the kernel", len(parts) + 1, after=2.0) as advance:
+        for fold, (process, some) in enumerate(zip(processes, parts, strict=True)):
+            learned.append((moved(process, fold), *some[1:]))
+            advance(fold + 1)
+        first = moved(whole, None)
+        advance(len(parts) + 1)
+    return (first, *everybody[1:]), learned
+
+
+def _examples(
+    interactions: Interactions,
+    users: Codes,
+    prior: ItemPrior,
+    members: tuple[Member, ...],
+    hidden: Flags,
+    threshold: float,
+    seed: int,
+) -> dict[int, list[tuple[Floats, Floats]]]:
+    """Returns, by K, pairs of a liked and a disliked item of users that are new to the members.
+
+    Each pair is the difference in the prior, shape (pairs,), and in what every member adds, shape (pairs, members).
+    """
+    cold = hidden if hidden.any() else None
+    episodes, _ = evaluation_episodes(
+        interactions,
+        users,
+        max_support=max(_SHOTS),
+        max_query=_MAX_QUERY,
+        min_query=_MIN_QUERY,
+        order="random",
+        seed=seed,
+        support_from=None if cold is None else ~cold,
+        query_from=cold,
+        short_supports=True,
+    )
+    generator = np.random.default_rng(seed)
+    found: dict[int, list[tuple[Floats, Floats]]] = {count: [] for count in _SHOTS[1:]}
+    for episode in episodes:
+        liked = episode.query.likes(threshold)
+        if liked.all() or not liked.any():
+            continue
+        chosen = [generator.choice(np.flatnonzero(side), _PAIRS) for side in (liked, ~liked)]
+        base = prior.values(episode.query.items).astype(np.float64)
+        for count in _SHOTS[1:]:
+            asked = [Request("", episode.support.head(count).unlabelled(), episode.query.items)]
+            told = np.stack([member.score(asked)[0].numpy() - base for member in members], 1)
+            found[count].append((base[chosen[0]] - base[chosen[1]], told[chosen[0]] - told[chosen[1]]))
+    return found
+
+
+def _weights(pairs: Sequence[tuple[Floats, Floats]], members: int) -> Floats:
+    """Learns how much every member counts, held near what is believed of it; without examples that is what it is."""
+    start: Floats = np.array([_FIRST_WEIGHT] + [_OTHER_WEIGHT] * (members - 1))
+    if not pairs:
+        return start
+    strength = _STRENGTH / len(pairs)
+    offset = np.concatenate([base for base, _ in pairs])
+    told = np.concatenate([one for _, one in pairs])
+
+    def objective(weights: Floats) -> tuple[float, Floats]:
+        margin = _SHARPNESS * (offset + told @ weights)
+        loss = np.logaddexp(0, -margin).mean() + strength * ((weights - start) ** 2).sum()
+        slope = -_SHARPNESS * (told / (1 + np.exp(margin))[:, None]).mean(0) + 2 * strength * (weights - start)
+        return float(loss), slope
+
+    found: Floats = np.asarray(minimize(objective, start, jac=True, method="L-BFGS-B").x, np.float64)
+    return found

@@ -1,0 +1,240 @@
+"""Methods that know an item by a vector of its text: ridge, logistic regression, two-tower cosine.
+
+The vectors are an argument: a sentence encoder's, or a language model's own states. Each user's regression is solved
+over the support alone, in closed form or by Newton's method. Knows nothing of who made the vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from metarec.data.interactions import Codes, Interactions, Ratings
+from metarec.scorer import Request, Scores, score_each
+from metarec.scorers.collaborative.item_mean import ItemPrior
+from metarec.scorers.collaborative.residuals import Floats, level, support_residuals
+
+_NEWTON_STEPS = 30
+
+
+def unit_vectors(vectors: Floats) -> Floats:
+    """Returns vectors around their mean, scaled to length one; where nothing is left, zero."""
+    centred = vectors - vectors.mean(0)
+    length = np.linalg.norm(centred, axis=1, keepdims=True)
+    unit: Floats = np.divide(centred, length, out=np.zeros_like(centred), where=length > 1e-9)
+    return unit
+
+
+@dataclass(frozen=True)
+class TextRidge:
+    """Ridge regression of the support's ratings on item vectors.
+
+    Args:
+        prior: The item prior.
+        vectors: Unit vectors of the items, shape (items, features).
+        penalty: Ridge penalty.
+        bias_strength: Ratings that a user's level of zero counts for.
+        offset: Regresses what the prior leaves, and adds it to the prior; otherwise the support stands alone.
+        name: How the method is called in tables.
+    """
+
+    prior: ItemPrior
+    vectors: Floats
+    penalty: float
+    bias_strength: float
+    offset: bool
+    name: str
+
+    @property
+    def bytes_per_user(self) -> int:
+        """The user's coefficients in float32."""
+        return 4 * int(self.vectors.shape[1])
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        """See `Scorer.score`."""
+        return score_each(requests, len(self.vectors), self._values)
+
+    def _values(self, request: Request) -> Scores:
+        support = request.support
+        base = self.prior.values(request.candidates) * self.offset
+        target = support_residuals(self.prior, support)
+        if not self.offset:
+            target = target + self.prior.values(support.items)
+        rated = self.vectors[support.items]
+        gram: Floats = rated @ rated.T + self.penalty * np.eye(len(support))
+        dual = np.linalg.solve(gram, target - level(target, self.bias_strength))
+        return base + self.vectors[request.candidates] @ (rated.T @ dual)
+
+
+def fit_text_ridge(
+    prior: ItemPrior, vectors: Floats, *, offset: bool = True, penalty: float = 3.0, bias_strength: float = 2.0
+) -> TextRidge:
+    """Prepares a ridge regression per user.
+
+    Args:
+        prior: The item prior.
+        vectors: A vector of each item's text, shape (items, features).
+        offset: See `TextRidge`.
+        penalty: Ridge penalty; ratings count in the prior's units.
+        bias_strength: Ratings that a user's level of zero counts for.
+    """
+    name = "text ridge" if offset else "text ridge, no prior"
+    return TextRidge(prior, unit_vectors(vectors), penalty, bias_strength, offset, name)
+
+
+@dataclass(frozen=True)
+class TextLogistic:
+    """Logistic regression of the support's likes on item vectors.
+
+    Args:
+        prior: The item prior.
+        vectors: Unit vectors of the items, shape (items, features).
+        penalty: Ridge penalty of the coefficients.
+        slope: Log-odds of a like for one unit of the prior; 0 leaves the prior out.
+        intercept: Log-odds of a like where the prior is zero.
+        threshold: Ratings from here on are likes.
+        name: How the method is called in tables.
+    """
+
+    prior: ItemPrior
+    vectors: Floats
+    penalty: float
+    slope: float
+    intercept: float
+    threshold: float
+    name: str
+
+    @property
+    def bytes_per_user(self) -> int:
+        """The user's coefficients in float32."""
+        return 4 * int(self.vectors.shape[1])
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        """See `Scorer.score`."""
+        return score_each(requests, len(self.vectors), self._values)
+
+    def _values(self, request: Request) -> Scores:
+        support = request.support
+        rated = self.vectors[support.items]
+        dual = logistic_dual(
+            rated @ rated.T + 1.0,  # the added one is the user's own intercept
+            support.values >= self.threshold,
+            self.slope * self.prior.values(support.items) + self.intercept,
+            self.penalty,
+        )
+        told = self.vectors[request.candidates] @ (rated.T @ dual)
+        return self.slope * self.prior.values(request.candidates) + told
+
+
+def logistic_dual(kernel: Floats, liked: NDArray[np.bool_], offset: Scores, penalty: float) -> Floats:
+    """Fits logistic regression with a ridge penalty and an offset over few examples of many features.
+
+    Args:
+        kernel: Inner products of the examples' features, shape (examples, examples).
+        liked: Truth, shape (examples,).
+        offset: Log-odds before anything is learned, shape (examples,).
+        penalty: Ridge penalty.
+
+    Returns:
+        Weight of every example in the coefficients, shape (examples,).
+
+    Source: Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", algorithm 3.1.
+    """
+    dual = np.zeros(len(kernel))
+    kernel = kernel / penalty
+    for _ in range(_NEWTON_STEPS):
+        latent = kernel @ dual
+        chance = expit(latent + offset)
+        curvature = np.maximum(chance * (1 - chance), 1e-9)
+        target = curvature * latent + liked - chance
+        root = np.sqrt(curvature)
+        inner = np.eye(len(kernel)) + root[:, None] * kernel * root
+        moved = target - root * np.linalg.solve(inner, root * (kernel @ target))
+        # Half a step where Newton's would jump; the objective is convex, so small steps do arrive.
+        dual, before = (moved if np.abs(kernel @ (moved - dual)).max(initial=0) < 5 else (moved + dual) / 2), dual
+        if np.abs(dual - before).max(initial=0) < 1e-9:
+            break
+    return dual / penalty
+
+
+def fit_text_logistic(
+    interactions: Interactions,
+    users: Codes,
+    prior: ItemPrior,
+    vectors: Floats,
+    *,
+    threshold: float,
+    offset: bool = True,
+    penalty: float = 3.0,
+) -> TextLogistic:
+    """Prepares a logistic regression per user; with the prior as offset, fits how much the prior says.
+
+    Args:
+        interactions: The dataset.
+        users: The meta-training users that `prior` was fitted on.
+        prior: The item prior.
+        vectors: A vector of each item's text, shape (items, features).
+        threshold: Ratings from here on are likes.
+        offset: Uses the prior; otherwise the support stands alone.
+        penalty: Ridge penalty of the coefficients.
+    """
+    slope = intercept = 0.0
+    if offset:
+        kept = np.isin(interactions.user, users)
+        own = Ratings(interactions.item[kept], interactions.rating[kept])
+        model = LogisticRegression(C=1e6).fit(prior.values_without(own)[:, None], own.values >= threshold)
+        slope, intercept = float(model.coef_[0, 0]), float(model.intercept_[0])
+    name = "text logistic" if offset else "text logistic, no prior"
+    return TextLogistic(prior, unit_vectors(vectors), penalty, slope, intercept, threshold, name)
+
+
+@dataclass(frozen=True)
+class TwoTower:
+    """Cosine between an item's vector and the user's: the mean of what was liked minus the mean of what was not.
+
+    Without a support, and where only one side is known and nothing is left of it, all scores are zero.
+
+    Args:
+        vectors: Unit vectors of the items, shape (items, features).
+        threshold: Ratings from here on are likes.
+        name: How the method is called in tables.
+    """
+
+    vectors: Floats
+    threshold: float
+    name: str = "two-tower cosine"
+
+    @property
+    def bytes_per_user(self) -> int:
+        """The user's vector in float32."""
+        return 4 * int(self.vectors.shape[1])
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        """See `Scorer.score`."""
+        return score_each(requests, len(self.vectors), self._values)
+
+    def _values(self, request: Request) -> Scores:
+        liked = request.support.values >= self.threshold
+        taste = np.zeros(self.vectors.shape[1])
+        for side, sign in ((liked, 1.0), (~liked, -1.0)):
+            if side.any():
+                taste += sign * self.vectors[request.support.items[side]].mean(0)
+        length = np.linalg.norm(taste)
+        return self.vectors[request.candidates] @ (taste / length if length > 1e-9 else taste)
+
+
+def fit_two_tower(vectors: Floats, *, threshold: float, name: str = "two-tower cosine") -> TwoTower:
+    """Prepares the item tower.
+
+    Args:
+        vectors: A vector of each item's text, shape (items, features).
+        threshold: Ratings from here on are likes.
+        name: How the method is called in tables.
+    """
+    return TwoTower(unit_vectors(vectors), threshold, name)

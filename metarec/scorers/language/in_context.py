@@ -1,0 +1,303 @@
+"""In-context recommendation: the user's history stands in the prompt as solved examples, nothing is trained.
+
+`InContext` asks about one candidate after another, `Listwise` which one of a list is liked best. What all prompts of a
+user begin with, the history above all, goes through the language model once. Needs a causal LM; knows nothing of item
+means or of other users.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarec.data.interactions import Catalog, Codes, Ratings
+from metarec.data.templates import PromptTemplate, clean_field, content_free
+from metarec.errors import ConfigError, UnknownItemError
+from metarec.lm.backbone import Backbone
+from metarec.lm.tokenized import common_start
+from metarec.progress import progress
+from metarec.scorer import Request, check_codes
+
+_BETWEEN = "\n\n"
+_QUESTION = "Which one of these does the same person like best?"
+_ANSWER = "Answer:"
+
+
+@dataclass(frozen=True)
+class History:
+    """Tells the language model what a user rated: the task's own prompt for each item, followed by its answer word.
+
+    Args:
+        template: The task's prompt.
+        catalog: The items.
+        threshold: Ratings from here on are likes; NaN where likes are ratings above the mean of the user's.
+        limit: Examples at most.
+        seed: Which examples those are, and their order: a hash of seed and item, whatever the order of the ratings.
+    """
+
+    template: PromptTemplate
+    catalog: Catalog
+    threshold: float
+    limit: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.limit < 2:
+            raise ConfigError(
+                f"the history's limit is {self.limit}", "Two examples show both answers: choose 2 or more"
+            )
+
+    def examples(self, support: Ratings) -> tuple[Codes, Sequence[bool]]:
+        """Chooses the items that are shown; both likes and dislikes, where there are both.
+
+        Returns:
+            Item codes in the order of the prompt, and whether each is a like.
+        """
+        likes = support.likes(self.threshold)
+        ranks = [self.rank(code) for code in support.items]
+        order = sorted(range(len(support)), key=lambda row: (ranks[row], float(support.values[row])))
+        shown = order[-self.limit :]
+        rest = order[: -self.limit]
+        if len({bool(likes[row]) for row in shown}) == 1:
+            others = [row for row in rest if likes[row] != likes[shown[0]]]
+            shown = [*others[-1:], *shown[len(others[-1:]) :]]
+        return support.items[shown], [bool(likes[row]) for row in shown]
+
+    def rank(self, code: int, salt: str = "") -> bytes:
+        """Returns a hash of seed and item id to sort by."""
+        text = f"{self.seed}\0{salt}\0{self.catalog.ids[code]}"
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+    def text(self, support: Ratings, special_tokens: Sequence[str]) -> str:
+        """Returns what stands before the question; nothing where nothing was rated."""
+        items, likes = self.examples(support)
+        words = {True: self.template.positive, False: self.template.negative}
+        return "".join(
+            self.template.render(self.catalog, int(code), special_tokens) + words[liked] + _BETWEEN
+            for code, liked in zip(items, likes, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class InContext:
+    """Scores a candidate by the log-odds of the yes word after the user's history and the candidate's prompt.
+
+    Args:
+        backbone: A causal LM.
+        history: How a user is told.
+        calibrated: Takes off the log-odds of a candidate without content under the same history (Zhao et al. 2021);
+            the order of one user's candidates stays what it is.
+        name: How the method is called in tables.
+        bytes_per_user: See `Scorer`.
+
+    Raises:
+        ConfigError: The model is not a causal LM.
+
+    Source: Brown et al. 2020, "Language Models are Few-Shot Learners", section 2.
+    """
+
+    backbone: Backbone
+    history: History
+    calibrated: bool = False
+    name: str = "in-context prompt"
+    bytes_per_user: int = 0
+
+    def __post_init__(self) -> None:
+        _need_causal(self.backbone)
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        """See `Scorer.score`."""
+        return score_one_by_one(self.name, requests, len(self.history.catalog), self.log_odds)
+
+    def log_odds(self, request: Request) -> Tensor:
+        """Returns log p(yes) - log p(no) of every candidate, differentiable, shape (candidates,)."""
+        items, place = np.unique(request.candidates, return_inverse=True)
+        states = _states(self.backbone, self._texts(request.support, items))
+        logits = self.backbone.word_logits(states, self._answers)
+        odds = logits[:, 0] - logits[:, 1]
+        if self.calibrated and len(items):
+            odds = odds[:-1] - odds[-1]
+        return odds[torch.from_numpy(place).to(odds.device)]
+
+    def prompt_text(self, request: Request, candidate: int) -> str:
+        """Returns the text that is read to score a candidate."""
+        return self._texts(request.support, np.array([candidate]))[0]
+
+    def tokens_read(self, request: Request) -> int:
+        """Returns how many tokens scoring a request reads, what its prompts share counted once."""
+        return _count(self.backbone, self._texts(request.support, np.unique(request.candidates)))
+
+    def _texts(self, support: Ratings, items: Codes) -> list[str]:
+        """Returns the prompt of every item, and where they are calibrated one without content behind them."""
+        history = self.history.text(support, self.backbone.special_tokens)
+        questions = [self._question(int(code)) for code in items]
+        if self.calibrated and questions:
+            blank = content_free(self.history.catalog)
+            questions.append(self.history.template.render(blank, 0, self.backbone.special_tokens))
+        return [history + question for question in questions]
+
+    def _question(self, code: int) -> str:
+        return self.history.template.render(self.history.catalog, code, self.backbone.special_tokens)
+
+    @cached_property
+    def _answers(self) -> tuple[int, int]:
+        template = self.history.template
+        question = self._question(0)
+        return (
+            self.backbone.answer_token(question, template.positive),
+            self.backbone.answer_token(question, template.negative),
+        )
+
+
+@dataclass(frozen=True)
+class Listwise:
+    """Shows candidates in lettered lists and asks which one the user likes best.
+
+    A score is the log-probability of the candidate's letter among the letters of its list, relative to chance, averaged
+    over several shuffles into lists: a model prefers some letters and some places whatever stands there (Zheng et al.
+    2024). A candidate's score depends on the others it is shown with. Candidates of one title, which the model could
+    not tell apart, are one line and have one score.
+
+    Args:
+        backbone: A causal LM.
+        history: How a user is told.
+        rounds: Shuffles to average over; a shuffle is a function of the seed and of the candidates' ids.
+        labels: What the places of a list are called; as many as a list is long at most.
+        name: How the method is called in tables.
+        bytes_per_user: See `Scorer`.
+
+    Raises:
+        ConfigError: The model is not a causal LM, or there are no rounds or fewer than two labels.
+
+    Source: Hou et al. 2024, "Large Language Models are Zero-Shot Rankers for Recommender Systems", for shuffling and
+    averaging.
+    """
+
+    backbone: Backbone
+    history: History
+    rounds: int = 4
+    labels: tuple[str, ...] = tuple("ABCDEFGHIJ")
+    name: str = "in-context, listwise"
+    bytes_per_user: int = 0
+
+    def __post_init__(self) -> None:
+        _need_causal(self.backbone)
+        if self.rounds < 1 or len(self.labels) < 2:
+            raise ConfigError(f"{self.rounds} rounds over lists of {len(self.labels)}", "Choose 1 and 2 or more")
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        """See `Scorer.score`."""
+        return score_one_by_one(self.name, requests, len(self.history.catalog), self._score)
+
+    def prompt_text(self, request: Request, candidate: int) -> str:
+        """Returns the text of the first round in which a candidate is asked about.
+
+        Raises:
+            UnknownItemError: It is not one of the request's candidates, and so in none of its lists.
+        """
+        if candidate not in request.candidates:
+            raise UnknownItemError(
+                f"item code {candidate} is not one of the request's candidates", "A list shows these alone"
+            )
+        items, place = self._lines(request.candidates)
+        line = items[place[request.candidates == candidate][0]]
+        shown = next(shown for shown in self._lists(items) if line in shown)
+        return self._text(self.history.text(request.support, self.backbone.special_tokens), shown)
+
+    def tokens_read(self, request: Request) -> int:
+        """Returns how many tokens scoring a request reads, what its prompts share counted once."""
+        history = self.history.text(request.support, self.backbone.special_tokens)
+        lists = self._lists(self._lines(request.candidates)[0])
+        return _count(self.backbone, [self._text(history, shown) for shown in lists])
+
+    def _score(self, request: Request) -> Tensor:
+        items, place = self._lines(request.candidates)
+        history = self.history.text(request.support, self.backbone.special_tokens)
+        lists = self._lists(items)
+        states = _states(self.backbone, [self._text(history, shown) for shown in lists])
+        total = torch.zeros(len(items))
+        for shown, logits in zip(lists, self.backbone.word_logits(states, self._answers).cpu(), strict=True):
+            relative = logits[: len(shown)].log_softmax(0) + np.log(len(shown))
+            total[torch.from_numpy(np.searchsorted(items, shown))] += relative.float() / self.rounds
+        return total[torch.from_numpy(place)]
+
+    def _lines(self, candidates: Codes) -> tuple[Codes, Codes]:
+        """Returns the first item of every title, in the order of codes, and which of these each candidate is."""
+        first: dict[str, int] = {}
+        for code in np.unique(candidates):
+            first.setdefault(self._title(code), int(code))
+        items = np.array([*first.values()], np.int64)
+        return items, np.searchsorted(items, [first[self._title(code)] for code in candidates])
+
+    def _title(self, code: int) -> str:
+        return clean_field(self.history.catalog.title(int(code)), self.backbone.special_tokens)
+
+    def _lists(self, items: Codes) -> list[Codes]:
+        """Returns the lists of all rounds; those of a round are as equally long as can be."""
+        count = -(-len(items) // len(self.labels))
+        lists: list[Codes] = []
+        for number in range(self.rounds if count else 0):
+            order = sorted(range(len(items)), key=lambda row: self.history.rank(int(items[row]), str(number)))
+            lists += np.array_split(items[order], count)
+        return lists
+
+    def _text(self, history: str, shown: Codes) -> str:
+        lines = [f"{label}. {self._title(code)}" for label, code in zip(self.labels, shown, strict=False)]
+        return history + "\n".join([_QUESTION, *lines, _ANSWER])
+
+    @cached_property
+    def _answers(self) -> tuple[int, ...]:
+        prompt = self._text("", np.zeros(1, np.int64))
+        return tuple(self.backbone.answer_token(prompt, f" {label}") for label in self.labels)
+
+
+def _need_causal(backbone: Backbone) -> None:
+    if backbone.kind != "causal":
+        raise ConfigError(
+            f"'{backbone.name}' is of kind '{backbone.kind}', which does not read a history left to right",
+            "Choose a causal LM",
+        )
+
+
+def _tokens(backbone: Backbone, texts: Sequence[str]) -> tuple[list[list[int]], int]:
+    """Returns texts' tokens and how many leading ones they share; every text keeps one of its own."""
+    tokens = backbone.tokenize(texts) if texts else []
+    return tokens, min(common_start([*map(tuple, tokens)]), min(map(len, tokens)) - 1) if tokens else 0
+
+
+def _states(backbone: Backbone, texts: Sequence[str]) -> Tensor:
+    return backbone.last_states(*_tokens(backbone, texts))
+
+
+def _count(backbone: Backbone, texts: Sequence[str]) -> int:
+    tokens, shared = _tokens(backbone, texts)
+    return shared + sum(len(ids) - shared for ids in tokens)
+
+
+def score_one_by_one(
+    name: str, requests: Sequence[Request], items: int, values: Callable[[Request], Tensor]
+) -> list[Tensor]:
+    """Scores requests one after another, with a progress bar where it takes long.
+
+    Args:
+        name: What the bar says.
+        requests: The requests.
+        items: How many items the method knows.
+        values: Scores of one request's candidates.
+
+    Raises:
+        UnknownItemError: See `check_codes`.
+    """
+    check_codes(requests, items)
+    scores = []
+    with torch.no_grad(), progress(name, len(requests), after=2.0) as advance:
+        for done, request in enumerate(requests, start=1):
+            scores.append(values(request).float().cpu())
+            advance(done)
+    return scores

@@ -1,0 +1,55 @@
+"""Item vectors that a frozen model reads off the catalog's text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from metarec.data.interactions import Catalog
+from metarec.data.templates import FIELDS_AFTER_TITLE, REVIEW, PromptTemplate, described, recall_texts
+from metarec.lm.answer_model import open_reader
+from metarec.lm.backbone import MINILM, Backbone, load_backbone
+from metarec.lm.hidden_states import recalled_states
+from metarec.lm.placement import default_placement
+from metarec.lm.tokenized import tokenize_catalog
+from metarec.scorers.collaborative.features import state_vectors
+from metarec.scorers.collaborative.residuals import Floats
+from metarec.scorers.collaborative.text import unit_vectors
+
+_TEXT = PromptTemplate("{{ title }}" + FIELDS_AFTER_TITLE, "good", "bad")
+
+
+def text_vectors(catalog: Catalog, encoder: str = MINILM) -> Floats:
+    """Reads every item with a sentence encoder; kept on disk from then on.
+
+    Args:
+        catalog: The items.
+        encoder: A text encoder's name or directory.
+
+    Returns:
+        Shape (items, features).
+
+    Raises:
+        BackboneError: The encoder is not there.
+    """
+    backbone = load_backbone(encoder)
+    prompts = tokenize_catalog(backbone, _TEXT, described(catalog))
+    placement = default_placement(backbone, prompts, layers=1, targets=None, rank=1, alpha=1.0, active_tokens=None)
+    return open_reader(backbone, prompts, placement).states.numpy().astype(np.float64)
+
+
+def recalled_vectors(backbone: Backbone, catalog: Catalog, sentences: Sequence[str] = (REVIEW,)) -> Floats:
+    """Returns what a causal language model recalls of every item, shape (items, features).
+
+    Args:
+        backbone: The model.
+        catalog: The items.
+        sentences: What it reads, one after the other, see `metarec.data.templates.recall_texts`.
+
+    Raises:
+        ConfigError: A sentence does not fit the catalog.
+    """
+    texts = [recall_texts(catalog, sentence, backbone.special_tokens) for sentence in sentences]
+    vectors = [unit_vectors(state_vectors(recalled_states(backbone, some))) for some in texts]
+    return np.concatenate(vectors, 1)

@@ -1,0 +1,78 @@
+"""Log-odds of items to first order around the adapter that all users start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metarec.data.interactions import Codes
+from metarec.lm.answer_model import Reader
+from metarec.meta.inner_loop import MetaState
+from metarec.progress import progress
+from metarec.tensors import AdapterState, expand_users
+
+_TANGENT_ITEMS = 64
+
+
+@dataclass(frozen=True)
+class Tangent:
+    """Log-odds of some items to first order around an adapter that all users start from.
+
+    At that adapter they and their gradient are the language model's own, so a gradient step from there needs no
+    language model.
+
+    Args:
+        start: The adapted tensors of the language model, without a user dimension.
+        place: Each item's row below, -1 where it has none, up to the last item that has one, on the CPU.
+        values: Log-odds under `start`, shape (rows,).
+        slopes: Their gradient, all tensors of `start` one after another, shape (rows, numbers).
+    """
+
+    start: AdapterState
+    place: Tensor
+    values: Tensor
+    slopes: Tensor
+
+    def covers(self, items: Codes) -> bool:
+        """Says whether all of some items have a row."""
+        return bool((items < len(self.place)).all()) and bool((self.place[torch.from_numpy(items)] >= 0).all())
+
+    def log_odds(self, items: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """Reads items, shape (users, items), under adapters near `start`; those without a row get any number."""
+        rows = self.place[items.clamp(max=len(self.place) - 1)].clamp(min=0).to(self.values.device)
+        moved = torch.cat([(state[name] - value).flatten(1) for name, value in self.start.items()], 1)
+        return self.values[rows] + (self.slopes[rows] @ moved.unsqueeze(-1)).squeeze(-1)
+
+
+def tangent(reader: Reader, meta: MetaState, items: Codes) -> Tangent:
+    """Reads items and their gradients at the meta-initialization, once for all users.
+
+    Args:
+        reader: The language model.
+        meta: The meta-parameters; gradients are with respect to the language model's tensors that have an inner rate.
+        items: The items, each once.
+    """
+    adapter = {name: value.detach() for name, value in meta.init.items() if not name.startswith("score.")}
+    start = {name: value for name, value in adapter.items() if name in meta.log_rate}
+    numbers = sum(value.numel() for value in start.values())
+    values = torch.empty(len(items), device=reader.backbone.device)
+    slopes = values.new_empty(len(items), numbers)
+    with progress("reading items at the start", len(items), after=2.0) as advance:
+        for begin in range(0, len(items), _TANGENT_ITEMS):
+            block = torch.from_numpy(items[begin : begin + _TANGENT_ITEMS])
+            rows = slice(begin, begin + len(block))
+            # One item per user: the gradient of the sum then holds each item's own.
+            leaves = {name: value.clone().requires_grad_() for name, value in expand_users(start, len(block)).items()}
+            with torch.enable_grad():
+                state = {**expand_users(adapter, len(block)), **leaves}
+                read = reader.log_odds(reader.gather(block[:, None]), state)[:, 0]
+                gradients = torch.autograd.grad(read.sum(), list(leaves.values()))
+            values[rows] = read.detach()
+            torch.cat([gradient.flatten(1) for gradient in gradients], 1, out=slopes[rows])
+            advance(rows.stop)
+    place = torch.full((int(items.max(initial=-1)) + 1,), -1)
+    place[torch.from_numpy(items)] = torch.arange(len(items))
+    return Tangent(start, place, values, slopes)

@@ -1,0 +1,281 @@
+"""Scorers on disk: any of them, whatever it is made of, and the same scores when it comes back.
+
+A scorer is a frozen dataclass; its fields are numbers, texts, arrays and further frozen dataclasses. Numbers and texts
+go to JSON, arrays to safetensors, bit by bit. A class is found by its name in `CLASSES` and nowhere else, so that a
+file can name nothing that was not meant to be made from one. A language model is not written: what is kept is which
+one was read, and it is handed in again; of a fine-tuned one, the tensors that were trained.
+
+Knows nothing of how a scorer was fitted, nor of the private state that one keeps to be fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
+from metarec.data.interactions import Catalog
+from metarec.data.templates import PromptTemplate
+from metarec.errors import ArtifactError
+from metarec.lm.answer_model import Reader
+from metarec.lm.backbone import Backbone
+from metarec.meta.inner_loop import MetaState
+from metarec.scorer import Scorer
+from metarec.scorers.collaborative.foldin import ALS, EASE, ItemKNN, UserKNN
+from metarec.scorers.collaborative.gp import GaussianProcess
+from metarec.scorers.collaborative.item_mean import ItemPrior
+from metarec.scorers.collaborative.networks import Network
+from metarec.scorers.collaborative.stack import Stacked
+from metarec.scorers.collaborative.text import TextLogistic, TextRidge, TwoTower
+from metarec.scorers.collaborative.trivial import Constant, ItemMean, Popularity, Random
+from metarec.scorers.language.adapted import InnerLoop, MetaScorer
+from metarec.scorers.language.expected_rating import ExpectedRating
+from metarec.scorers.language.finetuned import FineTuned, Recipe
+from metarec.scorers.language.in_context import History, InContext, Listwise
+from metarec.scorers.language.zero_shot import ZeroShot
+from metarec.tensors import read_tensors, write_tensors
+
+KIND = "scorer"
+CLASSES: dict[str, type[Any]] = {
+    "ALS": ALS,
+    "Catalog": Catalog,
+    "Constant": Constant,
+    "EASE": EASE,
+    "ExpectedRating": ExpectedRating,
+    "FineTuned": FineTuned,
+    "GaussianProcess": GaussianProcess,
+    "History": History,
+    "InContext": InContext,
+    "InnerLoop": InnerLoop,
+    "ItemKNN": ItemKNN,
+    "ItemMean": ItemMean,
+    "ItemPrior": ItemPrior,
+    "Listwise": Listwise,
+    "MetaScorer": MetaScorer,
+    "MetaState": MetaState,
+    "Network": Network,
+    "Popularity": Popularity,
+    "PromptTemplate": PromptTemplate,
+    "Random": Random,
+    "Recipe": Recipe,
+    "Stacked": Stacked,
+    "TextLogistic": TextLogistic,
+    "TextRidge": TextRidge,
+    "TwoTower": TwoTower,
+    "UserKNN": UserKNN,
+    "ZeroShot": ZeroShot,
+}
+_Model = TypeVar("_Model", Reader, Backbone)
+_NAMES = {cls: name for name, cls in CLASSES.items()}
+_DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def save_scorer(path: str | Path, scorer: Scorer) -> None:
+    """Writes a scorer as JSON and safetensors with a manifest; it appears complete or not at all.
+
+    Args:
+        path: The directory to create or replace.
+        scorer: Any scorer whose classes are in `CLASSES`.
+
+    Raises:
+        ArtifactError: A part of the scorer is of no known kind, `path` holds something else, or the disk is full.
+    """
+    with replace_dir(Path(path), KIND) as directory:
+        write_scorer(directory, KIND, scorer)
+
+
+def write_scorer(directory: Path, name: str, scorer: Scorer) -> None:
+    """Writes a scorer's two files into a directory that somebody else makes and guards.
+
+    Args:
+        directory: Where they go.
+        name: What they are called, without their endings.
+        scorer: See `save_scorer`.
+
+    Raises:
+        ArtifactError: See `save_scorer`.
+    """
+    packer = _Packer({}, [])
+    document = {"scorer": packer.pack(scorer, "scorer"), "reader": None, "backbone": None}
+    document |= {_argument(model): _identity(model) for model in packer.models}
+    (directory / f"{name}.json").write_text(dump_json(document), encoding="utf-8")
+    write_tensors(directory / f"{name}.safetensors", packer.tensors)
+
+
+def load_scorer(path: str | Path, *, reader: Reader | None = None, backbone: Backbone | None = None) -> Scorer:
+    """Reads a scorer written by `save_scorer`; its scores are those it had, bit for bit.
+
+    Args:
+        path: The directory.
+        reader: The language model over the catalog's prompts, for a scorer that reads items. It may be on another
+            device than when the scorer was saved, or its adapted blocks of another precision; then the scores are as
+            near as that is.
+        backbone: The language model itself, for a scorer that reads histories; for a fine-tuned one, the model as it
+            was before. It may be on another device.
+
+    Raises:
+        ArtifactError: The directory is missing, damaged or of another kind; or the scorer reads a language model that
+            is not given, or is given another backbone (one loaded in another precision is another), other prompts or
+            another placement of adapters.
+    """
+    verify_dir(Path(path), KIND)
+    return read_scorer(Path(path), KIND, reader=reader, backbone=backbone)
+
+
+def read_scorer(path: Path, name: str, *, reader: Reader | None = None, backbone: Backbone | None = None) -> Scorer:
+    """Reads the files of `write_scorer` from a directory that was verified.
+
+    Args:
+        path: The directory.
+        name: What the files are called.
+        reader: See `load_scorer`.
+        backbone: See `load_scorer`.
+
+    Raises:
+        ArtifactError: See `load_scorer`.
+    """
+    document = load_json(path / f"{name}.json")
+    device = torch.device("cpu")
+    if document["reader"] is not None:
+        device = _checked(path, document["reader"], "reader", reader).backbone.device
+    # Scorers that were written before any of them read a backbone by itself do not mention it.
+    if document.get("backbone") is not None:
+        device = _checked(path, document["backbone"], "backbone", backbone).device
+    unpacker = _Unpacker(path, read_tensors(path / f"{name}.safetensors"), reader, backbone, device)
+    return cast("Scorer", unpacker.unpack(document["scorer"]))
+
+
+def _argument(model: Reader | Backbone) -> str:
+    return "reader" if isinstance(model, Reader) else "backbone"
+
+
+def _identity(model: Reader | Backbone) -> dict[str, str]:
+    return model.identity if isinstance(model, Reader) else {"backbone": model.fingerprint}
+
+
+def _checked(path: Path, needed: Mapping[str, str], argument: str, model: _Model | None) -> _Model:
+    if model is None:
+        raise ArtifactError(
+            f"'{path}' reads the language model {needed['backbone']}", f"Pass it: load_scorer(path, {argument}=)"
+        )
+    for part, digest in _identity(model).items():
+        if needed[part] != digest:
+            raise ArtifactError(
+                f"'{path}' was made with another {part} ({needed[part]}) than the {argument}'s ({digest})",
+                f"Pass the {argument} it was made with",
+            )
+    return model
+
+
+@dataclass(frozen=True)
+class _Packer:
+    """Turns values into JSON; collects their tensors, and the language models it meets."""
+
+    tensors: dict[str, Tensor]
+    models: list[Reader | Backbone]
+
+    def pack(self, value: Any, where: str) -> Any:
+        if value is None or isinstance(value, bool | str) or type(value) is int:
+            return value
+        if type(value) is float:
+            return value if math.isfinite(value) else {"float": str(value)}
+        if isinstance(value, torch.dtype) and str(value) in _DTYPES:
+            return {"dtype": str(value)}
+        if isinstance(value, Tensor):
+            return {"tensor": self._keep(where, value.detach().cpu().contiguous().clone())}
+        if isinstance(value, np.ndarray | np.generic):
+            return self._array(value, where)
+        if isinstance(value, csr_array):
+            parts = {name: getattr(value, name) for name in ("data", "indices", "indptr")}
+            return {
+                "csr": {name: self._array(part, f"{where}.{name}") for name, part in parts.items()},
+                "shape": list(value.shape),
+            }
+        if isinstance(value, tuple):
+            return {"tuple": [self.pack(part, f"{where}.{at}") for at, part in enumerate(value)]}
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            # As pairs: the order of a state's tensors is part of what it computes.
+            return {"map": [[key, self.pack(part, f"{where}.{key}")] for key, part in value.items()]}
+        if isinstance(value, Reader | Backbone):
+            if any(other is not value for other in self.models):
+                raise ArtifactError(f"{where} is a second language model", "A scorer can be saved with one")
+            self.models.append(value)
+            return {_argument(value): True}
+        if type(value) in _NAMES:
+            parts = {field.name: getattr(value, field.name) for field in fields(value)}
+            packed = {name: self.pack(part, f"{where}.{name}") for name, part in parts.items()}
+            return {"class": _NAMES[type(value)], "fields": packed}
+        raise ArtifactError(
+            f"{where} is a {type(value).__name__}, which cannot be saved",
+            "Add its class to metarec.scorers.serialization.CLASSES",
+        )
+
+    def _array(self, value: Any, where: str) -> Any:
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            raise ArtifactError(f"{where} is an array of {array.dtype}, which cannot be saved", "Make it numbers")
+        # Linear algebra rounds differently over the two layouts, so the layout is kept.
+        columns_first = array.flags.f_contiguous and not array.flags.c_contiguous
+        name = self._keep(where, torch.tensor(array.T if columns_first else array))
+        return {"scalar": name} if isinstance(value, np.generic) else {"array": name, "columns_first": columns_first}
+
+    def _keep(self, name: str, tensor: Tensor) -> str:
+        self.tensors[name] = tensor
+        return name
+
+
+@dataclass(frozen=True)
+class _Unpacker:
+    """Inverts `_Packer`."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    reader: Reader | None
+    backbone: Backbone | None
+    device: torch.device
+
+    def unpack(self, packed: Any) -> Any:
+        if not isinstance(packed, dict):
+            return packed
+        kinds: dict[str, Callable[[Any], Any]] = {
+            "float": lambda value: _NON_FINITE[value],
+            "dtype": lambda value: _DTYPES[value],
+            # Copies, because a file's own memory is not aligned as fresh memory is.
+            "tensor": lambda value: self.tensors[value].clone().to(self.device),
+            "scalar": lambda value: self.tensors[value].numpy()[()],
+            "array": lambda value: self._array(value, columns_first=packed["columns_first"]),
+            "csr": lambda parts: csr_array(
+                tuple(self.unpack(parts[name]) for name in ("data", "indices", "indptr")), tuple(packed["shape"])
+            ),
+            "tuple": lambda parts: tuple(map(self.unpack, parts)),
+            "map": lambda pairs: {key: self.unpack(part) for key, part in pairs},
+            "reader": lambda _: self.reader,
+            "backbone": lambda _: self.backbone,
+            "class": lambda name: self._make(name, packed["fields"]),
+        }
+        for kind, read in kinds.items():
+            if kind in packed:
+                return read(packed[kind])
+        raise ArtifactError(f"'{self.path}' holds a part of no known kind: {sorted(packed)}", "Save the scorer again")
+
+    def _array(self, name: str, *, columns_first: bool) -> np.ndarray:
+        array: np.ndarray = self.tensors[name].clone().numpy()
+        return array.T if columns_first else array
+
+    def _make(self, name: str, packed: Mapping[str, Any]) -> Any:
+        cls = CLASSES.get(name)
+        if cls is None or {field.name for field in fields(cls)} != set(packed):
+            raise ArtifactError(
+                f"'{self.path}' holds a '{name}' as this metarec does not know it",
+                "Save the scorer again, or install the metarec that wrote it",
+            )
+        return cls(**{key: self.unpack(part) for key, part in packed.items()})

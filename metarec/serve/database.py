@@ -1,0 +1,131 @@
+"""The index and the log in SQLite or PostgreSQL behind one small interface."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from metarec.errors import ConfigError, StoreError
+
+_BUSY_SECONDS = 10.0
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS users (id {serial}, name TEXT NOT NULL UNIQUE, key TEXT NOT NULL UNIQUE,"
+    " created DOUBLE PRECISION NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS feedback (user_id BIGINT NOT NULL REFERENCES users (id) ON DELETE CASCADE,"
+    " version BIGINT NOT NULL, item TEXT NOT NULL, rating DOUBLE PRECISION NOT NULL, at DOUBLE PRECISION NOT NULL,"
+    " PRIMARY KEY (user_id, version))",
+    "CREATE TABLE IF NOT EXISTS requests (user_id BIGINT NOT NULL REFERENCES users (id) ON DELETE CASCADE,"
+    " idempotency_key TEXT NOT NULL, digest TEXT NOT NULL, version BIGINT NOT NULL,"
+    " PRIMARY KEY (user_id, idempotency_key))",
+    "CREATE TABLE IF NOT EXISTS adapters (user_id BIGINT NOT NULL REFERENCES users (id) ON DELETE CASCADE,"
+    " version BIGINT NOT NULL, recommender TEXT NOT NULL, manifest TEXT NOT NULL, bytes BIGINT NOT NULL,"
+    " created DOUBLE PRECISION NOT NULL, PRIMARY KEY (user_id, version))",
+    "CREATE TABLE IF NOT EXISTS items (ordinal {serial}, id TEXT NOT NULL UNIQUE, fields TEXT NOT NULL,"
+    " created DOUBLE PRECISION NOT NULL)",
+)
+
+
+class Sqlite:
+    """The index in one file, shared by all threads and safe beside other processes."""
+
+    serial = "INTEGER PRIMARY KEY AUTOINCREMENT"
+    # What makes other servers that set the store up wait: here every transaction does.
+    set_up_alone = "SELECT 1"
+
+    def __init__(self, path: Path) -> None:
+        self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON"):
+            self._connection.execute(f"PRAGMA {pragma}")
+
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        """Runs one statement and returns its rows."""
+        return self._connection.execute(sql, values).fetchall()
+
+    def execute_many(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Runs one statement for every row of values."""
+        self._connection.executemany(sql, rows)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Makes what runs inside happen whole or not at all."""
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+
+    def forget(self) -> None:
+        """Empties the write-ahead log, which still holds what has been deleted."""
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            if time.monotonic() > deadline:
+                raise StoreError("another process keeps the index's log open", "Erase again when it has finished")
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._connection.close()
+
+
+class Postgres:
+    """The index in a PostgreSQL database, for several servers."""
+
+    serial = "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
+    # CREATE TABLE IF NOT EXISTS fails for one of two that find no table at the same moment.
+    set_up_alone = "SELECT pg_advisory_xact_lock(hashtext('metarec schema'))"
+
+    def __init__(self, url: str) -> None:
+        try:
+            import psycopg
+        except ImportError:
+            raise ConfigError("a PostgreSQL store needs psycopg", "Run: pip install 'metarec[postgres]'") from None
+        self._psycopg = psycopg
+        self._url = url
+        self._connection = self._connect()
+
+    def _connect(self) -> Any:
+        try:
+            return self._psycopg.connect(self._url, autocommit=True)
+        except self._psycopg.OperationalError as error:
+            # The message of a failed connection may repeat the URL's password.
+            raise StoreError(
+                f"the PostgreSQL store does not answer ({type(error).__name__})", "Check --store"
+            ) from None
+
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        """Runs one statement and returns its rows."""
+        cursor = self._open().execute(sql.replace("?", "%s"), values)
+        return cursor.fetchall() if cursor.description else []
+
+    def execute_many(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Runs one statement for every row of values."""
+        with self._open().cursor() as cursor:
+            cursor.executemany(sql.replace("?", "%s"), rows)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Makes what runs inside happen whole or not at all."""
+        with self._open().transaction():
+            yield
+
+    def _open(self) -> Any:
+        if self._connection.closed or self._connection.broken:
+            self._connection = self._connect()
+        return self._connection
+
+    def forget(self) -> None:
+        """Has deleted rows leave the files."""
+        for table in ("requests", "feedback", "adapters", "users"):
+            self._open().execute(f"VACUUM {table}")
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._connection.close()

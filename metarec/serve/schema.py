@@ -1,0 +1,182 @@
+"""What the service's requests and answers look like."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Path
+from pydantic import BaseModel, ConfigDict, Field
+
+from metarec.serve.store import MAX_ID_CHARACTERS
+
+MOST_RECOMMENDED = 1000
+MOST_EXPLAINED = 50
+_MOST_AT_ONCE = 100
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
+UserId = Annotated[str, Path(min_length=1, max_length=MAX_ID_CHARACTERS, description="Any text without '/'.")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Rating(_Strict):
+    """One rating."""
+
+    item: Id
+    rating: float = Field(allow_inf_nan=False, description="On the scale of the recommender's task.")
+
+
+class Ratings(_Strict):
+    """Several ratings, oldest first."""
+
+    ratings: list[Rating] = Field(min_length=1, max_length=_MOST_AT_ONCE)
+
+
+class Items(_Strict):
+    """Items to score."""
+
+    items: list[Id] = Field(min_length=1, max_length=MOST_RECOMMENDED)
+
+
+class NewItem(_Strict):
+    """An item that the recommender was not trained with."""
+
+    id: Id
+    fields: dict[str, Annotated[str, Field(max_length=2000)]] = Field(
+        description="The catalog's text fields; 'title' is needed."
+    )
+
+
+class NewItems(_Strict):
+    """Several new items."""
+
+    items: list[NewItem] = Field(min_length=1, max_length=_MOST_AT_ONCE)
+
+
+class Adapter(BaseModel):
+    """The adapter that an answer was made with."""
+
+    version: int = Field(description="How many ratings the user had given when it was adapted; 0: none, the prior.")
+    ratings: int = Field(description="How many items it was adapted to.")
+    diverged: bool = Field(description="Adapting failed numerically: the ranking before adaptation is served.")
+    stale: bool = Field(description="A newer version could not be computed; this is the last good one.")
+
+
+class FeedbackAnswer(BaseModel):
+    """What became of feedback; it is durable."""
+
+    accepted: int
+    replayed: bool = Field(description="The idempotency key had been accepted before; nothing changed.")
+    adapter: Adapter
+    losses: list[float] = Field(description="Loss on the user's ratings before each adaptation step.")
+
+
+class ReasonAnswer(BaseModel):
+    """A rated item, and how much lower the recommended item's score is without that rating."""
+
+    item: str
+    title: str
+    rating: float
+    moved: float
+
+
+class Recommended(BaseModel):
+    """One recommended item."""
+
+    item: str
+    title: str
+    score: float
+    because: list[ReasonAnswer] = []
+
+
+class Recommendations(BaseModel):
+    """A ranking of the whole catalog."""
+
+    adapter: Adapter
+    items: list[Recommended]
+
+
+class Scores(BaseModel):
+    """Scores in the order of the question; higher is better."""
+
+    adapter: Adapter
+    scores: list[float]
+
+
+class SearchHit(BaseModel):
+    """An item found by text."""
+
+    item: str
+    title: str
+    similarity: float
+    score: float | None
+
+
+class SearchAnswer(BaseModel):
+    """Items found by text, best first."""
+
+    adapter: Adapter | None
+    items: list[SearchHit]
+
+
+class Event(BaseModel):
+    """One rating as the log holds it; `at` is seconds since the epoch."""
+
+    version: int
+    item: str
+    rating: float
+    at: float
+
+
+class UserAnswer(BaseModel):
+    """Everything that is held of a user."""
+
+    user: str
+    created: float
+    version: int
+    ratings: list[Event]
+    adapters: list[dict[str, int | str]]
+
+
+class Added(BaseModel):
+    """How many items were new, and how many can be recommended now."""
+
+    added: int
+    items: int
+
+
+class Erased(BaseModel):
+    """The user is gone."""
+
+    erased: bool
+
+
+class ErrorBody(BaseModel):
+    """What was wrong, and what to do about it."""
+
+    status: int
+    message: str
+    cure: str
+
+
+class Problem(BaseModel):
+    """Every answer that is not a success."""
+
+    error: ErrorBody
+
+
+_WHEN = {
+    400: "not JSON",
+    401: "no API key",
+    403: "from another site, or not from this machine",
+    404: "unknown user",
+    409: "contradicts what is there",
+    413: "body too large",
+    422: "not understood",
+    429: "too often, or the queue is full: see Retry-After",
+    503: "the store does not answer, or not in time",
+}
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text} for status, text in _WHEN.items()
+}

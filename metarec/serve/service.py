@@ -1,0 +1,145 @@
+"""Requests become jobs for the worker, and its results answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.exceptions import HTTPException
+
+from metarec.serve.engine import Engine, Person
+from metarec.serve.guard import Limits
+from metarec.serve.schema import Adapter
+from metarec.serve.store import Accepted, Feedback, check_id
+from metarec.serve.worker import Job, Worker
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How the service runs.
+
+    Args:
+        limits: Keys, rates and sizes.
+        waiting: Requests that may wait for the model.
+        seconds: After which a request is given up.
+        ui: Serves the page.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    waiting: int = 64
+    seconds: float = 30.0
+    ui: bool = False
+
+
+class _State(Collector):
+    """Numbers that are read off the engine when somebody asks."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def collect(self) -> Iterable[Metric]:
+        worker, engine = self._worker, self._worker.engine
+        gauges = {
+            "queue_depth": ("requests that wait for the model", worker.depth),
+            "hot_adapters": ("adapters in memory", len(engine.hot)),
+            "hot_adapter_bytes": ("bytes of adapters in memory", engine.hot.bytes),
+            "items": ("items that can be recommended", len(engine.catalog)),
+        }
+        for name, (what, value) in gauges.items():
+            yield GaugeMetricFamily(f"metarec_{name}", what, value)
+        counters = engine.counters
+        counts = {
+            "adapted_users": ("adapters computed", counters.adapted),
+            "diverged": ("adapters that met a number that is not finite", counters.diverged),
+            "damaged_adapters": ("adapters refused because a byte was altered", counters.damaged),
+            "failed_adaptations": ("adapters that could not be computed", counters.failed),
+            "unsaved_adapters": ("adapters that could not be written", counters.unsaved),
+            "hot_hits": ("adapters found in memory", engine.hot.hits),
+            "hot_misses": ("adapters not found in memory", engine.hot.misses),
+            "batches": ("batches that the model worked on", worker.batches),
+            "jobs": ("requests that the model worked on", worker.jobs),
+        }
+        for name, (what, value) in counts.items():
+            yield CounterMetricFamily(f"metarec_{name}", what, value)
+
+
+class Service:
+    """The worker and the metrics of one application; `ask` is how routes reach the model."""
+
+    def __init__(self, engine: Engine, settings: ServeSettings) -> None:
+        self.settings = settings
+        self.worker = Worker(engine, settings.waiting)
+        self.registry = CollectorRegistry()
+        self.registry.register(_State(self.worker))
+        self._requests = Counter("metarec_requests", "answers", ["method", "route", "status"], registry=self.registry)
+        self._seconds = Histogram("metarec_seconds", "seconds to an answer", ["route"], registry=self.registry)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; only a job may compute with it."""
+        return self.worker.engine
+
+    def observe(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Counts an answer."""
+        known = method if method in ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS") else "other"
+        self._requests.labels(known, route, status).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    async def ask(self, job: Job) -> Any:
+        """Waits for the worker to do a job.
+
+        Raises:
+            BusyError: The queue is full.
+            HTTPException: It did not come to an end in time.
+        """
+        future = asyncio.wrap_future(self.worker.submit(job))
+        try:
+            return await asyncio.wait_for(future, self.settings.seconds)
+        except asyncio.TimeoutError:
+            raise HTTPException(503, "the answer takes too long", {"Retry-After": "5"}) from None
+
+    async def person(self, user: str, answer: Callable[[Person], Any]) -> Any:
+        """Does something with a user's adapter in the worker."""
+
+        def run(person: Person | None, _: Accepted | None) -> Any:
+            assert person is not None
+            return answer(person)
+
+        return await self.ask(Job(run, check_id(user, "user id")))
+
+    async def alone(self, answer: Callable[[], Any]) -> Any:
+        """Does something between two batches."""
+        return await self.ask(Job(lambda *_: answer(), alone=True))
+
+    async def feedback(self, user: str, ratings: list[tuple[str, float]], key: str | None) -> tuple[Accepted, Person]:
+        """Writes ratings to the log and adapts.
+
+        Raises:
+            MetarecError: An item is unknown, a rating off the scale, or the key contradicts an earlier one.
+        """
+        engine, scale = self.engine, self.engine.trained.fitted.scale
+        for item, rating in ratings:
+            engine.code(item)
+            scale.check(rating, "an item")
+        said = Feedback(check_id(user, "user id"), tuple(ratings), None if key is None else check_id(key, "key"))
+        both: tuple[Accepted, Person] = await self.ask(Job(lambda person, done: (done, person), user, said))
+        return both
+
+    async def erase(self, user: str) -> bool:
+        """Removes a user everywhere; when it returns, nothing of them is left."""
+
+        def run() -> bool:
+            self.worker.settle()
+            return self.engine.erase(user)
+
+        return bool(await self.alone(run))
+
+
+def adapter_facts(person: Person) -> Adapter:
+    """Returns what an answer says of the adapter that it was made with."""
+    return Adapter.model_validate(person.facts())
