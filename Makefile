@@ -25,7 +25,7 @@ quickstart: setup  ## meta-train, evaluate and adapt to a new user, on real rati
 
 learn2learn: setup  ## the library that tests compare with; its own set-up fails on current Pythons
 	$(PIP) Cython setuptools wheel
-	CYTHON_FORCE_REGEN=1 $(PIP) --no-deps --no-build-isolation --config-settings=--build-option=build_ext learn2learn==0.2.0
+	CYTHON_FORCE_REGEN=1 $(PIP) --use-pep517 --no-deps --no-build-isolation --config-settings=--build-option=build_ext learn2learn==0.2.0
 
 bench: setup  ## the README's table: every method on the same users; an hour, stopped and resumed at will
 	$(BIN)/metarec bench benchmarks/plans/headline.yaml --jobs 2 --out runs/headline

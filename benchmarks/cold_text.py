@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from metarec.artifacts import write_json
-from metarec.bench.methods import Setting
+from metarec.bench.methods import MethodContext
 from metarec.data.task_data import load_task_data
 from metarec.data.task_files import load_task
 from metarec.data.templates import REVIEW
@@ -25,7 +25,7 @@ from metarec.progress import progress
 from metarec.scorers.collaborative.features import Features, state_vectors, unrated_features
 from metarec.scorers.collaborative.item_mean import predict_unrated, smooth_by_text
 from metarec.scorers.collaborative.residuals import Floats
-from metarec.scorers.language.item_vectors import recalled_vectors
+from metarec.scorers.language.item_vectors import hidden_state_vectors
 
 RESULT = Path(__file__).parent / "results" / "cold-text.json"
 TASK = "movielens/item-cold"
@@ -50,7 +50,7 @@ def main() -> None:
     with progress("splits", arguments.seeds) as advance:
         for done in range(arguments.seeds):
             seed = arguments.first + done
-            setting = Setting(load_task_data(load_task(TASK), seed), Path("runs") / "cold-text")
+            setting = MethodContext(load_task_data(load_task(TASK), seed), Path("runs") / "cold-text")
             for name, predicted in predictions(setting).items():
                 found.setdefault(name, []).append(mean_auc(setting, predicted))
             advance(done + 1)
@@ -61,13 +61,15 @@ def main() -> None:
         print(f"{name:52s}{row['auc']:.4f}")
 
 
-def predictions(setting: Setting) -> dict[str, Floats]:
+def predictions(setting: MethodContext) -> dict[str, Floats]:
     """Returns every way's prediction of every item's mean."""
     mean = setting.mean
     everything = np.arange(len(mean.count))
-    reader, catalog = setting.untrained.fitted.reader, setting.interactions.catalog
-    read = {"encoder": setting.vectors, "prompt": state_vectors(reader.states)}
-    read |= {name: recalled_vectors(reader.backbone, catalog, sentences) for name, sentences in SENTENCES.items()}
+    answer_model, catalog = setting.untrained.fitted.answer_model, setting.interactions.catalog
+    read = {"encoder": setting.vectors, "prompt": state_vectors(answer_model.states)}
+    read |= {
+        name: hidden_state_vectors(answer_model.backbone, catalog, sentences) for name, sentences in SENTENCES.items()
+    }
 
     def unrated(*names: str) -> Features:
         fields = setting.fields if "fields" in names else {}
@@ -90,7 +92,7 @@ def predictions(setting: Setting) -> dict[str, Floats]:
     return result
 
 
-def mean_auc(setting: Setting, predicted: Floats) -> float:
+def mean_auc(setting: MethodContext, predicted: Floats) -> float:
     episodes = [*setting.data.episodes("validation")[0], *setting.data.episodes("test")[0]]
     values = [auc(predicted[one.query.items], one.query.likes(setting.threshold)) for one in episodes]
     return float(np.mean([value for value in values if value is not None]))

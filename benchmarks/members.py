@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from metarec.artifacts import load_json, write_json
-from metarec.bench.methods import Setting
+from metarec.bench.methods import MethodContext
 from metarec.data.task_data import load_task_data
 from metarec.data.task_files import load_task
 from metarec.evaluate import evaluate
@@ -61,7 +61,7 @@ def main() -> None:
 
 def gains_over_the_process(task: str, seed: int) -> dict[str, dict[int, np.ndarray]]:
     """Returns every validation user's AUC less that of the process alone, by method and K."""
-    setting = Setting(load_task_data(load_task(task), seed), Path("runs") / "members")
+    setting = MethodContext(load_task_data(load_task(task), seed), Path("runs") / "members")
     data, users = setting.interactions, setting.users
     features = setting.known
     _, stack, _ = fit_stack(data, users, features, "stack", threshold=setting.threshold, seed=seed)

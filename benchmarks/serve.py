@@ -101,7 +101,7 @@ def smaller(checkpoint: Path, items: int, out: Path) -> Path:
     """Saves the recommender over its most rated items alone."""
     from metarec.cli.runs import load_run
     from metarec.data.interactions import Catalog
-    from metarec.fitting import catalog_reader
+    from metarec.fitting import catalog_answer_model
     from metarec.recommender import MetaRecommender
 
     full = load_run(checkpoint)
@@ -112,12 +112,12 @@ def smaller(checkpoint: Path, items: int, out: Path) -> Path:
     fields = {name: tuple(column[code] for code in chosen) for name, column in fitted.catalog.fields.items()}
     catalog = Catalog(tuple(fitted.catalog.ids[code] for code in chosen), fields)
     columns = {name: getattr(fitted.prior, name)[chosen] for name in ("total", "count", "centre")}
-    reader = catalog_reader(full.backbone, full.config, fitted.task.template, catalog)
-    _ = reader.frozen_log_odds
+    answer_model = catalog_answer_model(full.backbone, full.config, fitted.task.template, catalog)
+    _ = answer_model.frozen_log_odds
     prior = replace(fitted.prior, **columns)
     members = tuple(of_items(member, chosen, prior) for member in fitted.taste.members)
     taste = replace(fitted.taste, prior=prior, members=members)
-    less = replace(fitted, catalog=catalog, prior=prior, taste=taste, reader=reader)
+    less = replace(fitted, catalog=catalog, prior=prior, taste=taste, answer_model=answer_model)
     MetaRecommender(full.backbone, full.config, less).save_pretrained(out)
     return out
 
@@ -394,9 +394,12 @@ def stream(arguments: argparse.Namespace) -> dict[str, Any]:
         if labels.all() or not labels.any():
             continue
         told = [fitted.taste.leave_one_out(support.head(5))]
-        first = collate([support.head(5)], fitted.prior, fitted.reader, fitted.task.like_threshold, expected=told)
+        first = collate([support.head(5)], fitted.prior, fitted.answer_model, fitted.task.like_threshold, expected=told)
         early = support_loss(
-            first, fitted.reader, shrinkage=scorer.inner.shrinkage, bias_strength=scorer.inner.bias_strength
+            first,
+            fitted.answer_model,
+            shrinkage=scorer.inner.shrinkage,
+            user_bias_damping=scorer.inner.user_bias_damping,
         )
         state = fitted.meta.init
         for name in ("warm start, new ratings", "warm start, all ratings", "meta-initialization, all ratings"):
@@ -408,8 +411,8 @@ def stream(arguments: argparse.Namespace) -> dict[str, Any]:
                 state = select_user(replace(scorer, meta=replace(fitted.meta, init=start)).adapt([part]).state, 0)
             with torch.no_grad():
                 told = [fitted.taste.posterior_mean(support, query.items)]
-                batch = candidates([query.items], fitted.prior, fitted.reader, told)
-                values = score(expand_users(state, 1), batch, fitted.reader)[0].numpy()
+                batch = candidates([query.items], fitted.prior, fitted.answer_model, told)
+                values = score(expand_users(state, 1), batch, fitted.answer_model)[0].numpy()
                 quality.setdefault(name, []).append(auc(values, labels) or 0.0)
                 forgetting.setdefault(name, []).append(float(early(expand_users(state, 1))[0]))
     base = np.array(quality["meta-initialization, all ratings"])

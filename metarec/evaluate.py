@@ -26,7 +26,7 @@ _LEVEL_STRENGTH = 1.0
 
 
 @dataclass(frozen=True)
-class Cell:
+class ShotSummary:
     """One method at one K, summarized.
 
     Args:
@@ -94,13 +94,13 @@ class Report:
         """Returns the difference between two cells by user, of the users that both have."""
         return (self.values(method, shots, metric) - self.values(other, other_shots, metric)).dropna()
 
-    def cells(self) -> Iterator[Cell]:
+    def cells(self) -> Iterator[ShotSummary]:
         """Summarizes method by method, K by K, in the order they were evaluated in."""
         for row in self.costs.to_dict("records"):
             method, shots = str(row["method"]), int(row["shots"])
             gain, interval = self.difference(method, shots, self.baseline, shots)
             means = {metric: float(self.values(method, shots, metric).mean()) for metric in self.metrics}
-            yield Cell(
+            yield ShotSummary(
                 method=method,
                 shots=shots,
                 users=len(self.values(method, shots)),

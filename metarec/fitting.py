@@ -18,7 +18,7 @@ from metarec.data.task_data import TaskData
 from metarec.data.templates import PromptTemplate
 from metarec.errors import ConfigError
 from metarec.evaluate import evaluate, mean_auc
-from metarec.lm.answer_model import Reader, open_reader
+from metarec.lm.answer_model import AnswerModel, open_answer_model
 from metarec.lm.backbone import Backbone, load_backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.tokenized import tokenize_catalog
@@ -31,13 +31,13 @@ from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.stack import CrossFitted, Stacked
 from metarec.scorers.collaborative.text import unit_vectors
 from metarec.scorers.language.adapted import InnerLoop, MetaScorer
-from metarec.scorers.language.item_vectors import recalled_vectors, text_vectors
+from metarec.scorers.language.item_vectors import hidden_state_vectors, text_vectors
 from metarec.scorers.language.score import Batch, Head, collate, head_solver, pairwise_loss, support_loss
 
 PRIOR_COLUMNS = ("total", "count", "centre")
 PRIOR_NUMBERS = ("mean", "scale", "strength", "silent")
 TASTE = "taste"
-# Where a task asks about items that nobody rated, a fifth is hidden from every fold too, as in `split.unseen`.
+# Where a task asks about items that nobody rated, a fifth is hidden from every fold too, as in `split.out_of_fold`.
 HIDDEN_SHARE = 0.2
 
 
@@ -52,7 +52,7 @@ class Fitted:
         prior: Shrunk item means smoothed by text: an input of the score.
         taste: What users of like taste say: another input; without members it says what the prior says.
         meta: The meta-parameters.
-        reader: The language model, reading this catalog.
+        answer_model: The language model, reading this catalog.
         training: A JSON-able summary of the training.
     """
 
@@ -62,21 +62,21 @@ class Fitted:
     prior: ItemPrior
     taste: Stacked
     meta: MetaState
-    reader: Reader
+    answer_model: AnswerModel
     training: dict[str, Any]
 
 
 def meta_train(
     data: TaskData,
     prepared: Fitted,
-    unseen: CrossFitted,
+    out_of_fold: CrossFitted,
     config: RunConfig,
     identity: dict[str, Any],
     checkpoint: Path,
     resume: bool,
 ) -> Trained:
     """Meta-trains on a task's meta-training users; see `metarec.meta.outer_loop.train`."""
-    reader = prepared.reader
+    answer_model = prepared.answer_model
     threshold = data.task.like_threshold
     episodes = data.episodes("validation")[0][: config.train.validation_users]
     one_by_one = config.meta.engine == "learn2learn"
@@ -84,16 +84,16 @@ def meta_train(
         raise ConfigError(
             f"meta.algorithm '{config.meta.algorithm}' is not one learn2learn has", "Set meta.engine to 'batched'"
         )
-    cold = any(fold.hidden.any() for fold in unseen.folds)
+    cold = any(fold.hidden.any() for fold in out_of_fold.folds)
 
     # Prior and stack are those of a fold that has not seen the user, as they are for any new one: what has seen a
     # user's ratings would teach the adapter that nothing is left to learn.
     def support_of(batch: Sequence[Episode]) -> Batch:
-        folds = [unseen.without(episode.user) for episode in batch]
+        folds = [out_of_fold.without(episode.user) for episode in batch]
         return collate(
             [episode.support for episode in batch],
             prepared.prior,
-            reader,
+            answer_model,
             threshold,
             means=[fold.prior.values(episode.support.items) for fold, episode in zip(folds, batch, strict=True)],
             expected=[fold.taste.leave_one_out(episode.support) for fold, episode in zip(folds, batch, strict=True)],
@@ -101,15 +101,18 @@ def meta_train(
 
     def inner(batch: Sequence[Episode]) -> Loss:
         return support_loss(
-            support_of(batch), reader, shrinkage=config.meta.shrinkage, bias_strength=config.meta.bias_strength
+            support_of(batch),
+            answer_model,
+            shrinkage=config.meta.shrinkage,
+            user_bias_damping=config.meta.user_bias_damping,
         )
 
     def outer(batch: Sequence[Episode]) -> Loss:
-        folds = [unseen.without(episode.user) for episode in batch]
+        folds = [out_of_fold.without(episode.user) for episode in batch]
         query = collate(
             [episode.query for episode in batch],
             prepared.prior,
-            reader,
+            answer_model,
             threshold,
             means=[fold.prior.values(episode.query.items) for fold, episode in zip(folds, batch, strict=True)],
             expected=[
@@ -117,7 +120,7 @@ def meta_train(
                 for fold, episode in zip(folds, batch, strict=True)
             ],
         )
-        return pairwise_loss(query, reader, sharpness=config.train.sharpness)
+        return pairwise_loss(query, answer_model, sharpness=config.train.sharpness)
 
     def gradient_at(meta: MetaState, step: int) -> MetaGradient:
         batch = training_batch(
@@ -129,12 +132,12 @@ def meta_train(
             min_query=config.train.min_query,
             seed=config.seed,
             step=step,
-            hidden=(lambda user: unseen.without(user).hidden) if cold else None,
+            hidden=(lambda user: out_of_fold.without(user).hidden) if cold else None,
         )
         steps = config.meta.inner_steps
         head = closed_form_head(config)
         if head is not None:
-            solve = head_solver(support_of(batch), reader, head, bias_strength=config.meta.bias_strength)
+            solve = head_solver(support_of(batch), answer_model, head, user_bias_damping=config.meta.user_bias_damping)
             return closed_form(meta, solve, outer(batch), len(batch))
         if one_by_one:
             losses = [(inner([episode]), outer([episode])) for episode in batch]
@@ -180,13 +183,13 @@ def meta_scorer(
     inner = InnerLoop(
         steps=config.meta.inner_steps if steps is None else steps,
         shrinkage=config.meta.shrinkage,
-        bias_strength=config.meta.bias_strength,
+        user_bias_damping=config.meta.user_bias_damping,
         head=closed_form_head(config),
         storage=getattr(torch, config.adapter.storage),
     )
     return MetaScorer(
         fitted.meta,
-        fitted.reader,
+        fitted.answer_model,
         fitted.prior,
         fitted.taste,
         inner,
@@ -209,7 +212,9 @@ def open_backbone(config: RunConfig) -> Backbone:
     )
 
 
-def catalog_reader(backbone: Backbone, config: RunConfig, template: PromptTemplate, catalog: Catalog) -> Reader:
+def catalog_answer_model(
+    backbone: Backbone, config: RunConfig, template: PromptTemplate, catalog: Catalog
+) -> AnswerModel:
     """Returns the language model over a catalog's prompts, with adapters where the settings want them."""
     prompts = tokenize_catalog(backbone, template, catalog)
     adapter = config.adapter
@@ -225,16 +230,16 @@ def catalog_reader(backbone: Backbone, config: RunConfig, template: PromptTempla
         rslora=adapter.rslora,
         virtual_tokens=adapter.virtual_tokens,
     )
-    return open_reader(backbone, prompts, placement, torch.bfloat16 if config.dtype == "mixed" else None)
+    return open_answer_model(backbone, prompts, placement, torch.bfloat16 if config.dtype == "mixed" else None)
 
 
-def collaborative_features(reader: Reader, catalog: Catalog, encoder: str | None, task: Task) -> Features:
+def collaborative_features(answer_model: AnswerModel, catalog: Catalog, encoder: str | None, task: Task) -> Features:
     """Returns what the collaborative predictor knows of items."""
-    if task.recall and reader.backbone.kind == "causal":
-        read = {"llm": recalled_vectors(reader.backbone, catalog, task.recall)}
+    if task.hidden_states and answer_model.backbone.kind == "causal":
+        read = {"llm": hidden_state_vectors(answer_model.backbone, catalog, task.hidden_states)}
     else:
         # Where ratings tell of items, the states behind the prompt's answer will do, which is read anyway.
-        read = {"llm": state_vectors(reader.states)}
+        read = {"llm": state_vectors(answer_model.states)}
     if encoder is not None:
         read["text"] = text_vectors(catalog, encoder)
     fields = item_features(catalog)

@@ -33,7 +33,7 @@ from metarec.fitting import (
     PRIOR_NUMBERS,
     TASTE,
     Fitted,
-    catalog_reader,
+    catalog_answer_model,
     closed_form_head,
     collaborative_features,
     meta_scorer,
@@ -148,11 +148,11 @@ class MetaRecommender:
             MetarecError: The task or its data are not usable, or the checkpoint is of another run.
         """
         data = self.task_data(task)
-        prepared, unseen = self._prepare(data)
+        prepared, out_of_fold = self._prepare(data)
         if checkpoint is None:
             with tempfile.TemporaryDirectory() as scratch:
-                return self._fit(data, prepared, unseen, Path(scratch) / "checkpoint", resume)
-        return self._fit(data, prepared, unseen, Path(checkpoint), resume)
+                return self._fit(data, prepared, out_of_fold, Path(scratch) / "checkpoint", resume)
+        return self._fit(data, prepared, out_of_fold, Path(checkpoint), resume)
 
     def prepare(self, task: str | Task | TaskData | None = None) -> MetaRecommender:
         """Fits everything but the meta-parameters, which stay as they start: nothing is meta-trained.
@@ -167,9 +167,9 @@ class MetaRecommender:
         return self
 
     def _fit(
-        self, data: TaskData, prepared: Fitted, unseen: CrossFitted, checkpoint: Path, resume: bool
+        self, data: TaskData, prepared: Fitted, out_of_fold: CrossFitted, checkpoint: Path, resume: bool
     ) -> MetaRecommender:
-        trained = meta_train(data, prepared, unseen, self.config, self._identity(data), checkpoint, resume)
+        trained = meta_train(data, prepared, out_of_fold, self.config, self._identity(data), checkpoint, resume)
         training = {
             "best_step": trained.best_step,
             "best_validation_auc": trained.best_value,
@@ -198,18 +198,18 @@ class MetaRecommender:
         }
 
     def _prepare(self, data: TaskData) -> tuple[Fitted, CrossFitted]:
-        reader = catalog_reader(self.backbone, self.config, data.task.template, data.interactions.catalog)
-        prior, taste, unseen = fit_stack(
+        answer_model = catalog_answer_model(self.backbone, self.config, data.task.template, data.interactions.catalog)
+        prior, taste, out_of_fold = fit_stack(
             data.interactions,
             data.parts["train"],
-            collaborative_features(reader, data.interactions.catalog, self.config.encoder, data.task),
+            collaborative_features(answer_model, data.interactions.catalog, self.config.encoder, data.task),
             self.config.taste,
             threshold=data.task.like_threshold,
             hide=HIDDEN_SHARE if data.task.split.asks_unrated else 0.0,
             seed=self.config.seed,
         )
         if self.config.prior == "none":
-            prior, taste, unseen = prior.silenced(), taste.without_mean(), unseen.without_mean()
+            prior, taste, out_of_fold = prior.with_zero_mean(), taste.with_zero_mean(), out_of_fold.with_zero_mean()
         fitted = Fitted(
             task=data.task,
             catalog=data.interactions.catalog,
@@ -217,7 +217,7 @@ class MetaRecommender:
             prior=prior,
             taste=taste,
             meta=initial_state(
-                reader,
+                answer_model,
                 inner_lr=self.config.inner_lr,
                 llm_weight=self.config.train.llm_weight,
                 seed=self.config.seed,
@@ -226,10 +226,10 @@ class MetaRecommender:
                 elementwise_rates=self.config.meta.rates == "number",
                 head=closed_form_head(self.config),
             ),
-            reader=reader,
+            answer_model=answer_model,
             training={},
         )
-        return fitted, unseen
+        return fitted, out_of_fold
 
     def scorer(
         self, *, rate_scale: float = 1.0, steps: int | None = None, name: str = "metarec, adapted"
@@ -251,11 +251,13 @@ class MetaRecommender:
         """
         fitted = self.fitted
         words, template = fitted.task.prompt.ratings, fitted.task.template
-        expected = [expected_rating(fitted.reader, template, fitted.catalog, words, fitted.scale)] if words else []
+        expected = (
+            [expected_rating(fitted.answer_model, template, fitted.catalog, words, fitted.scale)] if words else []
+        )
         return [
             ItemMean(fitted.prior.without_text(), name=BASELINE),
             *([fitted.taste] if fitted.taste.members else []),
-            ZeroShot(fitted.reader),
+            ZeroShot(fitted.answer_model),
             *expected,
             self.scorer(steps=0, name="metarec, before adaptation"),
             self.scorer(),
@@ -315,7 +317,7 @@ class MetaRecommender:
         Raises:
             ArtifactError: The files are damaged, or belong to another recommender.
         """
-        state, user = load_adapter(Path(path), self.fitted.reader.spec, self.config.device)
+        state, user = load_adapter(Path(path), self.fitted.answer_model.spec, self.config.device)
         if user["recommender"] != self.digest:
             raise ArtifactError(f"'{path}' was adapted from another recommender", "Load it with the one that made it")
         support = read_ratings(
@@ -428,10 +430,10 @@ class AdaptedUser:
         save_adapter(
             Path(path),
             self.state,
-            recommender.fitted.reader.spec,
+            recommender.fitted.answer_model.spec,
             base_model=recommender.backbone.location,
             task_type=recommender.backbone.task_type,
-            invocation_tokens=recommender.fitted.reader.invocation_tokens,
+            invocation_tokens=recommender.fitted.answer_model.invocation_tokens,
             user={
                 "recommender": recommender.digest,
                 "ratings": [[catalog.ids[code], rating] for code, rating in rated],
@@ -451,8 +453,8 @@ class AdaptedUser:
         with progress("ranking", len(blocks), after=2.0) as advance:
             for done, block in enumerate(blocks, start=1):
                 expected = [fitted.taste.posterior_mean(self.support, block)]
-                batch = candidates([block], fitted.prior, fitted.reader, expected)
-                values.append(score(state, batch, fitted.reader)[0].cpu())
+                batch = candidates([block], fitted.prior, fitted.answer_model, expected)
+                values.append(score(state, batch, fitted.answer_model)[0].cpu())
                 advance(done)
         return torch.cat(values)
 
@@ -483,7 +485,7 @@ def _load(path: Path, place: Mapping[str, str]) -> MetaRecommender:
         prior=ItemPrior(**facts["prior"], **columns),
         taste=taste,
         meta=MetaState.from_tensors(read_tensors(path / "meta.safetensors", config.device)),
-        reader=catalog_reader(backbone, config, task.template, catalog),
+        answer_model=catalog_answer_model(backbone, config, task.template, catalog),
         training=facts["training"],
     )
     return MetaRecommender(backbone, config, fitted)

@@ -34,7 +34,7 @@ class Request:
 
 
 class Scorer(Protocol):
-    """Scores candidates; higher is better. Scores of different users need not be comparable."""
+    """ScoreArray candidates; higher is better. ScoreArray of different users need not be comparable."""
 
     @property
     def name(self) -> str:
@@ -51,7 +51,7 @@ class Scorer(Protocol):
         ...
 
 
-Scores = NDArray[np.floating]
+ScoreArray = NDArray[np.floating]
 
 
 def check_codes(requests: Sequence[Request], items: int) -> None:
@@ -74,13 +74,13 @@ def check_codes(requests: Sequence[Request], items: int) -> None:
                 )
 
 
-def score_each(requests: Sequence[Request], items: int, values: Callable[[Request], Scores]) -> list[Tensor]:
-    """Scores requests one by one.
+def score_each(requests: Sequence[Request], items: int, values: Callable[[Request], ScoreArray]) -> list[Tensor]:
+    """ScoreArray requests one by one.
 
     Args:
         requests: The requests.
         items: How many items the method knows.
-        values: Scores of one request's candidates.
+        values: ScoreArray of one request's candidates.
 
     Raises:
         UnknownItemError: See `check_codes`.

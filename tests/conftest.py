@@ -33,7 +33,7 @@ GENRES = ("drama", "comedy", "action", "horror")
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Trunk caches of tests stay out of the user's; the embedded model, costly to unpack, is shared."""
+    """Forward caches of tests stay out of the user's; the embedded model, costly to unpack, is shared."""
     real = Path(os.environ.get("METAREC_CACHE") or Path.home() / ".cache" / "metarec")
     own = tmp_path_factory.mktemp("cache")
     for shared in ("models", "data"):

@@ -26,9 +26,9 @@ from threadpoolctl import threadpool_info
 from metarec.artifacts import load_json
 from metarec.bench import cells as bench
 from metarec.bench import methods
-from metarec.bench.methods import METHODS, Method, Row, Setting
+from metarec.bench.methods import METHODS, Method, MethodContext, MethodRow
 from metarec.bench.plan import Cell, Plan, cells
-from metarec.bench.summary import Pooled, crossing, holm, read_cells
+from metarec.bench.summary import Summary, crossing, holm, read_cells
 from metarec.bench.webpage import render
 from metarec.data.interactions import Ratings
 from metarec.errors import ArtifactError, ConfigError, EvaluationError
@@ -84,15 +84,17 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> None:
                 torch.from_numpy(told(asked.support) * ((asked.candidates % 4 < 2) * 2.0 - 1)) for asked in requests
             ]
 
-    def rows(setting: Setting) -> list[Row]:
+    def rows(setting: MethodContext) -> list[MethodRow]:
         best = Oracle(setting.mean, name="metarec")
         return [
-            Row(best, 7, lambda asked: 3 * len(asked.candidates), lambda asked, code: f"item {code}</script>", True),
-            Row(replace(best, name="metarec, no adaptation")),
-            Row(replace(best, name="metarec, step 1"), step=1),
+            MethodRow(
+                best, 7, lambda asked: 3 * len(asked.candidates), lambda asked, code: f"item {code}</script>", True
+            ),
+            MethodRow(replace(best, name="metarec, no adaptation")),
+            MethodRow(replace(best, name="metarec, step 1"), step=1),
         ]
 
-    def broken(setting: Setting) -> list[Row]:
+    def broken(setting: MethodContext) -> list[MethodRow]:
         raise FloatingPointError("nothing fits")
 
     monkeypatch.setitem(METHODS, "metarec", Method(rows, "meta", "knows"))
@@ -210,12 +212,12 @@ def test_limited_users_and_limited_training_are_cells_of_their_own(task: str, tm
 
 
 @pytest.fixture
-def known(oracle: None, task: str, tmp_path: Path) -> Pooled:
+def known(oracle: None, task: str, tmp_path: Path) -> Summary:
     bench.run(plan(task, "metarec", "random", seeds=3), tmp_path)
     return read_cells(tmp_path, BASELINE)[0]
 
 
-def test_a_row_says_what_is_known_by_hand(known: Pooled) -> None:
+def test_a_row_says_what_is_known_by_hand(known: Summary) -> None:
     rows = {(row["method"], row["shots"]): row for row in known.rows("metarec")}
     assert {name for name, _ in rows} == {BASELINE, "metarec", "metarec, no adaptation", "random"}, (
         "points of a trajectory are no rows"
@@ -238,7 +240,7 @@ def test_a_row_says_what_is_known_by_hand(known: Pooled) -> None:
     assert f"versus {BASELINE}" not in rows[BASELINE, 10]
 
 
-def test_a_person_in_two_seeds_is_one_person(known: Pooled) -> None:
+def test_a_person_in_two_seeds_is_one_person(known: Summary) -> None:
     """Intervals resample people: doubling every episode under the same person changes none of them."""
     report = known.report
     copies = report.per_user.assign(user="copy/" + report.per_user["user"])
@@ -322,14 +324,14 @@ def test_limited_training_sees_only_those_users(task: str, tmp_path: Path) -> No
     from metarec.data.task_files import load_task
 
     data = load_task_data(load_task(task), 0)
-    setting = methods.Setting(data, tmp_path, 5)
+    setting = methods.MethodContext(data, tmp_path, 5)
     assert len(setting.users) == 5
     assert set(setting.users) <= set(data.parts["train"])
     assert set(setting.task_data.parts["test"]) == set(data.parts["test"])
     assert setting.mean.count.sum() == np.isin(data.interactions.user, setting.users).sum()
 
 
-def test_the_page_holds_everything_and_fetches_nothing(known: Pooled) -> None:
+def test_the_page_holds_everything_and_fetches_nothing(known: Summary) -> None:
     page = render([known], "metarec")
     outside = page.replace(re.search(r"<script>(.*?)</script>", page, re.S).group(1), "")  # type: ignore[union-attr]
     assert not re.search(r"(src|href)=|https?://|@import", outside)

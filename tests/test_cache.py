@@ -60,14 +60,14 @@ def test_everything_is_read_once_and_then_never_again(tmp_path: Path) -> None:
 
 def test_readers_side_by_side_share_the_work(tmp_path: Path) -> None:
     readers = [Reading(tmp_path / "a", seconds=0.01) for _ in range(3)]
-    threads = [threading.Thread(target=reader.fill) for reader in readers]
+    threads = [threading.Thread(target=answer_model.fill) for answer_model in readers]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(item for reader in readers for item in reader.items) == list(range(40))
-    assert sum(bool(reader.items) for reader in readers) > 1
-    assert sum(reader.finished for reader in readers) == 1
+    assert sorted(item for answer_model in readers for item in answer_model.items) == list(range(40))
+    assert sum(bool(answer_model.items) for answer_model in readers) > 1
+    assert sum(answer_model.finished for answer_model in readers) == 1
 
 
 def test_what_one_left_unfinished_another_reads(tmp_path: Path) -> None:
@@ -95,9 +95,9 @@ Stuck(Path({str(tmp_path / "a")!r})).fill()
         assert killed.stdout is not None
         assert killed.stdout.readline() == "reading\n"
         killed.kill()
-    reader = Reading(tmp_path / "a")
-    reader.fill()
-    assert sorted(reader.items) == list(range(40))
+    answer_model = Reading(tmp_path / "a")
+    answer_model.fill()
+    assert sorted(answer_model.items) == list(range(40))
 
 
 def test_what_is_damaged_is_read_again(tmp_path: Path) -> None:
@@ -105,6 +105,6 @@ def test_what_is_damaged_is_read_again(tmp_path: Path) -> None:
     with (tmp_path / "a" / "states.npy").open("r+b") as file:
         file.seek(-4, os.SEEK_END)
         file.write(b"\x00\x01\x02\x03")
-    reader = Reading(tmp_path / "a")
-    np.testing.assert_array_equal(reader.fill()[:, 0], LENGTHS)
-    assert len(reader.items) == 40
+    answer_model = Reading(tmp_path / "a")
+    np.testing.assert_array_equal(answer_model.fill()[:, 0], LENGTHS)
+    assert len(answer_model.items) == 40

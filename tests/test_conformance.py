@@ -41,7 +41,7 @@ from metarec.data.task import Task
 from metarec.data.task_data import TaskData
 from metarec.errors import ArtifactError, UnknownItemError
 from metarec.evaluate import Report, evaluate
-from metarec.lm.answer_model import Reader
+from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone, load_backbone
 from metarec.recommender import MetaRecommender
 from metarec.scorer import Request, Scorer
@@ -134,7 +134,7 @@ def expected(given: Given) -> Scorer:
     fitted = given.recommender().fitted
     words = fitted.task.prompt.ratings
     assert words is not None
-    return expected_rating(fitted.reader, fitted.task.template, fitted.catalog, words, fitted.scale)
+    return expected_rating(fitted.answer_model, fitted.task.template, fitted.catalog, words, fitted.scale)
 
 
 FITS: dict[str, Callable[[Given], Scorer]] = {
@@ -158,9 +158,9 @@ FITS: dict[str, Callable[[Given], Scorer]] = {
     "GP": lambda given: fit_gp(given.data, TRAIN, {"text": VECTORS, "genres": GENRE}, factors=4),
     "MeLU": network("melu"),
     "neural process": network("neural process"),
-    "zero-shot prompt": lambda given: ZeroShot(given.recommender().fitted.reader),
+    "zero-shot prompt": lambda given: ZeroShot(given.recommender().fitted.answer_model),
     "zero-shot, calibrated": lambda given: calibrated_zero_shot(
-        given.recommender().fitted.reader, given.history.template, given.data.catalog
+        given.recommender().fitted.answer_model, given.history.template, given.data.catalog
     ),
     "expected rating, prompt": expected,
     "in-context prompt": lambda given: InContext(given.backbone, given.history),
@@ -261,10 +261,10 @@ def report(scorer: Scorer, known: Given) -> Report:
     )
 
 
-def reader_of(scorer: Scorer) -> Reader | None:
+def reader_of(scorer: Scorer) -> AnswerModel | None:
     """The language model that a scorer reads, without anything that it has kept of what it read."""
-    reader: Reader | None = getattr(scorer, "reader", None)
-    return None if reader is None else replace(reader, trunk=replace(reader.trunk))  # type: ignore[type-var]
+    answer_model: AnswerModel | None = getattr(scorer, "answer_model", None)
+    return None if answer_model is None else replace(answer_model, forward=replace(answer_model.forward))  # type: ignore[type-var]
 
 
 def test_the_suite_covers_the_default_table(known: Given) -> None:
@@ -392,7 +392,7 @@ def test_ratings_help_the_methods_that_listen(method: str, report: Report) -> No
 def test_a_saved_scorer_comes_back_bit_by_bit(scorer: Scorer, known: Given, tmp_path: Path) -> None:
     save_scorer(tmp_path / "scorer", scorer)
     backbone = load_backbone(str(known.model_dir("llama")))
-    again = load_scorer(tmp_path / "scorer", reader=reader_of(scorer), backbone=backbone)
+    again = load_scorer(tmp_path / "scorer", answer_model=reader_of(scorer), backbone=backbone)
     assert (type(again), again.name, again.bytes_per_user) == (type(scorer), scorer.name, scorer.bytes_per_user)
     requests = [Request("a", SUPPORT, np.arange(ITEMS)), Request("b", Ratings.empty(), CANDIDATES)]
     for mine, theirs in zip(again.score(requests), scorer.score(requests), strict=True):
@@ -422,16 +422,16 @@ def test_a_scorer_gets_the_language_model_it_was_saved_with_or_none(known: Given
     save_scorer(tmp_path / "scorer", scorer)
     with pytest.raises(ArtifactError, match="reads the language model"):
         load_scorer(tmp_path / "scorer")
-    reader = reader_of(scorer)
-    assert reader is not None
+    answer_model = reader_of(scorer)
+    assert answer_model is not None
     others = {
-        "backbone": replace(reader, backbone=replace(reader.backbone, fingerprint="another")),
-        "prompts": replace(reader, prompts=replace(reader.prompts, answers=(3, 4))),
-        "placement": replace(reader, placement=replace(reader.placement, rank=1)),
+        "backbone": replace(answer_model, backbone=replace(answer_model.backbone, fingerprint="another")),
+        "prompts": replace(answer_model, prompts=replace(answer_model.prompts, answers=(3, 4))),
+        "placement": replace(answer_model, placement=replace(answer_model.placement, rank=1)),
     }
     for part, other in others.items():
         with pytest.raises(ArtifactError, match=f"was made with another {part}"):
-            load_scorer(tmp_path / "scorer", reader=other)
+            load_scorer(tmp_path / "scorer", answer_model=other)
 
 
 @pytest.mark.parametrize("method", ["in-context prompt", "in-context, listwise", "joint LoRA"])
@@ -439,9 +439,9 @@ def test_a_scorer_that_reads_histories_gets_the_backbone_it_was_saved_with_or_no
     method: str, known: Given, tmp_path: Path
 ) -> None:
     save_scorer(tmp_path / "scorer", FITS[method](known))
-    for reader in (None, known.recommender().fitted.reader):
+    for answer_model in (None, known.recommender().fitted.answer_model):
         with pytest.raises(ArtifactError, match=r"reads the language model \w+\. Pass it: .*backbone="):
-            load_scorer(tmp_path / "scorer", reader=reader)
+            load_scorer(tmp_path / "scorer", answer_model=answer_model)
     for other in (
         load_backbone(str(known.model_dir("gpt2"))),
         load_backbone(str(known.model_dir("llama")), dtype=torch.bfloat16),
@@ -455,12 +455,12 @@ def test_a_per_user_lora_is_opened_on_a_fine_tuned_model_that_was_saved_too(know
     save_scorer(tmp_path / "tuned", known.tuned("all"))
     save_scorer(tmp_path / "scorer", scorer)
     tuned = load_scorer(tmp_path / "tuned", backbone=known.backbone)
-    reader = then_per_user_lora(tuned, layers=2).reader  # type: ignore[arg-type]
-    again = load_scorer(tmp_path / "scorer", reader=reader)
+    answer_model = then_per_user_lora(tuned, layers=2).answer_model  # type: ignore[arg-type]
+    again = load_scorer(tmp_path / "scorer", answer_model=answer_model)
     request = Request("a", SUPPORT, CANDIDATES)
     assert torch.equal(again.score([request])[0], scorer.score([request])[0])
     with pytest.raises(ArtifactError, match="was made with another backbone"):
-        load_scorer(tmp_path / "scorer", reader=known.recommender().fitted.reader)
+        load_scorer(tmp_path / "scorer", answer_model=known.recommender().fitted.answer_model)
 
 
 def test_a_scorer_with_two_language_models_is_not_saved(known: Given, tmp_path: Path) -> None:

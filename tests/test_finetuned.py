@@ -16,7 +16,7 @@ from test_recommender import known_task
 from torch import Tensor
 
 from metarec.bench import methods
-from metarec.bench.methods import METHODS, Setting
+from metarec.bench.methods import METHODS, MethodContext
 from metarec.config import TrainConfig
 from metarec.data.episodes import Episode, evaluation_episodes
 from metarec.data.interactions import Ratings
@@ -310,15 +310,15 @@ def test_a_fresh_lora_per_user_starts_at_the_fine_tuned_model_and_helps(tuned: C
 def test_a_benchmark_row_that_was_trained_before_is_loaded_and_scores_the_same(
     trainable: str, backbone: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting = Setting(known_task(), tmp_path)
+    setting = MethodContext(known_task(), tmp_path)
     monkeypatch.setattr(methods, "load_backbone", lambda _: backbone("llama"))
-    monkeypatch.setattr(Setting, "prior", FLAT)
+    monkeypatch.setattr(MethodContext, "prior", FLAT)
     monkeypatch.setattr(methods, "fine_tune", partial(fine_tune, config=SHORT))
     monkeypatch.setattr(methods, "then_per_user_lora", partial(then_per_user_lora, layers=1))
     method = METHODS[NAMES[trainable]]  # type: ignore[index]
     first = method.rows(setting)
     monkeypatch.setattr(methods, "fine_tune", None)
-    second = method.rows(Setting(setting.data, tmp_path))
+    second = method.rows(MethodContext(setting.data, tmp_path))
     assert [row.scorer.name for row in second] == [row.scorer.name for row in first]
     assert [row.parameters for row in second] == [row.parameters for row in first]
     for one, other in zip(first, second, strict=True):

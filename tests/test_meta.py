@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from test_trunk import placement_of, random_state, some_items
+from test_forward import placement_of, random_state, some_items
 from torch import Tensor
 
-from metarec.lm.answer_model import Reader
+from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
-from metarec.lm.cached_forward import CachedTrunk
+from metarec.lm.cached_forward import CachedForward
 from metarec.lm.tokenized import CatalogPrompts
 from metarec.meta.algorithms import ALGORITHMS, fomaml, imaml, maml, maml_plus_plus, reptile
 from metarec.meta.inner_loop import Loss, MetaState, adapt, initial_meta_state
@@ -130,10 +130,10 @@ def test_maml_plus_plus_gradient_matches_finite_differences() -> None:
 def test_imamls_gradient_matches_finite_differences_at_the_inner_minimum() -> None:
     meta = meta_state(0.15)
     support, query = bent(TARGETS), bent(QUERIES)
-    result = imaml(meta, support, query, USERS, 400, pull=1.5)
+    result = imaml(meta, support, query, USERS, 400, prox_strength=1.5)
     expected = numeric_gradients(
         meta,
-        lambda moved: query(adapt(moved, support, USERS, 400, pull=1.5).state).mean(),
+        lambda moved: query(adapt(moved, support, USERS, 400, prox_strength=1.5).state).mean(),
         ["init/w", "init/c"],
     )
     for name, gradient in expected.items():
@@ -161,17 +161,17 @@ def test_a_language_models_meta_gradient_is_what_it_says(
     model = backbone("llama", torch.float64)
     texts = prompts("llama")
     placed = placement_of(model, texts, 2)
-    reader = Reader(model, texts, placed, CachedTrunk(model, texts, placed))
-    adapter = select_user(random_state(reader.spec, 1), 0)
+    answer_model = AnswerModel(model, texts, placed, CachedForward(model, texts, placed))
+    adapter = select_user(random_state(answer_model.spec, 1), 0)
     meta = initial_meta_state({name: value.double() for name, value in adapter.items()}, adapter, 0.02)
-    support, query = (reader.gather(some_items(2, 4)), reader.gather(some_items(2, 6).flip(0)))
+    support, query = (answer_model.gather(some_items(2, 4)), answer_model.gather(some_items(2, 6).flip(0)))
     wanted = torch.tensor([[1.0, -1.0, 0.5, 0.0], [0.3, 0.2, -1.0, 1.0]], dtype=torch.float64)
 
     def support_loss(state: AdapterState) -> Tensor:
-        return (reader.log_odds(support, state) - wanted).square().mean(1)
+        return (answer_model.log_odds(support, state) - wanted).square().mean(1)
 
     def query_loss(state: AdapterState) -> Tensor:
-        return reader.log_odds(query, state).tanh().mean(1)
+        return answer_model.log_odds(query, state).tanh().mean(1)
 
     result = ALGORITHMS[algorithm](meta, support_loss, query_loss, 2, 2)
     generator = torch.Generator().manual_seed(3)

@@ -26,7 +26,7 @@ from metarec.errors import ArtifactError, ConfigError, EvaluationError, RatingEr
 from metarec.evaluate import evaluate
 from metarec.recommender import MetaRecommender
 from metarec.scorer import Request, Scorer
-from metarec.scorers.language.linearized import tangent
+from metarec.scorers.language.linearized import linearize
 
 SETTINGS = {
     "taste": "none",
@@ -82,12 +82,12 @@ def test_sentences_are_read_where_items_are_unrated_and_nowhere_else(
         read.append(sentences)
         return np.random.default_rng(0).normal(size=(len(catalog), 6))
 
-    monkeypatch.setattr("metarec.fitting.recalled_vectors", recalled)
+    monkeypatch.setattr("metarec.fitting.hidden_state_vectors", recalled)
     known = known_task()
     recommender = MetaRecommender.from_pretrained(model_dir("llama"), validated(RunConfig, SETTINGS, "test"))
     recommender.prepare(known)
     assert read == []
-    for prompt, expected in (({"recall": ["{{ title }} is"]}, ("{{ title }} is",)), ({}, (REVIEW,))):
+    for prompt, expected in (({"hidden_states": ["{{ title }} is"]}, ("{{ title }} is",)), ({}, (REVIEW,))):
         settings = TASK | {"split": {"by": "item", "unseen": 0.2}, "prompt": {**TASK["prompt"], **prompt}}
         recommender.prepare(replace(known, task=validated(Task, settings, "test")))
         assert read.pop() == expected
@@ -330,7 +330,7 @@ def test_items_read_once_at_the_initialization_give_the_same_first_step(
     scorer = recommender.scorer()
     ratings = known_interactions().ratings(np.flatnonzero(known_interactions().item > 0)[:7])
     supports = [ratings, Ratings.empty(), ratings.head(3)]
-    near = tangent(scorer.reader, scorer.meta, np.arange(1, 40)[::-1].copy())
+    near = linearize(scorer.answer_model, scorer.meta, np.arange(1, 40)[::-1].copy())
     assert near.covers(supports[0].items)
     assert not near.covers(np.array([0]))
     assert not near.covers(np.array([40]))

@@ -112,7 +112,7 @@ def test_the_gp_without_ratings_is_its_item_mean() -> None:
 
 def test_the_gp_posterior_is_the_textbook_one() -> None:
     """In item space: k(q, S) (k(S, S) + noise)^-1 (r - m), Rasmussen and Williams 2006, eq. 2.25."""
-    model = replace(gp(), choice=np.zeros_like(gp().choice))
+    model = replace(gp(), selection_effect=np.zeros_like(gp().selection_effect))
     loadings, items = model.loadings, SUPPORT.items
     residual = (SUPPORT.values - model.mean_rating) / model.scale - model.mean[items]
     kernel = loadings @ loadings.T
@@ -123,7 +123,7 @@ def test_the_gp_posterior_is_the_textbook_one() -> None:
 
 def test_leaving_one_rating_out_is_the_posterior_of_the_others() -> None:
     # Which items were chosen stays known, so that part is switched off.
-    model = replace(gp(), choice=np.zeros_like(gp().choice))
+    model = replace(gp(), selection_effect=np.zeros_like(gp().selection_effect))
     support = ratings((0, 5.0), (3, 1.5), (7, 4.0), (12, 2.0))
     found = model.leave_one_out(support)
     for place in range(len(support)):

@@ -15,11 +15,11 @@ from test_recommender import SETTINGS, known_task
 
 from metarec.config import RunConfig, validated
 from metarec.errors import ConfigError, ConflictError, UnknownItemError
-from metarec.lm.cached_forward import CachedTrunk
+from metarec.lm.cached_forward import CachedForward
 from metarec.recommender import MetaRecommender
 from metarec.scorers.language.adapted import MetaScorer
 from metarec.serve.engine import Engine, Person
-from metarec.serve.items import GrowingReader
+from metarec.serve.items import ExtendedAnswerModel
 from metarec.serve.store import AdapterStore, Feedback
 
 NEW = ("n1", {"title": "night war of love", "genres": "drama"})
@@ -95,8 +95,8 @@ def test_a_first_step_from_what_was_read_at_the_start_is_the_models_own(
     plain = Engine(recommender, AdapterStore(tmp_path / "plain"))
     quick = Engine(recommender, AdapterStore(tmp_path / "quick"), tangent_bytes=1 << 20)
     read = []
-    last_states = CachedTrunk.last_states
-    monkeypatch.setattr(CachedTrunk, "last_states", lambda *given: read.append(given) or last_states(*given))
+    last_states = CachedForward.last_states
+    monkeypatch.setattr(CachedForward, "last_states", lambda *given: read.append(given) or last_states(*given))
     people = []
     for engine in (plain, quick):
         read.clear()
@@ -273,11 +273,11 @@ def test_an_added_item_scores_as_if_it_had_always_been_there(engine: Engine, rec
     others = [(f"n{number}", {"title": f"{word} city", "genres": "action"}) for number, word in enumerate(("a", "of"))]
     for item in [("twin", twin), *others]:
         engine.add_items([item])
-    reader = engine.recommender.fitted.reader
-    assert isinstance(reader, GrowingReader)
-    assert len(reader.segments) == 2
-    torch.testing.assert_close(reader.states[40], reader.states[7], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(reader.frozen_log_odds[40], reader.frozen_log_odds[7], atol=1e-5, rtol=1e-4)
+    answer_model = engine.recommender.fitted.answer_model
+    assert isinstance(answer_model, ExtendedAnswerModel)
+    assert len(answer_model.segments) == 2
+    torch.testing.assert_close(answer_model.states[40], answer_model.states[7], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(answer_model.frozen_log_odds[40], answer_model.frozen_log_odds[7], atol=1e-5, rtol=1e-4)
     person = rate(engine, "ann", (*LOVES_DRAMA, ("n0", 4.0)))
     # What the ratings of others say differs, for nobody has rated the twin; what the model reads does not.
     prior, state = engine.recommender.fitted.prior.values(np.array([40, 7])), person.adapted.state

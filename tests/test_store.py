@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from metarec.artifacts import replace_dir
 from metarec.errors import ArtifactError, ConfigError, ConflictError, StoreError
 from metarec.serve.hot_adapters import HotAdapters
-from metarec.serve.store import Accepted, AdapterStore, Event, Feedback, NewAdapter, check_id, latest_ratings
+from metarec.serve.store import Accepted, AdapterStore, Feedback, FeedbackEvent, NewAdapter, check_id, latest_ratings
 
 
 def writer(content: bytes = b"weights") -> Callable[[Path], None]:
@@ -317,8 +317,8 @@ def test_ids_that_cannot_be_said_again_are_refused(name: str) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.floats(0.5, 5)), max_size=12), st.randoms())
 def test_the_order_of_different_items_does_not_matter(ratings: list[tuple[str, float]], random: object) -> None:
-    events = [Event(version, item, rating, 0.0) for version, (item, rating) in enumerate(ratings, start=1)]
+    events = [FeedbackEvent(version, item, rating, 0.0) for version, (item, rating) in enumerate(ratings, start=1)]
     last = dict(ratings)
     shuffled = sorted(last.items(), key=lambda _: random.random())  # type: ignore[attr-defined]
-    again = [Event(version, item, rating, 0.0) for version, (item, rating) in enumerate(shuffled, start=1)]
+    again = [FeedbackEvent(version, item, rating, 0.0) for version, (item, rating) in enumerate(shuffled, start=1)]
     assert latest_ratings(events, 99) == latest_ratings(again, 99) == sorted(last.items())

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from metarec.artifacts import SCHEMA_VERSION, content_hash, dump_json, load_json, parse_json, replace_dir, verify_dir
-from metarec.bench.methods import METHODS, Row, Setting
+from metarec.bench.methods import METHODS, MethodContext, MethodRow
 from metarec.bench.plan import Cell, Plan, cells
 from metarec.bench.summary import CELL_FACTS, CELL_TABLES
 from metarec.data.task_data import TaskData, load_task_data
@@ -155,7 +155,7 @@ def _measure(cell: Cell, out: Path, fresh: bool) -> None:
     folder = out / "work" / cell.folder.parent / f"{cell.folder.name}-{content_hash(_identity(cell))[:8]}"
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
-    setting = Setting(data, folder, cell.train_users)
+    setting = MethodContext(data, folder, cell.train_users)
     episodes, short = data.episodes("test")
     labels = [episode.query.likes(data.task.like_threshold) for episode in episodes]
     both = [episode for episode, liked in zip(episodes, labels, strict=True) if 0 < liked.sum() < len(liked)]
@@ -206,7 +206,7 @@ def _measure(cell: Cell, out: Path, fresh: bool) -> None:
             getattr(report, name).to_parquet(directory / f"{name}.parquet", index=False)
 
 
-def _prompts(row: Row, requests: Sequence[Request], data: TaskData) -> dict[str, dict[str, str]]:
+def _prompts(row: MethodRow, requests: Sequence[Request], data: TaskData) -> dict[str, dict[str, str]]:
     """Returns what a language model reads of a few users' first candidates, by user and item."""
     if row.prompt is None:
         return {}

@@ -19,7 +19,7 @@ from metarec.config import MetaConfig, RunConfig, override, validated
 from metarec.data.episodes import Episode
 from metarec.data.interactions import Codes, Interactions
 from metarec.data.task_data import TaskData
-from metarec.lm.answer_model import Reader
+from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone, load_backbone
 from metarec.recommender import BASELINE, MetaRecommender
 from metarec.scorer import Request, Scorer
@@ -41,7 +41,7 @@ _COMPONENTS = 48
 
 
 @dataclass(frozen=True)
-class Setting:
+class MethodContext:
     """One split of a task, with what methods are fitted from.
 
     Args:
@@ -139,7 +139,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """One row of a benchmark: a scorer, and what it costs beside time and memory.
 
     Args:
@@ -171,25 +171,27 @@ class Method:
         options: What `fit` was called with beside the setting; part of a cell's identity.
     """
 
-    fit: Callable[..., Sequence[Row]]
+    fit: Callable[..., Sequence[MethodRow]]
     group: str
     about: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def rows(self, setting: Setting) -> Sequence[Row]:
+    def rows(self, setting: MethodContext) -> Sequence[MethodRow]:
         """Fits the method with its options."""
         return self.fit(setting, **self.options)
 
 
-def _plain(fit: Callable[..., Scorer], parameters: Callable[[Any], int] = lambda _: 0) -> Callable[..., Sequence[Row]]:
-    def rows(setting: Setting, **options: Any) -> Sequence[Row]:
+def _plain(
+    fit: Callable[..., Scorer], parameters: Callable[[Any], int] = lambda _: 0
+) -> Callable[..., Sequence[MethodRow]]:
+    def rows(setting: MethodContext, **options: Any) -> Sequence[MethodRow]:
         scorer = fit(setting, **options)
-        return [Row(scorer, parameters(scorer))]
+        return [MethodRow(scorer, parameters(scorer))]
 
     return rows
 
 
-def _network(form: Form, setting: Setting, **options: Any) -> Scorer:
+def _network(form: Form, setting: MethodContext, **options: Any) -> Scorer:
     return fit_network(
         form,
         setting.interactions,
@@ -207,34 +209,36 @@ def _network_size(network: Network) -> int:
     return sum(value.numel() for value in network.meta.tensors().values())
 
 
-def _llm_two_tower(setting: Setting) -> Sequence[Row]:
-    reader = setting.untrained.fitted.reader
-    states = reader.states.cpu().numpy().astype(np.float64)
-    return [Row(fit_two_tower(states, threshold=setting.threshold, name="two-tower cosine, LLM"))]
+def _llm_two_tower(setting: MethodContext) -> Sequence[MethodRow]:
+    answer_model = setting.untrained.fitted.answer_model
+    states = answer_model.states.cpu().numpy().astype(np.float64)
+    return [MethodRow(fit_two_tower(states, threshold=setting.threshold, name="two-tower cosine, LLM"))]
 
 
-def _prompted(scorer: ZeroShot | InContext | Listwise | FineTuned, *, log_odds: bool = False) -> Row:
+def _prompted(scorer: ZeroShot | InContext | Listwise | FineTuned, *, log_odds: bool = False) -> MethodRow:
     parameters = scorer.parameters if isinstance(scorer, FineTuned) else 0
-    return Row(scorer, parameters, scorer.tokens_read, scorer.prompt_text, log_odds)
+    return MethodRow(scorer, parameters, scorer.tokens_read, scorer.prompt_text, log_odds)
 
 
-def _zero_shot(setting: Setting) -> Sequence[Row]:
+def _zero_shot(setting: MethodContext) -> Sequence[MethodRow]:
     fitted = setting.untrained.fitted
-    calibrated = calibrated_zero_shot(fitted.reader, fitted.task.template, fitted.catalog)
-    return [_prompted(scorer, log_odds=True) for scorer in (ZeroShot(fitted.reader), calibrated)]
+    calibrated = calibrated_zero_shot(fitted.answer_model, fitted.task.template, fitted.catalog)
+    return [_prompted(scorer, log_odds=True) for scorer in (ZeroShot(fitted.answer_model), calibrated)]
 
 
-def _in_context(setting: Setting, *, limit: int) -> Sequence[Row]:
+def _in_context(setting: MethodContext, *, limit: int) -> Sequence[MethodRow]:
     backbone, history = setting.backbone, setting.history(limit)
     calibrated = InContext(backbone, history, calibrated=True, name="in-context, calibrated")
     return [_prompted(scorer, log_odds=True) for scorer in (InContext(backbone, history), calibrated)]
 
 
-def _listwise(setting: Setting, *, limit: int, rounds: int) -> Sequence[Row]:
+def _listwise(setting: MethodContext, *, limit: int, rounds: int) -> Sequence[MethodRow]:
     return [_prompted(Listwise(setting.backbone, setting.history(limit), rounds=rounds))]
 
 
-def _fine_tuned(setting: Setting, *, trainable: Trainable, lr: float | None = None, longer: int = 1) -> Sequence[Row]:
+def _fine_tuned(
+    setting: MethodContext, *, trainable: Trainable, lr: float | None = None, longer: int = 1
+) -> Sequence[MethodRow]:
     """One model for all users, in so many times the steps; the whole model also with every user's own LoRA on top."""
     data, task, path = setting.interactions, setting.data.task, setting.workspace / "model"
     config = FINE_TUNING[trainable]
@@ -268,21 +272,21 @@ def _fine_tuned(setting: Setting, *, trainable: Trainable, lr: float | None = No
     rows = [_prompted(tuned)]
     if trainable == "all" and setting.train_users is None:
         adapted = then_per_user_lora(tuned, seed=setting.seed)
-        rows += [Row(adapted, tuned.parameters, _tokens_read(adapted.reader))]
+        rows += [MethodRow(adapted, tuned.parameters, _tokens_read(adapted.answer_model))]
     return rows
 
 
-def _per_user_lora(setting: Setting, *, inner_lr: float, steps: int) -> Sequence[Row]:
+def _per_user_lora(setting: MethodContext, *, inner_lr: float, steps: int) -> Sequence[MethodRow]:
     """Every user's own LoRA from a fresh one, by plain gradient steps: what meta-training saves."""
     config = setting.untrained.config.model_copy(
         update={"meta": MetaConfig(inner_lr=inner_lr, inner_steps=steps, shrinkage=0.0)}
     )
     recommender = MetaRecommender(setting.untrained.backbone, config).prepare(setting.task_data)
     scorer = recommender.scorer(name="per-user LoRA")
-    return [Row(scorer, 0, _tokens_read(recommender.fitted.reader), _item_prompt(recommender))]
+    return [MethodRow(scorer, 0, _tokens_read(recommender.fitted.answer_model), _item_prompt(recommender))]
 
 
-def _recommender(setting: Setting, settings: Mapping[str, Any]) -> MetaRecommender:
+def _recommender(setting: MethodContext, settings: Mapping[str, Any]) -> MetaRecommender:
     """Trains a recommender on the setting, or loads the one that was trained there before."""
     model = setting.workspace / "model"
     if (model / "recommender.json").exists():
@@ -295,31 +299,33 @@ def _recommender(setting: Setting, settings: Mapping[str, Any]) -> MetaRecommend
     return recommender
 
 
-def _metarec(setting: Setting, *, name: str = "metarec", **settings: Any) -> Sequence[Row]:
+def _metarec(setting: MethodContext, *, name: str = "metarec", **settings: Any) -> Sequence[MethodRow]:
     """Adapted, and step by step on the way there; the default also without adaptation and without the LLM."""
     recommender = _recommender(setting, settings)
-    reader, meta = recommender.fitted.reader, recommender.fitted.meta
+    answer_model, meta = recommender.fitted.answer_model, recommender.fitted.meta
     parameters = sum(value.numel() for value in meta.tensors().values())
-    read = _tokens_read(reader)
+    read = _tokens_read(answer_model)
 
-    def row(steps: int | None, called: str, step: int | None = None) -> Row:
-        return Row(recommender.scorer(steps=steps, name=called), parameters, read, _item_prompt(recommender), step=step)
+    def row(steps: int | None, called: str, step: int | None = None) -> MethodRow:
+        return MethodRow(
+            recommender.scorer(steps=steps, name=called), parameters, read, _item_prompt(recommender), step=step
+        )
 
     rows = [row(None, name)]
     if name == "metarec":
         rows += [row(0, "metarec, no adaptation")]
         taste = recommender.fitted.taste
-        rows += [Row(replace(taste, name="metarec, no LLM"), taste.weights.size)]
+        rows += [MethodRow(replace(taste, name="metarec, no LLM"), taste.weights.size)]
         # The steps in between are a picture, not a row: one split is enough for it.
         between = range(1, recommender.config.meta.inner_steps) if setting.seed == 0 else ()
         rows += [row(step, f"metarec, step {step}", step) for step in between]
     return rows
 
 
-def _tokens_read(reader: Reader) -> Callable[[Request], int]:
+def _tokens_read(answer_model: AnswerModel) -> Callable[[Request], int]:
     """What all prompts share counts once, as it is read once."""
-    shared = reader.prompts.prefix
-    own = np.array([len(ids) - shared for ids in reader.prompts.tokens])
+    shared = answer_model.prompts.prefix
+    own = np.array([len(ids) - shared for ids in answer_model.prompts.tokens])
     return lambda request: shared + int(own[request.support.items].sum() + own[request.candidates].sum())
 
 

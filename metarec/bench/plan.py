@@ -15,7 +15,7 @@ from metarec.errors import ConfigError, suggest
 from metarec.recommender import BASELINE
 
 
-class Part(Section):
+class PlanPart(Section):
     """A block of cells: every method on every task and seed of the block."""
 
     tasks: tuple[str, ...] = Field(min_length=1)
@@ -32,7 +32,7 @@ class Plan(Section):
 
     name: str
     description: str = ""
-    parts: tuple[Part, ...] = Field(min_length=1)
+    parts: tuple[PlanPart, ...] = Field(min_length=1)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
-from metarec.bench.summary import Pooled
-from metarec.evaluate import Cell, Report
+from metarec.bench.summary import Summary
+from metarec.evaluate import Report, ShotSummary
 from metarec.metrics import CUTOFF, METRICS
 
 _SIGNIFICANT = 0.05
@@ -38,7 +38,7 @@ def table(report: Report) -> Table:
     return result
 
 
-def _lines(cell: Cell, baseline: str) -> Sequence[str]:
+def _lines(cell: ShotSummary, baseline: str) -> Sequence[str]:
     low, high = cell.interval
     paired = ("", "") if cell.method == baseline else (f"{cell.gain:+.4f}", f"{low:+.4f} {high:+.4f}")
     return (
@@ -50,12 +50,12 @@ def _lines(cell: Cell, baseline: str) -> Sequence[str]:
     )
 
 
-def standings(pooled: Pooled, reference: str | None = None) -> Table:
+def standings(summary: Summary, reference: str | None = None) -> Table:
     """Returns a benchmark's table: a line per method, most gained at the largest K first, a column per K."""
-    ranked = pooled.ranked(reference)
+    ranked = summary.ranked(reference)
     shots = sorted(next(iter(ranked.values())))
-    size = "" if pooled.train_users is None else f", {pooled.train_users} meta-training users"
-    result = Table(title=f"{pooled.task}{size}: AUC, and the paired difference to the {pooled.report.baseline}")
+    size = "" if summary.train_users is None else f", {summary.train_users} meta-training users"
+    result = Table(title=f"{summary.task}{size}: AUC, and the paired difference to the {summary.report.baseline}")
     result.add_column("method")
     for count in shots:
         result.add_column(f"K = {count}", justify="right", no_wrap=True)
@@ -63,7 +63,7 @@ def standings(pooled: Pooled, reference: str | None = None) -> Table:
         result.add_column(column, justify="right", no_wrap=True)
     for cells in ranked.values():
         last = cells[shots[-1]]
-        versus = f"versus {pooled.report.baseline}"
+        versus = f"versus {summary.report.baseline}"
         texts = [
             f"{cells[count]['auc']:.4f} "
             + (f"\n{cells[count][versus]['difference']:+.4f}" if versus in last else "")
@@ -80,22 +80,22 @@ def standings(pooled: Pooled, reference: str | None = None) -> Table:
     return result
 
 
-def markdown(pooled: Pooled, reference: str | None = None) -> str:
+def markdown(summary: Summary, reference: str | None = None) -> str:
     """Returns a benchmark's table in Markdown, most gained at the largest K first.
 
     Args:
-        pooled: The cells of one task.
+        summary: The cells of one task.
         reference: The method whose name is set in bold.
 
     Returns:
         One line per method: AUC by K with the paired difference to the baseline and its 95% interval, the share of
         users worse off than without ratings, calibration error, and costs at the largest K.
     """
-    ranked = pooled.ranked(reference)
+    ranked = summary.ranked(reference)
     shots = sorted(next(iter(ranked.values())))
-    versus = f"versus {pooled.report.baseline}"
+    versus = f"versus {summary.report.baseline}"
     lines = [
-        f"| AUC (difference to {pooled.report.baseline}) | "
+        f"| AUC (difference to {summary.report.baseline}) | "
         + " | ".join(f"K = {count}" for count in shots)
         + " | users | hurt | ECE | fit s | s/user | B/user |",
         "|---" * (len(shots) + 7) + "|",

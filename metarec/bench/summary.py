@@ -28,7 +28,7 @@ CELL_TABLES = ("per_user", "costs", "predictions")
 
 
 @dataclass(frozen=True)
-class Method:
+class MethodFacts:
     """What is known of a method beside its scores, averaged over its cells.
 
     Args:
@@ -55,7 +55,7 @@ class Method:
 
 
 @dataclass(frozen=True, eq=False)
-class Pooled:
+class Summary:
     """All cells of one task and one size of meta-training.
 
     Args:
@@ -70,7 +70,7 @@ class Pooled:
     task: str
     train_users: int | None
     report: Report
-    methods: Mapping[str, Method]
+    methods: Mapping[str, MethodFacts]
     made: Mapping[str, Any]
 
     @cache  # noqa: B019 - thousands of resamples per row; a table, its JSON and its page share them
@@ -215,7 +215,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in multipletests(list(p_values), method="holm")[1]]
 
 
-def read_cells(out: Path, baseline: str, folders: Sequence[Path] | None = None) -> list[Pooled]:
+def read_cells(out: Path, baseline: str, folders: Sequence[Path] | None = None) -> list[Summary]:
     """Reads measured cells and pools those of the same task and size of meta-training.
 
     Args:
@@ -307,9 +307,9 @@ def _per_user(path: Path) -> pd.DataFrame:
 
 def _pool(
     task: str, train_users: int | None, group: Sequence[tuple[dict[str, Any], dict[str, pd.DataFrame]]], baseline: str
-) -> Pooled:
+) -> Summary:
     people: dict[str, str] = {}
-    pooled: dict[str, list[pd.DataFrame]] = {name: [] for name in CELL_TABLES}
+    summaries: dict[str, list[pd.DataFrame]] = {name: [] for name in CELL_TABLES}
     for facts, tables in group:
         seed = facts["identity"]["seed"]
         for name, table in tables.items():
@@ -317,8 +317,8 @@ def _pool(
                 called = str(seed) + "/" + table["user"].astype(str)
                 people |= dict(zip(called, table["user"].astype(str), strict=True))
                 table = table.assign(user=called)
-            pooled[name].append(table)
-    per_user, costs, predictions = (pd.concat(pooled[name], ignore_index=True) for name in CELL_TABLES)
+            summaries[name].append(table)
+    per_user, costs, predictions = (pd.concat(summaries[name], ignore_index=True) for name in CELL_TABLES)
     # A method that was measured on some users and on all has those users twice.
     report = Report(
         per_user=per_user.drop_duplicates(["method", "shots", "user"]),
@@ -338,7 +338,7 @@ def _pool(
         "hashes_by_seed": {str(facts["identity"]["seed"]): facts["hashes"] for facts in cells},
         **_measured(cells),
     }
-    return Pooled(task, train_users, report, _methods(cells), made)
+    return Summary(task, train_users, report, _methods(cells), made)
 
 
 def _measured(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -364,20 +364,20 @@ def _left_out(cells: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return {reason: sum(counts.get(reason, 0) for counts in by_seed.values()) for reason in reasons}
 
 
-def _methods(cells: Sequence[Mapping[str, Any]]) -> dict[str, Method]:
-    gathered: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+def _methods(cells: Sequence[Mapping[str, Any]]) -> dict[str, MethodFacts]:
+    item_batch: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
     for facts in cells:
         for row in facts["rows"]:
-            gathered.setdefault(row["method"], []).append((facts, row))
+            item_batch.setdefault(row["method"], []).append((facts, row))
     methods = {}
-    for name, entries in gathered.items():
+    for name, entries in item_batch.items():
         first, row = entries[0]
         prompts = {
             f"{facts['identity']['seed']}/{user}": texts
             for facts, shown in entries
             for user, texts in shown["prompts"].items()
         }
-        methods[name] = Method(
+        methods[name] = MethodFacts(
             name=name,
             group=first["group"],
             parameters=row["parameters"],

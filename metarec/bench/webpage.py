@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from metarec.bench.summary import Pooled
+from metarec.bench.summary import Summary
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -24,11 +24,11 @@ _TEMPLATE = Path(__file__).with_name("webpage.html")
 _SHOWN_USERS = 3
 
 
-def render(pooled: Sequence[Pooled], reference: str) -> str:
+def render(summaries: Sequence[Summary], reference: str) -> str:
     """Renders all tables, charts and examples.
 
     Args:
-        pooled: A benchmark's groups of cells; those of limited meta-training become one comparison.
+        summaries: A benchmark's groups of cells; those of limited meta-training become one comparison.
         reference: The method whose users' gains are drawn, and that every other is compared with.
 
     Returns:
@@ -37,14 +37,14 @@ def render(pooled: Sequence[Pooled], reference: str) -> str:
     from plotly.offline import get_plotlyjs
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    whole = [group for group in pooled if group.train_users is None]
+    whole = [group for group in summaries if group.train_users is None]
     sections = [_section(group, reference) for group in whole]
-    sizes = _sizes(pooled, reference)
+    sizes = _sizes(summaries, reference)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         sections=sections,
         sizes=sizes,
-        baseline=pooled[0].report.baseline,
+        baseline=summaries[0].report.baseline,
         reference=reference,
         plotly=get_plotlyjs(),
         examples=_script_json({group.task: _examples(group, reference) for group in whole}),
@@ -56,7 +56,7 @@ def _script_json(value: Any) -> str:
     return json.dumps(value, allow_nan=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
 
 
-def _section(group: Pooled, reference: str) -> dict[str, Any]:
+def _section(group: Summary, reference: str) -> dict[str, Any]:
     methods, baseline = group.ranked(reference), group.report.baseline
     shots = sorted(next(iter(methods.values())))
     charts = [
@@ -134,7 +134,7 @@ def _costs(methods: dict[str, dict[int, Any]], baseline: str, shots: int) -> Fig
     return figure
 
 
-def _histogram(group: Pooled, baseline: str, reference: str, shots: Sequence[int]) -> Figure:
+def _histogram(group: Summary, baseline: str, reference: str, shots: Sequence[int]) -> Figure:
     figure = _figure(f"AUC of {reference} minus {baseline}, by user", "users")
     for count in shots:
         gains = group.report.paired(reference, count, baseline, count)
@@ -144,7 +144,7 @@ def _histogram(group: Pooled, baseline: str, reference: str, shots: Sequence[int
     return figure
 
 
-def _trajectory(group: Pooled, reference: str, shots: Sequence[int]) -> Figure:
+def _trajectory(group: Summary, reference: str, shots: Sequence[int]) -> Figure:
     figure = _figure("inner steps", "AUC")
     between = sorted((method.step, name) for name, method in group.methods.items() if method.step is not None)
     steps = [(0, f"{reference}, no adaptation"), *between, (len(between) + 1, reference)]
@@ -161,13 +161,13 @@ def _trajectory(group: Pooled, reference: str, shots: Sequence[int]) -> Figure:
     return figure
 
 
-def _sizes(pooled: Sequence[Pooled], reference: str) -> list[dict[str, Any]]:
+def _sizes(summaries: Sequence[Summary], reference: str) -> list[dict[str, Any]]:
     """Returns, per task measured with limited meta-training, the comparison over its size and over K."""
-    tasks = dict.fromkeys(group.task for group in pooled if group.train_users is not None)
-    return [_by_size(task, [group for group in pooled if group.task == task], reference) for task in tasks]
+    tasks = dict.fromkeys(group.task for group in summaries if group.train_users is not None)
+    return [_by_size(task, [group for group in summaries if group.task == task], reference) for task in tasks]
 
 
-def _by_size(task: str, groups: Sequence[Pooled], reference: str) -> dict[str, Any]:
+def _by_size(task: str, groups: Sequence[Summary], reference: str) -> dict[str, Any]:
     ordered = sorted(groups, key=lambda group: math.inf if group.train_users is None else group.train_users)
     sizes = ["all" if group.train_users is None else f"{group.train_users:,}" for group in ordered]
     names = [
@@ -202,7 +202,7 @@ def _by_size(task: str, groups: Sequence[Pooled], reference: str) -> dict[str, A
     return {"task": task, "shots": shots, "rows": table, "figure": _script_json(_plain(figure))}
 
 
-def _examples(group: Pooled, reference: str) -> dict[str, Any]:
+def _examples(group: Summary, reference: str) -> dict[str, Any]:
     """Returns a few users' candidates with what every method says of them, and the prompts that were read."""
     table = group.report.predictions
     if reference not in group.methods:

@@ -11,7 +11,7 @@ from metarec.cli.options import JsonOption, print_json
 from metarec.errors import ConfigError
 
 if TYPE_CHECKING:
-    from metarec.bench.summary import Pooled
+    from metarec.bench.summary import Summary
 
 app = typer.Typer()
 # The method that every other is compared with, beside the baseline.
@@ -98,21 +98,21 @@ def report(
     from metarec.bench.summary import read_cells
     from metarec.recommender import BASELINE
 
-    pooled = read_cells(out, BASELINE)
+    summaries = read_cells(out, BASELINE)
     if results is not None:
-        write_json(results, summary(pooled))
+        write_json(results, summary(summaries))
     if html is not None:
         from metarec.bench.webpage import render
 
-        page = render(pooled, REFERENCE)
+        page = render(summaries, REFERENCE)
         replace_file(html, lambda target: target.write_text(page, encoding="utf-8"))
     if markdown:
         from metarec.bench.report import markdown as written
 
-        for group in pooled:
+        for group in summaries:
             typer.echo(f"{written(group, REFERENCE)}\n")
         return
-    _show(pooled, json, {})
+    _show(summaries, json, {})
 
 
 @app.command(epilog="Example: metarec compare runs/mine runs/other")
@@ -141,10 +141,10 @@ def compare(
     Console().print(table)
 
 
-def summary(pooled: list[Pooled]) -> dict[str, Any]:
+def summary(summaries: list[Summary]) -> dict[str, Any]:
     """Returns what a benchmark found as plain JSON values."""
     return {
-        "baseline": pooled[0].report.baseline,
+        "baseline": summaries[0].report.baseline,
         "tables": [
             {
                 "task": group.task,
@@ -154,19 +154,19 @@ def summary(pooled: list[Pooled]) -> dict[str, Any]:
                 "rows": group.rows(REFERENCE),
                 f"{REFERENCE} is ahead from": group.crossings(REFERENCE),
             }
-            for group in pooled
+            for group in summaries
         ],
     }
 
 
-def _show(pooled: list[Pooled], json: bool, facts: dict[str, Any]) -> None:
+def _show(summaries: list[Summary], json: bool, facts: dict[str, Any]) -> None:
     if json:
-        print_json({**facts, **summary(pooled)})
+        print_json({**facts, **summary(summaries)})
         return
     from rich.console import Console
 
     from metarec.bench.report import standings
 
     console = Console()
-    for group in pooled:
+    for group in summaries:
         console.print(standings(group, REFERENCE))

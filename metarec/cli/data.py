@@ -11,7 +11,7 @@ from metarec.cli.options import JsonOption, print_json
 from metarec.errors import ConfigError
 
 if TYPE_CHECKING:
-    from metarec.data.checks import Finding
+    from metarec.data.checks import DataFinding
     from metarec.data.sources.assembly import Tables
     from metarec.data.sources.formats import SourceOptions
     from metarec.data.task import Task
@@ -103,14 +103,14 @@ def check(
         raise typer.Exit(1)
 
 
-def _line(finding: Finding) -> str:
+def _line(finding: DataFinding) -> str:
     rows = ", ".join(finding.rows) + (", ..." if finding.count > len(finding.rows) else "")
     head = f"{finding.severity:8s}{finding.code}: {finding.count} of {finding.total} {finding.of}: {finding.message}"
     named = finding.of if finding.of in ("users", "items", "ways") else "rows"
     return f"{head}\n        {named}: {rows}\n        cure: {finding.cure}"
 
 
-def _of_the_split(task: Task, seed: int) -> list[Finding]:
+def _of_the_split(task: Task, seed: int) -> list[DataFinding]:
     """Leaks of the task's split, and items that nearly repeat one on its other side."""
     from metarec.data.repairs import leakage, near_duplicates
     from metarec.data.task_data import load_task_data

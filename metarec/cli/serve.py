@@ -55,7 +55,7 @@ def serve(
         import uvicorn
     except ImportError as error:
         raise ConfigError(f"serving needs '{error.name}'", "Run: pip install 'metarec[serve]'") from None
-    from metarec.serve.guard import Limits, is_loopback, read_keys
+    from metarec.serve.guard import RequestLimits, is_loopback, read_keys
 
     _ = fastapi, prometheus_client
     if api_key_file is None and not is_loopback(host):
@@ -85,7 +85,7 @@ def serve(
         tangent_bytes=item_megabytes << 20,
     )
     engine.prepare()
-    limits = Limits(keys, rate, max(1, round(2 * rate)), body)
+    limits = RequestLimits(keys, rate, max(1, round(2 * rate)), body)
     application = create_app(engine, ServeSettings(limits, waiting, ui=ui))
     logging.config.dictConfig(_LOGGING)
     # Together with what the worker takes to finish, a stop stays within ten seconds.

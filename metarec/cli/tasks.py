@@ -112,7 +112,7 @@ def validate(
 
 def _validated(task: Task, seed: int) -> dict[str, Any]:
     from metarec.data.task_data import load_task_data
-    from metarec.data.templates import recall_texts
+    from metarec.data.templates import hidden_state_texts
 
     data = load_task_data(task, seed)
     counts = {part: _counted(data, part) for part in ("validation", "test")}
@@ -123,8 +123,8 @@ def _validated(task: Task, seed: int) -> dict[str, Any]:
     catalog = data.interactions.catalog
     template = task.template
     prompts = [template.render(catalog, code) for code in range(len(catalog))]
-    for sentence in task.recall:
-        recall_texts(catalog, sentence)
+    for sentence in task.hidden_states:
+        hidden_state_texts(catalog, sentence)
     repeated = len(prompts) - len(set(prompts))
     episodes = ", ".join(f"{kept} {part} episodes" for part, (kept, _) in counts.items())
     said = (
@@ -152,11 +152,14 @@ def preview(
     """Show the first test episodes as a model sees them: prompts with their answers, and what it reads besides."""
     from metarec.data.task_data import load_task_data
     from metarec.data.task_files import load_task
-    from metarec.data.templates import recall_texts
+    from metarec.data.templates import hidden_state_texts
 
     task = load_task(name, include_path or [])
     data = load_task_data(task, seed)
-    template, recalled = task.template, [recall_texts(data.interactions.catalog, sentence) for sentence in task.recall]
+    template, recalled = (
+        task.template,
+        [hidden_state_texts(data.interactions.catalog, sentence) for sentence in task.hidden_states],
+    )
     shown: list[dict[str, Any]] = []
     for episode in data.episodes("test")[0][:episodes]:
         sides = {}

@@ -32,7 +32,7 @@ _EARLIEST = 631_152_000  # 1990-01-01: no recommender data is older
 
 
 @dataclass(frozen=True)
-class Limits:
+class CheckLimits:
     """Where the checks draw their lines.
 
     Args:
@@ -51,7 +51,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Finding:
+class DataFinding:
     """One thing that is wrong.
 
     Args:
@@ -157,14 +157,14 @@ class Check:
         remedy: What `fix` does: drop the rows, or rewrite the item's text; None leaves it to a person.
     """
 
-    find: Callable[[Checked, Limits], Fault]
+    find: Callable[[Checked, CheckLimits], Fault]
     severity: Severity
     message: str
     cure: str
     remedy: Literal["drop", "rewrite"] | None
 
 
-def _empty_ids(data: Checked, _: Limits) -> Fault:
+def _empty_ids(data: Checked, _: CheckLimits) -> Fault:
     blank = [
         np.array([not name.strip() for name in names], bool)[codes]
         for names, codes in ((data.users, data.user), (data.items, data.item))
@@ -172,7 +172,7 @@ def _empty_ids(data: Checked, _: Limits) -> Fault:
     return Fault(blank[0] | blank[1], "ratings")
 
 
-def _padded_ids(data: Checked, _: Limits) -> Fault:
+def _padded_ids(data: Checked, _: CheckLimits) -> Fault:
     odd = [
         np.array([name != name.strip() and bool(name.strip()) for name in names], bool)[codes]
         for names, codes in ((data.users, data.user), (data.items, data.item))
@@ -180,18 +180,18 @@ def _padded_ids(data: Checked, _: Limits) -> Fault:
     return Fault(odd[0] | odd[1], "ratings")
 
 
-def _not_numbers(data: Checked, _: Limits) -> Fault:
+def _not_numbers(data: Checked, _: CheckLimits) -> Fault:
     return Fault(~np.isfinite(data.rating), "ratings")
 
 
-def _off_scale(data: Checked, _: Limits) -> Fault:
+def _off_scale(data: Checked, _: CheckLimits) -> Fault:
     scale = data.tables.scale
     if scale is None:
         return Fault(np.zeros(len(data.rating), bool), "ratings")
     return Fault(np.isfinite(data.rating) & ((data.rating < scale.low) | (data.rating > scale.high)), "ratings")
 
 
-def _unknown_items(data: Checked, _: Limits) -> Fault:
+def _unknown_items(data: Checked, _: CheckLimits) -> Fault:
     known = set(data.catalog["item"])
     strange = np.array([bool(item.strip()) and item not in known for item in data.items], bool)
     return Fault(strange[data.item], "ratings")
@@ -224,16 +224,16 @@ def _times(data: Checked, wrong: Callable[[np.ndarray], np.ndarray]) -> Fault:
     return Fault(empty if data.time is None else np.asarray(wrong(data.time), bool), "ratings")
 
 
-def _thin_users(data: Checked, limits: Limits) -> Fault:
+def _thin_users(data: Checked, limits: CheckLimits) -> Fault:
     return Fault((np.bincount(data.user, minlength=len(data.users)) < limits.user_ratings)[data.user], "users")
 
 
-def _thin_items(data: Checked, limits: Limits) -> Fault:
+def _thin_items(data: Checked, limits: CheckLimits) -> Fault:
     count = dict(zip(data.items, np.bincount(data.item, minlength=len(data.items)), strict=True))
     return Fault(np.array([count.get(item, 0) < limits.item_ratings for item in data.catalog["item"]], bool), "items")
 
 
-def _one_value(data: Checked, limits: Limits) -> Fault:
+def _one_value(data: Checked, limits: CheckLimits) -> Fault:
     frame = pd.DataFrame({"user": data.user, "rating": data.rating})
     grouped = frame.groupby("user")["rating"].agg(["size", "nunique"]).reindex(range(len(data.users)), fill_value=0)
     odd = ((grouped["size"] >= limits.one_value) & (grouped["nunique"] == 1)).to_numpy()
@@ -241,7 +241,7 @@ def _one_value(data: Checked, limits: Limits) -> Fault:
     return Fault((odd & (pd.Series(data.rating).nunique() > 1))[data.user], "users")
 
 
-def _programs(data: Checked, limits: Limits) -> Fault:
+def _programs(data: Checked, limits: CheckLimits) -> Fault:
     touched = np.bincount(np.unique(_pairs(data)["pair"]) // max(len(data.items), 1), minlength=len(data.users))
     odd = (touched > limits.share * len(data.catalog)) & (touched >= limits.per_day)
     if data.time is not None:
@@ -432,9 +432,9 @@ def _same_text(data: Checked) -> pd.Series:
     )
 
 
-def check(data: Checked, limits: Limits | None = None) -> list[Finding]:
+def check(data: Checked, limits: CheckLimits | None = None) -> list[DataFinding]:
     """Runs every check; findings come in the order of `CHECKS`."""
-    limits = limits or Limits()
+    limits = limits or CheckLimits()
     found = malformed(data.tables)
     for code, rule in CHECKS.items():
         fault = rule.find(data, limits)
@@ -442,12 +442,14 @@ def check(data: Checked, limits: Limits | None = None) -> list[Finding]:
             continue
         count, total, rows = counted(data, fault)
         found.append(
-            Finding(code, rule.severity, count, fault.of, total, rule.message, rule.cure, rows, rule.remedy is not None)
+            DataFinding(
+                code, rule.severity, count, fault.of, total, rule.message, rule.cure, rows, rule.remedy is not None
+            )
         )
     return found
 
 
-def malformed(tables: Tables) -> list[Finding]:
+def malformed(tables: Tables) -> list[DataFinding]:
     """Rows that the source set aside because they are no rows of their table at all."""
     rows = [
         f"{number}{side}"
@@ -456,7 +458,7 @@ def malformed(tables: Tables) -> list[Finding]:
     ]
     total = len(tables.ratings) + len(tables.items) + len(rows)
     message, cure = "rows with the wrong number of fields, or lines that are no objects", "Repair or drop them"
-    found = Finding("malformed-row", "error", len(rows), "rows", total, message, cure, tuple(rows[:SHOWN]), True)
+    found = DataFinding("malformed-row", "error", len(rows), "rows", total, message, cure, tuple(rows[:SHOWN]), True)
     return [found] if rows else []
 
 

@@ -20,7 +20,7 @@ from metarec.errors import ConfigError, DataError
 
 Order = Literal["random", "time"]
 Candidates = Literal["rated", "sampled", "full"]
-Part = Literal["train", "validation", "test"]
+SplitPart = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Episode:
     query: Ratings
 
 
-def split_users(interactions: Interactions, fractions: tuple[float, float, float], seed: int) -> Mapping[Part, Codes]:
+def split_users(
+    interactions: Interactions, fractions: tuple[float, float, float], seed: int
+) -> Mapping[SplitPart, Codes]:
     """Divides users into meta-train, validation and test without overlap.
 
     Args:
@@ -59,12 +61,12 @@ def split_users(interactions: Interactions, fractions: tuple[float, float, float
     order = np.random.default_rng(seed).permutation(len(interactions.users))
     held_out = [round(len(order) * fraction) for fraction in fractions[1:]]
     validation, test, train = np.split(order, np.cumsum(held_out))
-    parts: dict[Part, Codes] = {"train": np.sort(train), "validation": np.sort(validation), "test": np.sort(test)}
+    parts: dict[SplitPart, Codes] = {"train": np.sort(train), "validation": np.sort(validation), "test": np.sort(test)}
     _no_part_is_empty(parts, len(interactions.users))
     return parts
 
 
-def _no_part_is_empty(parts: Mapping[Part, Codes], users: int) -> None:
+def _no_part_is_empty(parts: Mapping[SplitPart, Codes], users: int) -> None:
     for name, part in parts.items():
         if len(part) == 0:
             raise DataError(f"{users} users leave none for {name}", "Use more users or other fractions")
@@ -95,7 +97,7 @@ def split_items(interactions: Interactions, unseen: float, seed: int) -> Flags:
 
 def split_by_time(
     interactions: Interactions, fractions: tuple[float, float, float]
-) -> tuple[Mapping[Part, Codes], Flags]:
+) -> tuple[Mapping[SplitPart, Codes], Flags]:
     """Divides users by when they came, and keeps every part from knowing what a later part's users did.
 
     Users are ordered by their first rating: the earliest train, the latest are tested. A part's rows end where the
@@ -117,8 +119,8 @@ def split_by_time(
     np.minimum.at(first, interactions.user, interactions.timestamp)
     order = np.argsort(first, kind="stable")
     bounds = np.round(np.cumsum(fractions)[:2] * len(order)).astype(int)
-    names: tuple[Part, ...] = ("train", "validation", "test")
-    parts: dict[Part, Codes] = {
+    names: tuple[SplitPart, ...] = ("train", "validation", "test")
+    parts: dict[SplitPart, Codes] = {
         name: np.sort(users) for name, users in zip(names, np.split(order, bounds), strict=True)
     }
     _no_part_is_empty(parts, len(interactions.users))

@@ -16,8 +16,8 @@ from metarec.data.checks import (
     CODES,
     SHOWN,
     Checked,
-    Finding,
-    Limits,
+    CheckLimits,
+    DataFinding,
     counted,
     malformed,
     plain_text,
@@ -28,7 +28,7 @@ from metarec.data.sources.assembly import Tables
 from metarec.errors import ConfigError, suggest
 
 
-def near_duplicates(catalog: Catalog, seen: Flags) -> Finding | None:
+def near_duplicates(catalog: Catalog, seen: Flags) -> DataFinding | None:
     """Finds unseen items whose text nearly is that of a seen one, across an item-cold split.
 
     Similarity is the cosine of character 3- to 5-gram counts of the titles, weighted by rarity; at .9 two titles are
@@ -59,18 +59,18 @@ def near_duplicates(catalog: Catalog, seen: Flags) -> Finding | None:
         f"{catalog.ids[one]} '{catalog.title(one)[:60]}' ~ {catalog.ids[two]} '{catalog.title(two)[:60]}'"
         for one, two in pairs[:SHOWN]
     )
-    return Finding(
+    return DataFinding(
         "near-duplicate-item", "warning", len({one for one, _ in pairs}), "items", len(cold),
         "unseen items that nearly repeat a seen one, across the item-cold split",
         "Merge them, or read item-cold results as an upper bound", shown, False,
     )  # fmt: skip
 
 
-def leakage(leaks: Sequence[str]) -> Finding | None:
+def leakage(leaks: Sequence[str]) -> DataFinding | None:
     """Puts what `TaskData.leaks` says into a finding."""
     if not leaks:
         return None
-    return Finding(
+    return DataFinding(
         "leak",
         "error",
         len(leaks),
@@ -83,7 +83,7 @@ def leakage(leaks: Sequence[str]) -> Finding | None:
     )
 
 
-def fix(data: Checked, findings: Sequence[Finding], limits: Limits | None = None) -> tuple[Tables, list[str]]:
+def fix(data: Checked, findings: Sequence[DataFinding], limits: CheckLimits | None = None) -> tuple[Tables, list[str]]:
     """Mends what can be mended without guessing.
 
     Args:
@@ -94,7 +94,7 @@ def fix(data: Checked, findings: Sequence[Finding], limits: Limits | None = None
     Returns:
         The cleaned tables, and a sentence for everything that was done.
     """
-    limits = limits or Limits()
+    limits = limits or CheckLimits()
     done: list[str] = []
     for code in (finding.code for finding in findings if finding.fixable):
         if code == "malformed-row":
@@ -146,7 +146,7 @@ def read_threshold(text: str) -> tuple[str, float, bool]:
     return code, float(number) / (100 if share else 1), share
 
 
-def broken(findings: Sequence[Finding], thresholds: Sequence[tuple[str, float, bool]]) -> list[str]:
+def broken(findings: Sequence[DataFinding], thresholds: Sequence[tuple[str, float, bool]]) -> list[str]:
     """Says which thresholds are broken: a finding beyond its limit, by code or by severity."""
     said = []
     for code, limit, share in thresholds:
@@ -211,7 +211,7 @@ def _date(seconds: float) -> str:
 
 
 def to_json(
-    findings: Sequence[Finding],
+    findings: Sequence[DataFinding],
     done: Sequence[str] = (),
     verdict: Sequence[str] = (),
     facts: Mapping[str, Any] | None = None,

@@ -97,7 +97,7 @@ class PromptConfig(Section):
     positive: str
     negative: str
     ratings: tuple[str, ...] = Field((), description="answer words from the lowest to the highest rating")
-    recall: tuple[str, ...] = Field(
+    hidden_states: tuple[str, ...] = Field(
         (),
         description="sentences about an item that go on with what is known of it, read for items that nobody rated",
         # Tasks without any keep the digest they had before there were any.
@@ -167,9 +167,9 @@ class Task(Section):
         return self
 
     @property
-    def recall(self) -> tuple[str, ...]:
+    def hidden_states(self) -> tuple[str, ...]:
         """Sentences that a causal language model reads of each item where ones are asked about that nobody rated."""
-        return (self.prompt.recall or (REVIEW,)) if self.split.asks_unrated else ()
+        return (self.prompt.hidden_states or (REVIEW,)) if self.split.asks_unrated else ()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Task:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from metarec.artifacts import content_hash
-from metarec.data.episodes import Episode, Part, evaluation_episodes, split_by_time, split_items, split_users
+from metarec.data.episodes import Episode, SplitPart, evaluation_episodes, split_by_time, split_items, split_users
 from metarec.data.interactions import Codes, Flags, Interactions
 from metarec.data.sources import read_source
 from metarec.data.task import DatasetConfig, SplitConfig, Task, UnseenFrom
@@ -34,12 +34,12 @@ class TaskData:
 
     task: Task
     interactions: Interactions
-    parts: Mapping[Part, Codes]
+    parts: Mapping[SplitPart, Codes]
     seed: int
     held_out: Interactions | None = None
     seen: Flags | None = None
 
-    def episodes(self, part: Part) -> tuple[list[Episode], int]:
+    def episodes(self, part: SplitPart) -> tuple[list[Episode], int]:
         """Returns the evaluation episodes of a part, and how many of its users have too few ratings."""
         split, query = self.task.split, self.task.query
         cold = self.seen if self.seen is None or split.by == "user" else ~self.seen
@@ -149,7 +149,7 @@ def _split(task: Task, data: Interactions, seed: int) -> TaskData:
     return TaskData(task, data.subset(trained), parts, seed, data, seen)
 
 
-def _transfer(data: Interactions, split: SplitConfig, seed: int) -> Mapping[Part, Codes]:
+def _transfer(data: Interactions, split: SplitConfig, seed: int) -> Mapping[SplitPart, Codes]:
     """Trains and validates on one part's users; tests those users of the other that its own task would test."""
     assert split.transfer
     codes = {

@@ -65,7 +65,7 @@ def described(catalog: Catalog) -> Catalog:
     return Catalog(catalog.ids, {**{name: ("",) * len(catalog) for name in _USUAL_FIELDS}, **catalog.fields})
 
 
-def recall_texts(catalog: Catalog, sentence: str = REVIEW, special_tokens: Sequence[str] = ()) -> list[str]:
+def hidden_state_texts(catalog: Catalog, sentence: str = REVIEW, special_tokens: Sequence[str] = ()) -> list[str]:
     """Renders, for every item, a sentence that goes on with what is known of it.
 
     Titles are written as in a text, ``The Matrix`` for ``Matrix, The``.
@@ -78,11 +78,13 @@ def recall_texts(catalog: Catalog, sentence: str = REVIEW, special_tokens: Seque
     Raises:
         ConfigError: The template does not parse, names a field that is not there, or fails.
     """
-    compiled = _compile(sentence, "prompt.recall")
+    compiled = _compile(sentence, "prompt.hidden_states")
     titles = tuple(map(article_first, catalog.fields["title"]))
     named = Catalog(catalog.ids, {**described(catalog).fields, "title": titles})
     return [
-        _render(compiled, _cleaned(named, code, special_tokens), "a template of 'prompt.recall'", catalog.ids[code])
+        _render(
+            compiled, _cleaned(named, code, special_tokens), "a template of 'prompt.hidden_states'", catalog.ids[code]
+        )
         for code in range(len(named))
     ]
 

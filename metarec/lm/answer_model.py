@@ -17,10 +17,10 @@ from metarec.artifacts import content_hash
 from metarec.lm.adapters import AdapterSpec
 from metarec.lm.backbone import Backbone
 from metarec.lm.blocks import Adapters
-from metarec.lm.cached_forward import CachedTrunk
-from metarec.lm.forward import Gathered, Trunk, pool
+from metarec.lm.cached_forward import CachedForward
+from metarec.lm.forward import Forward, ItemBatch, pool
 from metarec.lm.placement import Placement, adapter_spec, check_placement
-from metarec.lm.reference_forward import PlainTrunk
+from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts
 
 _LOG = logging.getLogger(__name__)
@@ -29,20 +29,20 @@ _ENCODER_SHARPNESS = 20.0
 
 
 @dataclass(frozen=True)
-class Reader:
+class AnswerModel:
     """Gives every item's answer log-odds under every user's adapter.
 
     Args:
         backbone: The model.
         prompts: The catalog's prompts.
         placement: Where the adapters sit.
-        trunk: What runs the model.
+        forward: What runs the model.
     """
 
     backbone: Backbone
     prompts: CatalogPrompts
     placement: Placement
-    trunk: Trunk
+    forward: Forward
 
     @property
     def identity(self) -> dict[str, str]:
@@ -64,30 +64,30 @@ class Reader:
         count = self.placement.active_tokens
         return None if count is None else self.prompts.tokens[0][-count:]
 
-    def gather(self, items: Tensor) -> Gathered:
+    def gather(self, items: Tensor) -> ItemBatch:
         """Collects what reading some items needs, once for all the steps that read them.
 
         Args:
             items: Item codes, shape (users, items).
         """
-        return self.trunk.gather(items)
+        return self.forward.gather(items)
 
-    def log_odds(self, gathered: Gathered, state: Mapping[str, Tensor] | None) -> Tensor:
+    def log_odds(self, item_batch: ItemBatch, state: Mapping[str, Tensor] | None) -> Tensor:
         """Reads items.
 
         Args:
-            gathered: The items.
+            item_batch: The items.
             state: Adapters with a user dimension; None reads with the frozen model.
 
         Returns:
             log p(yes) - log p(no), shape (users, items).
         """
-        return self.answer(self.last_states(gathered, state))
+        return self.answer(self.last_states(item_batch, state))
 
-    def last_states(self, gathered: Gathered, state: Mapping[str, Tensor] | None) -> Tensor:
+    def last_states(self, item_batch: ItemBatch, state: Mapping[str, Tensor] | None) -> Tensor:
         """Reads items as `log_odds` does; returns the states behind the answers, shape (users, items, hidden)."""
         adapters = None if state is None else Adapters(state, self.spec.scaling)
-        return self.trunk.last_states(gathered, adapters)
+        return self.forward.last_states(item_batch, adapters)
 
     def features(self, states: Tensor) -> Tensor:
         """Returns states around the catalog's frozen mean, so that a frozen item has length one on average."""
@@ -103,7 +103,7 @@ class Reader:
     @cached_property
     def states(self) -> Tensor:
         """Every item's state under the frozen model, shape (catalog, hidden)."""
-        return self.trunk.frozen_states()
+        return self.forward.frozen_states()
 
     @cached_property
     def frozen_log_odds(self) -> Tensor:
@@ -135,9 +135,9 @@ def _encode(backbone: Backbone, ids: tuple[int, ...]) -> Tensor:
     return pool(hidden, torch.ones_like(tokens)[:, None])[0, 0]
 
 
-def open_reader(
+def open_answer_model(
     backbone: Backbone, prompts: CatalogPrompts, placement: Placement, block_dtype: torch.dtype | None = None
-) -> Reader:
+) -> AnswerModel:
     """Returns a reader over the fastest trunk that is exact for the model.
 
     Args:
@@ -156,5 +156,5 @@ def open_reader(
             backbone.name,
             backbone.model.config.model_type,
         )
-        return Reader(backbone, prompts, placement, PlainTrunk(backbone, prompts, placement))
-    return Reader(backbone, prompts, placement, CachedTrunk(backbone, prompts, placement, block_dtype))
+        return AnswerModel(backbone, prompts, placement, ReferenceForward(backbone, prompts, placement))
+    return AnswerModel(backbone, prompts, placement, CachedForward(backbone, prompts, placement, block_dtype))

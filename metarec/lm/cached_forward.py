@@ -20,7 +20,7 @@ from metarec.artifacts import cache_dir, content_hash
 from metarec.lm.backbone import Backbone, BertWeights, LlamaWeights, final_state
 from metarec.lm.blocks import Adapters, BertBlock, KeyValues, LlamaBlock, cast_block, pick
 from metarec.lm.cache import Arrays, fill_cache
-from metarec.lm.forward import Gathered, all_frozen_states, pool
+from metarec.lm.forward import ItemBatch, all_frozen_states, pool
 from metarec.lm.packing import PREFIX, Packed, pack
 from metarec.lm.placement import Placement
 from metarec.lm.tokenized import CatalogPrompts
@@ -60,7 +60,7 @@ class _Ragged:
 
 
 @dataclass(frozen=True)
-class CachedTrunk:
+class CachedForward:
     """Reads from a cache; only the adapted layers, and in activated LoRA only their last tokens, run.
 
     Args:
@@ -128,7 +128,7 @@ class CachedTrunk:
         return _Ragged(arrays["active"], self._active_lengths), _Ragged(arrays["frozen"], frozen_lengths)
 
     def frozen_states(self) -> Tensor:
-        """See `Trunk.frozen_states`."""
+        """See `Forward.frozen_states`."""
         _ = self._cache
         return torch.from_numpy(np.load(self.path / "states.npy", allow_pickle=False)).to(self.backbone.device)
 
@@ -233,9 +233,9 @@ class CachedTrunk:
     def _prefix(self, layer: int) -> list[KeyValues]:
         return [KeyValues(*self._prefix_run[0][layer], None)] if self._shared else []
 
-    def gather(self, items: Tensor) -> Gathered:
-        """See `Trunk.gather`."""
-        return Gathered(items, self._gather_tail(items) if self._frozen_tail else self._gather_packed(items))
+    def gather(self, items: Tensor) -> ItemBatch:
+        """See `Forward.gather`."""
+        return ItemBatch(items, self._gather_tail(items) if self._frozen_tail else self._gather_packed(items))
 
     def _gather_tail(self, items: Tensor) -> tuple[Any, ...]:
         """The last tokens' states, and the frozen keys and values of all tokens before them."""
@@ -301,10 +301,10 @@ class CachedTrunk:
         mask_token = self.prompts.mask_token
         return np.array([len(ids) - 1 - ids.index(mask_token) for ids in self.prompts.tokens])
 
-    def last_states(self, gathered: Gathered, adapters: Adapters | None) -> Tensor:
-        """See `Trunk.last_states`."""
-        users, count = gathered.items.shape
-        hidden, rope, past, mask, read = gathered.inputs
+    def last_states(self, item_batch: ItemBatch, adapters: Adapters | None) -> Tensor:
+        """See `Forward.last_states`."""
+        users, count = item_batch.items.shape
+        hidden, rope, past, mask, read = item_batch.inputs
         pooled = self.backbone.kind == "encoder"
         weights = self.backbone.weights
         assert weights is not None

@@ -13,17 +13,17 @@ from metarec.lm.cache import BLOCK_ITEMS
 
 
 @dataclass(frozen=True)
-class Gathered:
+class ItemBatch:
     """Items ready to be read: their codes (users, items), and a trunk's own inputs for them."""
 
     items: Tensor
     inputs: tuple[Any, ...]
 
 
-class Trunk(Protocol):
+class Forward(Protocol):
     """Turns items and adapters into the states that answers are read from."""
 
-    def gather(self, items: Tensor) -> Gathered:
+    def gather(self, items: Tensor) -> ItemBatch:
         """Collects what reading some items needs, once for all the steps that read them.
 
         Args:
@@ -31,11 +31,11 @@ class Trunk(Protocol):
         """
         ...
 
-    def last_states(self, gathered: Gathered, adapters: Adapters | None) -> Tensor:
+    def last_states(self, item_batch: ItemBatch, adapters: Adapters | None) -> Tensor:
         """Reads items.
 
         Args:
-            gathered: The items.
+            item_batch: The items.
             adapters: Every user's adapters; None reads with the frozen model.
 
         Returns:
@@ -62,9 +62,9 @@ def pool(hidden: Tensor, mask: Tensor) -> Tensor:
     return torch.nn.functional.normalize((weights @ hidden) / weights.sum(-1, keepdim=True).clamp(min=1), dim=-1)
 
 
-def all_frozen_states(trunk: Trunk, items: int) -> Tensor:
+def all_frozen_states(forward: Forward, items: int) -> Tensor:
     """Returns every item's state under the frozen model, shape (items, hidden)."""
     with torch.no_grad():
         blocks = torch.arange(items).split(BLOCK_ITEMS)
-        states = torch.cat([trunk.last_states(trunk.gather(block[None]), None)[0] for block in blocks])
+        states = torch.cat([forward.last_states(forward.gather(block[None]), None)[0] for block in blocks])
         return states.to(torch.promote_types(states.dtype, torch.float32))

@@ -34,7 +34,7 @@ class _Reached(Exception):  # noqa: N818 - no error, but the way out of a model 
         self.states = states
 
 
-def recalled_states(backbone: Backbone, texts: Sequence[str]) -> Tensor:
+def mean_hidden_states(backbone: Backbone, texts: Sequence[str]) -> Tensor:
     """Reads texts and returns the mean state of each.
 
     The first token does not count: attention rests there when there is nothing to look at, so its state is large and

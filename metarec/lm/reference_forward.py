@@ -16,31 +16,31 @@ from torch import Tensor
 from metarec.lm.adapters import user_update
 from metarec.lm.backbone import Backbone
 from metarec.lm.blocks import Adapters
-from metarec.lm.forward import Gathered, all_frozen_states, pool
+from metarec.lm.forward import ItemBatch, all_frozen_states, pool
 from metarec.lm.placement import Placement, adapter_spec
 from metarec.lm.tokenized import CatalogPrompts
 
 
 @dataclass(frozen=True)
-class PlainTrunk:
+class ReferenceForward:
     """Runs the whole model for every item and user, with a hook on every adapted layer."""
 
     backbone: Backbone
     prompts: CatalogPrompts
     placement: Placement
 
-    def gather(self, items: Tensor) -> Gathered:
-        """See `Trunk.gather`."""
+    def gather(self, items: Tensor) -> ItemBatch:
+        """See `Forward.gather`."""
         rows = [self.prompts.tokens[code] for code in items.flatten().tolist()]
         lengths = torch.tensor([len(row) for row in rows])
         width = max(map(len, rows), default=1)
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]).view(len(rows), width)
-        return Gathered(items, (tokens.to(self.backbone.device), lengths.to(self.backbone.device)))
+        return ItemBatch(items, (tokens.to(self.backbone.device), lengths.to(self.backbone.device)))
 
-    def last_states(self, gathered: Gathered, adapters: Adapters | None) -> Tensor:
-        """See `Trunk.last_states`."""
-        users, count = gathered.items.shape
-        tokens, lengths = gathered.inputs
+    def last_states(self, item_batch: ItemBatch, adapters: Adapters | None) -> Tensor:
+        """See `Forward.last_states`."""
+        users, count = item_batch.items.shape
+        tokens, lengths = item_batch.inputs
         rows, width = tokens.shape
         if rows == 0:
             return torch.zeros(users, count, self.backbone.hidden_size, device=tokens.device)
@@ -71,7 +71,7 @@ class PlainTrunk:
         return read.view(users, count, -1)
 
     def frozen_states(self) -> Tensor:
-        """See `Trunk.frozen_states`."""
+        """See `Forward.frozen_states`."""
         return all_frozen_states(self, len(self.prompts.tokens))
 
     def _no_cache(self) -> dict[str, bool]:

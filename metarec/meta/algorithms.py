@@ -202,7 +202,7 @@ def imaml(
     users: int,
     steps: int,
     *,
-    pull: float = 1.0,
+    prox_strength: float = 1.0,
     solver_steps: int = 5,
 ) -> MetaGradient:
     """iMAML: the gradient through the minimum of ``support_loss + pull / 2 * |state - init|^2``, not through the path.
@@ -216,25 +216,25 @@ def imaml(
         query_loss: What the outer loop minimizes.
         users: How many users the losses are about.
         steps: Inner steps; the gradient is exact where they reach the minimum.
-        pull: Strength of the pull to the initialization.
+        prox_strength: Strength of the pull to the initialization.
         solver_steps: Conjugate gradient steps.
 
     Source: Rajeswaran et al. 2019, "Meta-Learning with Implicit Gradients", eq. 6 and algorithm 2.
     """
-    adapted = adapt(meta, support_loss, users, steps, pull=pull)
+    adapted = adapt(meta, support_loss, users, steps, prox_strength=prox_strength)
     last, shared = _split(adapted.state, meta)
     query = _query(query_loss, last, shared)
     kept = ~adapted.diverged & query.loss.isfinite()
 
     def operator(direction: AdapterState) -> AdapterState:
         bent, _ = _hessian_product(support_loss, last, shared, direction)
-        return _sum({name: pull * value for name, value in direction.items()}, bent)
+        return _sum({name: prox_strength * value for name, value in direction.items()}, bent)
 
     target = _mean_over(kept, query.adapted)
     solution = _conjugate_gradient(operator, target, solver_steps)
     _, bent_shared = _hessian_product(support_loss, last, shared, solution)
     outer = _mean_over(kept, query.shared)
-    found = {f"init/{name}": pull * value.sum(0) for name, value in solution.items()}
+    found = {f"init/{name}": prox_strength * value.sum(0) for name, value in solution.items()}
     found |= {f"init/{name}": value.sum(0) for name, value in _sum(outer, bent_shared, -1.0).items()}
     found |= {f"log_rate/{name}": torch.zeros_like(value) for name, value in meta.log_rate.items()}
     return MetaGradient(query.loss, {name: found[name].detach() for name in meta.tensors()}, ~kept)

@@ -104,7 +104,7 @@ def adapt(
     steps: int,
     *,
     rate_scale: float = 1.0,
-    pull: float = 0.0,
+    prox_strength: float = 0.0,
     keep_path: bool = False,
     first: Loss | None = None,
 ) -> Adapted:
@@ -116,7 +116,7 @@ def adapt(
         users: How many users `support_loss` is about.
         steps: Gradient steps; 0 returns the initialization.
         rate_scale: Multiplies every inner rate; 0 returns the initialization exactly.
-        pull: Strength of a proximal term ``pull / 2 * |state - init|^2`` (iMAML).
+        prox_strength: Strength of a proximal term ``pull / 2 * |state - init|^2`` (iMAML).
         keep_path: Keeps the tensors and gradients of every step, which an outer gradient needs.
         first: A cheaper loss for the first step, of the same value and gradient at the initialization.
 
@@ -143,7 +143,7 @@ def adapt(
             gradients = {name: gradient.nan_to_num(0.0, 0.0, 0.0) for name, gradient in gradients.items()}
         moved = {}
         for name, gradient in gradients.items():
-            drawn = gradient + pull * (current[name] - start[name]) if pull else gradient
+            drawn = gradient + prox_strength * (current[name] - start[name]) if prox_strength else gradient
             moved[name] = current[name] - rate_scale * meta.rate(name, step).detach() * drawn
         current = moved
     if steps:

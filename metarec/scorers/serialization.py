@@ -25,7 +25,7 @@ from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
 from metarec.data.interactions import Catalog
 from metarec.data.templates import PromptTemplate
 from metarec.errors import ArtifactError
-from metarec.lm.answer_model import Reader
+from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
 from metarec.meta.inner_loop import MetaState
 from metarec.scorer import Scorer
@@ -44,6 +44,8 @@ from metarec.scorers.language.zero_shot import ZeroShot
 from metarec.tensors import read_tensors, write_tensors
 
 KIND = "scorer"
+# What files look like; scorers of another format are refused, as their parts had other names.
+_FORMAT = 2
 CLASSES: dict[str, type[Any]] = {
     "ALS": ALS,
     "Catalog": Catalog,
@@ -73,7 +75,7 @@ CLASSES: dict[str, type[Any]] = {
     "UserKNN": UserKNN,
     "ZeroShot": ZeroShot,
 }
-_Model = TypeVar("_Model", Reader, Backbone)
+_Model = TypeVar("_Model", AnswerModel, Backbone)
 _NAMES = {cls: name for name, cls in CLASSES.items()}
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -105,18 +107,20 @@ def write_scorer(directory: Path, name: str, scorer: Scorer) -> None:
         ArtifactError: See `save_scorer`.
     """
     packer = _Packer({}, [])
-    document = {"scorer": packer.pack(scorer, "scorer"), "reader": None, "backbone": None}
+    document = {"format": _FORMAT, "scorer": packer.pack(scorer, "scorer"), "answer_model": None, "backbone": None}
     document |= {_argument(model): _identity(model) for model in packer.models}
     (directory / f"{name}.json").write_text(dump_json(document), encoding="utf-8")
     write_tensors(directory / f"{name}.safetensors", packer.tensors)
 
 
-def load_scorer(path: str | Path, *, reader: Reader | None = None, backbone: Backbone | None = None) -> Scorer:
+def load_scorer(
+    path: str | Path, *, answer_model: AnswerModel | None = None, backbone: Backbone | None = None
+) -> Scorer:
     """Reads a scorer written by `save_scorer`; its scores are those it had, bit for bit.
 
     Args:
         path: The directory.
-        reader: The language model over the catalog's prompts, for a scorer that reads items. It may be on another
+        answer_model: The language model over the catalog's prompts, for a scorer that reads items. It may be on another
             device than when the scorer was saved, or its adapted blocks of another precision; then the scores are as
             near as that is.
         backbone: The language model itself, for a scorer that reads histories; for a fine-tuned one, the model as it
@@ -128,38 +132,44 @@ def load_scorer(path: str | Path, *, reader: Reader | None = None, backbone: Bac
             another placement of adapters.
     """
     verify_dir(Path(path), KIND)
-    return read_scorer(Path(path), KIND, reader=reader, backbone=backbone)
+    return read_scorer(Path(path), KIND, answer_model=answer_model, backbone=backbone)
 
 
-def read_scorer(path: Path, name: str, *, reader: Reader | None = None, backbone: Backbone | None = None) -> Scorer:
+def read_scorer(
+    path: Path, name: str, *, answer_model: AnswerModel | None = None, backbone: Backbone | None = None
+) -> Scorer:
     """Reads the files of `write_scorer` from a directory that was verified.
 
     Args:
         path: The directory.
         name: What the files are called.
-        reader: See `load_scorer`.
+        answer_model: See `load_scorer`.
         backbone: See `load_scorer`.
 
     Raises:
         ArtifactError: See `load_scorer`.
     """
     document = load_json(path / f"{name}.json")
+    if document.get("format") != _FORMAT:
+        raise ArtifactError(
+            f"'{path}' was written by another metarec, in format {document.get('format', 1)} instead of {_FORMAT}",
+            "Fit and save it again, or install the metarec that wrote it",
+        )
     device = torch.device("cpu")
-    if document["reader"] is not None:
-        device = _checked(path, document["reader"], "reader", reader).backbone.device
-    # Scorers that were written before any of them read a backbone by itself do not mention it.
-    if document.get("backbone") is not None:
+    if document["answer_model"] is not None:
+        device = _checked(path, document["answer_model"], "answer_model", answer_model).backbone.device
+    if document["backbone"] is not None:
         device = _checked(path, document["backbone"], "backbone", backbone).device
-    unpacker = _Unpacker(path, read_tensors(path / f"{name}.safetensors"), reader, backbone, device)
+    unpacker = _Unpacker(path, read_tensors(path / f"{name}.safetensors"), answer_model, backbone, device)
     return cast("Scorer", unpacker.unpack(document["scorer"]))
 
 
-def _argument(model: Reader | Backbone) -> str:
-    return "reader" if isinstance(model, Reader) else "backbone"
+def _argument(model: AnswerModel | Backbone) -> str:
+    return "answer_model" if isinstance(model, AnswerModel) else "backbone"
 
 
-def _identity(model: Reader | Backbone) -> dict[str, str]:
-    return model.identity if isinstance(model, Reader) else {"backbone": model.fingerprint}
+def _identity(model: AnswerModel | Backbone) -> dict[str, str]:
+    return model.identity if isinstance(model, AnswerModel) else {"backbone": model.fingerprint}
 
 
 def _checked(path: Path, needed: Mapping[str, str], argument: str, model: _Model | None) -> _Model:
@@ -181,7 +191,7 @@ class _Packer:
     """Turns values into JSON; collects their tensors, and the language models it meets."""
 
     tensors: dict[str, Tensor]
-    models: list[Reader | Backbone]
+    models: list[AnswerModel | Backbone]
 
     def pack(self, value: Any, where: str) -> Any:
         if value is None or isinstance(value, bool | str) or type(value) is int:
@@ -205,7 +215,7 @@ class _Packer:
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             # As pairs: the order of a state's tensors is part of what it computes.
             return {"map": [[key, self.pack(part, f"{where}.{key}")] for key, part in value.items()]}
-        if isinstance(value, Reader | Backbone):
+        if isinstance(value, AnswerModel | Backbone):
             if any(other is not value for other in self.models):
                 raise ArtifactError(f"{where} is a second language model", "A scorer can be saved with one")
             self.models.append(value)
@@ -239,7 +249,7 @@ class _Unpacker:
 
     path: Path
     tensors: Mapping[str, Tensor]
-    reader: Reader | None
+    answer_model: AnswerModel | None
     backbone: Backbone | None
     device: torch.device
 
@@ -258,7 +268,7 @@ class _Unpacker:
             ),
             "tuple": lambda parts: tuple(map(self.unpack, parts)),
             "map": lambda pairs: {key: self.unpack(part) for key, part in pairs},
-            "reader": lambda _: self.reader,
+            "answer_model": lambda _: self.answer_model,
             "backbone": lambda _: self.backbone,
             "class": lambda name: self._make(name, packed["fields"]),
         }

@@ -30,11 +30,11 @@ from metarec.serve.schema import (
     NewItem,
     NewItems,
     Rating,
-    Ratings,
+    RatingsBody,
     ReasonAnswer,
     Recommendations,
     Recommended,
-    Scores,
+    ScoresAnswer,
     SearchAnswer,
     SearchHit,
     UserAnswer,
@@ -91,13 +91,13 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/users/{user}/feedback", tags=["users"])
     async def feedback(
         user: UserId,
-        said: Ratings | Rating,
+        said: RatingsBody | Rating,
         idempotency_key: Annotated[
             str | None, Header(max_length=MAX_ID_CHARACTERS, description="The same key again changes nothing.")
         ] = None,
     ) -> FeedbackAnswer:
         """Say what a user thinks of one item or several. Durable and adapted to when the answer comes."""
-        ratings = said.ratings if isinstance(said, Ratings) else [said]
+        ratings = said.ratings if isinstance(said, RatingsBody) else [said]
         pairs = [(entry.item, entry.rating) for entry in ratings]
         accepted, person = await service.feedback(user, pairs, idempotency_key)
         return FeedbackAnswer(
@@ -132,16 +132,16 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
         return ranking
 
     @app.post("/v1/users/{user}/score", tags=["users"])
-    async def score(user: UserId, items: Items) -> Scores:
+    async def score(user: UserId, items: Items) -> ScoresAnswer:
         """Score some items for a user."""
         for item in items.items:
             engine.code(item)
 
-        def answer(person: Person) -> Scores:
+        def answer(person: Person) -> ScoresAnswer:
             served, scores = engine.score(person, items.items)
-            return Scores(adapter=adapter_facts(served), scores=scores)
+            return ScoresAnswer(adapter=adapter_facts(served), scores=scores)
 
-        scored: Scores = await service.person(user, answer)
+        scored: ScoresAnswer = await service.person(user, answer)
         return scored
 
     @app.get("/v1/users/{user}", tags=["users"])

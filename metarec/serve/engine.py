@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from metarec.data.interactions import Catalog, Codes, Ratings
 from metarec.errors import ArtifactError, ConfigError, ConflictError, MetarecError, UnknownItemError
-from metarec.lm.reference_forward import PlainTrunk
+from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import tokenize_catalog
 from metarec.metrics import rank_order
 from metarec.recommender import AdaptedUser, MetaRecommender, Recommendation
-from metarec.scorers.language.linearized import Tangent, tangent
+from metarec.scorers.language.linearized import Linearized, linearize
 from metarec.scorers.language.score import PRIOR_WEIGHT
 from metarec.serve.hot_adapters import HotAdapters
 from metarec.serve.items import check_fields, extend, longest
@@ -146,13 +146,13 @@ class Engine:
         self._candidates = candidates
         self._users_at_once = users_at_once
         self._workers = ThreadPoolExecutor(workers, "model")
-        self._longest = longest(recommender.fitted.reader)
+        self._longest = longest(recommender.fitted.answer_model)
         self._save: Callable[[NewAdapter], object] = self.keep
         # Every adapter has the same shape, so one user's size is everybody's.
         self.stranger = recommender.adapt([])
         tensors = self.stranger.state.values()
         self._adapter_bytes = sum(value.numel() * value.element_size() + _TENSOR_BYTES for value in tensors)
-        self._near = self._at_the_start(tangent_bytes)
+        self._linearized = self._at_the_start(tangent_bytes)
         self._effects: Effects | None = None
         self._learn_catalog()
         self.reload_items()
@@ -164,7 +164,7 @@ class Engine:
         """The items that can be recommended now."""
         return self.recommender.fitted.catalog
 
-    def _at_the_start(self, limit: int) -> Tangent | None:
+    def _at_the_start(self, limit: int) -> Linearized | None:
         """Reads the trained catalog's items at the meta-initialization, the most rated first; added items have none."""
         fitted, inner = self.trained.fitted, self.trained.scorer().inner
         numbers = sum(value.numel() for name, value in fitted.meta.init.items() if name in fitted.meta.log_rate)
@@ -172,7 +172,7 @@ class Engine:
             return None
         count = limit // (4 * numbers)
         chosen = np.sort(np.argsort(-fitted.prior.count, kind="stable")[:count])
-        return tangent(fitted.reader, fitted.meta, chosen) if count else None
+        return linearize(fitted.answer_model, fitted.meta, chosen) if count else None
 
     def _learn_catalog(self) -> None:
         """Prepares what ranking the current catalog needs: everybody's scores before adaptation, and vectors."""
@@ -182,7 +182,7 @@ class Engine:
         self.stranger = AdaptedUser(self.recommender, Ratings.empty(), self.stranger.state, False, 0.0)
         fresh = self.stranger.scores(np.arange(known, len(fitted.catalog))).numpy()
         self._prior_scores = np.concatenate([getattr(self, "_prior_scores", fresh[:0]), fresh])
-        self.vectors = self._project(fitted.reader.states.cpu().numpy())
+        self.vectors = self._project(fitted.answer_model.states.cpu().numpy())
         self._title_words = [set(_words(title)) for title in fitted.catalog.fields["title"]]
 
     def prepare(self) -> Effects:
@@ -193,16 +193,16 @@ class Engine:
         """
         meta = self.trained.fitted.meta
         if self._effects is None:
-            self._effects = fit_effects(self.trained.fitted.reader, meta, self.trained.scorer().inner)
+            self._effects = fit_effects(self.trained.fitted.answer_model, meta, self.trained.scorer().inner)
         if len(self._effects) < len(self.catalog):
-            reader = self.recommender.fitted.reader
-            self._effects = extended(self._effects, reader, meta, len(self.catalog), self._near)
+            answer_model = self.recommender.fitted.answer_model
+            self._effects = extended(self._effects, answer_model, meta, len(self.catalog), self._linearized)
         return self._effects
 
     @cached_property
     def _projection(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mean, spread and whitened principal directions of the trained catalog's states."""
-        states = self.trained.fitted.reader.states.cpu().numpy().astype(np.float64)
+        states = self.trained.fitted.answer_model.states.cpu().numpy().astype(np.float64)
         mean, spread = states.mean(0), states.std(0) + 1e-6
         values, directions = np.linalg.eigh(np.cov((states - mean) / spread, rowvar=False))
         top = np.argsort(-values)[:_DIMENSIONS]
@@ -348,7 +348,7 @@ class Engine:
         shapes = [
             (
                 max(_FEWEST_RATINGS, -(-len(support) // _RATINGS_STEP) * _RATINGS_STEP),
-                self._near is not None and self._near.covers(support.items),
+                self._linearized is not None and self._linearized.covers(support.items),
             )
             for support in supports
         ]
@@ -360,12 +360,12 @@ class Engine:
             ]
 
         def adapt_block(job: tuple[tuple[int, bool], list[int]]) -> list[tuple[AdaptedUser, tuple[float, ...]]]:
-            (width, near), block = job
+            (width, linearized), block = job
             together = [supports[row] for row in block]
             if self._users_at_once > 1:
                 together += [*[Ratings.empty()] * (self._users_at_once - len(block)), self._ruler(width)]
             began = time.perf_counter()
-            adapted = scorer.adapt(together, self._near if near else None)
+            adapted = scorer.adapt(together, self._linearized if linearized else None)
             seconds = (time.perf_counter() - began) / len(block)
             states = [
                 {name: value[place].clone() for name, value in adapted.state.items()} for place in range(len(block))
@@ -513,7 +513,7 @@ class Engine:
         fields = {name: (text if name == "title" else "",) for name in fitted.catalog.fields}
         prompts = tokenize_catalog(self.trained.backbone, fitted.task.template, Catalog(("query",), fields))
         # The whole model runs without a cache: a query must leave nothing on disk.
-        states = PlainTrunk(self.trained.backbone, prompts, fitted.reader.placement).frozen_states()
+        states = ReferenceForward(self.trained.backbone, prompts, fitted.answer_model.placement).frozen_states()
         query = self._project(states.cpu().numpy())[0]
         norms = np.linalg.norm(self.vectors, axis=1) * np.linalg.norm(query)
         similarity = self.vectors @ query / np.maximum(norms, 1e-6)

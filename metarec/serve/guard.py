@@ -93,7 +93,7 @@ def is_loopback(host: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What one client may do.
 
     Args:
@@ -121,12 +121,12 @@ class Guard:
 
     Args:
         app: The application.
-        limits: See `Limits`.
+        limits: See `RequestLimits`.
         observe: Told of every answer: method, route, status, seconds.
     """
 
     app: Messages
-    limits: Limits
+    limits: RequestLimits
     observe: Callable[[str, str, int, float], None]
     _buckets: dict[str, _Bucket] = field(default_factory=dict)
 

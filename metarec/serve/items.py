@@ -17,9 +17,9 @@ from torch import Tensor
 from metarec.data.interactions import Catalog
 from metarec.errors import ConfigError, suggest
 from metarec.fitting import Fitted
-from metarec.lm.answer_model import Reader, open_reader
-from metarec.lm.cached_forward import CachedTrunk
-from metarec.lm.forward import Gathered
+from metarec.lm.answer_model import AnswerModel, open_answer_model
+from metarec.lm.cached_forward import CachedForward
+from metarec.lm.forward import ItemBatch
 from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
 from metarec.recommender import MetaRecommender
 from metarec.scorers.collaborative.item_mean import extend_by_text
@@ -30,14 +30,14 @@ class Segment:
     """Items added together: the code of the first, and a reader of their own."""
 
     start: int
-    reader: Reader
+    answer_model: AnswerModel
 
     def __len__(self) -> int:
-        return len(self.reader.prompts.tokens)
+        return len(self.answer_model.prompts.tokens)
 
 
 @dataclass(frozen=True)
-class GrowingReader(Reader):
+class ExtendedAnswerModel(AnswerModel):
     """A reader of a catalog and of what was added to it.
 
     Args:
@@ -45,49 +45,49 @@ class GrowingReader(Reader):
         segments: Read the others, in the order of their codes.
     """
 
-    base: Reader
+    base: AnswerModel
     segments: tuple[Segment, ...]
 
-    def gather(self, items: Tensor) -> Gathered:
-        """See `Reader.gather`."""
+    def gather(self, items: Tensor) -> ItemBatch:
+        """See `AnswerModel.gather`."""
         known = len(self.base.prompts.tokens)
         parts = []
         for segment in self.segments:
             inside = (items >= segment.start) & (items < segment.start + len(segment))
             if inside.any():
                 # The longest item stands in for strangers, so that what others ask never changes a shape.
-                local = torch.where(inside, items - segment.start, longest(segment.reader))
-                parts.append((segment.reader, segment.reader.gather(local), inside))
+                local = torch.where(inside, items - segment.start, longest(segment.answer_model))
+                parts.append((segment.answer_model, segment.answer_model.gather(local), inside))
         base = self.base.gather(torch.where(items < known, items, longest(self.base)))
-        return Gathered(items, (base, parts))
+        return ItemBatch(items, (base, parts))
 
-    def last_states(self, gathered: Gathered, state: Mapping[str, Tensor] | None) -> Tensor:
-        """See `Reader.last_states`."""
-        base, parts = gathered.inputs
+    def last_states(self, item_batch: ItemBatch, state: Mapping[str, Tensor] | None) -> Tensor:
+        """See `AnswerModel.last_states`."""
+        base, parts = item_batch.inputs
         values = self.base.last_states(base, state)
-        for reader, own, inside in parts:
-            values = torch.where(inside.to(values.device)[..., None], reader.last_states(own, state), values)
+        for answer_model, own, inside in parts:
+            values = torch.where(inside.to(values.device)[..., None], answer_model.last_states(own, state), values)
         return values
 
     @cached_property
     def states(self) -> Tensor:
-        """See `Reader.states`."""
-        return torch.cat([self.base.states, *(segment.reader.states for segment in self.segments)])
+        """See `AnswerModel.states`."""
+        return torch.cat([self.base.states, *(segment.answer_model.states for segment in self.segments)])
 
     @cached_property
     def frozen_mean(self) -> Tensor:
-        """See `Reader.frozen_mean`; scores are around the mean of the catalog that was trained on."""
+        """See `AnswerModel.frozen_mean`; scores are around the mean of the catalog that was trained on."""
         return self.base.frozen_mean
 
     @cached_property
     def frozen_moments(self) -> tuple[Tensor, Tensor]:
-        """See `Reader.frozen_moments`; features are around the mean of the catalog that was trained on."""
+        """See `AnswerModel.frozen_moments`; features are around the mean of the catalog that was trained on."""
         return self.base.frozen_moments
 
 
-def longest(reader: Reader) -> int:
+def longest(answer_model: AnswerModel) -> int:
     """Returns the code of the item with the longest prompt."""
-    lengths = [len(tokens) for tokens in reader.prompts.tokens]
+    lengths = [len(tokens) for tokens in answer_model.prompts.tokens]
     return lengths.index(max(lengths))
 
 
@@ -117,26 +117,26 @@ def extend(
     """
     added = [*_added(trained, current), *items]
     known = len(trained.fitted.catalog)
-    reader = current.fitted.reader
-    segments = list(reader.segments) if isinstance(reader, GrowingReader) else []
+    answer_model = current.fitted.answer_model
+    segments = list(answer_model.segments) if isinstance(answer_model, ExtendedAnswerModel) else []
     start = len(current.fitted.catalog)
     # Segments of like size become one, so their number stays logarithmic and so does how often an item is read.
     while segments and len(segments[-1]) <= known + len(added) - start:
         start = segments.pop().start
     segments.append(Segment(start, _read(trained, added[start - known :])))
-    if isinstance(reader, GrowingReader):
-        for segment in set(reader.segments) - set(segments):
-            if isinstance(segment.reader.trunk, CachedTrunk):
-                shutil.rmtree(segment.reader.trunk.path, ignore_errors=True)
+    if isinstance(answer_model, ExtendedAnswerModel):
+        for segment in set(answer_model.segments) - set(segments):
+            if isinstance(segment.answer_model.forward, CachedForward):
+                shutil.rmtree(segment.answer_model.forward.path, ignore_errors=True)
     return _over(trained, segments, added)
 
 
-def _read(trained: MetaRecommender, items: Sequence[tuple[str, Mapping[str, str]]]) -> Reader:
-    base = trained.fitted.reader
+def _read(trained: MetaRecommender, items: Sequence[tuple[str, Mapping[str, str]]]) -> AnswerModel:
+    base = trained.fitted.answer_model
     prompts = tokenize_catalog(trained.backbone, trained.fitted.task.template, _catalog(trained.fitted.catalog, items))
-    reader = open_reader(trained.backbone, _as_trained(prompts, base.prompts), base.placement)
-    _ = reader.frozen_log_odds
-    return reader
+    answer_model = open_answer_model(trained.backbone, _as_trained(prompts, base.prompts), base.placement)
+    _ = answer_model.frozen_log_odds
+    return answer_model
 
 
 def _as_trained(prompts: CatalogPrompts, base: CatalogPrompts) -> CatalogPrompts:
@@ -163,17 +163,17 @@ def _added(trained: MetaRecommender, current: MetaRecommender) -> list[tuple[str
 def _over(
     trained: MetaRecommender, segments: Sequence[Segment], added: Sequence[tuple[str, Mapping[str, str]]]
 ) -> MetaRecommender:
-    fitted, base = trained.fitted, trained.fitted.reader
-    reader = GrowingReader(base.backbone, base.prompts, base.placement, base.trunk, base, tuple(segments))
+    fitted, base = trained.fitted, trained.fitted.answer_model
+    answer_model = ExtendedAnswerModel(base.backbone, base.prompts, base.placement, base.forward, base, tuple(segments))
     new = _catalog(fitted.catalog, added)
     fields = {name: column + new.fields[name] for name, column in fitted.catalog.fields.items()}
-    states = torch.cat([segment.reader.states for segment in segments]).cpu().numpy()
+    states = torch.cat([segment.answer_model.states for segment in segments]).cpu().numpy()
     prior = extend_by_text(fitted.prior, base.states.cpu().numpy(), states)
     longer: Fitted = replace(
         fitted,
         catalog=Catalog(fitted.catalog.ids + new.ids, fields),
         prior=prior,
         taste=fitted.taste.extended(prior),
-        reader=reader,
+        answer_model=answer_model,
     )
     return MetaRecommender(trained.backbone, trained.config, longer)

@@ -32,7 +32,7 @@ Visitor = Annotated[str | None, Cookie(alias=_COOKIE, pattern="^page-[A-Za-z0-9_
 
 
 @dataclass(frozen=True)
-class Row:
+class ItemRow:
     """A line of the ranking; `was` is the place before the last rating, None where it was not among the first."""
 
     title: str
@@ -58,7 +58,7 @@ def add_page(app: FastAPI, service: Service) -> None:
             before = places.get(user) or {
                 entry.item: place for place, (entry, _) in enumerate(engine.recommend(_nobody(), 100)[1], start=1)
             }
-            rows = [Row(entry.title, entry.score, before.get(entry.item), reasons) for entry, reasons in ranked]
+            rows = [ItemRow(entry.title, entry.score, before.get(entry.item), reasons) for entry, reasons in ranked]
             return {
                 "adapter": served.facts(),
                 "losses": list(served.losses),

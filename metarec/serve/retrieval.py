@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metarec.data.interactions import Codes
-from metarec.lm.answer_model import Reader
+from metarec.lm.answer_model import AnswerModel
 from metarec.meta.inner_loop import MetaState
 from metarec.progress import progress
 from metarec.scorers.language.adapted import InnerLoop
-from metarec.scorers.language.linearized import Tangent, tangent
+from metarec.scorers.language.linearized import Linearized, linearize
 from metarec.scorers.language.score import HEAD, LLM_WEIGHT
 from metarec.tensors import expand_users
 
@@ -66,21 +66,21 @@ class Effects:
         return effect
 
 
-def fit_effects(reader: Reader, meta: MetaState, inner: InnerLoop) -> Effects:
+def fit_effects(answer_model: AnswerModel, meta: MetaState, inner: InnerLoop) -> Effects:
     """Chooses the coordinates; no item has any yet.
 
     Args:
-        reader: The language model over the catalog that was trained on.
+        answer_model: The language model over the catalog that was trained on.
         meta: The meta-parameters.
         inner: How users are adapted.
     """
     names = tuple(name for name in meta.log_rate if not name.startswith("score."))
     if inner.head is not None and inner.steps:
-        return Effects((HEAD,), None, np.zeros((0, reader.backbone.hidden_size), np.float32))
+        return Effects((HEAD,), None, np.zeros((0, answer_model.backbone.hidden_size), np.float32))
     if not inner.steps or not names:
         return Effects((), None, np.zeros((0, 0), np.float32))
-    items = len(reader.prompts.tokens)
-    slopes = tangent(reader, meta, np.unique(np.linspace(0, items - 1, _SAMPLE).astype(np.int64))).slopes
+    items = len(answer_model.prompts.tokens)
+    slopes = linearize(answer_model, meta, np.unique(np.linspace(0, items - 1, _SAMPLE).astype(np.int64))).slopes
     # The principal components of few long rows, from their inner products.
     values, vectors = torch.linalg.eigh((slopes @ slopes.T).double())
     top = values.argsort(descending=True)[:_DIRECTIONS]
@@ -90,40 +90,42 @@ def fit_effects(reader: Reader, meta: MetaState, inner: InnerLoop) -> Effects:
 
 
 @torch.no_grad()
-def extended(effects: Effects, reader: Reader, meta: MetaState, items: int, near: Tangent | None) -> Effects:
+def extended(
+    effects: Effects, answer_model: AnswerModel, meta: MetaState, items: int, linearized: Linearized | None
+) -> Effects:
     """Gives coordinates to the items that have none.
 
     Args:
         effects: What is known of the first items.
-        reader: The language model.
+        answer_model: The language model.
         meta: The meta-parameters.
         items: How many items there are.
-        near: Spares reading the items that it covers.
+        linearized: Spares reading the items that it covers.
     """
     fresh = np.arange(len(effects), items)
     coordinates = np.zeros((len(fresh), effects.coordinates.shape[1]), np.float32)
     unread = np.arange(len(fresh))
-    if near is not None and effects.directions is not None:
-        inside = np.flatnonzero(fresh < len(near.place))
-        rows = near.place[torch.from_numpy(fresh[inside])].numpy()
+    if linearized is not None and effects.directions is not None:
+        inside = np.flatnonzero(fresh < len(linearized.place))
+        rows = linearized.place[torch.from_numpy(fresh[inside])].numpy()
         covered = inside[rows >= 0]
-        coordinates[covered] = (near.slopes @ effects.directions).cpu().numpy()[rows[rows >= 0]]
+        coordinates[covered] = (linearized.slopes @ effects.directions).cpu().numpy()[rows[rows >= 0]]
         unread = np.setdiff1d(unread, covered)
     count = len(unread) if effects.names else 0
     blocks = [unread[start : start + _READ_AT_ONCE] for start in range(0, count, _READ_AT_ONCE)]
     with progress("reading items for retrieval", len(blocks), after=2.0) as advance:
         for done, block in enumerate(blocks, start=1):
-            coordinates[block] = _read(effects, reader, meta, fresh[block])
+            coordinates[block] = _read(effects, answer_model, meta, fresh[block])
             advance(done)
     return replace(effects, coordinates=np.concatenate([effects.coordinates, coordinates]))
 
 
-def _read(effects: Effects, reader: Reader, meta: MetaState, items: Codes) -> NDArray[np.float32]:
+def _read(effects: Effects, answer_model: AnswerModel, meta: MetaState, items: Codes) -> NDArray[np.float32]:
     if effects.directions is not None:
-        found = tangent(reader, meta, items).slopes @ effects.directions
+        found = linearize(answer_model, meta, items).slopes @ effects.directions
     else:
         adapter = {name: value for name, value in meta.init.items() if not name.startswith("score.")}
-        gathered = reader.gather(torch.from_numpy(items)[None])
-        found = reader.features(reader.last_states(gathered, expand_users(adapter, 1)))[0]
+        item_batch = answer_model.gather(torch.from_numpy(items)[None])
+        found = answer_model.features(answer_model.last_states(item_batch, expand_users(adapter, 1)))[0]
     coordinates: NDArray[np.float32] = found.float().cpu().numpy()
     return coordinates

@@ -27,7 +27,7 @@ class Rating(_Strict):
     rating: float = Field(allow_inf_nan=False, description="On the scale of the recommender's task.")
 
 
-class Ratings(_Strict):
+class RatingsBody(_Strict):
     """Several ratings, oldest first."""
 
     ratings: list[Rating] = Field(min_length=1, max_length=_MOST_AT_ONCE)
@@ -97,8 +97,8 @@ class Recommendations(BaseModel):
     items: list[Recommended]
 
 
-class Scores(BaseModel):
-    """Scores in the order of the question; higher is better."""
+class ScoresAnswer(BaseModel):
+    """ScoresAnswer in the order of the question; higher is better."""
 
     adapter: Adapter
     scores: list[float]
@@ -120,7 +120,7 @@ class SearchAnswer(BaseModel):
     items: list[SearchHit]
 
 
-class Event(BaseModel):
+class EventAnswer(BaseModel):
     """One rating as the log holds it; `at` is seconds since the epoch."""
 
     version: int
@@ -135,7 +135,7 @@ class UserAnswer(BaseModel):
     user: str
     created: float
     version: int
-    ratings: list[Event]
+    ratings: list[EventAnswer]
     adapters: list[dict[str, int | str]]
 
 

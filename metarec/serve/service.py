@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 
 from metarec.serve.engine import Engine, Person
-from metarec.serve.guard import Limits
+from metarec.serve.guard import RequestLimits
 from metarec.serve.schema import Adapter
 from metarec.serve.store import Accepted, Feedback, check_id
 from metarec.serve.worker import Job, Worker
@@ -30,7 +30,7 @@ class ServeSettings:
         ui: Serves the page.
     """
 
-    limits: Limits = field(default_factory=Limits)
+    limits: RequestLimits = field(default_factory=RequestLimits)
     waiting: int = 64
     seconds: float = 30.0
     ui: bool = False

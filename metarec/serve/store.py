@@ -70,7 +70,7 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Event:
+class FeedbackEvent:
     """One line of the feedback log."""
 
     version: int
@@ -247,7 +247,7 @@ class AdapterStore:
             )
         return Profile(rows[0][0], int(rows[0][2]), float(rows[0][1])) if rows else None
 
-    def events(self, user: str) -> list[Event]:
+    def events(self, user: str) -> list[FeedbackEvent]:
         """Returns a user's feedback, oldest first."""
         with self._reported():
             rows = self._index.execute(
@@ -255,7 +255,7 @@ class AdapterStore:
                 " WHERE name = ? ORDER BY version",
                 (user,),
             )
-        return [Event(int(version), item, float(rating), float(at)) for version, item, rating, at in rows]
+        return [FeedbackEvent(int(version), item, float(rating), float(at)) for version, item, rating, at in rows]
 
     def users(self) -> Iterator[tuple[str, Profile]]:
         """Yields every user by name, a thousand at a time."""
@@ -524,7 +524,7 @@ class AdapterStore:
             self._index.close()
 
 
-def latest_ratings(events: Sequence[Event], limit: int) -> list[tuple[str, float]]:
+def latest_ratings(events: Sequence[FeedbackEvent], limit: int) -> list[tuple[str, float]]:
     """Returns what a user thinks now: the last rating of each item, of the `limit` items rated last, in order of id.
 
     Two logs that end in the same opinions give the same list, so the same adapter.

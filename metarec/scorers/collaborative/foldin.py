@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metarec.data.interactions import Codes, Interactions
 from metarec.errors import DataError
-from metarec.scorer import Request, Scores, score_each
+from metarec.scorer import Request, ScoreArray, score_each
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.residuals import Floats, centred_residuals, training_residuals
 
@@ -28,14 +28,14 @@ class ALS:
         prior: The item prior.
         factors: Item factors, shape (items, factors).
         penalty: Ridge penalty of the user's factors.
-        bias_strength: Ratings that a user's level of zero counts for.
+        user_bias_damping: Ratings that a user's level of zero counts for.
         name: How the method is called in tables.
     """
 
     prior: ItemPrior
     factors: Floats
     penalty: float
-    bias_strength: float
+    user_bias_damping: float
     name: str = "ALS"
 
     @property
@@ -47,8 +47,8 @@ class ALS:
         """See `Scorer.score`."""
         return score_each(requests, len(self.factors), self._values)
 
-    def _values(self, request: Request) -> Scores:
-        residual = centred_residuals(self.prior, request.support, self.bias_strength)
+    def _values(self, request: Request) -> ScoreArray:
+        residual = centred_residuals(self.prior, request.support, self.user_bias_damping)
         rated = self.factors[request.support.items]
         taste = np.linalg.solve(rated.T @ rated + self.penalty * np.eye(rated.shape[1]), rated.T @ residual)
         return self.prior.values(request.candidates) + self.factors[request.candidates] @ taste
@@ -62,7 +62,7 @@ def fit_als(
     factors: int = 16,
     item_penalty: float = 10.0,
     user_penalty: float = 3.0,
-    bias_strength: float = 2.0,
+    user_bias_damping: float = 2.0,
     sweeps: int = 8,
     seed: int = 0,
 ) -> ALS:
@@ -75,20 +75,20 @@ def fit_als(
         factors: How many factors.
         item_penalty: Ridge penalty of items' factors.
         user_penalty: Ridge penalty of users' factors.
-        bias_strength: Ratings that a user's level of zero counts for.
+        user_bias_damping: Ratings that a user's level of zero counts for.
         sweeps: How often users and items are solved for.
         seed: Seed of the first item factors.
 
     Source: Zhou et al. 2008, "Large-scale parallel collaborative filtering for the Netflix prize", section 3, with
     penalties that do not grow with the number of ratings.
     """
-    residuals = training_residuals(interactions, users, prior).centred(bias_strength)
+    residuals = training_residuals(interactions, users, prior).centred(user_bias_damping)
     by_user = residuals.matrix()
     by_item = by_user.T.tocsr()
     item_factors = np.random.default_rng(seed).normal(scale=factors**-0.5, size=(residuals.shape[1], factors))
     for _ in range(sweeps):
         item_factors = _ridge(by_item, _ridge(by_user, item_factors, user_penalty), item_penalty)
-    return ALS(prior, item_factors, user_penalty, bias_strength)
+    return ALS(prior, item_factors, user_penalty, user_bias_damping)
 
 
 def _ridge(ratings: csr_array, factors: Floats, penalty: float) -> Floats:
@@ -109,7 +109,7 @@ class EASE:
         prior: The item prior.
         weights: Weight of the row's residual in the column's score, over kept items, shape (kept, kept).
         place: Each item's row in `weights`, -1 where it is not kept, shape (items,).
-        bias_strength: Ratings that a user's level of zero counts for.
+        user_bias_damping: Ratings that a user's level of zero counts for.
         name: How the method is called in tables.
         bytes_per_user: Nothing is kept beyond the ratings.
     """
@@ -117,7 +117,7 @@ class EASE:
     prior: ItemPrior
     weights: Floats
     place: Codes
-    bias_strength: float
+    user_bias_damping: float
     name: str = "EASE"
     bytes_per_user: int = 0
 
@@ -125,11 +125,11 @@ class EASE:
         """See `Scorer.score`."""
         return score_each(requests, len(self.place), self._values)
 
-    def _values(self, request: Request) -> Scores:
-        residual = centred_residuals(self.prior, request.support, self.bias_strength)
+    def _values(self, request: Request) -> ScoreArray:
+        residual = centred_residuals(self.prior, request.support, self.user_bias_damping)
         rows, columns = self.place[request.support.items], self.place[request.candidates]
-        told = residual[rows >= 0] @ self.weights[rows[rows >= 0]][:, columns]
-        return self.prior.values(request.candidates) + np.where(columns >= 0, told, 0.0)
+        contribution = residual[rows >= 0] @ self.weights[rows[rows >= 0]][:, columns]
+        return self.prior.values(request.candidates) + np.where(columns >= 0, contribution, 0.0)
 
 
 def fit_ease(
@@ -140,7 +140,7 @@ def fit_ease(
     min_ratings: int = 10,
     max_items: int = 4000,
     penalty: float = 30.0,
-    bias_strength: float = 2.0,
+    user_bias_damping: float = 2.0,
 ) -> EASE:
     """Fits the item-item weights in closed form.
 
@@ -151,14 +151,14 @@ def fit_ease(
         min_ratings: Items with fewer are left to the prior.
         max_items: At most so many items are kept, those with most ratings; memory grows with its square.
         penalty: Ridge penalty.
-        bias_strength: Ratings that a user's level of zero counts for.
+        user_bias_damping: Ratings that a user's level of zero counts for.
 
     Raises:
         DataError: No item has `min_ratings` ratings.
 
     Source: Steck 2019, "Embarrassingly shallow autoencoders for sparse data", eq. 8, on residuals instead of clicks.
     """
-    residuals = training_residuals(interactions, users, prior).centred(bias_strength)
+    residuals = training_residuals(interactions, users, prior).centred(user_bias_damping)
     count = residuals.count
     kept = np.flatnonzero(count >= min_ratings)
     kept = np.sort(kept[np.argsort(-count[kept], kind="stable")][:max_items])
@@ -170,7 +170,7 @@ def fit_ease(
     np.fill_diagonal(weights, 0.0)
     place = np.full(len(count), -1, np.int64)
     place[kept] = np.arange(len(kept))
-    return EASE(prior, weights.astype(np.float32), place, bias_strength)
+    return EASE(prior, weights.astype(np.float32), place, user_bias_damping)
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class ItemKNN:
         ratings: Centred residuals, shape (items, users).
         shrinkage: Common raters that a similarity of zero counts for.
         strength: Total similarity that the prior counts for.
-        bias_strength: Ratings that a user's level of zero counts for.
+        user_bias_damping: Ratings that a user's level of zero counts for.
         name: How the method is called in tables.
         bytes_per_user: Nothing is kept beyond the ratings.
     """
@@ -191,7 +191,7 @@ class ItemKNN:
     ratings: csr_array
     shrinkage: float
     strength: float
-    bias_strength: float
+    user_bias_damping: float
     name: str = "item-kNN"
     bytes_per_user: int = 0
 
@@ -199,14 +199,14 @@ class ItemKNN:
         """See `Scorer.score`."""
         return score_each(requests, self.ratings.shape[0], self._values)
 
-    def _values(self, request: Request) -> Scores:
+    def _values(self, request: Request) -> ScoreArray:
         prior = self.prior.values(request.candidates)
         if len(request.support) == 0:
             return prior
-        residual = centred_residuals(self.prior, request.support, self.bias_strength)
+        residual = centred_residuals(self.prior, request.support, self.user_bias_damping)
         alike = similarity(self.ratings[request.candidates], self.ratings[request.support.items], self.shrinkage)
-        told: Floats = alike @ residual / (np.abs(alike).sum(1) + self.strength)
-        return prior + told
+        contribution: Floats = alike @ residual / (np.abs(alike).sum(1) + self.strength)
+        return prior + contribution
 
 
 def fit_item_knn(
@@ -216,7 +216,7 @@ def fit_item_knn(
     *,
     shrinkage: float = 100.0,
     strength: float = 1.0,
-    bias_strength: float = 2.0,
+    user_bias_damping: float = 2.0,
 ) -> ItemKNN:
     """Keeps what item similarities are computed from; every rated item is a neighbour.
 
@@ -226,12 +226,12 @@ def fit_item_knn(
         prior: The item prior, fitted on the same users.
         shrinkage: Common raters that a similarity of zero counts for.
         strength: Total similarity that the prior counts for.
-        bias_strength: Ratings that a user's level of zero counts for.
+        user_bias_damping: Ratings that a user's level of zero counts for.
 
     Source: Koren 2010, "Factor in the neighbors", eq. 3 and 4.
     """
-    residuals = training_residuals(interactions, users, prior).centred(bias_strength)
-    return ItemKNN(prior, residuals.matrix().T.tocsr(), shrinkage, strength, bias_strength)
+    residuals = training_residuals(interactions, users, prior).centred(user_bias_damping)
+    return ItemKNN(prior, residuals.matrix().T.tocsr(), shrinkage, strength, user_bias_damping)
 
 
 def similarity(left: csr_array, right: csr_array, shrinkage: float) -> Floats:
@@ -259,7 +259,7 @@ class UserKNN:
         neighbours: How many of the most similar users count.
         shrinkage: Common items that a similarity of zero counts for.
         strength: Total similarity that the prior counts for.
-        bias_strength: Ratings that a user's level of zero counts for.
+        user_bias_damping: Ratings that a user's level of zero counts for.
         name: How the method is called in tables.
         bytes_per_user: Nothing is kept beyond the ratings.
     """
@@ -269,7 +269,7 @@ class UserKNN:
     neighbours: int
     shrinkage: float
     strength: float
-    bias_strength: float
+    user_bias_damping: float
     name: str = "user-kNN"
     bytes_per_user: int = 0
 
@@ -277,19 +277,19 @@ class UserKNN:
         """See `Scorer.score`."""
         return score_each(requests, self.ratings.shape[1], self._values)
 
-    def _values(self, request: Request) -> Scores:
+    def _values(self, request: Request) -> ScoreArray:
         prior = self.prior.values(request.candidates)
         if len(request.support) == 0:
             return prior
-        residual = centred_residuals(self.prior, request.support, self.bias_strength)
+        residual = centred_residuals(self.prior, request.support, self.user_bias_damping)
         rated = request.support.items
-        asked = csr_array((residual, (np.zeros(len(rated), np.int64), rated)), (1, self.ratings.shape[1]))
-        alike = np.maximum(similarity(asked, self.ratings, self.shrinkage)[0], 0.0)
+        own_row = csr_array((residual, (np.zeros(len(rated), np.int64), rated)), (1, self.ratings.shape[1]))
+        alike = np.maximum(similarity(own_row, self.ratings, self.shrinkage)[0], 0.0)
         nearest = np.argsort(-alike, kind="stable")[: self.neighbours]
         theirs = self.ratings[nearest][:, request.candidates].toarray()
         weight = alike[nearest]
-        told: Floats = weight @ theirs / (weight @ (theirs != 0) + self.strength)
-        return prior + told
+        contribution: Floats = weight @ theirs / (weight @ (theirs != 0) + self.strength)
+        return prior + contribution
 
 
 def fit_user_knn(
@@ -300,7 +300,7 @@ def fit_user_knn(
     neighbours: int = 800,
     shrinkage: float = 60.0,
     strength: float = 1.0,
-    bias_strength: float = 2.0,
+    user_bias_damping: float = 2.0,
 ) -> UserKNN:
     """Keeps what user similarities are computed from.
 
@@ -311,9 +311,9 @@ def fit_user_knn(
         neighbours: How many of the most similar users count.
         shrinkage: Common items that a similarity of zero counts for.
         strength: Total similarity that the prior counts for.
-        bias_strength: Ratings that a user's level of zero counts for.
+        user_bias_damping: Ratings that a user's level of zero counts for.
 
     Source: Herlocker et al. 1999, "An algorithmic framework for performing collaborative filtering", sections 3 to 5.
     """
-    residuals = training_residuals(interactions, users, prior).centred(bias_strength)
-    return UserKNN(prior, residuals.matrix(), neighbours, shrinkage, strength, bias_strength)
+    residuals = training_residuals(interactions, users, prior).centred(user_bias_damping)
+    return UserKNN(prior, residuals.matrix(), neighbours, shrinkage, strength, user_bias_damping)

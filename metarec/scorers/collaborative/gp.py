@@ -40,8 +40,8 @@ class GaussianProcess:
         loadings: Each item's loadings, the last one the user's level, shape (items, loadings).
         noise: Variance of a rating around taste: the noise itself and what is not known of the loadings, (items,).
         centre: The loadings of an average rating, shape (loadings,).
-        choice: How far having rated an item, whatever the rating, moves taste towards it, shape (loadings,).
-        choice_strength: Ratings that no choice at all counts for.
+        selection_effect: How far having rated an item, whatever the rating, moves taste towards it, shape (loadings,).
+        selection_damping: Ratings that no choice at all counts for.
         name: How the method is called in tables.
     """
 
@@ -51,8 +51,8 @@ class GaussianProcess:
     loadings: Floats
     noise: Floats
     centre: Floats
-    choice: Floats
-    choice_strength: float
+    selection_effect: Floats
+    selection_damping: float
     name: str = "GP"
 
     @property
@@ -72,7 +72,7 @@ class GaussianProcess:
     def _conditions(self, support: Ratings) -> tuple[Floats, Floats, Floats]:
         """Taste before any rating is looked at, what the ratings say beyond it, and the ratings' covariance."""
         rated, count = self.loadings[support.items], len(support)
-        expected = self.choice * (rated.mean(0) - self.centre) * count / (count + self.choice_strength)
+        expected = self.selection_effect * (rated.mean(0) - self.centre) * count / (count + self.selection_damping)
         residual = self._standardize(support) - self.mean[support.items] - rated @ expected
         return expected, residual, rated @ rated.T + np.diag(self.noise[support.items])
 
@@ -104,7 +104,7 @@ class GaussianProcess:
         predicted: Values = (self._standardize(support) - inverse @ residual / np.diag(inverse)).astype(np.float32)
         return predicted
 
-    def without_mean(self) -> GaussianProcess:
+    def with_zero_mean(self) -> GaussianProcess:
         """Returns the same covariance around a mean of zero for every item."""
         return replace(self, mean=np.zeros_like(self.mean))
 
@@ -114,12 +114,12 @@ class GaussianProcess:
         Args:
             mean: What an unknown user is expected to give each new item, shape (new items,).
         """
-        silent = np.zeros((len(mean), self.loadings.shape[1]))
+        zeros = np.zeros((len(mean), self.loadings.shape[1]))
         noise = np.full(len(mean), self.noise.max())
         return replace(
             self,
             mean=np.concatenate([self.mean, mean]),
-            loadings=np.concatenate([self.loadings, silent]),
+            loadings=np.concatenate([self.loadings, zeros]),
             noise=np.concatenate([self.noise, noise]),
         )
 
@@ -142,8 +142,8 @@ def fit_gp(
     factor_variance: float = 0.02,
     components: int = 48,
     sweeps: int = 8,
-    choice: float = 4.0,
-    choice_strength: float = 3.0,
+    selection_effect: float = 4.0,
+    selection_damping: float = 3.0,
     mean_strength: float = 4.0,
     seed: int = 0,
 ) -> GaussianProcess:
@@ -161,8 +161,8 @@ def fit_gp(
         factor_variance: Where the variance of the loadings of each learned factor starts; it is then learned.
         components: Wider blocks of features are reduced to so many principal components.
         sweeps: Rounds of expectation and maximization; few, for early stopping regularizes.
-        choice: See `GaussianProcess`; the same for all loadings but the level.
-        choice_strength: See `GaussianProcess`.
+        selection_effect: See `GaussianProcess`; the same for all loadings but the level.
+        selection_damping: See `GaussianProcess`.
         mean_strength: Ratings that an item's predicted mean counts for.
         seed: Seed of the first loadings and of the folds that predict item means.
 
@@ -182,7 +182,7 @@ def fit_gp(
     count = residuals.count
     blocks = [*_feature_loadings(features, count, components), np.full((len(count), 1), np.sqrt(level_variance))]
     loadings, spread = _factor_analysis(residuals, blocks, factors, noise, factor_variance, sweeps, seed)
-    chosen = np.full(loadings.shape[1], choice)
+    chosen = np.full(loadings.shape[1], selection_effect)
     chosen[-1] = 0.0
     return GaussianProcess(
         mean_rating=baseline.mean,
@@ -191,8 +191,8 @@ def fit_gp(
         loadings=loadings,
         noise=noise + spread,
         centre=count @ loadings / count.sum(),
-        choice=chosen,
-        choice_strength=choice_strength,
+        selection_effect=chosen,
+        selection_damping=selection_damping,
     )
 
 

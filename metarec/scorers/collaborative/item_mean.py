@@ -55,7 +55,7 @@ class ItemPrior:
         """Returns the same means shrunk towards the global mean: the baseline."""
         return replace(self, centre=np.zeros_like(self.centre), silent=False)
 
-    def silenced(self) -> ItemPrior:
+    def with_zero_mean(self) -> ItemPrior:
         """Returns the same scale with a prior of zero for every item; `without_text` still gives the means."""
         return replace(self, silent=True)
 
@@ -167,10 +167,10 @@ def predict_unrated(prior: ItemPrior, vectors: np.ndarray) -> ItemPrior:
     means = torch.from_numpy(prior.total[rated]) / count
     ones = torch.ones_like(means)
     factor = torch.linalg.cholesky(covariance)
-    told, level = torch.cholesky_solve(torch.stack([means, ones], 1), factor).T
-    mean = (ones @ told) / (ones @ level)
+    weights, level = torch.cholesky_solve(torch.stack([means, ones], 1), factor).T
+    mean = (ones @ weights) / (ones @ level)
     centre = prior.centre.copy()
-    centre[unrated] = (mean + _gaussian_kernel(read[unrated], known) @ (told - mean * level)).numpy()
+    centre[unrated] = (mean + _gaussian_kernel(read[unrated], known) @ (weights - mean * level)).numpy()
     return replace(prior, centre=centre)
 
 

@@ -34,20 +34,20 @@ _STEPS, _RATE = 400, 1e-3
 
 
 @dataclass(frozen=True)
-class Displacement:
+class KernelUpdate:
     """How far a process is moved.
 
     Args:
         mean: Added to the items' means, shape (items,).
         loadings: Added to their loadings, shape (items, loadings).
         log_noise: Added to the logarithm of their noise, shape (items,).
-        choice: Added to what having rated an item says, shape (loadings,).
+        selection_effect: Added to what having rated an item says, shape (loadings,).
     """
 
     mean: Floats
     loadings: Floats
     log_noise: Floats
-    choice: Floats
+    selection_effect: Floats
 
     def apply(self, process: GaussianProcess) -> GaussianProcess:
         """Returns the process, moved."""
@@ -56,7 +56,7 @@ class Displacement:
             mean=process.mean + self.mean,
             loadings=process.loadings + self.loadings,
             noise=process.noise * np.exp(self.log_noise),
-            choice=process.choice + self.choice,
+            selection_effect=process.selection_effect + self.selection_effect,
         )
 
 
@@ -78,40 +78,40 @@ def aligned(process: GaussianProcess, onto: GaussianProcess, factors: int) -> Ga
     return replace(process, loadings=turned(process.loadings), centre=turned(process.centre))
 
 
-def pace(strangers: Sequence[Codes]) -> dict[str, Any]:
-    """Returns how many users a step takes, how many steps, and at what rate, for `learn_displacement`.
+def step_schedule(out_of_fold: Sequence[Codes]) -> dict[str, Any]:
+    """Returns how many users a step takes, how many steps, and at what rate, for `learn_kernel_update`.
 
     A quarter of the users that a process has not seen, within bounds. With more users a gradient says more, so steps
     become smaller and more numerous by the square root, and the way they go, which early stopping limits, is as long.
 
     Args:
-        strangers: As in `learn_displacement`.
+        out_of_fold: As in `learn_kernel_update`.
     """
-    users = int(np.clip(min(len(some) for some in strangers) // 4, _FEWEST_USERS, _MOST_USERS))
+    users = int(np.clip(min(len(some) for some in out_of_fold) // 4, _FEWEST_USERS, _MOST_USERS))
     more = float(np.sqrt(users / _FEWEST_USERS))
     return {"users": users, "steps": round(_STEPS * more), "lr": _RATE / more}
 
 
-def learn_displacement(
+def learn_kernel_update(
     interactions: Interactions,
     processes: Sequence[GaussianProcess],
-    strangers: Sequence[Codes],
+    out_of_fold: Sequence[Codes],
     *,
     threshold: float,
     steps: int = _STEPS,
     lr: float = _RATE,
     users: int = _FEWEST_USERS,
     seed: int = 0,
-) -> Displacement:
+) -> KernelUpdate:
     """Learns one displacement for several processes, from the users that each of them has not seen.
 
     Args:
         interactions: The dataset.
         processes: Aligned processes.
-        strangers: For every process, meta-training users whom it has not seen; they take turns.
+        out_of_fold: For every process, meta-training users whom it has not seen; they take turns.
         threshold: Ratings from here on are likes.
         steps: Steps of Adam, the rate decaying to zero along a cosine; few, for early stopping regularizes.
-        lr: Rate; for `choice`, whose numbers are a hundred times larger, ten times it.
+        lr: Rate; for `selection_effect`, whose numbers are a hundred times larger, ten times it.
         users: Users per step.
         seed: Seed of the episodes.
 
@@ -122,20 +122,22 @@ def learn_displacement(
     meta-learning for the few-shot setting via deep kernels", but the outer loss is a ranking's, on a query.
     """
     first = processes[0]
-    start = {name: torch.zeros(getattr(first, name).shape) for name in ("mean", "loadings", "noise", "choice")}
+    start = {
+        name: torch.zeros(getattr(first, name).shape) for name in ("mean", "loadings", "noise", "selection_effect")
+    }
     moved = {name: value.requires_grad_() for name, value in start.items()}
     optimizer = torch.optim.Adam(
-        [{"params": [value], "lr": 10 * lr if name == "choice" else lr} for name, value in moved.items()]
+        [{"params": [value], "lr": 10 * lr if name == "selection_effect" else lr} for name, value in moved.items()]
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     fixed = [_tensors(process) for process in processes]
-    longest = min(int(interactions.items_of_user[some].max(initial=0)) for some in strangers)
+    longest = min(int(interactions.items_of_user[some].max(initial=0)) for some in out_of_fold)
     shots = [count for count in _SHOTS if count + _MIN_QUERY <= longest]
     for step in range(steps if shots else 0):
         turn = step % len(processes)
         batch = training_batch(
             interactions,
-            strangers[turn],
+            out_of_fold[turn],
             batch_users=users,
             shots=shots,
             max_query=_MAX_QUERY,
@@ -146,18 +148,18 @@ def learn_displacement(
         support = np.stack([episode.support.items for episode in batch])
         rating = np.stack([episode.support.values for episode in batch])
         rating = (rating - processes[turn].mean_rating) / processes[turn].scale
-        asked = np.zeros((len(batch), _MAX_QUERY), np.int64)
-        liked, real = np.zeros(asked.shape, bool), np.zeros(asked.shape, bool)
-        for row, query in enumerate(episode.query for episode in batch):
-            asked[row, : len(query)], liked[row, : len(query)] = query.items, query.likes(threshold)
-            real[row, : len(query)] = True
+        query = np.zeros((len(batch), _MAX_QUERY), np.int64)
+        liked, real = np.zeros(query.shape, bool), np.zeros(query.shape, bool)
+        for row, held_out in enumerate(episode.query for episode in batch):
+            query[row, : len(held_out)], liked[row, : len(held_out)] = held_out.items, held_out.likes(threshold)
+            real[row, : len(held_out)] = True
         scores = _scores(
             fixed[turn],
             moved,
             torch.from_numpy(support),
             torch.from_numpy(rating).float(),
-            torch.from_numpy(asked),
-            processes[turn].choice_strength,
+            torch.from_numpy(query),
+            processes[turn].selection_damping,
         )
         loss = pairwise_logistic(scores, torch.from_numpy(liked), torch.from_numpy(real), _SHARPNESS).mean()
         optimizer.zero_grad()
@@ -165,7 +167,7 @@ def learn_displacement(
         optimizer.step()
         schedule.step()
     learned = {name: value.detach().numpy().astype(np.float64) for name, value in moved.items()}
-    return Displacement(learned["mean"], learned["loadings"], learned["noise"], learned["choice"])
+    return KernelUpdate(learned["mean"], learned["loadings"], learned["noise"], learned["selection_effect"])
 
 
 def _tensors(process: GaussianProcess) -> dict[str, Tensor]:
@@ -173,7 +175,7 @@ def _tensors(process: GaussianProcess) -> dict[str, Tensor]:
         "mean": process.mean,
         "loadings": process.loadings,
         "noise": np.log(process.noise),
-        "choice": process.choice,
+        "selection_effect": process.selection_effect,
         "centre": process.centre,
     }
     return {name: torch.from_numpy(np.asarray(column)).float() for name, column in columns.items()}
@@ -184,8 +186,8 @@ def _scores(
     moved: Mapping[str, Tensor],
     support: Tensor,
     rating: Tensor,
-    asked: Tensor,
-    choice_strength: float,
+    query: Tensor,
+    selection_damping: float,
 ) -> Tensor:
     """`GaussianProcess.posterior_mean` of several users at once, as a function of how far the process is moved.
 
@@ -194,23 +196,23 @@ def _scores(
         moved: What is added to them.
         support: Item codes, shape (users, K).
         rating: Standardized ratings, shape (users, K).
-        asked: Item codes, shape (users, candidates).
-        choice_strength: See `GaussianProcess`.
+        query: Item codes, shape (users, candidates).
+        selection_damping: See `GaussianProcess`.
     """
 
     def of(name: str, items: Tensor) -> Tensor:
         return process[name][items] + moved[name][items]
 
-    mean, count = of("mean", asked), support.shape[1]
+    mean, count = of("mean", query), support.shape[1]
     if count == 0:
         return mean
     rated = of("loadings", support)
-    choice = process["choice"] + moved["choice"]
-    expected = choice * (rated.mean(1) - process["centre"]) * count / (count + choice_strength)
+    selection_effect = process["selection_effect"] + moved["selection_effect"]
+    expected = selection_effect * (rated.mean(1) - process["centre"]) * count / (count + selection_damping)
     residual = rating - of("mean", support) - _times(rated, expected)
     covariance = rated @ rated.mT + torch.diag_embed(of("noise", support).exp())
     taste = expected + _times(rated.mT, torch.linalg.solve(covariance, residual.unsqueeze(-1)).squeeze(-1))
-    return mean + _times(of("loadings", asked), taste)
+    return mean + _times(of("loadings", query), taste)
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from metarec.scorer import Request, score_each
 from metarec.scorers.collaborative.features import Features
 from metarec.scorers.collaborative.gp import GaussianProcess, fit_process
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
-from metarec.scorers.collaborative.kernel_learning import aligned, learn_displacement, pace
+from metarec.scorers.collaborative.kernel_learning import aligned, learn_kernel_update, step_schedule
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.text import TextRidge, fit_text_ridge
 
@@ -95,11 +95,11 @@ class Stacked:
         at = np.log1p(np.asarray(self.shots, np.float64))
         return np.array([np.interp(np.log1p(ratings), at, column) for column in self.weights.T])
 
-    def without_mean(self) -> Stacked:
+    def with_zero_mean(self) -> Stacked:
         """Returns the same methods around a mean of zero for every item."""
-        silent = self.prior.silenced()
+        silent = self.prior.with_zero_mean()
         members = tuple(
-            member.without_mean() if isinstance(member, GaussianProcess) else replace(member, prior=silent)
+            member.with_zero_mean() if isinstance(member, GaussianProcess) else replace(member, prior=silent)
             for member in self.members
         )
         return replace(self, prior=silent, members=members)
@@ -127,7 +127,7 @@ def _extended(member: Member, prior: ItemPrior) -> Member:
     return replace(member, prior=prior, vectors=np.concatenate([member.vectors, silent]))
 
 
-def no_taste(prior: ItemPrior) -> Stacked:
+def item_mean_alone(prior: ItemPrior) -> Stacked:
     """Returns what says of every item what the prior says."""
     return Stacked(prior, (), (0,), np.ones((1, 0)))
 
@@ -189,9 +189,9 @@ class CrossFitted:
         """Returns the fit that has not seen a user."""
         return self.folds[self.fold[user]]
 
-    def without_mean(self) -> CrossFitted:
+    def with_zero_mean(self) -> CrossFitted:
         """Returns the same fits around a mean of zero for every item."""
-        silent = (Fold(fold.prior.silenced(), fold.taste.without_mean(), fold.hidden) for fold in self.folds)
+        silent = (Fold(fold.prior.with_zero_mean(), fold.taste.with_zero_mean(), fold.hidden) for fold in self.folds)
         return replace(self, folds=tuple(silent))
 
 
@@ -242,9 +242,9 @@ def fit_stack(
         advance(folds + 1)
     if members == "stack" and not hide:
         # Where items are cold, no item that will be asked for would be moved.
-        strangers = [users[order == fold] for fold in range(folds)]
+        out_of_fold = [users[order == fold] for fold in range(folds)]
         everybody, learned = _meta_learned(
-            interactions, strangers, everybody, [some for _, some, _ in parts], threshold, seed
+            interactions, out_of_fold, everybody, [some for _, some, _ in parts], threshold, seed
         )
         parts = [(own, some, hidden) for (own, _, hidden), some in zip(parts, learned, strict=True)]
     shots = _SHOTS if len(everybody) > 1 else (0,)
@@ -263,7 +263,7 @@ def fit_stack(
 
 def _meta_learned(
     interactions: Interactions,
-    strangers: Sequence[Codes],
+    out_of_fold: Sequence[Codes],
     everybody: tuple[Member, ...],
     parts: Sequence[tuple[Member, ...]],
     threshold: float,
@@ -275,7 +275,7 @@ def _meta_learned(
 
     Args:
         interactions: The dataset.
-        strangers: Each fold's users, whom its own members have not seen.
+        out_of_fold: Each fold's users, whom its own members have not seen.
         everybody: The members fitted on all users; the first is a Gaussian process.
         parts: The members of every fold.
         threshold: Ratings from here on are likes.
@@ -287,9 +287,14 @@ def _meta_learned(
 
     def moved(process: GaussianProcess, without: int | None) -> GaussianProcess:
         kept = [fold for fold in range(len(processes)) if fold != without]
-        theirs = [strangers[fold] for fold in kept]
-        displacement = learn_displacement(
-            interactions, [processes[fold] for fold in kept], theirs, threshold=threshold, seed=seed, **pace(theirs)
+        theirs = [out_of_fold[fold] for fold in kept]
+        displacement = learn_kernel_update(
+            interactions,
+            [processes[fold] for fold in kept],
+            theirs,
+            threshold=threshold,
+            seed=seed,
+            **step_schedule(theirs),
         )
         return displacement.apply(process)
 
@@ -339,8 +344,8 @@ def _examples(
         base = prior.values(episode.query.items).astype(np.float64)
         for count in _SHOTS[1:]:
             asked = [Request("", episode.support.head(count).unlabelled(), episode.query.items)]
-            told = np.stack([member.score(asked)[0].numpy() - base for member in members], 1)
-            found[count].append((base[chosen[0]] - base[chosen[1]], told[chosen[0]] - told[chosen[1]]))
+            contribution = np.stack([member.score(asked)[0].numpy() - base for member in members], 1)
+            found[count].append((base[chosen[0]] - base[chosen[1]], contribution[chosen[0]] - contribution[chosen[1]]))
     return found
 
 
@@ -351,12 +356,12 @@ def _weights(pairs: Sequence[tuple[Floats, Floats]], members: int) -> Floats:
         return start
     strength = _STRENGTH / len(pairs)
     offset = np.concatenate([base for base, _ in pairs])
-    told = np.concatenate([one for _, one in pairs])
+    contribution = np.concatenate([one for _, one in pairs])
 
     def objective(weights: Floats) -> tuple[float, Floats]:
-        margin = _SHARPNESS * (offset + told @ weights)
+        margin = _SHARPNESS * (offset + contribution @ weights)
         loss = np.logaddexp(0, -margin).mean() + strength * ((weights - start) ** 2).sum()
-        slope = -_SHARPNESS * (told / (1 + np.exp(margin))[:, None]).mean(0) + 2 * strength * (weights - start)
+        slope = -_SHARPNESS * (contribution / (1 + np.exp(margin))[:, None]).mean(0) + 2 * strength * (weights - start)
         return float(loss), slope
 
     found: Floats = np.asarray(minimize(objective, start, jac=True, method="L-BFGS-B").x, np.float64)

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from metarec.data.interactions import Codes, Interactions, Ratings
-from metarec.scorer import Request, Scores, score_each
+from metarec.scorer import Request, ScoreArray, score_each
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.residuals import Floats, level, support_residuals
 
@@ -39,7 +39,7 @@ class TextRidge:
         prior: The item prior.
         vectors: Unit vectors of the items, shape (items, features).
         penalty: Ridge penalty.
-        bias_strength: Ratings that a user's level of zero counts for.
+        user_bias_damping: Ratings that a user's level of zero counts for.
         offset: Regresses what the prior leaves, and adds it to the prior; otherwise the support stands alone.
         name: How the method is called in tables.
     """
@@ -47,7 +47,7 @@ class TextRidge:
     prior: ItemPrior
     vectors: Floats
     penalty: float
-    bias_strength: float
+    user_bias_damping: float
     offset: bool
     name: str
 
@@ -60,7 +60,7 @@ class TextRidge:
         """See `Scorer.score`."""
         return score_each(requests, len(self.vectors), self._values)
 
-    def _values(self, request: Request) -> Scores:
+    def _values(self, request: Request) -> ScoreArray:
         support = request.support
         base = self.prior.values(request.candidates) * self.offset
         target = support_residuals(self.prior, support)
@@ -68,12 +68,12 @@ class TextRidge:
             target = target + self.prior.values(support.items)
         rated = self.vectors[support.items]
         gram: Floats = rated @ rated.T + self.penalty * np.eye(len(support))
-        dual = np.linalg.solve(gram, target - level(target, self.bias_strength))
+        dual = np.linalg.solve(gram, target - level(target, self.user_bias_damping))
         return base + self.vectors[request.candidates] @ (rated.T @ dual)
 
 
 def fit_text_ridge(
-    prior: ItemPrior, vectors: Floats, *, offset: bool = True, penalty: float = 3.0, bias_strength: float = 2.0
+    prior: ItemPrior, vectors: Floats, *, offset: bool = True, penalty: float = 3.0, user_bias_damping: float = 2.0
 ) -> TextRidge:
     """Prepares a ridge regression per user.
 
@@ -82,10 +82,10 @@ def fit_text_ridge(
         vectors: A vector of each item's text, shape (items, features).
         offset: See `TextRidge`.
         penalty: Ridge penalty; ratings count in the prior's units.
-        bias_strength: Ratings that a user's level of zero counts for.
+        user_bias_damping: Ratings that a user's level of zero counts for.
     """
     name = "text ridge" if offset else "text ridge, no prior"
-    return TextRidge(prior, unit_vectors(vectors), penalty, bias_strength, offset, name)
+    return TextRidge(prior, unit_vectors(vectors), penalty, user_bias_damping, offset, name)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class TextLogistic:
         """See `Scorer.score`."""
         return score_each(requests, len(self.vectors), self._values)
 
-    def _values(self, request: Request) -> Scores:
+    def _values(self, request: Request) -> ScoreArray:
         support = request.support
         rated = self.vectors[support.items]
         dual = logistic_dual(
@@ -128,11 +128,11 @@ class TextLogistic:
             self.slope * self.prior.values(support.items) + self.intercept,
             self.penalty,
         )
-        told = self.vectors[request.candidates] @ (rated.T @ dual)
-        return self.slope * self.prior.values(request.candidates) + told
+        contribution = self.vectors[request.candidates] @ (rated.T @ dual)
+        return self.slope * self.prior.values(request.candidates) + contribution
 
 
-def logistic_dual(kernel: Floats, liked: NDArray[np.bool_], offset: Scores, penalty: float) -> Floats:
+def logistic_dual(kernel: Floats, liked: NDArray[np.bool_], offset: ScoreArray, penalty: float) -> Floats:
     """Fits logistic regression with a ridge penalty and an offset over few examples of many features.
 
     Args:
@@ -219,7 +219,7 @@ class TwoTower:
         """See `Scorer.score`."""
         return score_each(requests, len(self.vectors), self._values)
 
-    def _values(self, request: Request) -> Scores:
+    def _values(self, request: Request) -> ScoreArray:
         liked = request.support.values >= self.threshold
         taste = np.zeros(self.vectors.shape[1])
         for side, sign in ((liked, 1.0), (~liked, -1.0)):

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from metarec.data.interactions import Ratings
 from metarec.lm.adapters import round_adapter
-from metarec.lm.answer_model import Reader
+from metarec.lm.answer_model import AnswerModel
 from metarec.meta.inner_loop import Adapted, MetaState, adapt
 from metarec.scorer import Request, check_codes
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.stack import Stacked
-from metarec.scorers.language.linearized import Tangent
+from metarec.scorers.language.linearized import Linearized
 from metarec.scorers.language.score import HEAD, Batch, Head, candidates, collate, head_solver, score, support_loss
 from metarec.tensors import expand_users
 
@@ -31,14 +31,14 @@ class InnerLoop:
     Args:
         steps: Gradient steps.
         shrinkage: Ratings that the initialization counts for.
-        bias_strength: Ratings that a user's level of zero counts for.
+        user_bias_damping: Ratings that a user's level of zero counts for.
         head: Fit a head in closed form instead of taking steps; 0 steps still mean no adaptation.
         storage: Type that adapters are kept in; scores are those of the rounded adapter.
     """
 
     steps: int
     shrinkage: float
-    bias_strength: float
+    user_bias_damping: float
     head: Head | None = None
     storage: torch.dtype = torch.float32
 
@@ -49,7 +49,7 @@ class MetaScorer:
 
     Args:
         meta: The meta-learned parameters.
-        reader: The language model.
+        answer_model: The language model.
         prior: The item prior.
         taste: What users of like taste say.
         inner: How users are adapted.
@@ -59,7 +59,7 @@ class MetaScorer:
     """
 
     meta: MetaState
-    reader: Reader
+    answer_model: AnswerModel
     prior: ItemPrior
     taste: Stacked
     inner: InnerLoop
@@ -73,8 +73,8 @@ class MetaScorer:
         if not self._adapts:
             return 0
         if self.inner.head is not None:
-            return self.reader.backbone.hidden_size * torch.float32.itemsize
-        stored = self.reader.spec.tensor_shapes
+            return self.answer_model.backbone.hidden_size * torch.float32.itemsize
+        stored = self.answer_model.spec.tensor_shapes
         return sum(
             self.meta.init[name].numel() * (self.inner.storage if name in stored else torch.float32).itemsize
             for name in self.meta.log_rate
@@ -93,45 +93,47 @@ class MetaScorer:
             state = self.adapt([request.support for request in block]).state
             codes = [request.candidates for request in block]
             expected = [self.taste.posterior_mean(request.support, request.candidates) for request in block]
-            batch = candidates(codes, self.prior, self.reader, expected)
+            batch = candidates(codes, self.prior, self.answer_model, expected)
             with torch.no_grad():
-                values = score(state, batch, self.reader).cpu()
+                values = score(state, batch, self.answer_model).cpu()
             scores += [row[: len(request.candidates)] for row, request in zip(values, block, strict=True)]
         return scores
 
     @torch.no_grad()
-    def adapt(self, supports: Sequence[Ratings], near: Tangent | None = None) -> Adapted:
+    def adapt(self, supports: Sequence[Ratings], linearized: Linearized | None = None) -> Adapted:
         """Adapts to several users' ratings at once.
 
         Args:
             supports: One entry per user; an empty one keeps the initialization.
-            near: The items at the initialization, which spares the first step the language model; it covers them all.
+            linearized: All the items, linearized at the initialization: the first step then needs no language model.
 
         Returns:
             Every user's state.
         """
         expected = [self.taste.leave_one_out(support) for support in supports]
-        batch = collate(supports, self.prior, self.reader, self.threshold, expected=expected)
-        adapted = self._solve(batch) if self.inner.head is not None and self._adapts else self._descend(batch, near)
-        stored = round_adapter(adapted.state, self.reader.spec.tensor_shapes, self.inner.storage)
+        batch = collate(supports, self.prior, self.answer_model, self.threshold, expected=expected)
+        adapted = (
+            self._solve(batch) if self.inner.head is not None and self._adapts else self._descend(batch, linearized)
+        )
+        stored = round_adapter(adapted.state, self.answer_model.spec.tensor_shapes, self.inner.storage)
         return replace(adapted, state=stored)
 
-    def _descend(self, batch: Batch, near: Tangent | None) -> Adapted:
+    def _descend(self, batch: Batch, linearized: Linearized | None) -> Adapted:
         inner = partial(
             support_loss,
             batch,
-            self.reader,
+            self.answer_model,
             shrinkage=self.inner.shrinkage,
-            bias_strength=self.inner.bias_strength,
+            user_bias_damping=self.inner.user_bias_damping,
         )
-        first = None if near is None else inner(near=near)
+        first = None if linearized is None else inner(linearized=linearized)
         steps = self.inner.steps if batch.real.shape[1] and self.inner.head is None else 0
         return adapt(self.meta, inner(), len(batch.real), steps, rate_scale=self.rate_scale, first=first)
 
     def _solve(self, batch: Batch) -> Adapted:
         assert self.inner.head is not None
         users = len(batch.real)
-        solve = head_solver(batch, self.reader, self.inner.head, bias_strength=self.inner.bias_strength)
+        solve = head_solver(batch, self.answer_model, self.inner.head, user_bias_damping=self.inner.user_bias_damping)
         state = solve(expand_users(self.meta.init, users))
         diverged = ~state[HEAD].isfinite().all(1)
         head = torch.where(diverged[:, None], 0.0, state[HEAD])

@@ -12,7 +12,7 @@ from torch import Tensor
 from metarec.data.interactions import Catalog, RatingScale
 from metarec.data.templates import PromptTemplate
 from metarec.errors import ConfigError
-from metarec.lm.answer_model import Reader
+from metarec.lm.answer_model import AnswerModel
 from metarec.scorer import Request, check_codes
 
 
@@ -37,12 +37,12 @@ class ExpectedRating:
 
 @torch.no_grad()
 def expected_rating(
-    reader: Reader, template: PromptTemplate, catalog: Catalog, words: Sequence[str], scale: RatingScale
+    answer_model: AnswerModel, template: PromptTemplate, catalog: Catalog, words: Sequence[str], scale: RatingScale
 ) -> ExpectedRating:
     """Reads the probabilities of the answer words after every item's prompt and takes their mean rating.
 
     Args:
-        reader: The language model over the catalog's prompts.
+        answer_model: The language model over the catalog's prompts.
         template: The prompt, for the boundary at which the words stand.
         catalog: The items.
         words: Answer words, spread evenly from the lowest rating that is asked for to the highest.
@@ -52,12 +52,12 @@ def expected_rating(
         ConfigError: There are fewer than two words, or the model has no answer words.
         BackboneError: A word is not one token.
     """
-    backbone = reader.backbone
+    backbone = answer_model.backbone
     if len(words) < 2 or backbone.kind == "encoder":
         raise ConfigError(f"{len(words)} rating words for a model of kind '{backbone.kind}'", "Set prompt.ratings")
     mask = backbone.tokenizer.mask_token if backbone.kind == "masked" else ""
     prompt = template.render(catalog, 0, backbone.special_tokens, mask)
     tokens = [backbone.answer_token(prompt, word) for word in words]
-    logits = backbone.word_logits(reader.states, tokens)
+    logits = backbone.word_logits(answer_model.states, tokens)
     ratings = np.linspace(max(1.0, scale.low), scale.high, len(words))
     return ExpectedRating((logits.softmax(-1) @ logits.new_tensor(ratings)).float().cpu())

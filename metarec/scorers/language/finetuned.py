@@ -31,7 +31,7 @@ from metarec.data.interactions import Codes, Interactions
 from metarec.data.templates import PromptTemplate
 from metarec.errors import ConfigError
 from metarec.evaluate import evaluate, mean_auc
-from metarec.lm.answer_model import open_reader
+from metarec.lm.answer_model import open_answer_model
 from metarec.lm.backbone import Backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.tokenized import tokenize_catalog
@@ -41,7 +41,7 @@ from metarec.meta.losses import pairwise_logistic
 from metarec.meta.outer_loop import train
 from metarec.scorer import Request
 from metarec.scorers.collaborative.item_mean import ItemPrior
-from metarec.scorers.collaborative.stack import no_taste
+from metarec.scorers.collaborative.stack import item_mean_alone
 from metarec.scorers.language.adapted import InnerLoop, MetaScorer
 from metarec.scorers.language.in_context import History, InContext, score_one_by_one
 from metarec.scorers.language.score import PROMPT_WEIGHT, initial_state
@@ -417,15 +417,15 @@ def then_per_user_lora(
     placement = default_placement(
         backbone, prompts, layers=layers, targets=None, rank=rank, alpha=alpha, active_tokens="auto"
     )
-    reader = open_reader(backbone, prompts, placement)
-    meta = initial_state(reader, inner_lr=inner_lr, llm_weight=1.0, seed=seed)
+    answer_model = open_answer_model(backbone, prompts, placement)
+    meta = initial_state(answer_model, inner_lr=inner_lr, llm_weight=1.0, seed=seed)
     weight = meta.init[PROMPT_WEIGHT].new_tensor(tuned.weight)
     return MetaScorer(
         replace(meta, init={**meta.init, PROMPT_WEIGHT: weight}),
-        reader,
+        answer_model,
         tuned.prior,
-        no_taste(tuned.prior),
-        InnerLoop(steps, shrinkage, bias_strength=1.0, storage=torch.float16),
+        item_mean_alone(tuned.prior),
+        InnerLoop(steps, shrinkage, user_bias_damping=1.0, storage=torch.float16),
         history.threshold,
         name=name or f"{tuned.name}, then per-user LoRA",
     )

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from metarec.data.interactions import Catalog
-from metarec.data.templates import FIELDS_AFTER_TITLE, REVIEW, PromptTemplate, described, recall_texts
-from metarec.lm.answer_model import open_reader
+from metarec.data.templates import FIELDS_AFTER_TITLE, REVIEW, PromptTemplate, described, hidden_state_texts
+from metarec.lm.answer_model import open_answer_model
 from metarec.lm.backbone import MINILM, Backbone, load_backbone
-from metarec.lm.hidden_states import recalled_states
+from metarec.lm.hidden_states import mean_hidden_states
 from metarec.lm.placement import default_placement
 from metarec.lm.tokenized import tokenize_catalog
 from metarec.scorers.collaborative.features import state_vectors
@@ -36,20 +36,20 @@ def text_vectors(catalog: Catalog, encoder: str = MINILM) -> Floats:
     backbone = load_backbone(encoder)
     prompts = tokenize_catalog(backbone, _TEXT, described(catalog))
     placement = default_placement(backbone, prompts, layers=1, targets=None, rank=1, alpha=1.0, active_tokens=None)
-    return open_reader(backbone, prompts, placement).states.numpy().astype(np.float64)
+    return open_answer_model(backbone, prompts, placement).states.numpy().astype(np.float64)
 
 
-def recalled_vectors(backbone: Backbone, catalog: Catalog, sentences: Sequence[str] = (REVIEW,)) -> Floats:
+def hidden_state_vectors(backbone: Backbone, catalog: Catalog, sentences: Sequence[str] = (REVIEW,)) -> Floats:
     """Returns what a causal language model recalls of every item, shape (items, features).
 
     Args:
         backbone: The model.
         catalog: The items.
-        sentences: What it reads, one after the other, see `metarec.data.templates.recall_texts`.
+        sentences: What it reads, one after the other, see `metarec.data.templates.hidden_state_texts`.
 
     Raises:
         ConfigError: A sentence does not fit the catalog.
     """
-    texts = [recall_texts(catalog, sentence, backbone.special_tokens) for sentence in sentences]
-    vectors = [unit_vectors(state_vectors(recalled_states(backbone, some))) for some in texts]
+    texts = [hidden_state_texts(catalog, sentence, backbone.special_tokens) for sentence in sentences]
+    vectors = [unit_vectors(state_vectors(mean_hidden_states(backbone, some))) for some in texts]
     return np.concatenate(vectors, 1)

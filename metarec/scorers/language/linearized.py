@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metarec.data.interactions import Codes
-from metarec.lm.answer_model import Reader
+from metarec.lm.answer_model import AnswerModel
 from metarec.meta.inner_loop import MetaState
 from metarec.progress import progress
 from metarec.tensors import AdapterState, expand_users
@@ -18,7 +18,7 @@ _TANGENT_ITEMS = 64
 
 
 @dataclass(frozen=True)
-class Tangent:
+class Linearized:
     """Log-odds of some items to first order around an adapter that all users start from.
 
     At that adapter they and their gradient are the language model's own, so a gradient step from there needs no
@@ -47,18 +47,18 @@ class Tangent:
         return self.values[rows] + (self.slopes[rows] @ moved.unsqueeze(-1)).squeeze(-1)
 
 
-def tangent(reader: Reader, meta: MetaState, items: Codes) -> Tangent:
+def linearize(answer_model: AnswerModel, meta: MetaState, items: Codes) -> Linearized:
     """Reads items and their gradients at the meta-initialization, once for all users.
 
     Args:
-        reader: The language model.
+        answer_model: The language model.
         meta: The meta-parameters; gradients are with respect to the language model's tensors that have an inner rate.
         items: The items, each once.
     """
     adapter = {name: value.detach() for name, value in meta.init.items() if not name.startswith("score.")}
     start = {name: value for name, value in adapter.items() if name in meta.log_rate}
     numbers = sum(value.numel() for value in start.values())
-    values = torch.empty(len(items), device=reader.backbone.device)
+    values = torch.empty(len(items), device=answer_model.backbone.device)
     slopes = values.new_empty(len(items), numbers)
     with progress("reading items at the start", len(items), after=2.0) as advance:
         for begin in range(0, len(items), _TANGENT_ITEMS):
@@ -68,11 +68,11 @@ def tangent(reader: Reader, meta: MetaState, items: Codes) -> Tangent:
             leaves = {name: value.clone().requires_grad_() for name, value in expand_users(start, len(block)).items()}
             with torch.enable_grad():
                 state = {**expand_users(adapter, len(block)), **leaves}
-                read = reader.log_odds(reader.gather(block[:, None]), state)[:, 0]
+                read = answer_model.log_odds(answer_model.gather(block[:, None]), state)[:, 0]
                 gradients = torch.autograd.grad(read.sum(), list(leaves.values()))
             values[rows] = read.detach()
             torch.cat([gradient.flatten(1) for gradient in gradients], 1, out=slopes[rows])
             advance(rows.stop)
     place = torch.full((int(items.max(initial=-1)) + 1,), -1)
     place[torch.from_numpy(items)] = torch.arange(len(items))
-    return Tangent(start, place, values, slopes)
+    return Linearized(start, place, values, slopes)

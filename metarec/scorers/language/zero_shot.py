@@ -10,8 +10,8 @@ from torch import Tensor
 
 from metarec.data.interactions import Catalog
 from metarec.data.templates import PromptTemplate, content_free
-from metarec.lm.answer_model import Reader
-from metarec.lm.reference_forward import PlainTrunk
+from metarec.lm.answer_model import AnswerModel
+from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import tokenize_catalog
 from metarec.scorer import Request, check_codes
 
@@ -21,13 +21,13 @@ class ZeroShot:
     """Scores an item by the frozen model's log-odds of the yes word, whoever asks.
 
     Args:
-        reader: The language model over the catalog's prompts.
+        answer_model: The language model over the catalog's prompts.
         name: How the method is called in tables.
         bytes_per_user: See `Scorer`.
         bias: Log-odds that are taken off every item's.
     """
 
-    reader: Reader
+    answer_model: AnswerModel
     name: str = "zero-shot prompt"
     bytes_per_user: int = 0
     bias: float = 0.0
@@ -35,41 +35,43 @@ class ZeroShot:
     @torch.no_grad()
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
-        check_codes(requests, len(self.reader.prompts.tokens))
+        check_codes(requests, len(self.answer_model.prompts.tokens))
         return [
-            self.reader.log_odds(self.reader.gather(torch.from_numpy(request.candidates)[None]), None)[0].cpu()
+            self.answer_model.log_odds(self.answer_model.gather(torch.from_numpy(request.candidates)[None]), None)[
+                0
+            ].cpu()
             - self.bias
             for request in requests
         ]
 
     def prompt_text(self, request: Request, candidate: int) -> str:
         """Returns the text that is read to score a candidate."""
-        return self.reader.prompts.texts[candidate]
+        return self.answer_model.prompts.texts[candidate]
 
     def tokens_read(self, request: Request) -> int:
         """Returns how many tokens scoring a request reads without caches; what all prompts begin with counts once."""
-        prompts = self.reader.prompts
-        shared = prompts.prefix if self.reader.backbone.kind == "causal" and len(request.candidates) else 0
+        prompts = self.answer_model.prompts
+        shared = prompts.prefix if self.answer_model.backbone.kind == "causal" and len(request.candidates) else 0
         return shared + sum(len(prompts.tokens[code]) - shared for code in request.candidates)
 
 
 @torch.no_grad()
-def calibrated_zero_shot(reader: Reader, template: PromptTemplate, catalog: Catalog) -> ZeroShot:
+def calibrated_zero_shot(answer_model: AnswerModel, template: PromptTemplate, catalog: Catalog) -> ZeroShot:
     """Takes off what the model answers to a prompt without content, where every field says ``N/A``.
 
     Every item loses the same number: the order of a user's items stays what it is without calibration, and only how
     well the scores are calibrated as log-odds of a like changes.
 
     Args:
-        reader: The language model over the catalog's prompts.
+        answer_model: The language model over the catalog's prompts.
         template: The prompt that the reader's prompts were rendered from.
         catalog: The items, for the names of their fields.
 
     Source: Zhao et al. 2021, "Calibrate Before Use", section 5; with two answer words their diagonal W is a shift of
     the log-odds.
     """
-    backbone, placement = reader.backbone, reader.placement
+    backbone, placement = answer_model.backbone, answer_model.placement
     empty = tokenize_catalog(backbone, template, content_free(catalog))
-    blank = Reader(backbone, empty, placement, PlainTrunk(backbone, empty, placement))
+    blank = AnswerModel(backbone, empty, placement, ReferenceForward(backbone, empty, placement))
     bias = float(blank.log_odds(blank.gather(torch.zeros(1, 1, dtype=torch.long)), None))
-    return ZeroShot(reader, "zero-shot, calibrated", bias=bias)
+    return ZeroShot(answer_model, "zero-shot, calibrated", bias=bias)

@@ -15,14 +15,14 @@ from conftest import small_catalog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metarec.data.checks import CHECKS, Finding, Limits, check, plain_text, read_for_checks
+from metarec.data.checks import CHECKS, CheckLimits, DataFinding, check, plain_text, read_for_checks
 from metarec.data.interactions import Catalog, RatingScale
 from metarec.data.repairs import broken, describe, fix, leakage, near_duplicates, read_threshold
 from metarec.data.sources.assembly import MAX_TEXT, Tables, assemble, assemble_tables
 from metarec.errors import ConfigError
 
 NOW = 1_700_000_000.0
-LIMITS = Limits(user_ratings=2, item_ratings=2, one_value=5, per_day=30, share=0.9)
+LIMITS = CheckLimits(user_ratings=2, item_ratings=2, one_value=5, per_day=30, share=0.9)
 
 
 def sound() -> Tables:
@@ -48,7 +48,7 @@ def sound() -> Tables:
     return Tables(ratings, items, "planted", RatingScale(1.0, 5.0), first_row=2)
 
 
-def found(tables: Tables, limits: Limits = LIMITS) -> dict[str, Finding]:
+def found(tables: Tables, limits: CheckLimits = LIMITS) -> dict[str, DataFinding]:
     return {finding.code: finding for finding in check(read_for_checks(tables, NOW), limits)}
 
 
@@ -139,7 +139,7 @@ def test_users_are_counted_as_they_are() -> None:
 
 def test_every_check_has_a_planted_fault() -> None:
     assert {code for code, _, _ in PLANTED} | {"thin-item"} == set(CHECKS)
-    assert found(more(("u0", "i9", "3", NOW - 9))(sound()), Limits(item_ratings=50))["thin-item"].count == 10
+    assert found(more(("u0", "i9", "3", NOW - 9))(sound()), CheckLimits(item_ratings=50))["thin-item"].count == 10
 
 
 @each_planted

@@ -113,10 +113,10 @@ def test_hidden_items_were_never_rated_as_far_as_a_fold_knows() -> None:
 
 def test_without_means_only_taste_is_left() -> None:
     _, stack, crossed = fitted()
-    silent = stack.without_mean()
+    silent = stack.with_zero_mean()
     np.testing.assert_array_equal(silent.posterior_mean(Ratings.empty(), np.arange(ITEMS)), np.zeros(ITEMS))
     assert np.abs(silent.posterior_mean(SUPPORT, CANDIDATES)).max() > 0.05
-    assert all(fold.prior.silent for fold in crossed.without_mean().folds)
+    assert all(fold.prior.silent for fold in crossed.with_zero_mean().folds)
 
 
 def test_new_items_get_their_prior_and_change_no_other_score() -> None:

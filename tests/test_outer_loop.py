@@ -83,7 +83,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
         from pathlib import Path
         import torch
         torch.set_num_threads(1)
-        from test_train import run
+        from test_outer_loop import run
         run(Path({str(tmp_path / "part")!r}), at=lambda step: step == 17 and os.kill(os.getpid(), signal.SIGKILL))
         """
     )

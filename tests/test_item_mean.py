@@ -97,7 +97,7 @@ def test_a_silenced_prior_is_zero_for_everybody_and_still_knows_the_means() -> N
     data = known_interactions()
     users = np.arange(40)
     prior = fit_item_mean(data, users)
-    silent = prior.silenced()
+    silent = prior.with_zero_mean()
     own = Ratings(np.array([0, 1], np.int64), np.array([5.0, 1.0], np.float32))
     np.testing.assert_array_equal(silent.values(own.items), [0, 0])
     np.testing.assert_array_equal(silent.values_without(own), [0, 0])

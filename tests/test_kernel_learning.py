@@ -15,12 +15,12 @@ from metarec.evaluate import evaluate
 from metarec.scorers.collaborative.gp import GaussianProcess, fit_gp
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.kernel_learning import (
-    Displacement,
+    KernelUpdate,
     _scores,
     _tensors,
     aligned,
-    learn_displacement,
-    pace,
+    learn_kernel_update,
+    step_schedule,
 )
 from metarec.scorers.collaborative.trivial import ItemMean
 
@@ -34,13 +34,15 @@ def process(half: int) -> GaussianProcess:
 
 
 @cache
-def learned(steps: int) -> Displacement:
+def learned(steps: int) -> KernelUpdate:
     processes = [aligned(process(half), process(0), FACTORS) for half in (0, 1)]
-    return learn_displacement(WORLD, processes, HALVES, threshold=THRESHOLD, steps=steps, users=8)
+    return learn_kernel_update(WORLD, processes, HALVES, threshold=THRESHOLD, steps=steps, users=8)
 
 
 def nowhere() -> dict[str, torch.Tensor]:
-    return {name: torch.zeros_like(_tensors(process(0))[name]) for name in ("mean", "loadings", "noise", "choice")}
+    return {
+        name: torch.zeros_like(_tensors(process(0))[name]) for name in ("mean", "loadings", "noise", "selection_effect")
+    }
 
 
 def test_a_turned_process_scores_as_before_and_lies_nearer_to_the_other() -> None:
@@ -67,7 +69,7 @@ def test_scores_for_many_users_match_the_process_one_user_at_a_time() -> None:
         torch.from_numpy(np.stack([support.items for support in supports])),
         torch.from_numpy(np.stack(standardized)).float(),
         torch.from_numpy(np.stack([CANDIDATES, CANDIDATES[::-1].copy()])),
-        fitted.choice_strength,
+        fitted.selection_damping,
     )
     np.testing.assert_allclose(scores[0], fitted.posterior_mean(supports[0], CANDIDATES), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(scores[1], fitted.posterior_mean(supports[1], CANDIDATES[::-1]), rtol=1e-4, atol=1e-5)
@@ -75,14 +77,19 @@ def test_scores_for_many_users_match_the_process_one_user_at_a_time() -> None:
 
 def test_a_displacement_moves_scores_as_the_gradients_were_taken() -> None:
     fitted, moved = process(0), learned(20)
-    tensors = {"mean": moved.mean, "loadings": moved.loadings, "noise": moved.log_noise, "choice": moved.choice}
+    tensors = {
+        "mean": moved.mean,
+        "loadings": moved.loadings,
+        "noise": moved.log_noise,
+        "selection_effect": moved.selection_effect,
+    }
     scores = _scores(
         _tensors(fitted),
         {name: torch.from_numpy(value).float() for name, value in tensors.items()},
         torch.from_numpy(SUPPORT.items[None]),
         torch.from_numpy((SUPPORT.values[None] - fitted.mean_rating) / fitted.scale).float(),
         torch.from_numpy(CANDIDATES[None]),
-        fitted.choice_strength,
+        fitted.selection_damping,
     )
     np.testing.assert_allclose(scores[0], moved.apply(fitted).posterior_mean(SUPPORT, CANDIDATES), rtol=1e-3, atol=1e-4)
     assert np.abs(scores[0].numpy() - fitted.posterior_mean(SUPPORT, CANDIDATES)).max() > 1e-3
@@ -110,7 +117,7 @@ def test_moving_a_weak_process_makes_new_users_rankings_better() -> None:
     weak = replace(process(0), loadings=0.3 * process(0).loadings, name="weak")
     other = replace(aligned(process(1), process(0), FACTORS))
     other = replace(other, loadings=0.3 * other.loadings)
-    moved = learn_displacement(WORLD, [weak, other], HALVES, threshold=THRESHOLD, steps=150, lr=0.01, users=16)
+    moved = learn_kernel_update(WORLD, [weak, other], HALVES, threshold=THRESHOLD, steps=150, lr=0.01, users=16)
     report = evaluate(
         [ItemMean(fit_item_mean(WORLD, TRAIN)), weak, replace(moved.apply(weak), name="moved")],
         episodes(WORLD, TEST),
@@ -126,9 +133,9 @@ def test_moving_a_weak_process_makes_new_users_rankings_better() -> None:
 
 
 def test_more_users_make_more_and_smaller_steps_of_the_same_length_together() -> None:
-    few, many = (pace([np.arange(count), np.arange(count + 100)]) for count in (179, 1600))
+    few, many = (step_schedule([np.arange(count), np.arange(count + 100)]) for count in (179, 1600))
     assert few == {"users": 64, "steps": 400, "lr": 1e-3}
     assert many == {"users": 256, "steps": 800, "lr": 5e-4}
-    between = pace([np.arange(576)])
+    between = step_schedule([np.arange(576)])
     assert between["users"] == 144
     assert between["steps"] * between["lr"] == pytest.approx(0.4)

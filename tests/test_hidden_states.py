@@ -11,12 +11,12 @@ import torch
 
 from metarec.data.interactions import Catalog
 from metarec.data.task_files import load_task
-from metarec.data.templates import recall_texts
+from metarec.data.templates import hidden_state_texts
 from metarec.errors import ConfigError
 from metarec.lm.backbone import Backbone
-from metarec.lm.hidden_states import recalled_states
+from metarec.lm.hidden_states import mean_hidden_states
 from metarec.scorers.language import item_vectors
-from metarec.scorers.language.item_vectors import recalled_vectors
+from metarec.scorers.language.item_vectors import hidden_state_vectors
 
 TEXTS = ["a good movie", "is this a bad movie ?", "a dead movie , is this a good movie ?", "a good"]
 Backbones = Callable[..., Backbone]
@@ -31,7 +31,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_text_is_the_mean_of_its_middle_states_but_the_first(backbone: Backbones, family: str) -> None:
     """Against transformers' own hidden states, read one text at a time without padding."""
     model = backbone(family)
-    found = recalled_states(model, TEXTS)
+    found = mean_hidden_states(model, TEXTS)
     for text, state in zip(TEXTS, found, strict=True):
         tokens = torch.tensor(model.tokenize([text]))
         with torch.no_grad():
@@ -43,17 +43,17 @@ def test_the_model_reads_whole_again_afterwards(backbone: Backbones) -> None:
     model = backbone("llama")
     tokens = torch.tensor(model.tokenize(TEXTS[:1]))
     before = model.model.base_model(input_ids=tokens).last_hidden_state
-    recalled_states(model, TEXTS)
+    mean_hidden_states(model, TEXTS)
     torch.testing.assert_close(model.model.base_model(input_ids=tokens).last_hidden_state, before)
 
 
 def test_texts_are_read_once(backbone: Backbones, monkeypatch: pytest.MonkeyPatch) -> None:
     model = backbone("llama")
-    first = recalled_states(model, TEXTS)
+    first = mean_hidden_states(model, TEXTS)
     monkeypatch.setattr("metarec.lm.hidden_states._mean_states", None)
-    torch.testing.assert_close(recalled_states(model, TEXTS), first)
+    torch.testing.assert_close(mean_hidden_states(model, TEXTS), first)
     with pytest.raises(TypeError):
-        recalled_states(model, TEXTS[:2])
+        mean_hidden_states(model, TEXTS[:2])
 
 
 def test_an_interrupted_reading_goes_on_where_it_stopped(
@@ -62,7 +62,7 @@ def test_an_interrupted_reading_goes_on_where_it_stopped(
     from metarec.lm import hidden_states as recall
 
     model, texts = backbone("llama"), [f"a good movie {'? ' * (place % 7)}" for place in range(40)]
-    whole = recalled_states(model, texts)
+    whole = mean_hidden_states(model, texts)
     monkeypatch.setenv("METAREC_CACHE", str(tmp_path / "second"))
     monkeypatch.setattr("metarec.lm.cache.BLOCK_ITEMS", 2)
     read, rows = recall._mean_states, []
@@ -75,9 +75,9 @@ def test_an_interrupted_reading_goes_on_where_it_stopped(
 
     monkeypatch.setattr(recall, "_mean_states", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        recalled_states(model, texts)
+        mean_hidden_states(model, texts)
     rows.clear()
-    torch.testing.assert_close(recalled_states(model, texts), whole)
+    torch.testing.assert_close(mean_hidden_states(model, texts), whole)
     assert len(rows) == 8, "the 32 texts that were marked as done are not read again"
 
 
@@ -90,9 +90,9 @@ def test_the_sentence_names_items_as_people_do(backbone: Backbones, monkeypatch:
         read.extend(texts)
         return torch.from_numpy(np.random.default_rng(0).normal(size=(len(texts), 8)))
 
-    monkeypatch.setattr(item_vectors, "recalled_states", reading)
+    monkeypatch.setattr(item_vectors, "mean_hidden_states", reading)
     titles = {"title": ("Matrix, The", "Heat", f"Se7en {model.special_tokens[0]}"), "year": ("1999", "", "1995")}
-    recalled_vectors(model, Catalog(("1", "2", "3"), titles))
+    hidden_state_vectors(model, Catalog(("1", "2", "3"), titles))
     assert read[0].startswith('Review: "The Matrix" (1999). It')
     assert read[1].startswith('Review: "Heat". It')
     assert read[2].startswith('Review: "Se7en" (1995). It')
@@ -101,16 +101,16 @@ def test_the_sentence_names_items_as_people_do(backbone: Backbones, monkeypatch:
 def test_a_task_says_what_is_read_and_keeps_its_digest_where_it_does_not() -> None:
     task = load_task("movielens/item-cold")
     catalog = Catalog(("1",), {"title": ("Matrix, The",), "year": ("1999",), "genres": ("",)})
-    read = [text for sentence in task.prompt.recall for text in recall_texts(catalog, sentence)]
+    read = [text for sentence in task.prompt.hidden_states for text in hidden_state_texts(catalog, sentence)]
     assert read == [
         'Movie review: "The Matrix" (1999). The film was received by critics and audiences as',
         'The movie "The Matrix" (1999) tells the story of',
     ]
-    assert "recall" in task.model_dump()["prompt"]
-    assert "recall" not in load_task("movielens/user-cold").model_dump()["prompt"]
+    assert "hidden_states" in task.model_dump()["prompt"]
+    assert "hidden_states" not in load_task("movielens/user-cold").model_dump()["prompt"]
 
 
 @pytest.mark.parametrize("sentence", ["{{ title", "{{ director }} made it"])
 def test_a_sentence_that_does_not_fit_is_named(sentence: str) -> None:
-    with pytest.raises(ConfigError, match=r"prompt\.recall"):
-        recall_texts(Catalog(("1",), {"title": ("Heat",)}), sentence)
+    with pytest.raises(ConfigError, match=r"prompt\.hidden_states"):
+        hidden_state_texts(Catalog(("1",), {"title": ("Heat",)}), sentence)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from metarec.errors import ConfigError
 from metarec.lm.adapters import AdapterSpec
-from metarec.lm.answer_model import Reader, open_reader
+from metarec.lm.answer_model import AnswerModel, open_answer_model
 from metarec.lm.backbone import Backbone
-from metarec.lm.cached_forward import CachedTrunk
+from metarec.lm.cached_forward import CachedForward
 from metarec.lm.placement import Placement, check_placement, default_placement
-from metarec.lm.reference_forward import PlainTrunk
+from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts
 from metarec.tensors import AdapterState, select_user
 
@@ -45,9 +45,9 @@ def random_state(spec: AdapterSpec, users: int, seed: int = 0) -> AdapterState:
     return {name: torch.randn(users, *shape, generator=generator) * 0.3 for name, shape in shapes}
 
 
-def both(backbone: Backbone, prompts: CatalogPrompts, placed: Placement) -> tuple[Reader, Reader]:
-    fast = Reader(backbone, prompts, placed, CachedTrunk(backbone, prompts, placed))
-    plain = Reader(backbone, prompts, placed, PlainTrunk(backbone, prompts, placed))
+def both(backbone: Backbone, prompts: CatalogPrompts, placed: Placement) -> tuple[AnswerModel, AnswerModel]:
+    fast = AnswerModel(backbone, prompts, placed, CachedForward(backbone, prompts, placed))
+    plain = AnswerModel(backbone, prompts, placed, ReferenceForward(backbone, prompts, placed))
     return fast, plain
 
 
@@ -112,10 +112,12 @@ def test_mixed_precision_is_nearer_to_float32_than_bfloat16_throughout(
     model, texts = backbone(family), prompts(family)
     placed = placement_of(model, texts, active, layers=1)
     exact, _ = both(model, texts, placed)
-    mixed = replace(exact, trunk=CachedTrunk(model, texts, placed, torch.bfloat16))
+    mixed = replace(exact, forward=CachedForward(model, texts, placed, torch.bfloat16))
     coarse, _ = both(backbone(family, torch.bfloat16), texts, placed)
     state, items = random_state(exact.spec, 3), some_items()
-    expected, near, far = (reader.log_odds(reader.gather(items), state) for reader in (exact, mixed, coarse))
+    expected, near, far = (
+        answer_model.log_odds(answer_model.gather(items), state) for answer_model in (exact, mixed, coarse)
+    )
     assert 0 < (near - expected).square().mean() < (far - expected).square().mean()
 
 
@@ -127,7 +129,7 @@ def test_cached_trunk_matches_the_whole_model_with_biases(
     placed = replace(placement_of(model, prompts(family), active), kind="bias")
     fast, plain = both(model, prompts(family), placed)
     items, state = some_items(), random_state(fast.spec, 3)
-    found, expected = (reader.log_odds(reader.gather(items), state) for reader in (fast, plain))
+    found, expected = (answer_model.log_odds(answer_model.gather(items), state) for answer_model in (fast, plain))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -153,10 +155,10 @@ def test_a_users_log_odds_do_not_depend_on_who_else_is_in_the_batch(
     # Bit for bit at fixed shapes: the same items, all other users' adapters changed beyond recognition.
     model = backbone(family)
     fast, _ = both(model, prompts(family), placement_of(model, prompts(family), active))
-    gathered = fast.gather(some_items())
+    item_batch = fast.gather(some_items())
     state = random_state(fast.spec, 3)
     strangers = {name: torch.cat([tensor[:1], -9 * tensor[1:]]) for name, tensor in state.items()}
-    first, second = fast.log_odds(gathered, state), fast.log_odds(gathered, strangers)
+    first, second = fast.log_odds(item_batch, state), fast.log_odds(item_batch, strangers)
     assert torch.equal(first[0], second[0])
     assert not torch.equal(first[1], second[1])
 
@@ -165,9 +167,9 @@ def test_gradients_through_the_cache_match_those_through_the_whole_model(backbon
     model = backbone("llama")
     fast, plain = both(model, prompts("llama"), placement_of(model, prompts("llama"), 2))
     gradients = []
-    for reader in (fast, plain):
-        state = {name: value.requires_grad_() for name, value in random_state(reader.spec, 3).items()}
-        reader.log_odds(reader.gather(some_items()), state).square().sum().backward()
+    for answer_model in (fast, plain):
+        state = {name: value.requires_grad_() for name, value in random_state(answer_model.spec, 3).items()}
+        answer_model.log_odds(answer_model.gather(some_items()), state).square().sum().backward()
         gradients.append({name: value.grad for name, value in state.items()})
     for name, expected in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], expected, atol=1e-4, rtol=1e-3)
@@ -179,12 +181,12 @@ def test_unknown_structures_are_read_whole_with_a_warning(
 ) -> None:
     model = backbone(family)
     placed = placement_of(model, prompts(family), None)
-    reader = open_reader(model, prompts(family), placed)
-    assert isinstance(reader.trunk, PlainTrunk)
+    answer_model = open_answer_model(model, prompts(family), placed)
+    assert isinstance(answer_model.forward, ReferenceForward)
     assert family in caplog.text
     items = some_items()
-    state = random_state(reader.spec, 3)
-    frozen, adapted = (reader.log_odds(reader.gather(items), adapters) for adapters in (None, state))
+    state = random_state(answer_model.spec, 3)
+    frozen, adapted = (answer_model.log_odds(answer_model.gather(items), adapters) for adapters in (None, state))
     assert (adapted - frozen).abs().max() > 1e-3
     yes, no = prompts(family).answers or (0, 0)
     for item, expected in zip(items[0].tolist(), frozen[0], strict=True):
@@ -199,12 +201,14 @@ def test_gpt2_adapters_have_the_shape_that_peft_gives_them(backbone: Backbones, 
     from peft import LoraConfig, get_peft_model
 
     model = backbone("gpt2")
-    reader = open_reader(model, prompts("gpt2"), placement_of(model, prompts("gpt2"), None, layers=1))
-    config = LoraConfig(r=2, target_modules=sorted(reader.spec.shapes), fan_in_fan_out=True, task_type="CAUSAL_LM")
+    answer_model = open_answer_model(model, prompts("gpt2"), placement_of(model, prompts("gpt2"), None, layers=1))
+    config = LoraConfig(
+        r=2, target_modules=sorted(answer_model.spec.shapes), fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
     import copy
 
     wrapped = dict(get_peft_model(copy.deepcopy(model.model), config).named_parameters())
-    for name, (rows, columns) in reader.spec.shapes.items():
+    for name, (rows, columns) in answer_model.spec.shapes.items():
         assert wrapped[f"base_model.model.{name}.lora_A.default.weight"].shape == (2, columns)
         assert wrapped[f"base_model.model.{name}.lora_B.default.weight"].shape == (rows, 2)
 
@@ -216,36 +220,36 @@ def test_an_interrupted_cache_build_goes_on_where_it_stopped(
     monkeypatch.setattr("metarec.lm.cache.BLOCK_ITEMS", 2)
     model, texts = backbone("llama"), prompts("llama")
     placed = placement_of(model, texts, 2)
-    whole = CachedTrunk(model, texts, placed).frozen_states()
+    whole = CachedForward(model, texts, placed).frozen_states()
     monkeypatch.setenv("METAREC_CACHE", str(tmp_path / "second"))
-    build_block = CachedTrunk._build_block
+    build_block = CachedForward._build_block
     built: list[int] = []
 
-    def interrupted(trunk: CachedTrunk, items: np.ndarray, *into: object) -> None:
+    def interrupted(forward: CachedForward, items: np.ndarray, *into: object) -> None:
         if len(built) == 36:
             raise KeyboardInterrupt
         built.extend(items.tolist())
-        build_block(trunk, items, *into)  # type: ignore[arg-type]
+        build_block(forward, items, *into)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(CachedTrunk, "_build_block", interrupted)
+    monkeypatch.setattr(CachedForward, "_build_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        CachedTrunk(model, texts, placed).frozen_states()
+        CachedForward(model, texts, placed).frozen_states()
     before = list(built)
     built.clear()
-    torch.testing.assert_close(CachedTrunk(model, texts, placed).frozen_states(), whole)
+    torch.testing.assert_close(CachedForward(model, texts, placed).frozen_states(), whole)
     assert set(before[:32]).isdisjoint(built), "blocks that were marked as done are not computed again"
 
 
 def test_a_damaged_cache_is_built_again(backbone: Backbones, prompts: Prompts) -> None:
     model, texts = backbone("llama"), prompts("llama")
     placed = replace(placement_of(model, texts, 1), rank=3)
-    trunk = CachedTrunk(model, texts, placed)
-    whole = trunk.frozen_states()
-    file = trunk.path / "frozen.npy"
+    forward = CachedForward(model, texts, placed)
+    whole = forward.frozen_states()
+    file = forward.path / "frozen.npy"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    torch.testing.assert_close(CachedTrunk(model, texts, placed).frozen_states(), whole, atol=0, rtol=0)
+    torch.testing.assert_close(CachedForward(model, texts, placed).frozen_states(), whole, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from metarec.config import RunConfig, validated
 from metarec.data.interactions import Catalog, Ratings, RatingScale
 from metarec.data.task import Task
 from metarec.errors import ConfigError
-from metarec.lm.answer_model import Reader, open_reader
+from metarec.lm.answer_model import AnswerModel, open_answer_model
 from metarec.lm.backbone import Backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.tokenized import CatalogPrompts
@@ -27,9 +27,9 @@ from metarec.scorers.language.expected_rating import expected_rating
 WORDS = (" dead", " blue", " good")
 
 
-def reader_of(model: Backbone, prompts: CatalogPrompts) -> Reader:
+def reader_of(model: Backbone, prompts: CatalogPrompts) -> AnswerModel:
     placement = default_placement(model, prompts, layers=1, targets=None, rank=2, alpha=4.0, active_tokens="auto")
-    return open_reader(model, prompts, placement)
+    return open_answer_model(model, prompts, placement)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -52,9 +52,9 @@ def test_one_word_or_no_head_is_refused(
     backbone: Callable[..., Backbone], prompts: Callable[[str], CatalogPrompts], catalog: Catalog
 ) -> None:
     for family, words in (("llama", WORDS[:1]), ("encoder", WORDS)):
-        reader = reader_of(backbone(family), prompts(family))
+        answer_model = reader_of(backbone(family), prompts(family))
         with pytest.raises(ConfigError, match=r"prompt\.ratings"):
-            expected_rating(reader, TEMPLATES["causal"], catalog, words, RatingScale(1.0, 5.0))
+            expected_rating(answer_model, TEMPLATES["causal"], catalog, words, RatingScale(1.0, 5.0))
 
 
 def test_a_task_of_ratings_is_trained_evaluated_and_measured_in_stars(model_dir: Callable[[str], Path]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from metarec.data.interactions import Catalog, Ratings
 from metarec.data.templates import content_free
 from metarec.errors import BackboneError, ConfigError, UnknownItemError
-from metarec.lm.answer_model import open_reader
+from metarec.lm.answer_model import open_answer_model
 from metarec.lm.backbone import Backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.tokenized import CatalogPrompts
@@ -267,8 +267,8 @@ def test_a_history_beyond_the_models_reach_and_too_small_settings_are_refused(ba
 
 def zero_shot(model: Backbone, read: CatalogPrompts) -> tuple[ZeroShot, ZeroShot]:
     placed = default_placement(model, read, layers=1, targets=None, rank=1, alpha=1.0, active_tokens="auto")
-    reader = open_reader(model, read, placed)
-    return ZeroShot(reader), calibrated_zero_shot(reader, TEMPLATES[model.kind], CATALOG)
+    answer_model = open_answer_model(model, read, placed)
+    return ZeroShot(answer_model), calibrated_zero_shot(answer_model, TEMPLATES[model.kind], CATALOG)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "encoder"])

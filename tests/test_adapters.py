@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trunk import placement_of, random_state, some_items
+from test_forward import placement_of, random_state, some_items
 
 from metarec.errors import ArtifactError
 from metarec.lm.adapters import LORA_B, AdapterKind, AdapterSpec, adapted_linear, init_adapter, round_adapter
-from metarec.lm.answer_model import Reader
+from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone, load_backbone
-from metarec.lm.cached_forward import CachedTrunk
+from metarec.lm.cached_forward import CachedForward
 from metarec.lm.peft_files import load_adapter, save_adapter
 from metarec.lm.placement import check_placement
 from metarec.lm.tokenized import CatalogPrompts
@@ -69,20 +69,20 @@ def test_peft_gives_a_saved_adapter_the_same_scores(
     model, texts = backbone(family), prompts(family)
     placed = replace(placement_of(model, texts, None), **changes)  # type: ignore[arg-type]
     check_placement(model, texts, placed)
-    reader = Reader(model, texts, placed, CachedTrunk(model, texts, placed))
-    state = random_state(reader.spec, 2)
+    answer_model = AnswerModel(model, texts, placed, CachedForward(model, texts, placed))
+    state = random_state(answer_model.spec, 2)
     items = some_items(2, 6)
-    ours = reader.log_odds(reader.gather(items), state)
-    assert (ours - reader.log_odds(reader.gather(items), None)).abs().max() > 1e-3
+    ours = answer_model.log_odds(answer_model.gather(items), state)
+    assert (ours - answer_model.log_odds(answer_model.gather(items), None)).abs().max() > 1e-3
     for user in range(2):
         save_adapter(
             tmp_path / str(user),
             select_user(state, user),
-            reader.spec,
+            answer_model.spec,
             base_model=model.location,
             task_type=model.task_type,
             user={},
-            invocation_tokens=reader.invocation_tokens,
+            invocation_tokens=answer_model.invocation_tokens,
         )
         wrapped = PeftModel.from_pretrained(copy.deepcopy(model.model), tmp_path / str(user))
         for item, expected in zip(items[user].tolist(), ours[user], strict=True):
