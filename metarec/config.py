@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from metarec.errors import ConfigError, suggest
+from metarec.registries import ALGORITHMS, LOSSES, TERMS
+from metarec.registry import Registry
 
 _MAX_YAML_BYTES = 256_000
 
@@ -24,6 +26,18 @@ class Section(BaseModel):
     """A frozen group of settings that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def checked(registry: Registry[Any], name: str) -> str:
+    """Returns a name that a registry has, for validators.
+
+    Raises:
+        ValueError: It has not.
+    """
+    try:
+        return registry.check(name)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
 
 
 class AdapterConfig(Section):
@@ -49,8 +63,10 @@ class AdapterConfig(Section):
 class MetaConfig(Section):
     """The meta-learning algorithm and its inner loop."""
 
-    algorithm: Literal["fomaml", "maml", "maml++", "imaml", "reptile", "ridge", "prototypes"] = Field(
-        "fomaml", description="ridge and prototypes fit a head in closed form instead of taking inner steps"
+    algorithm: str = Field(
+        "fomaml",
+        description="fomaml, maml, maml++, imaml, reptile; ridge and prototypes, which fit a head in closed form "
+        "instead of taking inner steps; or module:attribute",
     )
     engine: Literal["batched", "learn2learn"] = Field(
         "batched", description="learn2learn: fomaml and maml through that library, one user after another"
@@ -63,8 +79,70 @@ class MetaConfig(Section):
     inner_lr: float | None = Field(
         None, gt=0, description="where every learned inner rate starts; null: 0.3 for lora, 3 for bias and prefix"
     )
-    shrinkage: float = Field(5.0, ge=0, description="ratings that the initialization counts for")
-    user_bias_damping: float = Field(1.0, gt=0, description="ratings that a user's level of zero counts for")
+    shrinkage: float = Field(5.0, ge=0, description="pseudo-count in the support loss's denominator")
+    user_bias_damping: float = Field(1.0, gt=0, description="pseudo-ratings that shrink the user bias to 0")
+
+    @field_validator("algorithm")
+    @classmethod
+    def _algorithm_is_known(cls, name: str) -> str:
+        return checked(ALGORITHMS, name)
+
+
+class GPConfig(Section):
+    """The Gaussian process over items; see `metarec.scorers.collaborative.gp.fit_gp`."""
+
+    factors: int = Field(16, ge=0, description="factors learned beside the features")
+    noise: float = Field(0.6, gt=0, description="variance of a rating around the user's taste")
+    level_variance: float = Field(0.2, gt=0, description="variance of user biases")
+    factor_variance: float = Field(0.02, gt=0, description="where the variance of factors starts")
+    components: int = Field(48, ge=1, description="principal components kept of each block of features")
+    sweeps: int = Field(8, ge=1, description="rounds of expectation maximization")
+    selection_effect: float = Field(4.0, description="how far having rated an item at all moves the user towards it")
+    selection_damping: float = Field(3.0, gt=0, description="pseudo-ratings that shrink the selection effect")
+    mean_damping: float = Field(4.0, gt=0, description="pseudo-ratings that shrink an item's mean to its prediction")
+
+
+class StackConfig(Section):
+    """How collaborative predictors are weighted against each other."""
+
+    folds: int = Field(3, ge=2, description="of the meta-training users, for cross-fitting")
+    hidden_share: float = Field(
+        0.2, ge=0, lt=1, description="share of items hidden from each fold where a task queries unrated items"
+    )
+    first_weight: float = Field(0.8, description="default weight of the first predictor")
+    other_weight: float = Field(0.2, description="default weight of every other predictor")
+    weight_damping: float = Field(15.0, ge=0, description="users that the default weights stand for")
+    sharpness: float = Field(2.0, gt=0, description="factor on score differences in the loss that fits the weights")
+    pairs: int = Field(40, ge=1, description="pairs of a liked and a disliked item drawn from each user")
+    narrow_components: int = Field(32, ge=1, description="of the second process: components of each block")
+    narrow_sweeps: int = Field(4, ge=1, description="of the second process: rounds of expectation maximization")
+
+
+class KernelConfig(Section):
+    """How the first process's kernel is meta-learned; see `metarec.scorers.collaborative.kernel_learning`."""
+
+    steps: int = Field(400, ge=0, description="steps of Adam with `min_users` users a step")
+    lr: float = Field(1e-3, gt=0, description="rate with `min_users` users a step")
+    min_users: int = Field(64, ge=1)
+    max_users: int = Field(256, ge=1)
+    sharpness: float = Field(2.0, gt=0, description="factor on score differences in the loss")
+
+
+class CollaborativeConfig(Section):
+    """The collaborative term: what it reads of items, and how it is fitted."""
+
+    members: Literal["stack", "gp", "none"] = Field(
+        "stack", description="several predictors with fitted weights, one Gaussian process, or item means alone"
+    )
+    features: tuple[Literal["text", "fields", "lm"], ...] = Field(
+        ("text", "fields", "lm"),
+        description="what it and rarely rated items' means read: titles by the sentence encoder, the catalog's fields, "
+        "hidden states of the language model",
+    )
+    encoder: str = Field("minilm-l6-v2", description="the sentence encoder of `text`")
+    gp: GPConfig = GPConfig()
+    stack: StackConfig = StackConfig()
+    kernel: KernelConfig = KernelConfig()
 
 
 class TrainConfig(Section):
@@ -80,11 +158,17 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.01, ge=0)
     warmup: int = Field(10, ge=0)
     clip: float = Field(1.0, gt=0, description="largest norm of the meta-gradient")
-    sharpness: float = Field(2.0, gt=0, description="factor on score differences in the outer loss")
-    llm_weight: float = Field(1.0, description="weight of the log-odds at the start")
+    loss: str = Field("pairwise", description="outer loss: pairwise, bce, mse, ordinal, or module:attribute")
+    sharpness: float = Field(2.0, gt=0, description="factor on scores, or their differences, in the outer loss")
+    adapter_weight: float = Field(1.0, description="weight of the adapter's log-odds at the start")
     validate_every: int = Field(50, ge=1)
     validation_users: int = Field(200, ge=1, description="validate on the first so many validation users at most")
     patience: int = Field(4, ge=1, description="validations without a better one before stopping")
+
+    @field_validator("loss")
+    @classmethod
+    def _loss_is_known(cls, name: str) -> str:
+        return checked(LOSSES, name)
 
 
 class RunConfig(Section):
@@ -97,20 +181,23 @@ class RunConfig(Section):
     dtype: Dtype = Field(
         "float32", description="of frozen weights; mixed: caches by float32 weights, the adapted blocks bfloat16"
     )
-    prior: Literal["item mean", "none"] = Field(
-        "item mean", description="none: neither the score nor what users of like taste say knows any item's mean"
+    score: tuple[str, ...] = Field(
+        ("item mean", "collaborative", "prompt", "adapter"),
+        min_length=1,
+        description="terms that the score sums; without the item mean, the collaborative term knows none either; "
+        "module:attribute adds one of your own",
     )
-    taste: Literal["stack", "gp", "none"] = Field(
-        "stack",
-        description="what users of like taste say is an input of the score: several methods stacked, a Gaussian "
-        "process alone, or nothing",
-    )
-    encoder: str | None = Field(
-        "minilm-l6-v2", description="sentence encoder read beside the language model; null: its own states alone"
-    )
+    collaborative: CollaborativeConfig = CollaborativeConfig()
     adapter: AdapterConfig = AdapterConfig()
     meta: MetaConfig = MetaConfig()
     train: TrainConfig = TrainConfig()
+
+    @field_validator("score")
+    @classmethod
+    def _terms_are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"{list(names)} names a term twice")
+        return tuple(checked(TERMS, name) for name in names)
 
     @property
     def inner_lr(self) -> float:

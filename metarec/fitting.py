@@ -1,8 +1,8 @@
-"""How a task's data become a fitted recommender: item means, collaborative predictor, meta-parameters."""
+"""How a task's data become a fitted recommender: features, score terms, meta-parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,25 @@ from metarec.lm.backbone import Backbone, load_backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.tokenized import tokenize_catalog
 from metarec.meta import learn2learn
-from metarec.meta.algorithms import ALGORITHMS, MetaGradient, closed_form
+from metarec.meta.algorithms import MetaGradient, closed_form
+from metarec.meta.heads import ClosedFormHead
 from metarec.meta.inner_loop import Loss, MetaState
 from metarec.meta.outer_loop import Trained, train
-from metarec.scorers.collaborative.features import Features, item_features, state_vectors, unrated_features
+from metarec.registries import ALGORITHMS, LOSSES, TERMS
+from metarec.scorers.collaborative.features import (
+    Features,
+    item_features,
+    state_vectors,
+    unrated_features,
+)
 from metarec.scorers.collaborative.item_mean import ItemPrior
-from metarec.scorers.collaborative.stack import CrossFitted, Stacked
+from metarec.scorers.collaborative.residuals import Floats
+from metarec.scorers.collaborative.stack import fit_stack
 from metarec.scorers.collaborative.text import unit_vectors
 from metarec.scorers.language.adapted import InnerLoop, MetaScorer
 from metarec.scorers.language.item_vectors import hidden_state_vectors, text_vectors
-from metarec.scorers.language.score import Batch, Head, collate, head_solver, pairwise_loss, support_loss
-
-PRIOR_COLUMNS = ("total", "count", "centre")
-PRIOR_NUMBERS = ("mean", "scale", "strength", "silent")
-TASTE = "taste"
-# Where a task asks about items that nobody rated, a fifth is hidden from every fold too, as in `split.out_of_fold`.
-HIDDEN_SHARE = 0.2
+from metarec.scorers.language.score import Batch, collate, head_solver, initial_state, query_loss, support_loss
+from metarec.scorers.term import ADAPTER_TERM, CrossFitted, ScoreTerm, Term, TermContext
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,10 @@ class Fitted:
         task: The task, with its prompt and label rule.
         catalog: The items.
         scale: The rating scale.
-        prior: Shrunk item means smoothed by text: an input of the score.
-        taste: What users of like taste say: another input; without members it says what the prior says.
+        prior: Shrunk item means smoothed by text; they standardize ratings and are the baseline.
+        terms: The score's terms by name, but for the adapter.
         meta: The meta-parameters.
-        answer_model: The language model, reading this catalog.
+        answer_model: The language model over this catalog; None where neither the score nor its features read one.
         training: A JSON-able summary of the training.
     """
 
@@ -60,67 +63,130 @@ class Fitted:
     catalog: Catalog
     scale: RatingScale
     prior: ItemPrior
-    taste: Stacked
+    terms: Mapping[str, Term]
     meta: MetaState
-    answer_model: AnswerModel
+    answer_model: AnswerModel | None
     training: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A fitted recommender before meta-training, and its terms as meta-training users may see them."""
+
+    fitted: Fitted
+    crossed: Mapping[str, CrossFitted]
+    context: TermContext
+
+
+def score_terms(config: RunConfig, *, from_file: bool = False) -> dict[str, ScoreTerm]:
+    """Returns the terms that the settings name, in their order; see `metarec.registry.Registry.get`."""
+    return {name: TERMS.get(name, from_file=from_file) for name in config.score}
+
+
+def adapted_model(config: RunConfig, answer_model: AnswerModel | None) -> AnswerModel | None:
+    """Returns the language model that carries the users' adapters; None where the score has no adapter."""
+    return answer_model if ADAPTER_TERM in config.score else None
+
+
+def needs_model(config: RunConfig) -> bool:
+    """Says whether the score or its features read the language model."""
+    reads_states = "lm" in config.collaborative.features
+    return reads_states or any(term.needs_model for term in score_terms(config).values())
+
+
+def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Prepared:
+    """Fits everything but the meta-parameters, which stay as they start.
+
+    Args:
+        data: The task's data.
+        config: The settings.
+        backbone: The language model; None where `needs_model` says so.
+    """
+    catalog = data.interactions.catalog
+    answer_model = None if backbone is None else catalog_answer_model(backbone, config, data.task.template, catalog)
+    collaborative = config.collaborative
+    if "collaborative" not in config.score:
+        collaborative = collaborative.model_copy(update={"members": "none"})
+    stack = fit_stack(
+        data.interactions,
+        data.parts["train"],
+        collaborative_features(answer_model, catalog, config, data.task),
+        collaborative,
+        threshold=data.task.like_threshold,
+        hide=collaborative.stack.hidden_share if data.task.split.asks_unrated else 0.0,
+        seed=config.seed,
+    )
+    prior = stack.prior
+    if "item mean" not in config.score:
+        stack = stack.with_zero_mean()
+    terms = score_terms(config)
+    context = TermContext(
+        data.interactions,
+        data.parts["train"],
+        data.task.like_threshold,
+        config.seed,
+        config.score,
+        stack,
+        answer_model,
+    )
+    crossed = {name: term.fit(context) for name, term in terms.items() if term.fit is not None}
+    fitted = Fitted(
+        task=data.task,
+        catalog=catalog,
+        scale=data.interactions.scale,
+        prior=prior,
+        terms={name: found.term for name, found in crossed.items()},
+        meta=initial_state(
+            terms,
+            adapted_model(config, answer_model),
+            inner_lr=config.inner_lr,
+            adapter_weight=config.train.adapter_weight,
+            seed=config.seed,
+            top_only=config.meta.adapt == "top",
+            steps_with_rates=max(config.meta.inner_steps, 1) if config.meta.rates == "step" else 1,
+            elementwise_rates=config.meta.rates == "number",
+            head=closed_form_head(config),
+            device=config.device,
+        ),
+        answer_model=answer_model,
+        training={},
+    )
+    return Prepared(fitted, crossed, context)
 
 
 def meta_train(
     data: TaskData,
-    prepared: Fitted,
-    out_of_fold: CrossFitted,
+    prepared: Prepared,
     config: RunConfig,
     identity: dict[str, Any],
     checkpoint: Path,
     resume: bool,
 ) -> Trained:
     """Meta-trains on a task's meta-training users; see `metarec.meta.outer_loop.train`."""
-    answer_model = prepared.answer_model
-    threshold = data.task.like_threshold
-    episodes = data.episodes("validation")[0][: config.train.validation_users]
+    fitted = prepared.fitted
+    adapted = adapted_model(config, fitted.answer_model)
+    head = closed_form_head(config)
+    loss = LOSSES.get(config.train.loss)
     one_by_one = config.meta.engine == "learn2learn"
     if one_by_one and config.meta.algorithm not in ("fomaml", "maml"):
         raise ConfigError(
             f"meta.algorithm '{config.meta.algorithm}' is not one learn2learn has", "Set meta.engine to 'batched'"
         )
-    cold = any(fold.hidden.any() for fold in out_of_fold.folds)
 
-    # Prior and stack are those of a fold that has not seen the user, as they are for any new one: what has seen a
-    # user's ratings would teach the adapter that nothing is left to learn.
     def support_of(batch: Sequence[Episode]) -> Batch:
-        folds = [out_of_fold.without(episode.user) for episode in batch]
-        return collate(
-            [episode.support for episode in batch],
-            prepared.prior,
-            answer_model,
-            threshold,
-            means=[fold.prior.values(episode.support.items) for fold, episode in zip(folds, batch, strict=True)],
-            expected=[fold.taste.leave_one_out(episode.support) for fold, episode in zip(folds, batch, strict=True)],
-        )
+        return _out_of_fold_batch(prepared, batch, config, support=True)
 
     def inner(batch: Sequence[Episode]) -> Loss:
         return support_loss(
             support_of(batch),
-            answer_model,
+            adapted,
             shrinkage=config.meta.shrinkage,
             user_bias_damping=config.meta.user_bias_damping,
         )
 
     def outer(batch: Sequence[Episode]) -> Loss:
-        folds = [out_of_fold.without(episode.user) for episode in batch]
-        query = collate(
-            [episode.query for episode in batch],
-            prepared.prior,
-            answer_model,
-            threshold,
-            means=[fold.prior.values(episode.query.items) for fold, episode in zip(folds, batch, strict=True)],
-            expected=[
-                fold.taste.posterior_mean(episode.support, episode.query.items)
-                for fold, episode in zip(folds, batch, strict=True)
-            ],
-        )
-        return pairwise_loss(query, answer_model, sharpness=config.train.sharpness)
+        query = _out_of_fold_batch(prepared, batch, config, support=False)
+        return query_loss(query, adapted, loss, sharpness=config.train.sharpness)
 
     def gradient_at(meta: MetaState, step: int) -> MetaGradient:
         batch = training_batch(
@@ -132,43 +198,70 @@ def meta_train(
             min_query=config.train.min_query,
             seed=config.seed,
             step=step,
-            hidden=(lambda user: out_of_fold.without(user).hidden) if cold else None,
+            hidden=prepared.context.hidden,
         )
-        steps = config.meta.inner_steps
-        head = closed_form_head(config)
-        if head is not None:
-            solve = head_solver(support_of(batch), answer_model, head, user_bias_damping=config.meta.user_bias_damping)
+        steps = config.meta.inner_steps if meta.log_rate else 0
+        if head is not None and adapted is not None:
+            solve = head_solver(support_of(batch), adapted, head, user_bias_damping=config.meta.user_bias_damping)
             return closed_form(meta, solve, outer(batch), len(batch))
         if one_by_one:
             losses = [(inner([episode]), outer([episode])) for episode in batch]
             return learn2learn.meta_gradient(meta, losses, steps, second_order=config.meta.algorithm == "maml")
-        return ALGORITHMS[config.meta.algorithm](meta, inner(batch), outer(batch), len(batch), steps)
-
-    def validate(meta: MetaState) -> float:
-        scorer = meta_scorer(replace(prepared, meta=meta), config)
-        shots = [count for count in data.task.shots if count > 0] or list(data.task.shots)
-        report = evaluate(
-            [scorer],
-            episodes,
-            shots,
-            data.interactions.catalog,
-            threshold=threshold,
-            seed=config.seed,
-            baseline=scorer.name,
-            left_out={},
-            short_supports=data.task.short_supports,
-        )
-        return mean_auc(report, scorer.name, shots)
+        found: MetaGradient = ALGORITHMS.get(config.meta.algorithm)(meta, inner(batch), outer(batch), len(batch), steps)
+        return found
 
     return train(
-        prepared.meta,
+        fitted.meta,
         gradient_at,
-        validate,
+        lambda meta: _validation_auc(data, replace(fitted, meta=meta), config),
         config.train,
         checkpoint=checkpoint,
         identity=identity,
         resume=resume,
     )
+
+
+def _out_of_fold_batch(prepared: Prepared, batch: Sequence[Episode], config: RunConfig, *, support: bool) -> Batch:
+    """Pads meta-training users' supports or queries.
+
+    Every term is that of a fold that has not seen the user, as it is for any new one: a term that has seen a user's
+    ratings would teach the adapter that nothing is left to learn.
+    """
+    fitted = prepared.fitted
+    values = {
+        name: [
+            crossed.without(episode.user).leave_one_out([episode.support])[0]
+            if support
+            else crossed.without(episode.user).values([episode.support], [episode.query.items])[0]
+            for episode in batch
+        ]
+        for name, crossed in prepared.crossed.items()
+    }
+    return collate(
+        [episode.support if support else episode.query for episode in batch],
+        values,
+        fitted.prior,
+        adapted_model(config, fitted.answer_model),
+        prepared.context.threshold,
+        config.device,
+    )
+
+
+def _validation_auc(data: TaskData, fitted: Fitted, config: RunConfig) -> float:
+    scorer = meta_scorer(fitted, config)
+    shots = [count for count in data.task.shots if count > 0] or list(data.task.shots)
+    report = evaluate(
+        [scorer],
+        data.episodes("validation")[0][: config.train.validation_users],
+        shots,
+        data.interactions.catalog,
+        threshold=data.task.like_threshold,
+        seed=config.seed,
+        baseline=scorer.name,
+        left_out={},
+        short_supports=data.task.short_supports,
+    )
+    return mean_auc(report, scorer.name, shots)
 
 
 def meta_scorer(
@@ -184,14 +277,14 @@ def meta_scorer(
         steps=config.meta.inner_steps if steps is None else steps,
         shrinkage=config.meta.shrinkage,
         user_bias_damping=config.meta.user_bias_damping,
-        head=closed_form_head(config),
+        algorithm=config.meta.algorithm,
         storage=getattr(torch, config.adapter.storage),
     )
     return MetaScorer(
         fitted.meta,
-        fitted.answer_model,
+        fitted.terms,
         fitted.prior,
-        fitted.taste,
+        adapted_model(config, fitted.answer_model),
         inner,
         fitted.task.like_threshold,
         rate_scale=rate_scale,
@@ -199,10 +292,21 @@ def meta_scorer(
     )
 
 
-def closed_form_head(config: RunConfig) -> Head | None:
-    """Returns which head the settings fit in closed form, None where users take gradient steps."""
-    algorithm = config.meta.algorithm
-    return algorithm if algorithm == "ridge" or algorithm == "prototypes" else None
+def closed_form_head(config: RunConfig) -> ClosedFormHead | None:
+    """Returns the head that the settings fit in closed form, None where users take gradient steps.
+
+    Raises:
+        ConfigError: There is a head, and no adapter in the score whose features it could read.
+    """
+    found = ALGORITHMS.get(config.meta.algorithm)
+    if not isinstance(found, ClosedFormHead):
+        return None
+    if ADAPTER_TERM not in config.score:
+        raise ConfigError(
+            f"meta.algorithm '{config.meta.algorithm}' reads the adapter's features, and the score has no adapter",
+            "Add 'adapter' to score, or choose an algorithm with gradient steps",
+        )
+    return found
 
 
 def open_backbone(config: RunConfig) -> Backbone:
@@ -233,17 +337,32 @@ def catalog_answer_model(
     return open_answer_model(backbone, prompts, placement, torch.bfloat16 if config.dtype == "mixed" else None)
 
 
-def collaborative_features(answer_model: AnswerModel, catalog: Catalog, encoder: str | None, task: Task) -> Features:
-    """Returns what the collaborative predictor knows of items."""
-    if task.hidden_states and answer_model.backbone.kind == "causal":
-        read = {"llm": hidden_state_vectors(answer_model.backbone, catalog, task.hidden_states)}
-    else:
-        # Where ratings tell of items, the states behind the prompt's answer will do, which is read anyway.
-        read = {"llm": state_vectors(answer_model.states)}
-    if encoder is not None:
-        read["text"] = text_vectors(catalog, encoder)
-    fields = item_features(catalog)
+def collaborative_features(
+    answer_model: AnswerModel | None, catalog: Catalog, config: RunConfig, task: Task
+) -> Features:
+    """Returns what the collaborative term, and the means of rarely rated items, know of items.
+
+    Args:
+        answer_model: The language model over the catalog; None where the settings leave its states out.
+        catalog: The items.
+        config: The settings; `collaborative.features` says what is read.
+        task: Names the sentences whose hidden states are read where unrated items are queried.
+    """
+    wanted = config.collaborative.features
+    read: dict[str, Floats] = {}
+    if "lm" in wanted:
+        assert answer_model is not None
+        if task.hidden_states and answer_model.backbone.kind == "causal":
+            read["lm"] = hidden_state_vectors(answer_model.backbone, catalog, task.hidden_states)
+        else:
+            # Where items are rated, the prompt's own states will do, which are read anyway.
+            read["lm"] = state_vectors(answer_model.states)
+    if "text" in wanted:
+        read["text"] = text_vectors(catalog, config.collaborative.encoder)
+    fields = item_features(catalog) if "fields" in wanted else {}
+    if not read and not fields:
+        read["nothing"] = np.zeros((len(catalog), 1))
     if task.split.asks_unrated:
         return unrated_features(read, fields)
-    beside = np.concatenate([unit_vectors(vectors) for vectors in read.values()], 1)
-    return Features({**read, **fields}, beside)
+    side_by_side = [unit_vectors(vectors) for vectors in (read or fields).values()]
+    return Features({**read, **fields}, np.concatenate(side_by_side, 1))

@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +19,37 @@ import torch
 from torch import Tensor
 
 from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
-from metarec.config import Dtype, RunConfig, validated
-from metarec.data.interactions import Catalog, Codes, Ratings, RatingScale, Values, read_ratings
+from metarec.config import Dtype, RunConfig
+from metarec.data.interactions import Codes, Ratings, Values, read_ratings
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.data.task_files import load_task
 from metarec.errors import ArtifactError, ConfigError
 from metarec.evaluate import Report, evaluate
 from metarec.fitting import (
-    HIDDEN_SHARE,
-    PRIOR_COLUMNS,
-    PRIOR_NUMBERS,
-    TASTE,
     Fitted,
-    catalog_answer_model,
-    closed_form_head,
-    collaborative_features,
+    Prepared,
+    adapted_model,
     meta_scorer,
     meta_train,
+    needs_model,
     open_backbone,
+    prepare,
 )
+from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
 from metarec.lm.peft_files import load_adapter, save_adapter
-from metarec.meta.inner_loop import MetaState
 from metarec.metrics import rank_order
 from metarec.progress import progress
+from metarec.recommender_files import FACTS, read_recommender, write_recommender
 from metarec.scorer import Scorer
-from metarec.scorers.collaborative.item_mean import ItemPrior
-from metarec.scorers.collaborative.stack import CrossFitted, Stacked, fit_stack
+from metarec.scorers.collaborative.terms import CollaborativeTerm
 from metarec.scorers.collaborative.trivial import ItemMean
 from metarec.scorers.language.adapted import MetaScorer
 from metarec.scorers.language.expected_rating import expected_rating
-from metarec.scorers.language.score import TASTE_WEIGHT, candidates, initial_state, score
+from metarec.scorers.language.score import score_adapted
 from metarec.scorers.language.zero_shot import ZeroShot
-from metarec.scorers.serialization import read_scorer, write_scorer
+from metarec.scorers.term import weighted_sum
 from metarec.tensors import AdapterState, expand_users, read_tensors, select_user, write_tensors
 
 BASELINE = "item mean"
@@ -79,10 +75,17 @@ class MetaRecommender:
         >>> user.recommend(10)
     """
 
-    def __init__(self, backbone: Backbone, config: RunConfig, fitted: Fitted | None = None) -> None:
-        self.backbone = backbone
+    def __init__(self, backbone: Backbone | None, config: RunConfig, fitted: Fitted | None = None) -> None:
+        self._backbone = backbone
         self.config = config
         self._fitted = fitted
+
+    @property
+    def backbone(self) -> Backbone:
+        """The language model; loaded when it is first asked for where no part of the score reads it."""
+        if self._backbone is None:
+            self._backbone = open_backbone(self.config)
+        return self._backbone
 
     @classmethod
     def from_pretrained(
@@ -109,12 +112,12 @@ class MetaRecommender:
         """
         path = Path(name)
         place = {key: value for key, value in {"device": device, "dtype": dtype}.items() if value is not None}
-        if (path / "recommender.json").exists():
+        if (path / FACTS).exists():
             if config is not None:
                 raise ConfigError(f"'{path}' brings its own settings", "Leave 'config' out")
-            return _load(path, place)
+            return cls(*read_recommender(path, place))
         config = (config or RunConfig()).model_copy(update={"backbone": str(name), **place})
-        return cls(open_backbone(config), config)
+        return cls(open_backbone(config) if needs_model(config) else None, config)
 
     @property
     def fitted(self) -> Fitted:
@@ -148,11 +151,11 @@ class MetaRecommender:
             MetarecError: The task or its data are not usable, or the checkpoint is of another run.
         """
         data = self.task_data(task)
-        prepared, out_of_fold = self._prepare(data)
+        prepared = self._prepare(data)
         if checkpoint is None:
             with tempfile.TemporaryDirectory() as scratch:
-                return self._fit(data, prepared, out_of_fold, Path(scratch) / "checkpoint", resume)
-        return self._fit(data, prepared, out_of_fold, Path(checkpoint), resume)
+                return self._fit(data, prepared, Path(scratch) / "checkpoint", resume)
+        return self._fit(data, prepared, Path(checkpoint), resume)
 
     def prepare(self, task: str | Task | TaskData | None = None) -> MetaRecommender:
         """Fits everything but the meta-parameters, which stay as they start: nothing is meta-trained.
@@ -163,13 +166,14 @@ class MetaRecommender:
         Returns:
             Itself, ready to score and to adapt from a fresh adapter.
         """
-        self._fitted, _ = self._prepare(self.task_data(task))
+        self._fitted = self._prepare(self.task_data(task)).fitted
         return self
 
-    def _fit(
-        self, data: TaskData, prepared: Fitted, out_of_fold: CrossFitted, checkpoint: Path, resume: bool
-    ) -> MetaRecommender:
-        trained = meta_train(data, prepared, out_of_fold, self.config, self._identity(data), checkpoint, resume)
+    def _prepare(self, data: TaskData) -> Prepared:
+        return prepare(data, self.config, self.backbone if needs_model(self.config) else None)
+
+    def _fit(self, data: TaskData, prepared: Prepared, checkpoint: Path, resume: bool) -> MetaRecommender:
+        trained = meta_train(data, prepared, self.config, self._identity(data), checkpoint, resume)
         training = {
             "best_step": trained.best_step,
             "best_validation_auc": trained.best_value,
@@ -179,7 +183,7 @@ class MetaRecommender:
                 {"step": step, "query_loss": loss, "validation_auc": value} for step, loss, value in trained.history
             ],
         }
-        self._fitted = replace(prepared, meta=trained.best, training=training)
+        self._fitted = replace(prepared.fitted, meta=trained.best, training=training)
         return self
 
     def task_data(self, task: str | Task | TaskData | None = None) -> TaskData:
@@ -194,42 +198,8 @@ class MetaRecommender:
         return {
             "config": self.config.model_dump(mode="json", exclude={"task": True, "device": True}),
             "task": data.task.digest,
-            "backbone": self.backbone.fingerprint,
+            "backbone": self.backbone.fingerprint if needs_model(self.config) else None,
         }
-
-    def _prepare(self, data: TaskData) -> tuple[Fitted, CrossFitted]:
-        answer_model = catalog_answer_model(self.backbone, self.config, data.task.template, data.interactions.catalog)
-        prior, taste, out_of_fold = fit_stack(
-            data.interactions,
-            data.parts["train"],
-            collaborative_features(answer_model, data.interactions.catalog, self.config.encoder, data.task),
-            self.config.taste,
-            threshold=data.task.like_threshold,
-            hide=HIDDEN_SHARE if data.task.split.asks_unrated else 0.0,
-            seed=self.config.seed,
-        )
-        if self.config.prior == "none":
-            prior, taste, out_of_fold = prior.with_zero_mean(), taste.with_zero_mean(), out_of_fold.with_zero_mean()
-        fitted = Fitted(
-            task=data.task,
-            catalog=data.interactions.catalog,
-            scale=data.interactions.scale,
-            prior=prior,
-            taste=taste,
-            meta=initial_state(
-                answer_model,
-                inner_lr=self.config.inner_lr,
-                llm_weight=self.config.train.llm_weight,
-                seed=self.config.seed,
-                top_only=self.config.meta.adapt == "top",
-                steps_with_rates=max(self.config.meta.inner_steps, 1) if self.config.meta.rates == "step" else 1,
-                elementwise_rates=self.config.meta.rates == "number",
-                head=closed_form_head(self.config),
-            ),
-            answer_model=answer_model,
-            training={},
-        )
-        return fitted, out_of_fold
 
     def scorer(
         self, *, rate_scale: float = 1.0, steps: int | None = None, name: str = "metarec, adapted"
@@ -246,22 +216,22 @@ class MetaRecommender:
     def scorers(self) -> list[Scorer]:
         """Returns the rows of the default table: item mean, stack, zero-shot prompt, before and after adaptation.
 
-        Before adaptation the adapter is everybody's; the stack knows the support all the same.
-        A task whose prompt names an answer word per rating gets the expected rating as well.
+        Before adaptation the adapter is everybody's; the collaborative term knows the support all the same. Rows of
+        parts that the score leaves out are left out; a task whose prompt names an answer word per rating gets the
+        expected rating as well.
         """
         fitted = self.fitted
-        words, template = fitted.task.prompt.ratings, fitted.task.template
-        expected = (
-            [expected_rating(fitted.answer_model, template, fitted.catalog, words, fitted.scale)] if words else []
-        )
-        return [
-            ItemMean(fitted.prior.without_text(), name=BASELINE),
-            *([fitted.taste] if fitted.taste.members else []),
-            ZeroShot(fitted.answer_model),
-            *expected,
-            self.scorer(steps=0, name="metarec, before adaptation"),
-            self.scorer(),
-        ]
+        collaborative = fitted.terms.get("collaborative")
+        rows: list[Scorer] = [ItemMean(fitted.prior.without_text(), name=BASELINE)]
+        if isinstance(collaborative, CollaborativeTerm) and collaborative.stack.members:
+            rows.append(collaborative.stack)
+        model = fitted.answer_model
+        if model is not None:
+            rows.append(ZeroShot(model))
+            words = fitted.task.prompt.ratings
+            if words:
+                rows.append(expected_rating(model, fitted.task.template, fitted.catalog, words, fitted.scale))
+        return [*rows, self.scorer(steps=0, name="metarec, before adaptation"), self.scorer()]
 
     def evaluate(self, task: str | Task | TaskData | None = None, scorers: Sequence[Scorer] | None = None) -> Report:
         """Scores the test users of a task.
@@ -317,7 +287,11 @@ class MetaRecommender:
         Raises:
             ArtifactError: The files are damaged, or belong to another recommender.
         """
-        state, user = load_adapter(Path(path), self.fitted.answer_model.spec, self.config.device)
+        model = self.adapted_model
+        if model is None:
+            state, user = _load_weights(Path(path), self.config.device)
+        else:
+            state, user = load_adapter(Path(path), model.spec, self.config.device)
         if user["recommender"] != self.digest:
             raise ArtifactError(f"'{path}' was adapted from another recommender", "Load it with the one that made it")
         support = read_ratings(
@@ -326,9 +300,15 @@ class MetaRecommender:
         return AdaptedUser(self, support, state, bool(user["diverged"]), float(user["seconds"]))
 
     @property
+    def adapted_model(self) -> AnswerModel | None:
+        """The language model that carries the users' adapters; None where the score has no adapter."""
+        return adapted_model(self.config, self.fitted.answer_model)
+
+    @property
     def digest(self) -> str:
         """Names the recommender by the content of its meta-parameters and its backbone."""
-        digest = hashlib.sha256(self.backbone.fingerprint.encode())
+        model = self.fitted.answer_model
+        digest = hashlib.sha256(b"" if model is None else model.backbone.fingerprint.encode())
         for name, tensor in sorted(self.fitted.meta.tensors().items()):
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -340,24 +320,7 @@ class MetaRecommender:
             ConfigError: The recommender has not been fitted.
             ArtifactError: The directory exists and holds something else.
         """
-        fitted = self.fitted
-        columns = {name: torch.from_numpy(getattr(fitted.prior, name)) for name in PRIOR_COLUMNS}
-        facts = {
-            "metarec": version("metarec"),
-            "backbone_fingerprint": self.backbone.fingerprint,
-            "config": self.config.model_dump(mode="json"),
-            "task": fitted.task.model_dump(mode="json"),
-            "scale": [fitted.scale.low, fitted.scale.high],
-            "prior": {name: getattr(fitted.prior, name) for name in PRIOR_NUMBERS},
-            "training": fitted.training,
-        }
-        catalog = {"ids": fitted.catalog.ids, "fields": dict(fitted.catalog.fields)}
-        with replace_dir(Path(path), "recommender") as directory:
-            write_tensors(directory / "meta.safetensors", fitted.meta.tensors())
-            write_tensors(directory / "prior.safetensors", columns)
-            write_scorer(directory, TASTE, fitted.taste)
-            (directory / "catalog.json").write_text(dump_json(catalog), encoding="utf-8")
-            (directory / "recommender.json").write_text(dump_json(facts), encoding="utf-8")
+        write_recommender(Path(path), self.fitted, self.config)
 
 
 @dataclass(frozen=True)
@@ -410,13 +373,20 @@ class AdaptedUser:
             for row in order[:k]
         ]
 
-    def taste(self) -> Values:
-        """What users of like taste add to every item's score because of the person's ratings, shape (items,)."""
+    @torch.no_grad()
+    def term_scores(self) -> Values:
+        """Returns every item's score without the adapter's part: all other terms, each times its weight, (items,)."""
         fitted = self.recommender.fitted
         everything = np.arange(len(fitted.catalog))
-        told = fitted.taste.posterior_mean(self.support, everything)
-        silent = fitted.taste.posterior_mean(Ratings.empty(), everything)
-        return (told - silent) * float(self.state[TASTE_WEIGHT])
+        if not fitted.terms:
+            return np.zeros(len(everything), np.float32)
+        values = {
+            name: torch.from_numpy(term.values([self.support], [everything])[0])[None]
+            for name, term in fitted.terms.items()
+        }
+        state = {name: value.cpu() for name, value in expand_users(self.state, 1).items()}
+        total: Values = weighted_sum(state, values)[0].numpy()
+        return total
 
     def save(self, path: str | Path) -> None:
         """Writes the adapter as a PEFT directory, with the person's ratings beside it.
@@ -427,65 +397,59 @@ class AdaptedUser:
         recommender = self.recommender
         catalog = recommender.fitted.catalog
         rated = zip(self.support.items.tolist(), self.support.values.tolist(), strict=True)
+        user = {
+            "recommender": recommender.digest,
+            "ratings": [[catalog.ids[code], rating] for code, rating in rated],
+            "diverged": self.diverged,
+            "seconds": self.seconds,
+        }
+        model = recommender.adapted_model
+        if model is None:
+            _save_weights(Path(path), self.state, user)
+            return
         save_adapter(
             Path(path),
             self.state,
-            recommender.fitted.answer_model.spec,
-            base_model=recommender.backbone.location,
-            task_type=recommender.backbone.task_type,
-            invocation_tokens=recommender.fitted.answer_model.invocation_tokens,
-            user={
-                "recommender": recommender.digest,
-                "ratings": [[catalog.ids[code], rating] for code, rating in rated],
-                "diverged": self.diverged,
-                "seconds": self.seconds,
-            },
+            model.spec,
+            base_model=model.backbone.location,
+            task_type=model.backbone.task_type,
+            invocation_tokens=model.invocation_tokens,
+            user=user,
             dtype=getattr(torch, recommender.config.adapter.storage),
         )
 
-    @torch.no_grad()
     def scores(self, codes: Codes) -> Tensor:
         """Scores items by code, shape (items,); higher is better."""
-        fitted = self.recommender.fitted
+        recommender = self.recommender
+        fitted = recommender.fitted
         state = expand_users(self.state, 1)
         blocks = np.array_split(codes, max(1, -(-len(codes) // _ITEMS_AT_ONCE)))
         values = []
         with progress("ranking", len(blocks), after=2.0) as advance:
             for done, block in enumerate(blocks, start=1):
-                expected = [fitted.taste.posterior_mean(self.support, block)]
-                batch = candidates([block], fitted.prior, fitted.answer_model, expected)
-                values.append(score(state, batch, fitted.answer_model)[0].cpu())
+                values += score_adapted(
+                    state,
+                    [self.support],
+                    [block],
+                    fitted.terms,
+                    fitted.prior,
+                    recommender.adapted_model,
+                    recommender.config.device,
+                )
                 advance(done)
         return torch.cat(values)
 
 
-def _load(path: Path, place: Mapping[str, str]) -> MetaRecommender:
-    verify_dir(path, "recommender")
-    facts = load_json(path / "recommender.json")
-    where = str(path / "recommender.json")
-    config = validated(RunConfig, {**facts["config"], **place}, where)
-    task = validated(Task, facts["task"], where)
-    backbone = open_backbone(config)
-    if backbone.fingerprint != facts["backbone_fingerprint"]:
-        raise ArtifactError(
-            f"'{path}' was made with other weights of '{config.backbone}'", "Install the backbone it was made with"
-        )
-    listed = load_json(path / "catalog.json")
-    fields = {name: tuple(column) for name, column in listed["fields"].items()}
-    catalog = Catalog(tuple(listed["ids"]), fields)
-    tensors = read_tensors(path / "prior.safetensors")
-    columns: dict[str, Any] = {name: tensors[name].numpy() for name in PRIOR_COLUMNS}
-    taste = read_scorer(path, TASTE)
-    if not isinstance(taste, Stacked):
-        raise ArtifactError(f"'{path}' holds a {type(taste).__name__} for what users of like taste say", "Train again")
-    fitted = Fitted(
-        task=task,
-        catalog=catalog,
-        scale=RatingScale(*facts["scale"]),
-        prior=ItemPrior(**facts["prior"], **columns),
-        taste=taste,
-        meta=MetaState.from_tensors(read_tensors(path / "meta.safetensors", config.device)),
-        answer_model=catalog_answer_model(backbone, config, task.template, catalog),
-        training=facts["training"],
-    )
-    return MetaRecommender(backbone, config, fitted)
+# A score without an adapter leaves nothing that PEFT knows: the score's own weights are kept beside the ratings.
+_WEIGHTS, _USER = "score.safetensors", "user.json"
+
+
+def _save_weights(path: Path, state: AdapterState, user: dict[str, Any]) -> None:
+    with replace_dir(path, "adapter", private=True) as directory:
+        write_tensors(directory / _WEIGHTS, {name: value.cpu().contiguous() for name, value in state.items()})
+        (directory / _USER).write_text(dump_json(user), encoding="utf-8")
+
+
+def _load_weights(path: Path, device: str) -> tuple[AdapterState, dict[str, Any]]:
+    verify_dir(path, "adapter")
+    return read_tensors(path / _WEIGHTS, device), load_json(path / _USER)

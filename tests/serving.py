@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from test_recommender import SETTINGS, known_task
+from test_recommender import SETTINGS, WITH_PROCESS, known_task
 
 from metarec.config import RunConfig, validated
 from metarec.recommender import MetaRecommender
@@ -16,6 +16,6 @@ LOVES_HORROR = tuple((item, 5.5 - rating) for item, rating in LOVES_DRAMA)
 
 @functools.cache
 def small_recommender(model: Path) -> MetaRecommender:
-    return MetaRecommender.from_pretrained(model, validated(RunConfig, SETTINGS | {"taste": "gp"}, "test")).fit(
+    return MetaRecommender.from_pretrained(model, validated(RunConfig, SETTINGS | WITH_PROCESS, "test")).fit(
         known_task()
     )

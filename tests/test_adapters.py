@@ -97,7 +97,7 @@ def test_peft_gives_a_saved_adapter_the_same_scores(
 @pytest.mark.parametrize("kind", ["lora", "bias", "prefix"])
 def test_an_adapter_is_read_back_bit_for_bit(kind: AdapterKind, dtype: torch.dtype, tmp_path: Path) -> None:
     spec = replace(SPEC, kind=kind) if kind != "prefix" else AdapterSpec({"block": (3, 4), "next": (3, 4)}, kind)
-    state = select_user(random_state(spec, 1), 0) | {"score.prior_weight": torch.tensor(0.7)}
+    state = select_user(random_state(spec, 1), 0) | {"score.item mean": torch.tensor(0.7)}
     state = round_adapter(state, spec.tensor_shapes, dtype)
     save_adapter(
         tmp_path / "a", state, spec, base_model="x", task_type=None, user={"ratings": [["7", 4.0]]}, dtype=dtype

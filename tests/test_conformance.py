@@ -32,7 +32,7 @@ from known import (
     episodes,
     ratings,
 )
-from test_recommender import SETTINGS, TASK
+from test_recommender import SETTINGS, TASK, WITH_STACK
 
 from metarec.artifacts import dump_json, load_json, write_manifest
 from metarec.config import RunConfig, validated
@@ -61,7 +61,7 @@ from metarec.scorers.serialization import CLASSES, load_scorer, save_scorer
 ModelDir = Callable[[str], Path]
 TRAINING = {**SETTINGS["train"], "steps": 60, "validate_every": 60, "lr": 0.03, "score_lr": 0.05, "sharpness": 4.0}  # type: ignore[dict-item]
 # So few steps teach a random model nothing; what it can learn is tested in test_finetuned.
-TUNING = {"steps": 3, "users": 2, "shots": (0, 4), "warmup": 1, "validate_every": 3, "llm_weight": 1.0, "lr": 3e-3}
+TUNING = {"steps": 3, "users": 2, "shots": (0, 4), "warmup": 1, "validate_every": 3, "adapter_weight": 1.0, "lr": 3e-3}
 PROMPT = {**TASK["prompt"], "ratings": [" dead", " blue", " good"]}  # type: ignore[dict-item]
 
 
@@ -74,10 +74,11 @@ class Given:
     model_dir: ModelDir
 
     @cache  # noqa: B019 - one world for the session, and another for what is fitted again
-    def recommender(self, taste: str = "none", algorithm: str = "fomaml") -> MetaRecommender:
+    def recommender(self, members: str = "none", algorithm: str = "fomaml") -> MetaRecommender:
         """Returns a small one, trained on this world's meta-training users."""
+        score = WITH_STACK if members == "stack" else {}
         meta = {**SETTINGS["meta"], "algorithm": algorithm}  # type: ignore[dict-item]
-        config = validated(RunConfig, {**SETTINGS, "train": TRAINING, "taste": taste, "meta": meta}, "test")
+        config = validated(RunConfig, {**SETTINGS, "train": TRAINING, "meta": meta, **score}, "test")
         task = validated(Task, TASK | {"prompt": PROMPT}, "test")
         parts = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
         return MetaRecommender.from_pretrained(self.model_dir("llama"), config).fit(TaskData(task, self.data, parts, 0))
@@ -176,7 +177,7 @@ FITS: dict[str, Callable[[Given], Scorer]] = {
     ),
     "metarec, before adaptation": lambda given: given.recommender().scorer(steps=0, name="metarec, before adaptation"),
     "metarec, adapted": lambda given: given.recommender().scorer(),
-    "stacked": lambda given: given.recommender("stack").fitted.taste,
+    "stacked": lambda given: given.recommender("stack").fitted.terms["collaborative"].stack,
     "metarec, adapted, with stack": lambda given: given.recommender("stack").scorer(
         name="metarec, adapted, with stack"
     ),

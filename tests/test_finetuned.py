@@ -39,7 +39,7 @@ TRAIN, TEST = np.arange(0, 40, 2), np.arange(40, 60, 2)
 PRIOR = fit_item_mean(WORLD, np.arange(40))
 FLAT = replace(PRIOR, total=np.zeros_like(PRIOR.total))
 QUICK = FULL.model_copy(
-    update={"steps": 20, "users": 4, "shots": (0, 2), "warmup": 3, "validate_every": 10, "llm_weight": 1.0}
+    update={"steps": 20, "users": 4, "shots": (0, 2), "warmup": 3, "validate_every": 10, "adapter_weight": 1.0}
 )
 RATES = {"lora": 1e-2, "all": 3e-3}
 CANDIDATES = np.array([4, 9, 14, 20, 21, 33, 38], np.int64)

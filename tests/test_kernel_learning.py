@@ -10,6 +10,7 @@ import pytest
 import torch
 from known import CANDIDATES, GENRE, SUPPORT, TEST, THRESHOLD, TRAIN, VECTORS, WORLD, episodes
 
+from metarec.config import KernelConfig
 from metarec.data.interactions import Ratings
 from metarec.evaluate import evaluate
 from metarec.scorers.collaborative.gp import GaussianProcess, fit_gp
@@ -36,7 +37,7 @@ def process(half: int) -> GaussianProcess:
 @cache
 def learned(steps: int) -> KernelUpdate:
     processes = [aligned(process(half), process(0), FACTORS) for half in (0, 1)]
-    return learn_kernel_update(WORLD, processes, HALVES, threshold=THRESHOLD, steps=steps, users=8)
+    return learn_kernel_update(WORLD, processes, HALVES, threshold=THRESHOLD, steps=steps, lr=1e-3, users=8)
 
 
 def nowhere() -> dict[str, torch.Tensor]:
@@ -133,9 +134,9 @@ def test_moving_a_weak_process_makes_new_users_rankings_better() -> None:
 
 
 def test_more_users_make_more_and_smaller_steps_of_the_same_length_together() -> None:
-    few, many = (step_schedule([np.arange(count), np.arange(count + 100)]) for count in (179, 1600))
+    few, many = (step_schedule([np.arange(count), np.arange(count + 100)], KernelConfig()) for count in (179, 1600))
     assert few == {"users": 64, "steps": 400, "lr": 1e-3}
     assert many == {"users": 256, "steps": 800, "lr": 5e-4}
-    between = step_schedule([np.arange(576)])
+    between = step_schedule([np.arange(576)], KernelConfig())
     assert between["users"] == 144
     assert between["steps"] * between["lr"] == pytest.approx(0.4)

@@ -29,8 +29,8 @@ from metarec.scorer import Request, Scorer
 from metarec.scorers.language.linearized import linearize
 
 SETTINGS = {
-    "taste": "none",
-    "encoder": None,
+    "score": ["item mean", "prompt", "adapter"],
+    "collaborative": {"features": ["fields", "lm"]},
     "adapter": {"layers": 2, "rank": 2, "alpha": 4.0},
     "meta": {"inner_steps": 3, "inner_lr": 0.3, "shrinkage": 1.0},
     "train": {
@@ -42,6 +42,12 @@ SETTINGS = {
         "lr": 0.01,
         "warmup": 20,
     },
+}
+ALL_TERMS = ["item mean", "collaborative", "prompt", "adapter"]
+WITH_STACK: dict[str, Any] = {"score": ALL_TERMS}
+WITH_PROCESS: dict[str, Any] = {
+    "score": ALL_TERMS,
+    "collaborative": {"features": ["fields", "lm"], "members": "gp"},
 }
 TASK: dict[str, Any] = {
     "name": "test/known",
@@ -95,7 +101,7 @@ def test_sentences_are_read_where_items_are_unrated_and_nowhere_else(
 
 @pytest.fixture(scope="module")
 def fitted_with_stack(model_dir: Callable[[str], Path]) -> MetaRecommender:
-    config = validated(RunConfig, SETTINGS | {"taste": "stack"}, "test")
+    config = validated(RunConfig, SETTINGS | WITH_STACK, "test")
     return MetaRecommender.from_pretrained(model_dir("llama"), config).fit(known_task())
 
 
@@ -110,12 +116,12 @@ def test_the_stack_is_an_input_that_adapting_does_not_spoil(fitted_with_stack: M
     pd.testing.assert_frame_equal(again.per_user, report.per_user)
 
 
-def test_a_users_taste_is_what_ratings_add_to_the_score_beside_the_adapter(fitted_with_stack: MetaRecommender) -> None:
+def test_term_scores_are_what_ratings_add_to_the_score_beside_the_adapter(fitted_with_stack: MetaRecommender) -> None:
     person, stranger = fitted_with_stack.adapt([("m1", 5.0), ("m2", 1.0)]), fitted_with_stack.adapt([])
     everything = np.arange(40)
     same_adapter = replace(person, state=stranger.state)
     added = (same_adapter.scores(everything) - stranger.scores(everything)).numpy()
-    np.testing.assert_allclose(added, same_adapter.taste(), atol=1e-5)
+    np.testing.assert_allclose(added, same_adapter.term_scores() - stranger.term_scores(), atol=1e-5)
     assert np.abs(added).max() > 0.01
 
 
@@ -173,11 +179,13 @@ def test_an_unread_query_label_changes_no_score(fitted: MetaRecommender) -> None
     test_rows = np.isin(data.interactions.user, data.parts["test"])
     turned[test_rows] = 5.5 - turned[test_rows]
     other = replace(data, interactions=replace(data.interactions, rating=turned))
-    prepared = fitted._prepare(data)[0]
-    assert np.array_equal(prepared.prior.values(np.arange(40)), fitted._prepare(other)[0].prior.values(np.arange(40)))
+    prepared = fitted._prepare(data).fitted
+    assert np.array_equal(
+        prepared.prior.values(np.arange(40)), fitted._prepare(other).fitted.prior.values(np.arange(40))
+    )
 
 
-@pytest.mark.parametrize("part", ["meta.safetensors", "prior.safetensors", "catalog.json", "recommender.json"])
+@pytest.mark.parametrize("part", ["meta.safetensors", "terms.safetensors", "catalog.json", "recommender.json"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_a_damaged_recommender_is_refused(part: str, damage: str, fitted: MetaRecommender, tmp_path: Path) -> None:
     fitted.save_pretrained(tmp_path / "model")
@@ -296,7 +304,7 @@ def test_other_backbones_learn_the_same_task(family: str, model_dir: Callable[[s
     data = known_task()
     data = replace(data, task=validated(Task, TASK | {"prompt": prompt}, "test"))
     # Without item means, which a fold of so few users holds upside down for the users that it has not seen.
-    longer = SETTINGS | {"prior": "none", "train": SETTINGS["train"] | {"steps": 200, "patience": 20}}  # type: ignore[operator]
+    longer = SETTINGS | {"score": ["prompt", "adapter"], "train": SETTINGS["train"] | {"steps": 200, "patience": 20}}  # type: ignore[operator]
     config = validated(RunConfig, longer, "test")
     report = MetaRecommender.from_pretrained(model_dir(family), config).fit(data).evaluate(data)
     gain, _ = report.difference("metarec, adapted", 10, "metarec, before adaptation", 10)
@@ -318,9 +326,9 @@ def test_items_read_once_at_the_initialization_give_the_same_first_step(
 ) -> None:
     """To first order around the initialization the items are the language model's own, so the adapter is the same."""
     changed = {name: {**SETTINGS[name], **section} for name, section in NEAR[kind].items()}
-    config = validated(RunConfig, SETTINGS | {"taste": "gp"} | changed, "test")
+    config = validated(RunConfig, SETTINGS | WITH_PROCESS | changed, "test")
     recommender = MetaRecommender.from_pretrained(model_dir("llama"), config)
-    fitted = recommender._prepare(known_task())[0]
+    fitted = recommender._prepare(known_task()).fitted
     generator = torch.Generator().manual_seed(0)
     # Training moves the initialization away from where an adapter changes nothing.
     init = {
@@ -338,7 +346,7 @@ def test_items_read_once_at_the_initialization_give_the_same_first_step(
     torch.testing.assert_close(found.losses, expected.losses, rtol=1e-4, atol=1e-6)
     for name, value in expected.state.items():
         torch.testing.assert_close(found.state[name], value, rtol=1e-3, atol=2e-5)
-    assert not torch.equal(expected.state["score.prior_weight"][0], init["score.prior_weight"])
+    assert not torch.equal(expected.state["score.item mean"][0], init["score.item mean"])
 
 
 @pytest.mark.parametrize("algorithm", get_args(MetaConfig.model_fields["algorithm"].annotation))

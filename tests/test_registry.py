@@ -38,7 +38,7 @@ def test_checking_a_name_imports_nothing(
 
 
 def test_an_unknown_name_is_refused_with_the_nearest(registry: Registry[object]) -> None:
-    with pytest.raises(ConfigError, match="no loss is called 'owm'.*own"):
+    with pytest.raises(ConfigError, match=r"no loss is called 'owm'.*own"):
         registry.get("owm")
     with pytest.raises(ConfigError, match="cannot be imported"):
         registry.get("no_such_module:thing")

@@ -14,6 +14,7 @@ from serving import LOVES_DRAMA, LOVES_HORROR, small_recommender
 from test_recommender import SETTINGS, known_task
 
 from metarec.config import RunConfig, validated
+from metarec.data.interactions import Ratings
 from metarec.errors import ConfigError, ConflictError, UnknownItemError
 from metarec.lm.cached_forward import CachedForward
 from metarec.recommender import MetaRecommender
@@ -104,7 +105,8 @@ def test_a_first_step_from_what_was_read_at_the_start_is_the_models_own(
         assert len(read) == (3 if engine is plain else 2)
     mine, theirs = people
     assert mine.losses == pytest.approx(theirs.losses, rel=1e-5)
-    np.testing.assert_allclose(all_scores(quick, theirs), all_scores(plain, mine), atol=1e-5)
+    # Adapters are kept in float16: a last bit of float32 may become a step of that.
+    np.testing.assert_allclose(all_scores(quick, theirs), all_scores(plain, mine), atol=1e-3)
     # An item that came later is not known beforehand; then all steps ask the model.
     quick.add_items([NEW])
     read.clear()
@@ -282,12 +284,15 @@ def test_an_added_item_scores_as_if_it_had_always_been_there(engine: Engine, rec
     # What the ratings of others say differs, for nobody has rated the twin; what the model reads does not.
     prior, state = engine.recommender.fitted.prior.values(np.array([40, 7])), person.adapted.state
     nobody = engine.stranger.score(["twin", "m7"])
-    base = np.array(nobody) - float(engine.stranger.state["score.prior_weight"]) * prior
+    base = np.array(nobody) - float(engine.stranger.state["score.item mean"]) * prior
     scores = np.array(engine.score(person, ["twin", "m7"])[1])
-    read = scores - float(state["score.prior_weight"]) * prior - person.adapted.taste()[[40, 7]] - base
+    term = engine.recommender.fitted.terms["collaborative"]
+    asked = [np.array([40, 7])]
+    collaborative = term.values([person.adapted.support], asked)[0] - term.values([Ratings.empty()], asked)[0]
+    read = scores - float(state["score.item mean"]) * prior - collaborative * float(state["score.collaborative"]) - base
     assert read[0] == pytest.approx(read[1], abs=1e-5)
     assert abs(read[0]) > 1e-4
-    assert person.adapted.taste()[40] == 0
+    assert collaborative[0] == 0
 
 
 def test_added_items_survive_a_restart_with_the_ratings_of_them(

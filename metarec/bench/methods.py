@@ -120,7 +120,7 @@ class MethodContext:
     @cached_property
     def untrained(self) -> MetaRecommender:
         """The default language model on the task's prompts with the item prior, not meta-trained, without the GP."""
-        config = RunConfig(seed=self.seed, taste="none")
+        config = RunConfig(seed=self.seed, score=("item mean", "prompt", "adapter"))
         return MetaRecommender.from_pretrained(config.backbone, config).prepare(self.task_data)
 
     @cached_property
@@ -314,8 +314,6 @@ def _metarec(setting: MethodContext, *, name: str = "metarec", **settings: Any) 
     rows = [row(None, name)]
     if name == "metarec":
         rows += [row(0, "metarec, no adaptation")]
-        taste = recommender.fitted.taste
-        rows += [MethodRow(replace(taste, name="metarec, no LLM"), taste.weights.size)]
         # The steps in between are a picture, not a row: one split is enough for it.
         between = range(1, recommender.config.meta.inner_steps) if setting.seed == 0 else ()
         rows += [row(step, f"metarec, step {step}", step) for step in between]
@@ -449,20 +447,26 @@ METHODS: dict[str, Method] = {
             _metarec,
             group,
             f"prior and language model, {how}",
-            {"name": f"metarec, no stack, {called}", "taste": "none", **settings},
+            {"name": f"metarec, no stack, {called}", "score": "[item mean, prompt, adapter]", **settings},
         )
         for called, group, how, settings in _VARIANTS
     },
     "metarec, no stack": Method(
-        _metarec, "ablation", "prior and adapted language model", {"name": "metarec, no stack", "taste": "none"}
+        _metarec,
+        "ablation",
+        "prior and adapted language model",
+        {"name": "metarec, no stack", "score": "[item mean, prompt, adapter]"},
     ),
     "metarec, no prior": Method(
-        _metarec, "ablation", "no item means at all", {"name": "metarec, no prior", "prior": "none"}
+        _metarec,
+        "ablation",
+        "no item means at all",
+        {"name": "metarec, no prior", "score": "[collaborative, prompt, adapter]"},
     ),
     "metarec, text only": Method(
         _metarec,
         "ablation",
         "the adapted language model alone",
-        {"name": "metarec, text only", "prior": "none", "taste": "none"},
+        {"name": "metarec, text only", "score": "[prompt, adapter]"},
     ),
 }

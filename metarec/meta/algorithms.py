@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -310,12 +309,3 @@ def closed_form(meta: MetaState, solve: Solve, query_loss: Loss, users: int) -> 
     kept = loss.detach().isfinite() & finite_users(gradients)
     found = {f"init/{name}": value.sum(0) for name, value in _mean_over(kept, gradients).items()}
     return MetaGradient(loss.detach(), found, ~kept)
-
-
-ALGORITHMS: dict[str, Algorithm] = {
-    "fomaml": fomaml,
-    "maml": partial(maml, second_order=True),
-    "maml++": maml_plus_plus,
-    "imaml": imaml,
-    "reptile": reptile,
-}

@@ -6,8 +6,43 @@ users. Knows nothing of language models or of where features come from.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Support:
+    """What a head is fitted to.
+
+    Args:
+        features: Support items, shape (users, items, features).
+        residual: What the score leaves of the ratings around the user's level, shape (users, items).
+        liked: Which items were liked, shape (users, items).
+        real: False at padding, shape (users, items).
+    """
+
+    features: Tensor
+    residual: Tensor
+    liked: Tensor
+    real: Tensor
+
+
+@dataclass(frozen=True)
+class ClosedFormHead:
+    """A head that takes the place of gradient steps; the outer loop learns its one parameter.
+
+    Args:
+        parameter: Name of that parameter, kept as a logarithm.
+        start: Where the logarithm starts.
+        fit: Maps a support and the parameter, shape (users,), to heads, shape (users, features).
+    """
+
+    parameter: str
+    start: float
+    fit: Callable[[Support, Tensor], Tensor]
 
 
 def ridge_head(features: Tensor, targets: Tensor, real: Tensor, penalty: Tensor) -> Tensor:
@@ -52,3 +87,11 @@ def prototype_head(features: Tensor, liked: Tensor, real: Tensor, scale: Tensor)
     means = classes @ features / counts.clamp(min=1)
     both = (counts > 0).all(1)
     return 2 * scale[:, None] * (means[:, 0] - means[:, 1]) * both
+
+
+RIDGE = ClosedFormHead(
+    "log_penalty", 0.0, lambda support, penalty: ridge_head(support.features, support.residual, support.real, penalty)
+)
+PROTOTYPES = ClosedFormHead(
+    "log_scale", -1.0, lambda support, scale: prototype_head(support.features, support.liked, support.real, scale)
+)

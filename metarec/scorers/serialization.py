@@ -34,13 +34,16 @@ from metarec.scorers.collaborative.gp import GaussianProcess
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.networks import Network
 from metarec.scorers.collaborative.stack import Stacked
+from metarec.scorers.collaborative.terms import CollaborativeTerm, ItemMeanTerm
 from metarec.scorers.collaborative.text import TextLogistic, TextRidge, TwoTower
 from metarec.scorers.collaborative.trivial import Constant, ItemMean, Popularity, Random
 from metarec.scorers.language.adapted import InnerLoop, MetaScorer
 from metarec.scorers.language.expected_rating import ExpectedRating
 from metarec.scorers.language.finetuned import FineTuned, Recipe
 from metarec.scorers.language.in_context import History, InContext, Listwise
+from metarec.scorers.language.prompt_term import PromptTerm
 from metarec.scorers.language.zero_shot import ZeroShot
+from metarec.scorers.term import ItemValues
 from metarec.tensors import read_tensors, write_tensors
 
 KIND = "scorer"
@@ -49,6 +52,7 @@ _FORMAT = 2
 CLASSES: dict[str, type[Any]] = {
     "ALS": ALS,
     "Catalog": Catalog,
+    "CollaborativeTerm": CollaborativeTerm,
     "Constant": Constant,
     "EASE": EASE,
     "ExpectedRating": ExpectedRating,
@@ -59,13 +63,16 @@ CLASSES: dict[str, type[Any]] = {
     "InnerLoop": InnerLoop,
     "ItemKNN": ItemKNN,
     "ItemMean": ItemMean,
+    "ItemMeanTerm": ItemMeanTerm,
     "ItemPrior": ItemPrior,
+    "ItemValues": ItemValues,
     "Listwise": Listwise,
     "MetaScorer": MetaScorer,
     "MetaState": MetaState,
     "Network": Network,
     "Popularity": Popularity,
     "PromptTemplate": PromptTemplate,
+    "PromptTerm": PromptTerm,
     "Random": Random,
     "Recipe": Recipe,
     "Stacked": Stacked,
@@ -76,7 +83,6 @@ CLASSES: dict[str, type[Any]] = {
     "ZeroShot": ZeroShot,
 }
 _Model = TypeVar("_Model", AnswerModel, Backbone)
-_NAMES = {cls: name for name, cls in CLASSES.items()}
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -95,18 +101,19 @@ def save_scorer(path: str | Path, scorer: Scorer) -> None:
         write_scorer(directory, KIND, scorer)
 
 
-def write_scorer(directory: Path, name: str, scorer: Scorer) -> None:
-    """Writes a scorer's two files into a directory that somebody else makes and guards.
+def write_scorer(directory: Path, name: str, scorer: Any, *, classes: Mapping[str, type[Any]] | None = None) -> None:
+    """Writes a scorer's, or its parts', two files into a directory that somebody else makes and guards.
 
     Args:
         directory: Where they go.
         name: What they are called, without their endings.
-        scorer: See `save_scorer`.
+        scorer: See `save_scorer`; or a mapping of its parts.
+        classes: More classes than `CLASSES` has, by name.
 
     Raises:
         ArtifactError: See `save_scorer`.
     """
-    packer = _Packer({}, [])
+    packer = _Packer({}, [], {cls: known for known, cls in {**CLASSES, **(classes or {})}.items()})
     document = {"format": _FORMAT, "scorer": packer.pack(scorer, "scorer"), "answer_model": None, "backbone": None}
     document |= {_argument(model): _identity(model) for model in packer.models}
     (directory / f"{name}.json").write_text(dump_json(document), encoding="utf-8")
@@ -136,7 +143,12 @@ def load_scorer(
 
 
 def read_scorer(
-    path: Path, name: str, *, answer_model: AnswerModel | None = None, backbone: Backbone | None = None
+    path: Path,
+    name: str,
+    *,
+    answer_model: AnswerModel | None = None,
+    backbone: Backbone | None = None,
+    classes: Mapping[str, type[Any]] | None = None,
 ) -> Scorer:
     """Reads the files of `write_scorer` from a directory that was verified.
 
@@ -145,6 +157,7 @@ def read_scorer(
         name: What the files are called.
         answer_model: See `load_scorer`.
         backbone: See `load_scorer`.
+        classes: More classes than `CLASSES` has, by name.
 
     Raises:
         ArtifactError: See `load_scorer`.
@@ -160,7 +173,9 @@ def read_scorer(
         device = _checked(path, document["answer_model"], "answer_model", answer_model).backbone.device
     if document["backbone"] is not None:
         device = _checked(path, document["backbone"], "backbone", backbone).device
-    unpacker = _Unpacker(path, read_tensors(path / f"{name}.safetensors"), answer_model, backbone, device)
+    unpacker = _Unpacker(
+        path, read_tensors(path / f"{name}.safetensors"), answer_model, backbone, device, {**CLASSES, **(classes or {})}
+    )
     return cast("Scorer", unpacker.unpack(document["scorer"]))
 
 
@@ -192,6 +207,7 @@ class _Packer:
 
     tensors: dict[str, Tensor]
     models: list[AnswerModel | Backbone]
+    names: Mapping[type[Any], str]
 
     def pack(self, value: Any, where: str) -> Any:
         if value is None or isinstance(value, bool | str) or type(value) is int:
@@ -220,10 +236,10 @@ class _Packer:
                 raise ArtifactError(f"{where} is a second language model", "A scorer can be saved with one")
             self.models.append(value)
             return {_argument(value): True}
-        if type(value) in _NAMES:
+        if type(value) in self.names:
             parts = {field.name: getattr(value, field.name) for field in fields(value)}
             packed = {name: self.pack(part, f"{where}.{name}") for name, part in parts.items()}
-            return {"class": _NAMES[type(value)], "fields": packed}
+            return {"class": self.names[type(value)], "fields": packed}
         raise ArtifactError(
             f"{where} is a {type(value).__name__}, which cannot be saved",
             "Add its class to metarec.scorers.serialization.CLASSES",
@@ -252,6 +268,7 @@ class _Unpacker:
     answer_model: AnswerModel | None
     backbone: Backbone | None
     device: torch.device
+    classes: Mapping[str, type[Any]]
 
     def unpack(self, packed: Any) -> Any:
         if not isinstance(packed, dict):
@@ -282,7 +299,7 @@ class _Unpacker:
         return array.T if columns_first else array
 
     def _make(self, name: str, packed: Mapping[str, Any]) -> Any:
-        cls = CLASSES.get(name)
+        cls = self.classes.get(name)
         if cls is None or {field.name for field in fields(cls)} != set(packed):
             raise ArtifactError(
                 f"'{self.path}' holds a '{name}' as this metarec does not know it",

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 from metarec.data.interactions import Catalog, Codes, Ratings
 from metarec.errors import ArtifactError, ConfigError, ConflictError, MetarecError, UnknownItemError
+from metarec.lm.answer_model import AnswerModel
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import tokenize_catalog
 from metarec.metrics import rank_order
 from metarec.recommender import AdaptedUser, MetaRecommender, Recommendation
 from metarec.scorers.language.linearized import Linearized, linearize
-from metarec.scorers.language.score import PRIOR_WEIGHT
 from metarec.serve.hot_adapters import HotAdapters
 from metarec.serve.items import check_fields, extend, longest
 from metarec.serve.retrieval import Effects, extended, fit_effects
@@ -146,7 +146,8 @@ class Engine:
         self._candidates = candidates
         self._users_at_once = users_at_once
         self._workers = ThreadPoolExecutor(workers, "model")
-        self._longest = longest(recommender.fitted.answer_model)
+        model = recommender.adapted_model
+        self._longest = 0 if model is None else longest(model)
         self._save: Callable[[NewAdapter], object] = self.keep
         # Every adapter has the same shape, so one user's size is everybody's.
         self.stranger = recommender.adapt([])
@@ -168,11 +169,12 @@ class Engine:
         """Reads the trained catalog's items at the meta-initialization, the most rated first; added items have none."""
         fitted, inner = self.trained.fitted, self.trained.scorer().inner
         numbers = sum(value.numel() for name, value in fitted.meta.init.items() if name in fitted.meta.log_rate)
-        if inner.head is not None or not inner.steps or not numbers:
+        model = self.trained.adapted_model
+        if model is None or inner.head is not None or not inner.steps or not numbers:
             return None
         count = limit // (4 * numbers)
         chosen = np.sort(np.argsort(-fitted.prior.count, kind="stable")[:count])
-        return linearize(fitted.answer_model, fitted.meta, chosen) if count else None
+        return linearize(model, fitted.meta, chosen) if count else None
 
     def _learn_catalog(self) -> None:
         """Prepares what ranking the current catalog needs: everybody's scores before adaptation, and vectors."""
@@ -182,7 +184,9 @@ class Engine:
         self.stranger = AdaptedUser(self.recommender, Ratings.empty(), self.stranger.state, False, 0.0)
         fresh = self.stranger.scores(np.arange(known, len(fitted.catalog))).numpy()
         self._prior_scores = np.concatenate([getattr(self, "_prior_scores", fresh[:0]), fresh])
-        self.vectors = self._project(fitted.answer_model.states.cpu().numpy())
+        self._start_terms = self.stranger.term_scores()
+        model = fitted.answer_model
+        self.vectors = None if model is None else self._project(model.states.cpu().numpy())
         self._title_words = [set(_words(title)) for title in fitted.catalog.fields["title"]]
 
     def prepare(self) -> Effects:
@@ -193,16 +197,18 @@ class Engine:
         """
         meta = self.trained.fitted.meta
         if self._effects is None:
-            self._effects = fit_effects(self.trained.fitted.answer_model, meta, self.trained.scorer().inner)
+            self._effects = fit_effects(self.trained.adapted_model, meta, self.trained.scorer().inner)
         if len(self._effects) < len(self.catalog):
-            answer_model = self.recommender.fitted.answer_model
+            answer_model = self.recommender.adapted_model
             self._effects = extended(self._effects, answer_model, meta, len(self.catalog), self._linearized)
         return self._effects
 
     @cached_property
     def _projection(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mean, spread and whitened principal directions of the trained catalog's states."""
-        states = self.trained.fitted.answer_model.states.cpu().numpy().astype(np.float64)
+        model = self.trained.fitted.answer_model
+        assert model is not None
+        states = model.states.cpu().numpy().astype(np.float64)
         mean, spread = states.mean(0), states.std(0) + 1e-6
         values, directions = np.linalg.eigh(np.cov((states - mean) / spread, rowvar=False))
         top = np.argsort(-values)[:_DIMENSIONS]
@@ -467,10 +473,9 @@ class Engine:
             approximate = self._prior_scores
         else:
             state, start = person.adapted.state, self.stranger.state
-            prior = self.recommender.fitted.prior.values(np.arange(len(self.catalog)))
-            moved = float(state[PRIOR_WEIGHT] - start[PRIOR_WEIGHT]) * prior + self.prepare()(state, start)
-            # What users of like taste say is cheap enough for everything, exactly.
-            approximate = self._prior_scores + person.adapted.taste() + np.nan_to_num(moved)
+            # All terms but the adapter are cheap enough for the whole catalog, exactly.
+            moved = person.adapted.term_scores() - self._start_terms + self.prepare()(state, start)
+            approximate = self._prior_scores + np.nan_to_num(moved)
         best = np.argsort(-approximate[codes], kind="stable")[:count]
         chosen: Codes = np.sort(codes[best])
         return chosen
@@ -503,6 +508,16 @@ class Engine:
             for column in moved.T
         ]
 
+    def _read_query(self, text: str, answer_model: AnswerModel) -> NDArray[np.float32]:
+        """Returns the vector of a text read as if it were an item's title."""
+        catalog, backbone = self.trained.fitted.catalog, answer_model.backbone
+        fields = {name: (text if name == "title" else "",) for name in catalog.fields}
+        prompts = tokenize_catalog(backbone, self.trained.fitted.task.template, Catalog(("query",), fields))
+        # The whole model runs without a cache: a query must leave nothing on disk.
+        states = ReferenceForward(backbone, prompts, answer_model.placement).frozen_states()
+        vector: NDArray[np.float32] = self._project(states.cpu().numpy())[0]
+        return vector
+
     def search(self, text: str, k: int, person: Person | None = None) -> list[Found]:
         """Finds items by text: the query is read as if it were a title, and compared with the items' vectors.
 
@@ -510,13 +525,11 @@ class Engine:
         taste together.
         """
         fitted = self.trained.fitted
-        fields = {name: (text if name == "title" else "",) for name in fitted.catalog.fields}
-        prompts = tokenize_catalog(self.trained.backbone, fitted.task.template, Catalog(("query",), fields))
-        # The whole model runs without a cache: a query must leave nothing on disk.
-        states = ReferenceForward(self.trained.backbone, prompts, fitted.answer_model.placement).frozen_states()
-        query = self._project(states.cpu().numpy())[0]
-        norms = np.linalg.norm(self.vectors, axis=1) * np.linalg.norm(query)
-        similarity = self.vectors @ query / np.maximum(norms, 1e-6)
+        similarity = np.zeros(len(self.catalog), np.float32)
+        if fitted.answer_model is not None and self.vectors is not None:
+            query = self._read_query(text, fitted.answer_model)
+            norms = np.linalg.norm(self.vectors, axis=1) * np.linalg.norm(query)
+            similarity = self.vectors @ query / np.maximum(norms, 1e-6)
         words = set(_words(text))
         shared = np.array([len(words & title) / len(words | title) for title in self._title_words])
         similarity = similarity + shared

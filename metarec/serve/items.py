@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from metarec.lm.forward import ItemBatch
 from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
 from metarec.recommender import MetaRecommender
 from metarec.scorers.collaborative.item_mean import extend_by_text
+from metarec.scorers.term import AddedItems
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ def extend(
     added = [*_added(trained, current), *items]
     known = len(trained.fitted.catalog)
     answer_model = current.fitted.answer_model
+    if trained.fitted.answer_model is None:
+        return _over(trained, [], added)
     segments = list(answer_model.segments) if isinstance(answer_model, ExtendedAnswerModel) else []
     start = len(current.fitted.catalog)
     # Segments of like size become one, so their number stays logarithmic and so does how often an item is read.
@@ -133,6 +137,7 @@ def extend(
 
 def _read(trained: MetaRecommender, items: Sequence[tuple[str, Mapping[str, str]]]) -> AnswerModel:
     base = trained.fitted.answer_model
+    assert base is not None
     prompts = tokenize_catalog(trained.backbone, trained.fitted.task.template, _catalog(trained.fitted.catalog, items))
     answer_model = open_answer_model(trained.backbone, _as_trained(prompts, base.prompts), base.placement)
     _ = answer_model.frozen_log_odds
@@ -164,16 +169,24 @@ def _over(
     trained: MetaRecommender, segments: Sequence[Segment], added: Sequence[tuple[str, Mapping[str, str]]]
 ) -> MetaRecommender:
     fitted, base = trained.fitted, trained.fitted.answer_model
-    answer_model = ExtendedAnswerModel(base.backbone, base.prompts, base.placement, base.forward, base, tuple(segments))
     new = _catalog(fitted.catalog, added)
     fields = {name: column + new.fields[name] for name, column in fitted.catalog.fields.items()}
-    states = torch.cat([segment.answer_model.states for segment in segments]).cpu().numpy()
-    prior = extend_by_text(fitted.prior, base.states.cpu().numpy(), states)
+    catalog = Catalog(fitted.catalog.ids + new.ids, fields)
+    answer_model: ExtendedAnswerModel | None = None
+    # Without a language model nothing tells the means of new items apart: each gets the average one.
+    known, states = np.zeros((len(fitted.catalog), 1)), np.zeros((len(added), 1))
+    if base is not None:
+        parts = (base.backbone, base.prompts, base.placement, base.forward)
+        answer_model = ExtendedAnswerModel(*parts, base, tuple(segments))
+        known = base.states.cpu().numpy()
+        states = torch.cat([segment.answer_model.states for segment in segments]).cpu().numpy()
+    prior = extend_by_text(fitted.prior, known, states)
+    extended = AddedItems(catalog, prior, answer_model)
     longer: Fitted = replace(
         fitted,
-        catalog=Catalog(fitted.catalog.ids + new.ids, fields),
+        catalog=catalog,
         prior=prior,
-        taste=fitted.taste.extended(prior),
+        terms={name: term.extended(extended) for name, term in fitted.terms.items()},
         answer_model=answer_model,
     )
-    return MetaRecommender(trained.backbone, trained.config, longer)
+    return MetaRecommender(None if base is None else base.backbone, trained.config, longer)

@@ -24,7 +24,7 @@ from metarec.meta.inner_loop import MetaState
 from metarec.progress import progress
 from metarec.scorers.language.adapted import InnerLoop
 from metarec.scorers.language.linearized import Linearized, linearize
-from metarec.scorers.language.score import HEAD, LLM_WEIGHT
+from metarec.scorers.language.score import ADAPTER_WEIGHT, HEAD, adapter_tensors
 from metarec.tensors import expand_users
 
 _DIRECTIONS = 128
@@ -61,20 +61,22 @@ class Effects:
             return np.zeros(len(self), np.float32)
         moved = torch.cat([(state[name] - start.get(name, 0.0)).flatten() for name in self.names])
         if self.directions is not None:
-            moved = state[LLM_WEIGHT] * (moved @ self.directions)
+            moved = state[ADAPTER_WEIGHT] * (moved @ self.directions)
         effect: NDArray[np.float32] = self.coordinates @ moved.cpu().numpy()
         return effect
 
 
-def fit_effects(answer_model: AnswerModel, meta: MetaState, inner: InnerLoop) -> Effects:
+def fit_effects(answer_model: AnswerModel | None, meta: MetaState, inner: InnerLoop) -> Effects:
     """Chooses the coordinates; no item has any yet.
 
     Args:
-        answer_model: The language model over the catalog that was trained on.
+        answer_model: The language model over the catalog that was trained on; None where the score has no adapter.
         meta: The meta-parameters.
         inner: How users are adapted.
     """
-    names = tuple(name for name in meta.log_rate if not name.startswith("score."))
+    if answer_model is None:
+        return Effects((), None, np.zeros((0, 0), np.float32))
+    names = tuple(adapter_tensors(meta.log_rate))
     if inner.head is not None and inner.steps:
         return Effects((HEAD,), None, np.zeros((0, answer_model.backbone.hidden_size), np.float32))
     if not inner.steps or not names:
@@ -91,7 +93,7 @@ def fit_effects(answer_model: AnswerModel, meta: MetaState, inner: InnerLoop) ->
 
 @torch.no_grad()
 def extended(
-    effects: Effects, answer_model: AnswerModel, meta: MetaState, items: int, linearized: Linearized | None
+    effects: Effects, answer_model: AnswerModel | None, meta: MetaState, items: int, linearized: Linearized | None
 ) -> Effects:
     """Gives coordinates to the items that have none.
 
@@ -111,10 +113,11 @@ def extended(
         covered = inside[rows >= 0]
         coordinates[covered] = (linearized.slopes @ effects.directions).cpu().numpy()[rows[rows >= 0]]
         unread = np.setdiff1d(unread, covered)
-    count = len(unread) if effects.names else 0
+    count = len(unread) if effects.names and answer_model is not None else 0
     blocks = [unread[start : start + _READ_AT_ONCE] for start in range(0, count, _READ_AT_ONCE)]
     with progress("reading items for retrieval", len(blocks), after=2.0) as advance:
         for done, block in enumerate(blocks, start=1):
+            assert answer_model is not None
             coordinates[block] = _read(effects, answer_model, meta, fresh[block])
             advance(done)
     return replace(effects, coordinates=np.concatenate([effects.coordinates, coordinates]))
@@ -124,7 +127,7 @@ def _read(effects: Effects, answer_model: AnswerModel, meta: MetaState, items: C
     if effects.directions is not None:
         found = linearize(answer_model, meta, items).slopes @ effects.directions
     else:
-        adapter = {name: value for name, value in meta.init.items() if not name.startswith("score.")}
+        adapter = adapter_tensors(meta.init)
         item_batch = answer_model.gather(torch.from_numpy(items)[None])
         found = answer_model.features(answer_model.last_states(item_batch, expand_users(adapter, 1)))[0]
     coordinates: NDArray[np.float32] = found.float().cpu().numpy()

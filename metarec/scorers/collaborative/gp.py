@@ -144,7 +144,7 @@ def fit_gp(
     sweeps: int = 8,
     selection_effect: float = 4.0,
     selection_damping: float = 3.0,
-    mean_strength: float = 4.0,
+    mean_damping: float = 4.0,
     seed: int = 0,
 ) -> GaussianProcess:
     """Learns the items' means and covariance by variational expectation maximization.
@@ -163,7 +163,7 @@ def fit_gp(
         sweeps: Rounds of expectation and maximization; few, for early stopping regularizes.
         selection_effect: See `GaussianProcess`; the same for all loadings but the level.
         selection_damping: See `GaussianProcess`.
-        mean_strength: Ratings that an item's predicted mean counts for.
+        mean_damping: Damping: pseudo-ratings that shrink an item's mean to its prediction.
         seed: Seed of the first loadings and of the folds that predict item means.
 
     Raises:
@@ -178,7 +178,7 @@ def fit_gp(
         log_count = np.log1p(prior.count.astype(np.float64))[:, None]
         return smooth_by_text(prior, np.concatenate([*features.values(), log_count, log_count**2], 1), seed)
 
-    residuals, mean = _centred_means(interactions, users, baseline, smooth or by_blocks, mean_strength)
+    residuals, mean = _centred_means(interactions, users, baseline, smooth or by_blocks, mean_damping)
     count = residuals.count
     blocks = [*_feature_loadings(features, count, components), np.full((len(count), 1), np.sqrt(level_variance))]
     loadings, spread = _factor_analysis(residuals, blocks, factors, noise, factor_variance, sweeps, seed)

@@ -19,6 +19,7 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
+from metarec.config import KernelConfig
 from metarec.data.episodes import training_batch
 from metarec.data.interactions import Codes, Interactions
 from metarec.meta.losses import pairwise_logistic
@@ -27,10 +28,6 @@ from metarec.scorers.collaborative.residuals import Floats
 
 _SHOTS = (0, 2, 5, 10, 20)
 _MAX_QUERY, _MIN_QUERY = 40, 6
-_SHARPNESS = 2.0
-_FEWEST_USERS, _MOST_USERS = 64, 256
-# With the fewest users a step; chosen on validation users, as the bounds were.
-_STEPS, _RATE = 400, 1e-3
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def aligned(process: GaussianProcess, onto: GaussianProcess, factors: int) -> Ga
     return replace(process, loadings=turned(process.loadings), centre=turned(process.centre))
 
 
-def step_schedule(out_of_fold: Sequence[Codes]) -> dict[str, Any]:
+def step_schedule(out_of_fold: Sequence[Codes], settings: KernelConfig) -> dict[str, Any]:
     """Returns how many users a step takes, how many steps, and at what rate, for `learn_kernel_update`.
 
     A quarter of the users that a process has not seen, within bounds. With more users a gradient says more, so steps
@@ -86,10 +83,11 @@ def step_schedule(out_of_fold: Sequence[Codes]) -> dict[str, Any]:
 
     Args:
         out_of_fold: As in `learn_kernel_update`.
+        settings: Bounds, and steps and rate at the lower one.
     """
-    users = int(np.clip(min(len(some) for some in out_of_fold) // 4, _FEWEST_USERS, _MOST_USERS))
-    more = float(np.sqrt(users / _FEWEST_USERS))
-    return {"users": users, "steps": round(_STEPS * more), "lr": _RATE / more}
+    users = int(np.clip(min(len(some) for some in out_of_fold) // 4, settings.min_users, settings.max_users))
+    more = float(np.sqrt(users / settings.min_users))
+    return {"users": users, "steps": round(settings.steps * more), "lr": settings.lr / more}
 
 
 def learn_kernel_update(
@@ -98,9 +96,10 @@ def learn_kernel_update(
     out_of_fold: Sequence[Codes],
     *,
     threshold: float,
-    steps: int = _STEPS,
-    lr: float = _RATE,
-    users: int = _FEWEST_USERS,
+    steps: int,
+    lr: float,
+    users: int,
+    sharpness: float = 2.0,
     seed: int = 0,
 ) -> KernelUpdate:
     """Learns one displacement for several processes, from the users that each of them has not seen.
@@ -113,6 +112,7 @@ def learn_kernel_update(
         steps: Steps of Adam, the rate decaying to zero along a cosine; few, for early stopping regularizes.
         lr: Rate; for `selection_effect`, whose numbers are a hundred times larger, ten times it.
         users: Users per step.
+        sharpness: Factor on differences of scores in the loss.
         seed: Seed of the episodes.
 
     Returns:
@@ -161,7 +161,7 @@ def learn_kernel_update(
             torch.from_numpy(query),
             processes[turn].selection_damping,
         )
-        loss = pairwise_logistic(scores, torch.from_numpy(liked), torch.from_numpy(real), _SHARPNESS).mean()
+        loss = pairwise_logistic(scores, torch.from_numpy(liked), torch.from_numpy(real), sharpness).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

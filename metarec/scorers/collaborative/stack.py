@@ -9,13 +9,14 @@ Knows nothing of language models; text is vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import minimize
 from torch import Tensor
 
+from metarec.config import CollaborativeConfig, StackConfig
 from metarec.data.episodes import evaluation_episodes
 from metarec.data.interactions import Codes, Flags, Interactions, Ratings, Values
 from metarec.progress import progress
@@ -30,13 +31,6 @@ from metarec.scorers.collaborative.text import TextRidge, fit_text_ridge
 Member = GaussianProcess | TextRidge
 _SHOTS = (0, 5, 10, 20)
 _MAX_QUERY, _MIN_QUERY = 50, 5
-_FACTORS = 16
-_COMPONENTS = 32
-_PAIRS = 40
-# Weights before anything is learned: the first member's, and every other one's; and for how many users that counts.
-_FIRST_WEIGHT, _OTHER_WEIGHT = 0.8, 0.2
-_STRENGTH = 15.0
-_SHARPNESS = 2.0
 
 
 @dataclass(frozen=True)
@@ -132,30 +126,30 @@ def item_mean_alone(prior: ItemPrior) -> Stacked:
     return Stacked(prior, (), (0,), np.ones((1, 0)))
 
 
-def fit_gp_alone(
-    interactions: Interactions, users: Codes, prior: ItemPrior, features: Features, seed: int
+def fit_members(
+    interactions: Interactions,
+    users: Codes,
+    prior: ItemPrior,
+    features: Features,
+    settings: CollaborativeConfig,
+    seed: int,
 ) -> tuple[Member, ...]:
-    """Fits one Gaussian process."""
-    return (fit_process(interactions, users, features, seed=seed),)
+    """Fits the predictors that the settings name, a Gaussian process first.
 
-
-def fit_all(
-    interactions: Interactions, users: Codes, prior: ItemPrior, features: Features, seed: int
-) -> tuple[Member, ...]:
-    """Fits all methods of the stack; where items are unrated, one process, for learned factors do not reach them."""
-    process = fit_process(interactions, users, features, factors=_FACTORS, seed=seed)
+    Where items are unrated there is no second process: learned factors do not reach such items.
+    """
+    if settings.members == "none":
+        return ()
+    process = fit_process(interactions, users, features, seed=seed, **settings.gp.model_dump())
+    if settings.members == "gp":
+        return (process,)
     ridge = fit_text_ridge(prior, features.text)
     if features.unrated is not None:
         return process, ridge
-    single = fit_process(interactions, users, features, factors=1, sweeps=4, components=_COMPONENTS, seed=seed)
+    stack = settings.stack
+    narrow = {"factors": 1, "sweeps": stack.narrow_sweeps, "components": stack.narrow_components}
+    single = fit_process(interactions, users, features, seed=seed, **{**settings.gp.model_dump(), **narrow})
     return process, single, ridge
-
-
-MEMBERS: dict[str, Callable[[Interactions, Codes, ItemPrior, Features, int], tuple[Member, ...]]] = {
-    "none": lambda *_: (),
-    "gp": fit_gp_alone,
-    "stack": fit_all,
-}
 
 
 @dataclass(frozen=True)
@@ -164,17 +158,17 @@ class Fold:
 
     Args:
         prior: The item prior.
-        taste: The stack.
+        stack: The collaborative predictors.
         hidden: Items whose ratings nothing here has seen, shape (items,); none where no item is cold.
     """
 
     prior: ItemPrior
-    taste: Stacked
+    stack: Stacked
     hidden: Flags
 
 
 @dataclass(frozen=True)
-class CrossFitted:
+class OutOfFold:
     """Fits that each have not seen a fold of the meta-training users: what those users look like when new.
 
     Args:
@@ -189,50 +183,64 @@ class CrossFitted:
         """Returns the fit that has not seen a user."""
         return self.folds[self.fold[user]]
 
-    def with_zero_mean(self) -> CrossFitted:
+    def with_zero_mean(self) -> OutOfFold:
         """Returns the same fits around a mean of zero for every item."""
-        silent = (Fold(fold.prior.with_zero_mean(), fold.taste.with_zero_mean(), fold.hidden) for fold in self.folds)
+        silent = (Fold(fold.prior.with_zero_mean(), fold.stack.with_zero_mean(), fold.hidden) for fold in self.folds)
         return replace(self, folds=tuple(silent))
+
+
+@dataclass(frozen=True)
+class FittedStack:
+    """What `fit_stack` fits: for new users, and for each meta-training user without them.
+
+    Args:
+        prior: Item means of all meta-training users, smoothed by text.
+        stack: The collaborative predictors of all meta-training users.
+        out_of_fold: The same without each fold of them.
+    """
+
+    prior: ItemPrior
+    stack: Stacked
+    out_of_fold: OutOfFold
+
+    def with_zero_mean(self) -> FittedStack:
+        """Returns the same fits around a mean of zero for every item."""
+        return FittedStack(self.prior.with_zero_mean(), self.stack.with_zero_mean(), self.out_of_fold.with_zero_mean())
 
 
 def fit_stack(
     interactions: Interactions,
     users: Codes,
     features: Features,
-    members: str,
+    settings: CollaborativeConfig,
     *,
     threshold: float,
     hide: float = 0.0,
-    folds: int = 3,
     seed: int = 0,
-) -> tuple[ItemPrior, Stacked, CrossFitted]:
-    """Fits the methods on all meta-training users and without each fold of them, and learns the weights.
+) -> FittedStack:
+    """Fits the predictors on all meta-training users and without each fold of them, and learns the weights.
 
     Args:
         interactions: The dataset.
         users: The meta-training users; nobody else's ratings are looked at.
         features: What is known of items.
-        members: A key of `MEMBERS`; with one member there is nothing to weigh.
+        settings: Which predictors, and how they are fitted; with one there is nothing to weigh.
         threshold: Ratings from here on are likes.
         hide: Share of items that are hidden from every fold too, where the task asks about items that nobody rated.
-        folds: How many folds.
         seed: Seed of the folds and of the fits.
-
-    Returns:
-        The item prior and the stack of all users, and the same without every fold.
 
     Source: Wolpert 1992, "Stacked generalization"; weights by the pairwise logistic loss of Rendle et al. 2009, eq. 4.
     """
-    generator = np.random.default_rng(seed)
+    generator, folds = np.random.default_rng(seed), settings.stack.folds
     order = generator.permutation(len(users)) % folds
     rated = np.bincount(interactions.item, minlength=len(interactions.catalog)) > 0
 
     def fit(part: Interactions, some: Codes) -> tuple[ItemPrior, tuple[Member, ...]]:
         prior = features.smoothed(fit_item_mean(part, some), seed)
-        return prior, MEMBERS[members](part, some, prior, features, seed)
+        return prior, fit_members(part, some, prior, features, settings, seed)
 
     parts: list[tuple[ItemPrior, tuple[Member, ...], Flags]] = []
-    with progress("fitting users of like taste", folds + 1, after=2.0) as advance:
+    with progress("fitting collaborative predictors", folds + 1, after=2.0) as advance:
         for fold in range(folds):
             hidden = rated & (generator.random(len(rated)) < hide)
             seen = interactions.subset(~hidden[interactions.item]) if hide else interactions
@@ -240,25 +248,29 @@ def fit_stack(
             advance(fold + 1)
         prior, everybody = fit(interactions, users)
         advance(folds + 1)
-    if members == "stack" and not hide:
-        # Where items are cold, no item that will be asked for would be moved.
+    if settings.members == "stack" and not hide:
+        # Where items are cold, the kernel update would move no item that is queried.
         out_of_fold = [users[order == fold] for fold in range(folds)]
         everybody, learned = _meta_learned(
-            interactions, out_of_fold, everybody, [some for _, some, _ in parts], threshold, seed
+            interactions, out_of_fold, everybody, [some for _, some, _ in parts], settings, threshold, seed
         )
         parts = [(own, some, hidden) for (own, _, hidden), some in zip(parts, learned, strict=True)]
     shots = _SHOTS if len(everybody) > 1 else (0,)
     weights = np.ones((1, len(everybody)))
     if len(everybody) > 1:
         examples = [
-            _examples(interactions, users[order == fold], *parts[fold], threshold, seed) for fold in range(folds)
+            _examples(interactions, users[order == fold], *parts[fold], settings.stack.pairs, threshold, seed)
+            for fold in range(folds)
         ]
-        # Without ratings members say nothing but what they hold of items, which the first one alone does well.
-        found = [_weights([pair for part in examples for pair in part[count]], len(everybody)) for count in shots[1:]]
+        # Without ratings predictors know only the items, and the first one alone knows these well.
+        found = [
+            _weights([pair for part in examples for pair in part[count]], len(everybody), settings.stack)
+            for count in shots[1:]
+        ]
         weights = np.stack([np.eye(len(everybody))[0], *found])
     fitted = [Fold(own, Stacked(own, some, shots, weights), hidden) for own, some, hidden in parts]
     fold_of = {interactions.users[code]: int(fold) for code, fold in zip(users, order, strict=True)}
-    return prior, Stacked(prior, everybody, shots, weights), CrossFitted(tuple(fitted), fold_of)
+    return FittedStack(prior, Stacked(prior, everybody, shots, weights), OutOfFold(tuple(fitted), fold_of))
 
 
 def _meta_learned(
@@ -266,6 +278,7 @@ def _meta_learned(
     out_of_fold: Sequence[Codes],
     everybody: tuple[Member, ...],
     parts: Sequence[tuple[Member, ...]],
+    settings: CollaborativeConfig,
     threshold: float,
     seed: int,
 ) -> tuple[tuple[Member, ...], list[tuple[Member, ...]]]:
@@ -278,25 +291,28 @@ def _meta_learned(
         out_of_fold: Each fold's users, whom its own members have not seen.
         everybody: The members fitted on all users; the first is a Gaussian process.
         parts: The members of every fold.
+        settings: How the kernel is learned.
         threshold: Ratings from here on are likes.
         seed: Seed of the episodes.
     """
     whole = everybody[0]
     assert isinstance(whole, GaussianProcess)
-    processes = [aligned(some[0], whole, _FACTORS) for some in parts if isinstance(some[0], GaussianProcess)]
+    factors = settings.gp.factors
+    processes = [aligned(some[0], whole, factors) for some in parts if isinstance(some[0], GaussianProcess)]
 
     def moved(process: GaussianProcess, without: int | None) -> GaussianProcess:
         kept = [fold for fold in range(len(processes)) if fold != without]
         theirs = [out_of_fold[fold] for fold in kept]
-        displacement = learn_kernel_update(
+        update = learn_kernel_update(
             interactions,
             [processes[fold] for fold in kept],
             theirs,
             threshold=threshold,
             seed=seed,
-            **step_schedule(theirs),
+            sharpness=settings.kernel.sharpness,
+            **step_schedule(theirs, settings.kernel),
         )
-        return displacement.apply(process)
+        return update.apply(process)
 
     learned = []
     with progress("meta-learning the kernel", len(parts) + 1, after=2.0) as advance:
@@ -314,6 +330,7 @@ def _examples(
     prior: ItemPrior,
     members: tuple[Member, ...],
     hidden: Flags,
+    pairs: int,
     threshold: float,
     seed: int,
 ) -> dict[int, list[tuple[Floats, Floats]]]:
@@ -340,7 +357,7 @@ def _examples(
         liked = episode.query.likes(threshold)
         if liked.all() or not liked.any():
             continue
-        chosen = [generator.choice(np.flatnonzero(side), _PAIRS) for side in (liked, ~liked)]
+        chosen = [generator.choice(np.flatnonzero(side), pairs) for side in (liked, ~liked)]
         base = prior.values(episode.query.items).astype(np.float64)
         for count in _SHOTS[1:]:
             asked = [Request("", episode.support.head(count).unlabelled(), episode.query.items)]
@@ -349,19 +366,21 @@ def _examples(
     return found
 
 
-def _weights(pairs: Sequence[tuple[Floats, Floats]], members: int) -> Floats:
-    """Learns how much every member counts, held near what is believed of it; without examples that is what it is."""
-    start: Floats = np.array([_FIRST_WEIGHT] + [_OTHER_WEIGHT] * (members - 1))
+def _weights(pairs: Sequence[tuple[Floats, Floats]], members: int, settings: StackConfig) -> Floats:
+    """Fits stacking weights with an L2 penalty toward their default."""
+    start: Floats = np.array([settings.first_weight] + [settings.other_weight] * (members - 1))
     if not pairs:
         return start
-    strength = _STRENGTH / len(pairs)
+    penalty = settings.weight_damping / len(pairs)
     offset = np.concatenate([base for base, _ in pairs])
     contribution = np.concatenate([one for _, one in pairs])
 
     def objective(weights: Floats) -> tuple[float, Floats]:
-        margin = _SHARPNESS * (offset + contribution @ weights)
-        loss = np.logaddexp(0, -margin).mean() + strength * ((weights - start) ** 2).sum()
-        slope = -_SHARPNESS * (contribution / (1 + np.exp(margin))[:, None]).mean(0) + 2 * strength * (weights - start)
+        margin = settings.sharpness * (offset + contribution @ weights)
+        loss = np.logaddexp(0, -margin).mean() + penalty * ((weights - start) ** 2).sum()
+        slope = -settings.sharpness * (contribution / (1 + np.exp(margin))[:, None]).mean(0) + 2 * penalty * (
+            weights - start
+        )
         return float(loss), slope
 
     found: Floats = np.asarray(minimize(objective, start, jac=True, method="L-BFGS-B").x, np.float64)

@@ -1,8 +1,8 @@
-"""The meta-learned language model, adapted to each user's support set, many users at a time."""
+"""The fitted score as a `Scorer`: adapts to each user's support set, many users at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,12 +12,14 @@ from torch import Tensor
 from metarec.data.interactions import Ratings
 from metarec.lm.adapters import round_adapter
 from metarec.lm.answer_model import AnswerModel
+from metarec.meta.heads import ClosedFormHead
 from metarec.meta.inner_loop import Adapted, MetaState, adapt
+from metarec.registries import ALGORITHMS
 from metarec.scorer import Request, check_codes
 from metarec.scorers.collaborative.item_mean import ItemPrior
-from metarec.scorers.collaborative.stack import Stacked
 from metarec.scorers.language.linearized import Linearized
-from metarec.scorers.language.score import HEAD, Batch, Head, candidates, collate, head_solver, score, support_loss
+from metarec.scorers.language.score import HEAD, Batch, head_solver, rated_batch, score_adapted, support_loss
+from metarec.scorers.term import Term
 from metarec.tensors import expand_users
 
 # Larger batches only cost memory: the work per user is the same.
@@ -30,17 +32,24 @@ class InnerLoop:
 
     Args:
         steps: Gradient steps.
-        shrinkage: Ratings that the initialization counts for.
-        user_bias_damping: Ratings that a user's level of zero counts for.
-        head: Fit a head in closed form instead of taking steps; 0 steps still mean no adaptation.
+        shrinkage: Pseudo-count in the support loss's denominator.
+        user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
+        algorithm: The meta-algorithm; one with a head in closed form fits it instead of taking steps, and 0 steps still
+            mean no adaptation.
         storage: Type that adapters are kept in; scores are those of the rounded adapter.
     """
 
     steps: int
     shrinkage: float
     user_bias_damping: float
-    head: Head | None = None
+    algorithm: str = "fomaml"
     storage: torch.dtype = torch.float32
+
+    @property
+    def head(self) -> ClosedFormHead | None:
+        """The head in closed form, None where users take gradient steps."""
+        found = ALGORITHMS.get(self.algorithm, from_file=True)
+        return found if isinstance(found, ClosedFormHead) else None
 
 
 @dataclass(frozen=True)
@@ -49,9 +58,9 @@ class MetaScorer:
 
     Args:
         meta: The meta-learned parameters.
-        answer_model: The language model.
-        prior: The item prior.
-        taste: What users of like taste say.
+        terms: The score's terms by name, but for the adapter.
+        prior: Item means; standardizes ratings.
+        answer_model: The language model that carries the adapters; None where the score has no adapter.
         inner: How users are adapted.
         threshold: Ratings from here on are likes.
         rate_scale: Factor on every inner rate; at 0 scores are exactly those before adaptation.
@@ -59,9 +68,9 @@ class MetaScorer:
     """
 
     meta: MetaState
-    answer_model: AnswerModel
+    terms: Mapping[str, Term]
     prior: ItemPrior
-    taste: Stacked
+    answer_model: AnswerModel | None
     inner: InnerLoop
     threshold: float
     rate_scale: float = 1.0
@@ -73,10 +82,9 @@ class MetaScorer:
         if not self._adapts:
             return 0
         if self.inner.head is not None:
-            return self.answer_model.backbone.hidden_size * torch.float32.itemsize
-        stored = self.answer_model.spec.tensor_shapes
+            return 0 if self.answer_model is None else self.answer_model.backbone.hidden_size * torch.float32.itemsize
         return sum(
-            self.meta.init[name].numel() * (self.inner.storage if name in stored else torch.float32).itemsize
+            self.meta.init[name].numel() * (self.inner.storage if name in self._stored else torch.float32).itemsize
             for name in self.meta.log_rate
         )
 
@@ -84,19 +92,31 @@ class MetaScorer:
     def _adapts(self) -> bool:
         return self.inner.steps > 0 and self.rate_scale != 0
 
+    @property
+    def _stored(self) -> Mapping[str, tuple[int, ...]]:
+        return {} if self.answer_model is None else self.answer_model.spec.tensor_shapes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the states are."""
+        return next(iter(self.meta.init.values())).device
+
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
         check_codes(requests, len(self.prior.count))
         scores: list[Tensor] = []
         for start in range(0, len(requests), USERS_AT_ONCE):
             block = requests[start : start + USERS_AT_ONCE]
-            state = self.adapt([request.support for request in block]).state
-            codes = [request.candidates for request in block]
-            expected = [self.taste.posterior_mean(request.support, request.candidates) for request in block]
-            batch = candidates(codes, self.prior, self.answer_model, expected)
-            with torch.no_grad():
-                values = score(state, batch, self.answer_model).cpu()
-            scores += [row[: len(request.candidates)] for row, request in zip(values, block, strict=True)]
+            supports = [request.support for request in block]
+            scores += score_adapted(
+                self.adapt(supports).state,
+                supports,
+                [request.candidates for request in block],
+                self.terms,
+                self.prior,
+                self.answer_model,
+                self.device,
+            )
         return scores
 
     @torch.no_grad()
@@ -110,12 +130,13 @@ class MetaScorer:
         Returns:
             Every user's state.
         """
-        expected = [self.taste.leave_one_out(support) for support in supports]
-        batch = collate(supports, self.prior, self.answer_model, self.threshold, expected=expected)
-        adapted = (
-            self._solve(batch) if self.inner.head is not None and self._adapts else self._descend(batch, linearized)
-        )
-        stored = round_adapter(adapted.state, self.answer_model.spec.tensor_shapes, self.inner.storage)
+        batch = rated_batch(supports, self.terms, self.prior, self.answer_model, self.threshold, self.device)
+        head = self.inner.head
+        if head is not None and self._adapts and self.answer_model is not None:
+            adapted = self._solve(batch, head, self.answer_model)
+        else:
+            adapted = self._descend(batch, linearized)
+        stored = round_adapter(adapted.state, self._stored, self.inner.storage)
         return replace(adapted, state=stored)
 
     def _descend(self, batch: Batch, linearized: Linearized | None) -> Adapted:
@@ -127,14 +148,13 @@ class MetaScorer:
             user_bias_damping=self.inner.user_bias_damping,
         )
         first = None if linearized is None else inner(linearized=linearized)
-        steps = self.inner.steps if batch.real.shape[1] and self.inner.head is None else 0
+        steps = self.inner.steps if batch.real.shape[1] and self.meta.log_rate else 0
         return adapt(self.meta, inner(), len(batch.real), steps, rate_scale=self.rate_scale, first=first)
 
-    def _solve(self, batch: Batch) -> Adapted:
-        assert self.inner.head is not None
+    def _solve(self, batch: Batch, head: ClosedFormHead, answer_model: AnswerModel) -> Adapted:
         users = len(batch.real)
-        solve = head_solver(batch, self.answer_model, self.inner.head, user_bias_damping=self.inner.user_bias_damping)
+        solve = head_solver(batch, answer_model, head, user_bias_damping=self.inner.user_bias_damping)
         state = solve(expand_users(self.meta.init, users))
         diverged = ~state[HEAD].isfinite().all(1)
-        head = torch.where(diverged[:, None], 0.0, state[HEAD])
-        return Adapted({**state, HEAD: head}, state[HEAD].new_zeros(0, users), diverged, ())
+        fitted = torch.where(diverged[:, None], 0.0, state[HEAD])
+        return Adapted({**state, HEAD: fitted}, state[HEAD].new_zeros(0, users), diverged, ())

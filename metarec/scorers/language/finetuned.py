@@ -41,10 +41,12 @@ from metarec.meta.losses import pairwise_logistic
 from metarec.meta.outer_loop import train
 from metarec.scorer import Request
 from metarec.scorers.collaborative.item_mean import ItemPrior
-from metarec.scorers.collaborative.stack import item_mean_alone
+from metarec.scorers.collaborative.terms import ITEM_MEAN, ItemMeanTerm
 from metarec.scorers.language.adapted import InnerLoop, MetaScorer
 from metarec.scorers.language.in_context import History, InContext, score_one_by_one
-from metarec.scorers.language.score import PROMPT_WEIGHT, initial_state
+from metarec.scorers.language.prompt_term import PROMPT, PromptTerm
+from metarec.scorers.language.score import ADAPTER, initial_state
+from metarec.scorers.term import ADAPTER_TERM, weight_name
 
 Trainable = Literal["lora", "all"]
 NAMES: dict[Trainable, str] = {"lora": "joint LoRA", "all": "full fine-tuning"}
@@ -58,7 +60,7 @@ LORA = TrainConfig(
     min_query=8,
     lr=5e-4,
     warmup=10,
-    llm_weight=0.2,
+    adapter_weight=0.2,
     validate_every=40,
 )
 FULL = LORA.model_copy(update={"steps": 60, "lr": 2e-5, "validate_every": 30})
@@ -218,7 +220,7 @@ def fine_tune(
     context = InContext(student.backbone, history)
     name = NAMES[recipe.trainable]
     initial = {key: parameter.detach() for key, parameter in student.parameters.items()}
-    weight = torch.tensor(config.llm_weight, device=backbone.device)
+    weight = torch.tensor(config.adapter_weight, device=backbone.device)
 
     def gradient_at(meta: MetaState, step: int) -> MetaGradient:
         student.take(meta.init)
@@ -408,7 +410,7 @@ def then_per_user_lora(
         alpha: The adapter is scaled by ``alpha / rank``.
         steps: Gradient steps per user.
         inner_lr: Their rate, the same for all tensors.
-        shrinkage: Ratings that the model before adaptation counts for.
+        shrinkage: Pseudo-count in the support loss's denominator.
         seed: Of the adapter's A.
         name: How the method is called in tables; None names the fine-tuning and what follows.
     """
@@ -418,13 +420,14 @@ def then_per_user_lora(
         backbone, prompts, layers=layers, targets=None, rank=rank, alpha=alpha, active_tokens="auto"
     )
     answer_model = open_answer_model(backbone, prompts, placement)
-    meta = initial_state(answer_model, inner_lr=inner_lr, llm_weight=1.0, seed=seed)
-    weight = meta.init[PROMPT_WEIGHT].new_tensor(tuned.weight)
+    score = {"item mean": ITEM_MEAN, "prompt": PROMPT, ADAPTER_TERM: ADAPTER}
+    meta = initial_state(score, answer_model, inner_lr=inner_lr, adapter_weight=1.0, seed=seed, device=backbone.device)
+    prompt_weight = weight_name("prompt")
     return MetaScorer(
-        replace(meta, init={**meta.init, PROMPT_WEIGHT: weight}),
-        answer_model,
+        replace(meta, init={**meta.init, prompt_weight: meta.init[prompt_weight].new_tensor(tuned.weight)}),
+        {"item mean": ItemMeanTerm(tuned.prior), "prompt": PromptTerm(answer_model)},
         tuned.prior,
-        item_mean_alone(tuned.prior),
+        answer_model,
         InnerLoop(steps, shrinkage, user_bias_damping=1.0, storage=torch.float16),
         history.threshold,
         name=name or f"{tuned.name}, then per-user LoRA",

@@ -14,7 +14,7 @@ from metarec.meta.inner_loop import MetaState
 from metarec.progress import progress
 from metarec.tensors import AdapterState, expand_users
 
-_TANGENT_ITEMS = 64
+_ITEMS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Linearized:
         return bool((items < len(self.place)).all()) and bool((self.place[torch.from_numpy(items)] >= 0).all())
 
     def log_odds(self, items: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Reads items, shape (users, items), under adapters near `start`; those without a row get any number."""
+        """Returns log-odds of items, shape (users, items), to first order; those without a row get any number."""
         rows = self.place[items.clamp(max=len(self.place) - 1)].clamp(min=0).to(self.values.device)
         moved = torch.cat([(state[name] - value).flatten(1) for name, value in self.start.items()], 1)
         return self.values[rows] + (self.slopes[rows] @ moved.unsqueeze(-1)).squeeze(-1)
@@ -61,8 +61,8 @@ def linearize(answer_model: AnswerModel, meta: MetaState, items: Codes) -> Linea
     values = torch.empty(len(items), device=answer_model.backbone.device)
     slopes = values.new_empty(len(items), numbers)
     with progress("reading items at the start", len(items), after=2.0) as advance:
-        for begin in range(0, len(items), _TANGENT_ITEMS):
-            block = torch.from_numpy(items[begin : begin + _TANGENT_ITEMS])
+        for begin in range(0, len(items), _ITEMS_AT_ONCE):
+            block = torch.from_numpy(items[begin : begin + _ITEMS_AT_ONCE])
             rows = slice(begin, begin + len(block))
             # One item per user: the gradient of the sum then holds each item's own.
             leaves = {name: value.clone().requires_grad_() for name, value in expand_users(start, len(block)).items()}

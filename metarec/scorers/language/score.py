@@ -1,21 +1,19 @@
-"""Episodes become losses: what the score is made of, and what inner and outer loops minimize.
+"""The score of a user's items, and the inner and outer losses on it.
 
-The score of user u for item i is
+The score of user u for item i is a weighted sum of named terms,
 
-    score(u, i) = prior_weight_u prior(i) + taste_weight taste(u, i) + prompt_weight frozen(i)
-                  + llm_weight (log_odds(i; adapter_u) - frozen(i))
+    score(u, i) = sum over terms t of  weight_t  t(support of u, i)
+                  + weight_adapter (log_odds(i; adapter of u) - log_odds(i; frozen model))
 
-in units of the rating's standard deviation: what the item's raters say, what users of like taste say, what the frozen
-language model says, and what the adapter has learned that none of them knew. A fresh adapter adds exactly nothing.
-Where a head is fitted in closed form (`metarec.meta.heads`), its product with the item's features is added. Knows
-nothing of files, optimizers or statistics.
+in standard deviations of the rating. `metarec.scorers.term` lists the terms; the last one, the adapter, depends on the
+user's state and is exactly 0 for a fresh adapter. A head that is fitted in closed form (`metarec.meta.heads`) adds its
+product with the item's features. Meta-training, evaluation, adaptation and the service all score by `score`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -25,118 +23,160 @@ from metarec.data.interactions import Codes, Ratings, Values
 from metarec.lm.adapters import init_adapter
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.forward import ItemBatch
-from metarec.meta.heads import prototype_head, ridge_head
+from metarec.meta.heads import ClosedFormHead, Support
 from metarec.meta.inner_loop import Loss, MetaState, Solve, initial_meta_state
-from metarec.meta.losses import pairwise_logistic
+from metarec.meta.losses import Labels, QueryLoss
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.language.linearized import Linearized
+from metarec.scorers.term import ADAPTER_TERM, ScoreTerm, Term, weight_name, weighted_sum
 from metarec.tensors import AdapterState
 
-PRIOR_WEIGHT = "score.prior_weight"
-TASTE_WEIGHT = "score.taste_weight"
-PROMPT_WEIGHT = "score.prompt_weight"
-LLM_WEIGHT = "score.llm_weight"
+ADAPTER = ScoreTerm(None, needs_model=True)
+ADAPTER_WEIGHT = weight_name(ADAPTER_TERM)
 HEAD = "score.head"
-LOG_PENALTY = "score.log_penalty"
-LOG_SCALE = "score.log_scale"
-Head = Literal["ridge", "prototypes"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rated items of several users, padded to the longest.
+    """Items of several users, padded to the longest, with every term's values and their labels.
 
     Args:
-        item_batch: The items, ready for the language model, shape (users, items).
-        prior: Item priors, shape (users, items).
-        taste: What a collaborative method expects of the user beyond `prior`, shape (users, items).
-        frozen: Log-odds of the items under the frozen model, around the catalog's mean, shape (users, items).
+        items: Item codes, shape (users, items).
+        terms: Values of every term that does not depend on a user's state, by name, shape (users, items).
+        item_batch: The items, ready for the adapted language model; None where the score has no adapter.
+        frozen: Log-odds of the items under the frozen model, shape (users, items); None where the score has no adapter.
         target: Standardized ratings, shape (users, items).
         liked: Whether the label rule calls the rating a like, shape (users, items).
         real: False at padding, shape (users, items).
     """
 
-    item_batch: ItemBatch
-    prior: Tensor
-    taste: Tensor
-    frozen: Tensor
+    items: Tensor
+    terms: Mapping[str, Tensor]
+    item_batch: ItemBatch | None
+    frozen: Tensor | None
     target: Tensor
     liked: Tensor
     real: Tensor
 
+    @property
+    def labels(self) -> Labels:
+        """What the query loss may know of the items."""
+        return Labels(self.liked, self.target, self.real)
+
 
 def collate(
     ratings: Sequence[Ratings],
+    values: Mapping[str, Sequence[Values]],
     prior: ItemPrior,
-    answer_model: AnswerModel,
+    adapted: AnswerModel | None,
     threshold: float,
-    *,
-    means: Sequence[Values] | None = None,
-    expected: Sequence[Values] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Batch:
     """Pads several users' ratings into one batch.
 
     Args:
         ratings: One entry per user.
-        prior: The item prior.
-        answer_model: The language model.
+        values: Every term's values of these items, by name, one array per user.
+        prior: Standardizes ratings.
+        adapted: The language model that carries the users' adapters; None where the score has no adapter.
         threshold: Ratings from here on are likes.
-        means: The items' priors, where they are not `prior`'s own: users whose ratings it knows need another one.
-        expected: What a collaborative method that has not seen these ratings expects of each, in the prior's units;
-            None where there is no such method.
+        device: Where the batch goes.
     """
     width = max((len(rating) for rating in ratings), default=0)
 
     def pad(rows: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
         padded = torch.zeros(len(rows), width, dtype=dtype)
-        for row, values in enumerate(rows):
-            padded[row, : len(values)] = torch.from_numpy(values)
-        return padded.to(answer_model.backbone.device)
+        for row, entries in enumerate(rows):
+            padded[row, : len(entries)] = torch.from_numpy(entries)
+        return padded.to(device)
 
     items = pad([rating.items for rating in ratings], torch.long)
-    frozen = answer_model.frozen_log_odds - answer_model.frozen_mean
-    if means is None:
-        means = [prior.values(rating.items) for rating in ratings]
-    beyond = [np.zeros_like(mean) for mean in means]
-    if expected is not None:
-        beyond = [value - mean for value, mean in zip(expected, means, strict=True)]
     return Batch(
-        item_batch=answer_model.gather(items.cpu()),
-        prior=pad(means, torch.float32),
-        taste=pad(beyond, torch.float32),
-        frozen=frozen[items],
+        items=items,
+        terms={name: pad(rows, torch.float32) for name, rows in values.items()},
+        item_batch=None if adapted is None else adapted.gather(items.cpu()),
+        frozen=None if adapted is None else adapted.frozen_log_odds[items],
         target=pad([prior.standardize(rating.values) for rating in ratings], torch.float32),
         liked=pad([rating.likes(threshold) for rating in ratings], torch.bool),
         real=pad([np.ones(len(rating), bool) for rating in ratings], torch.bool),
     )
 
 
-def candidates(
-    items: Sequence[Codes], prior: ItemPrior, answer_model: AnswerModel, expected: Sequence[Values] | None = None
+def rated_batch(
+    supports: Sequence[Ratings],
+    terms: Mapping[str, Term],
+    prior: ItemPrior,
+    adapted: AnswerModel | None,
+    threshold: float,
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """Pads several users' own ratings; every term's value of a rating is the one without that rating."""
+    values = {name: term.leave_one_out(supports) for name, term in terms.items()}
+    return collate(supports, values, prior, adapted, threshold, device)
+
+
+def candidate_batch(
+    supports: Sequence[Ratings],
+    items: Sequence[Codes],
+    terms: Mapping[str, Term],
+    prior: ItemPrior,
+    adapted: AnswerModel | None,
+    device: torch.device | str = "cpu",
 ) -> Batch:
     """Pads several users' unlabelled candidates; targets are zero and mean nothing."""
+    values = {name: term.values(supports, items) for name, term in terms.items()}
     unrated = [Ratings(codes, np.zeros(len(codes), np.float32)) for codes in items]
-    return collate(unrated, prior, answer_model, np.inf, expected=expected)
+    return collate(unrated, values, prior, adapted, np.inf, device)
+
+
+@torch.no_grad()
+def score_adapted(
+    state: AdapterState,
+    supports: Sequence[Ratings],
+    items: Sequence[Codes],
+    terms: Mapping[str, Term],
+    prior: ItemPrior,
+    adapted: AnswerModel | None,
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
+    """Scores several users' candidates under their adapted states.
+
+    Args:
+        state: The users' tensors, with a user dimension.
+        supports: What the users were adapted to.
+        items: Candidates, one array of codes per user.
+        terms: The score's terms by name.
+        prior: Standardizes ratings.
+        adapted: The language model that carries the adapters; None where the score has no adapter.
+        device: Where the state is.
+
+    Returns:
+        One tensor per user, of the shape of its candidates, on the CPU.
+    """
+    values = score(state, candidate_batch(supports, items, terms, prior, adapted, device), adapted).cpu()
+    return [row[: len(codes)] for row, codes in zip(values, items, strict=True)]
 
 
 def initial_state(
-    answer_model: AnswerModel,
+    terms: Mapping[str, ScoreTerm],
+    answer_model: AnswerModel | None,
     *,
     inner_lr: float,
-    llm_weight: float,
+    adapter_weight: float,
     seed: int,
     top_only: bool = False,
     steps_with_rates: int = 1,
     elementwise_rates: bool = False,
-    head: Head | None = None,
+    head: ClosedFormHead | None = None,
+    device: torch.device | str = "cpu",
 ) -> MetaState:
     """Returns the meta-parameters before any training: a fresh adapter and the score's weights.
 
     Args:
-        answer_model: Says which adapters there are.
+        terms: The score's terms by name.
+        answer_model: Says which adapters there are; None where the score has no adapter.
         inner_lr: Inner rate that every adapted tensor starts with.
-        llm_weight: Weight of the adapter's log-odds at the start; the prior's and the taste's are one,
-            the frozen model's zero.
+        adapter_weight: Weight of the adapter's log-odds at the start.
         seed: Seed of the adapter's A.
         top_only: The inner loop adapts the topmost block alone; the others learn in the outer loop (ANIL, Raghu et
             al. 2020).
@@ -144,92 +184,100 @@ def initial_state(
         elementwise_rates: Learn an inner rate for every number (Meta-SGD, Li et al. 2017, eq. 2; there a rate may be
             negative, here it is positive).
         head: Fit users by such a head in closed form, and nothing by gradient steps.
+        device: Where the tensors go.
     """
-    adapter = init_adapter(answer_model.spec, torch.Generator().manual_seed(seed))
-    weights = {PRIOR_WEIGHT: 1.0, TASTE_WEIGHT: 1.0, PROMPT_WEIGHT: 0.0, LLM_WEIGHT: llm_weight}
-    weights |= {} if head is None else {LOG_PENALTY: 0.0} if head == "ridge" else {LOG_SCALE: -1.0}
+    adapter: AdapterState = {}
+    top = ""
+    if answer_model is not None:
+        adapter = init_adapter(answer_model.spec, torch.Generator().manual_seed(seed))
+        backbone = answer_model.backbone
+        top = f"{backbone.layer_path}.{backbone.model.config.num_hidden_layers - 1}."
+    weights = {
+        weight_name(name): adapter_weight if name == ADAPTER_TERM else term.start for name, term in terms.items()
+    }
+    weights |= {} if head is None else {f"score.{head.parameter}": head.start}
     fresh = adapter | {name: torch.tensor(value) for name, value in weights.items()}
-    init = {name: value.to(answer_model.backbone.device) for name, value in fresh.items()}
+    init = {name: value.to(device) for name, value in fresh.items()}
     if head is not None:
         return MetaState(init, {})
-    top = f"{answer_model.backbone.layer_path}.{answer_model.backbone.model.config.num_hidden_layers - 1}."
     adapted = [name for name in adapter if name.startswith(top) or not top_only]
-    return initial_meta_state(
-        init, [*adapted, PRIOR_WEIGHT], inner_lr, steps=steps_with_rates, elementwise=elementwise_rates
-    )
+    adapted += [weight_name(name) for name, term in terms.items() if term.adapted]
+    return initial_meta_state(init, adapted, inner_lr, steps=steps_with_rates, elementwise=elementwise_rates)
 
 
-def score(state: Mapping[str, Tensor], batch: Batch, answer_model: AnswerModel) -> Tensor:
+def adapter_tensors(state: Mapping[str, Tensor]) -> AdapterState:
+    """Returns a state's tensors that are the language model's, not the score's."""
+    return {name: value for name, value in state.items() if not name.startswith("score.")}
+
+
+def score(state: Mapping[str, Tensor], batch: Batch, adapted: AnswerModel | None) -> Tensor:
     """Scores every item of a batch under every user's state, shape (users, items)."""
-    return _score_and_features(state, batch, answer_model)[0]
+    return _score_and_features(state, batch, adapted)[0]
 
 
-def _score_and_features(state: Mapping[str, Tensor], batch: Batch, answer_model: AnswerModel) -> tuple[Tensor, Tensor]:
-    adapters = {name: value for name, value in state.items() if not name.startswith("score.")}
-    states = answer_model.last_states(batch.item_batch, adapters)
-    total = _mix(state, batch, answer_model, answer_model.answer(states))
-    features = answer_model.features(states)
+def _score_and_features(
+    state: Mapping[str, Tensor], batch: Batch, adapted: AnswerModel | None
+) -> tuple[Tensor, Tensor | None]:
+    if adapted is None:
+        return weighted_sum(state, batch.terms), None
+    assert batch.item_batch is not None
+    states = adapted.last_states(batch.item_batch, adapter_tensors(state))
+    total = _sum_with_adapter(state, batch, adapted.answer(states))
+    features = adapted.features(states)
     if HEAD in state:
         total = total + (features @ state[HEAD].unsqueeze(-1)).squeeze(-1)
     return total, features
 
 
-def _mix(state: Mapping[str, Tensor], batch: Batch, answer_model: AnswerModel, log_odds: Tensor) -> Tensor:
-    parts = {
-        PRIOR_WEIGHT: batch.prior,
-        TASTE_WEIGHT: batch.taste,
-        PROMPT_WEIGHT: batch.frozen,
-        LLM_WEIGHT: log_odds - (batch.frozen + answer_model.frozen_mean),
-    }
-    return torch.stack([state[name][:, None] * part for name, part in parts.items()]).sum(0)
+def _sum_with_adapter(state: Mapping[str, Tensor], batch: Batch, log_odds: Tensor) -> Tensor:
+    assert batch.frozen is not None
+    return weighted_sum(state, {**batch.terms, ADAPTER_TERM: log_odds - batch.frozen})
 
 
-def head_solver(batch: Batch, answer_model: AnswerModel, head: Head, *, user_bias_damping: float) -> Solve:
+def head_solver(batch: Batch, adapted: AnswerModel, head: ClosedFormHead, *, user_bias_damping: float) -> Solve:
     """Returns what fits every user's head to their ratings, given a state that all share.
 
     Args:
         batch: The support sets.
-        answer_model: The language model; its features move with the shared adapter, so the outer loop can shape them.
+        adapted: The language model; its features move with the shared adapter, so the outer loop can shape them.
         head: Which head.
-        user_bias_damping: Ratings that the level zero counts for; see `support_loss`.
+        user_bias_damping: See `support_loss`.
     """
 
     def solve(state: AdapterState) -> AdapterState:
-        scores, features = _score_and_features(state, batch, answer_model)
-        if head == "prototypes":
-            fitted = prototype_head(features, batch.liked, batch.real, state[LOG_SCALE].exp())
-        else:
-            error = _around_level(batch.target - scores, batch.real, user_bias_damping)
-            fitted = ridge_head(features, error, batch.real, state[LOG_PENALTY].exp())
-        return {**state, HEAD: fitted}
+        scores, features = _score_and_features(state, batch, adapted)
+        assert features is not None
+        residual = _without_user_bias(batch.target - scores, batch.real, user_bias_damping)
+        support = Support(features, residual, batch.liked, batch.real)
+        return {**state, HEAD: head.fit(support, state[f"score.{head.parameter}"].exp())}
 
     return solve
 
 
-def _around_level(error: Tensor, real: Tensor, user_bias_damping: float) -> Tensor:
-    """Takes each user's own level, shrunk towards zero, out of their errors; padding becomes zero."""
+def _without_user_bias(error: Tensor, real: Tensor, damping: float) -> Tensor:
+    """Subtracts each user's damped mean error; padding becomes 0."""
     kept = error * real
-    return (kept - kept.sum(1, keepdim=True) / (real.sum(1) + user_bias_damping)[:, None]) * real
+    return (kept - kept.sum(1, keepdim=True) / (real.sum(1) + damping)[:, None]) * real
 
 
 def support_loss(
     batch: Batch,
-    answer_model: AnswerModel,
+    adapted: AnswerModel | None,
     *,
     shrinkage: float,
     user_bias_damping: float,
     linearized: Linearized | None = None,
 ) -> Loss:
-    """Squared error on a user's ratings around the user's own level.
+    """Returns the squared error on a user's ratings around the user's bias.
 
-    The level is fitted in closed form, shrunk as if `user_bias_damping` ratings had been exactly as predicted. Dividing
-    by the number of ratings plus `shrinkage` lets more ratings take longer steps, as a posterior would.
+    The bias is fitted in closed form. Dividing by the number of ratings plus a pseudo-count lets more ratings take
+    longer steps, as a posterior would.
 
     Args:
         batch: The support sets.
-        answer_model: The language model.
-        shrinkage: Ratings that the initialization counts for.
-        user_bias_damping: Ratings that the level zero counts for.
+        adapted: The language model; None where the score has no adapter.
+        shrinkage: Pseudo-count in the loss's denominator.
+        user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
         linearized: Reads the items to first order around the initialization; there loss and gradient are the same.
 
     Returns:
@@ -238,24 +286,22 @@ def support_loss(
 
     def loss(state: AdapterState) -> Tensor:
         if linearized is None:
-            scores = score(state, batch, answer_model)
+            scores = score(state, batch, adapted)
         else:
-            scores = _mix(state, batch, answer_model, linearized.log_odds(batch.item_batch.items, state))
-        error = _around_level(batch.target - scores, batch.real, user_bias_damping)
+            scores = _sum_with_adapter(state, batch, linearized.log_odds(batch.items, state))
+        error = _without_user_bias(batch.target - scores, batch.real, user_bias_damping)
         return error.square().sum(1) / (batch.real.sum(1) + shrinkage)
 
     return loss
 
 
-def pairwise_loss(batch: Batch, answer_model: AnswerModel, *, sharpness: float) -> Loss:
-    """Logistic loss on every pair of a liked and a disliked item of a user: a smooth bound on 1 - AUC.
+def query_loss(batch: Batch, adapted: AnswerModel | None, loss: QueryLoss, *, sharpness: float) -> Loss:
+    """Returns a loss of `metarec.meta.losses` as a function of the users' states.
 
     Args:
         batch: The query sets.
-        answer_model: The language model.
-        sharpness: Factor on the score's differences.
-
-    Returns:
-        A loss with one number per user, see `pairwise_logistic`.
+        adapted: The language model; None where the score has no adapter.
+        loss: The loss on scores and labels.
+        sharpness: Factor on scores or on their differences.
     """
-    return lambda state: pairwise_logistic(score(state, batch, answer_model), batch.liked, batch.real, sharpness)
+    return lambda state: loss(score(state, batch, adapted), batch.labels, sharpness)

@@ -1,0 +1,50 @@
+"""Everything that can be swapped, by name; nothing is imported before it is asked for.
+
+Another package adds names by entry points of the group in the second argument; see `metarec.registry.Registry`. Dataset
+sources are listed in `metarec.data.sources`, benchmark methods in `metarec.bench.methods`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from metarec.registry import Registry
+
+# Parts of the score: `metarec.scorers.term.ScoreTerm`.
+TERMS: Registry[Any] = Registry(
+    "score term",
+    "metarec.terms",
+    {
+        "item mean": "metarec.scorers.collaborative.terms:ITEM_MEAN",
+        "collaborative": "metarec.scorers.collaborative.terms:COLLABORATIVE",
+        "prompt": "metarec.scorers.language.prompt_term:PROMPT",
+        "adapter": "metarec.scorers.language.score:ADAPTER",
+    },
+)
+
+# How meta-parameters are learned: `metarec.meta.algorithms.Algorithm`, or a `metarec.meta.heads.ClosedFormHead`.
+ALGORITHMS: Registry[Any] = Registry(
+    "meta-algorithm",
+    "metarec.algorithms",
+    {
+        "fomaml": "metarec.meta.algorithms:fomaml",
+        "maml": "metarec.meta.algorithms:maml",
+        "maml++": "metarec.meta.algorithms:maml_plus_plus",
+        "imaml": "metarec.meta.algorithms:imaml",
+        "reptile": "metarec.meta.algorithms:reptile",
+        "ridge": "metarec.meta.heads:RIDGE",
+        "prototypes": "metarec.meta.heads:PROTOTYPES",
+    },
+)
+
+# What the outer loop minimizes on the query: `metarec.meta.losses.Loss`.
+LOSSES: Registry[Any] = Registry(
+    "loss",
+    "metarec.losses",
+    {
+        "pairwise": "metarec.meta.losses:pairwise",
+        "bce": "metarec.meta.losses:bce",
+        "mse": "metarec.meta.losses:mse",
+        "ordinal": "metarec.meta.losses:ordinal",
+    },
+)

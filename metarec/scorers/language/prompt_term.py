@@ -1,0 +1,43 @@
+"""The score term of the frozen prompt: the language model's answer about an item, whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from metarec.data.interactions import Codes, Ratings, Values
+from metarec.lm.answer_model import AnswerModel
+from metarec.scorers.term import AddedItems, CrossFitted, ScoreTerm, TermContext
+
+
+@dataclass(frozen=True)
+class PromptTerm:
+    """The frozen model's log-odds of the positive answer, around the mean of the catalog that was trained on."""
+
+    answer_model: AnswerModel
+
+    @cached_property
+    def _table(self) -> Values:
+        centred = self.answer_model.frozen_log_odds - self.answer_model.frozen_mean
+        table: Values = centred.cpu().numpy()
+        return table
+
+    def values(self, supports: Sequence[Ratings], items: Sequence[Codes]) -> list[Values]:
+        """See `Term.values`."""
+        return [self._table[codes] for codes in items]
+
+    def leave_one_out(self, supports: Sequence[Ratings]) -> list[Values]:
+        """See `Term.leave_one_out`."""
+        return [self._table[support.items] for support in supports]
+
+    def extended(self, added: AddedItems) -> PromptTerm:
+        """See `Term.extended`."""
+        return PromptTerm(added.answer_model)
+
+
+def _fit(context: TermContext) -> CrossFitted:
+    return CrossFitted(PromptTerm(context.answer_model))
+
+
+PROMPT = ScoreTerm(_fit, start=0.0, needs_model=True)
