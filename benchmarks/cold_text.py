@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from metarec.artifacts import write_json
-from metarec.bench.methods import MethodContext
+from metarec.bench.context import MethodContext
 from metarec.data.task_data import load_task_data
 from metarec.data.task_files import load_task
 from metarec.data.templates import REVIEW
@@ -50,9 +50,9 @@ def main() -> None:
     with progress("splits", arguments.seeds) as advance:
         for done in range(arguments.seeds):
             seed = arguments.first + done
-            setting = MethodContext(load_task_data(load_task(TASK), seed), Path("runs") / "cold-text")
-            for name, predicted in predictions(setting).items():
-                found.setdefault(name, []).append(mean_auc(setting, predicted))
+            context = MethodContext(load_task_data(load_task(TASK), seed), Path("runs") / "cold-text")
+            for name, predicted in predictions(context).items():
+                found.setdefault(name, []).append(mean_auc(context, predicted))
             advance(done + 1)
     rows = {name: {"auc": float(np.mean(values)), "by_seed": values} for name, values in found.items()}
     command = f"python benchmarks/cold_text.py --first {arguments.first} --seeds {arguments.seeds}"
@@ -61,18 +61,18 @@ def main() -> None:
         print(f"{name:52s}{row['auc']:.4f}")
 
 
-def predictions(setting: MethodContext) -> dict[str, Floats]:
+def predictions(context: MethodContext) -> dict[str, Floats]:
     """Returns every way's prediction of every item's mean."""
-    mean = setting.mean
+    mean = context.mean
     everything = np.arange(len(mean.count))
-    answer_model, catalog = setting.untrained.fitted.answer_model, setting.interactions.catalog
-    read = {"encoder": setting.vectors, "prompt": state_vectors(answer_model.states)}
+    answer_model, catalog = context.answer_model, context.interactions.catalog
+    read = {"encoder": context.vectors, "prompt": state_vectors(answer_model.states)}
     read |= {
         name: hidden_state_vectors(answer_model.backbone, catalog, sentences) for name, sentences in SENTENCES.items()
     }
 
     def unrated(*names: str) -> Features:
-        fields = setting.fields if "fields" in names else {}
+        fields = context.fields if "fields" in names else {}
         return unrated_features({name: read[name] for name in names if name in read}, fields)
 
     ways = [(name,) for name in ("encoder", "prompt", "both", "fields")]
@@ -88,13 +88,13 @@ def predictions(setting: MethodContext) -> dict[str, Floats]:
     told = {"ridge": best.unrated, "kernel's features": best.text}
     told["kernel's features, and counts"] = np.concatenate([best.text, log_count, log_count**2], 1)
     for name, vectors in told.items():
-        result[f"{name}: encoder, both, fields"] = smooth_by_text(mean, vectors, setting.seed).values(everything)
+        result[f"{name}: encoder, both, fields"] = smooth_by_text(mean, vectors, context.seed).values(everything)
     return result
 
 
-def mean_auc(setting: MethodContext, predicted: Floats) -> float:
-    episodes = [*setting.data.episodes("validation")[0], *setting.data.episodes("test")[0]]
-    values = [auc(predicted[one.query.items], one.query.likes(setting.threshold)) for one in episodes]
+def mean_auc(context: MethodContext, predicted: Floats) -> float:
+    episodes = [*context.data.episodes("validation")[0], *context.data.episodes("test")[0]]
+    values = [auc(predicted[one.query.items], one.query.likes(context.threshold)) for one in episodes]
     return float(np.mean([value for value in values if value is not None]))
 
 

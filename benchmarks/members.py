@@ -16,13 +16,12 @@ import numpy as np
 import torch
 
 from metarec.artifacts import load_json, write_json
-from metarec.bench.methods import MethodContext
+from metarec.bench.context import MethodContext
 from metarec.data.task_data import load_task_data
 from metarec.data.task_files import load_task
-from metarec.evaluate import evaluate
+from metarec.evaluate import BASELINE, evaluate
 from metarec.metrics import bootstrap_interval
 from metarec.progress import progress
-from metarec.recommender import BASELINE
 from metarec.scorers.collaborative.gp import fit_process
 from metarec.scorers.collaborative.stack import fit_stack
 from metarec.scorers.collaborative.trivial import ItemMean
@@ -61,24 +60,24 @@ def main() -> None:
 
 def gains_over_the_process(task: str, seed: int) -> dict[str, dict[int, np.ndarray]]:
     """Returns every validation user's AUC less that of the process alone, by method and K."""
-    setting = MethodContext(load_task_data(load_task(task), seed), Path("runs") / "members")
-    data, users = setting.interactions, setting.users
-    features = setting.known
-    _, stack, _ = fit_stack(data, users, features, "stack", threshold=setting.threshold, seed=seed)
+    context = MethodContext(load_task_data(load_task(task), seed), Path("runs") / "members")
+    data, users = context.interactions, context.users
+    features = context.known
+    _, stack, _ = fit_stack(data, users, features, "stack", threshold=context.threshold, seed=seed)
     process = fit_process(data, users, features, seed=seed)
     members = [replace(member, name=name) for member, name in zip(stack.members, NAMES, strict=True)]
     report = evaluate(
-        [ItemMean(setting.mean, name=BASELINE), process, *members, stack],
-        setting.validation,
-        setting.data.task.shots,
+        [ItemMean(context.mean, name=BASELINE), process, *members, stack],
+        context.validation,
+        context.data.task.shots,
         data.catalog,
-        threshold=setting.threshold,
+        threshold=context.threshold,
         seed=seed,
         baseline=BASELINE,
         left_out={},
-        short_supports=setting.data.task.short_supports,
+        short_supports=context.data.task.short_supports,
     )
-    shots = setting.data.task.shots
+    shots = context.data.task.shots
     return {
         name: {count: report.values(name, count) - report.values("GP", count) for count in shots}
         for name in (*NAMES, stack.name)

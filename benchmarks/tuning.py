@@ -29,9 +29,8 @@ from metarec.bench.methods import METHODS, MethodContext
 from metarec.data.task import PromptConfig
 from metarec.data.task_data import load_task_data
 from metarec.data.task_files import load_task
-from metarec.evaluate import evaluate
+from metarec.evaluate import BASELINE, evaluate
 from metarec.progress import progress
-from metarec.recommender import BASELINE
 from metarec.scorer import Scorer
 
 RESULT = Path(__file__).parent / "results" / "tuning.json"
@@ -79,7 +78,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(GRIDS), choices=list(ALL), help="only these")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    settings = [
+    contexts = [
         MethodContext(load_task_data(load_task(TASK), seed), Path("runs") / "tuning" / str(seed))
         for seed in range(arguments.seeds)
     ]
@@ -88,17 +87,17 @@ def main() -> None:
         method: [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
         for method, grid in grids.items()
     }
-    splits = {method: settings[:1] if method in READERS else settings for method in tried}
+    splits = {method: contexts[:1] if method in READERS else contexts for method in tried}
     done, total = 0, sum(len(options) * len(splits[method]) for method, options in tried.items())
     with progress("tuning", total) as advance:
         for method, options in tried.items():
             gains = np.zeros((len(splits[method]), len(options)))
-            for (row, setting), (column, chosen) in itertools.product(enumerate(splits[method]), enumerate(options)):
+            for (row, context), (column, chosen) in itertools.product(enumerate(splits[method]), enumerate(options)):
                 # A training that was stopped goes on, and each has a place of its own.
                 own = (
-                    replace(setting, workspace=setting.workspace / f"{method} {column}")
+                    replace(context, workspace=context.workspace / f"{method} {column}")
                     if method in READERS
-                    else setting
+                    else context
                 )
                 scorer = fitted(method, own, **chosen)
                 gains[row, column] = gain(own, scorer, reads=method in READERS)
@@ -107,31 +106,31 @@ def main() -> None:
             keep(method, options, gains.mean(0), len(splits[method]))
 
 
-def fitted(method: str, setting: MethodContext, *, wording: str | None = None, **options: Any) -> Scorer:
+def fitted(method: str, context: MethodContext, *, wording: str | None = None, **options: Any) -> Scorer:
     """Returns a method fitted with other options than its own, or on a task with another prompt."""
     if wording is not None and WORDINGS[wording][0]:
         text, positive, negative = WORDINGS[wording]
         prompt = PromptConfig(text=text, positive=positive, negative=negative)
-        task = setting.data.task.model_copy(update={"prompt": prompt})
-        setting = replace(setting, data=replace(setting.data, task=task))
+        task = context.data.task.model_copy(update={"prompt": prompt})
+        context = replace(context, data=replace(context.data, task=task))
     # "joint LoRA, longer" is a grid of the method before the comma.
-    asked = METHODS[method.partition(",")[0] if method not in METHODS else method]
-    return asked.fit(setting, **{**asked.options, **options})[0].scorer
+    asked = METHODS.get(method if method in METHODS.names() else method.partition(",")[0])
+    return asked.fit(context, **{**asked.options, **options})[0].scorer
 
 
-def gain(setting: MethodContext, scorer: Scorer, *, reads: bool) -> float:
+def gain(context: MethodContext, scorer: Scorer, *, reads: bool) -> float:
     """Returns the gain over the item mean on validation users, averaged over K > 0."""
-    baseline = METHODS[BASELINE].rows(setting)[0].scorer
-    liked = [episode.query.likes(setting.threshold) for episode in setting.validation]
-    both = [episode for episode, likes in zip(setting.validation, liked, strict=True) if 0 < likes.sum() < len(likes)]
-    shots = _READ_SHOTS if reads else [count for count in setting.data.task.shots if count]
+    baseline = METHODS.get(BASELINE).rows(context)[0].scorer
+    liked = [episode.query.likes(context.threshold) for episode in context.validation]
+    both = [episode for episode, likes in zip(context.validation, liked, strict=True) if 0 < likes.sum() < len(likes)]
+    shots = _READ_SHOTS if reads else [count for count in context.data.task.shots if count]
     report = evaluate(
         [baseline, scorer],
-        both[:_READ_USERS] if reads else setting.validation,
+        both[:_READ_USERS] if reads else context.validation,
         shots,
-        setting.interactions.catalog,
-        threshold=setting.threshold,
-        seed=setting.seed,
+        context.interactions.catalog,
+        threshold=context.threshold,
+        seed=context.seed,
         baseline=BASELINE,
         left_out={},
     )

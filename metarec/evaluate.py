@@ -21,6 +21,8 @@ from metarec.errors import EvaluationError
 from metarec.metrics import ERRORS, METRICS, RECBOLE, at_cutoff, auc, bootstrap_interval, check_scores, recbole_ndcg
 from metarec.scorer import Request, Scorer
 
+# The row that gains are measured from, in every table.
+BASELINE = "item mean"
 # How many ratings the mean residual of a support counts as, when scores are turned into ratings.
 _LEVEL_STRENGTH = 1.0
 

@@ -1,8 +1,8 @@
 """Names that stand for code: metarec's own, those that installed packages bring, and ``module:attribute``.
 
-Everything that people swap is looked up here, so that adding one is one file and one name. An installed package adds names by entry points; a script
-or a command line names an attribute of any importable module. Files that may come from somebody else, such as a saved
-recommender, never cause an import: see `Registry.get`.
+Everything that people swap is looked up here, so that adding one is one file and one name. An installed package adds
+names by entry points; a script or a command line names an attribute of any importable module. Files that may come from
+somebody else, such as a saved recommender, never cause an import: see `Registry.get`.
 """
 
 from __future__ import annotations

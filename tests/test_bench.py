@@ -25,14 +25,14 @@ from threadpoolctl import threadpool_info
 
 from metarec.artifacts import load_json
 from metarec.bench import cells as bench
-from metarec.bench import methods
 from metarec.bench.methods import METHODS, Method, MethodContext, MethodRow
 from metarec.bench.plan import Cell, Plan, cells
-from metarec.bench.summary import Summary, crossing, holm, read_cells
+from metarec.bench.results import read_cells
+from metarec.bench.summary import Summary, crossing, holm
 from metarec.bench.webpage import render
 from metarec.data.interactions import Ratings
 from metarec.errors import ArtifactError, ConfigError, EvaluationError
-from metarec.recommender import BASELINE
+from metarec.evaluate import BASELINE
 from metarec.scorers.collaborative.trivial import ItemMean
 
 
@@ -84,8 +84,8 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> None:
                 torch.from_numpy(told(asked.support) * ((asked.candidates % 4 < 2) * 2.0 - 1)) for asked in requests
             ]
 
-    def rows(setting: MethodContext) -> list[MethodRow]:
-        best = Oracle(setting.mean, name="metarec")
+    def rows(context: MethodContext) -> list[MethodRow]:
+        best = Oracle(context.mean, name="metarec")
         return [
             MethodRow(
                 best, 7, lambda asked: 3 * len(asked.candidates), lambda asked, code: f"item {code}</script>", True
@@ -94,11 +94,11 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> None:
             MethodRow(replace(best, name="metarec, step 1"), step=1),
         ]
 
-    def broken(setting: MethodContext) -> list[MethodRow]:
+    def broken(context: MethodContext) -> list[MethodRow]:
         raise FloatingPointError("nothing fits")
 
-    monkeypatch.setitem(METHODS, "metarec", Method(rows, "meta", "knows"))
-    monkeypatch.setitem(METHODS, "broken", Method(broken, "meta", "fails"))
+    monkeypatch.setitem(METHODS._builtin, "metarec", Method(rows, "meta", "knows"))
+    monkeypatch.setitem(METHODS._builtin, "broken", Method(broken, "meta", "fails"))
 
 
 def test_every_method_is_measured_on_the_same_users_and_the_baseline_joins_by_itself(task: str, tmp_path: Path) -> None:
@@ -114,9 +114,9 @@ def test_a_cell_that_is_done_is_not_measured_again(task: str, tmp_path: Path, mo
     wanted = plan(task, "random", seeds=1)
     bench.run(wanted, tmp_path)
     fits = []
-    original = METHODS["random"]
-    counted = Method(lambda setting: fits.append(1) or original.rows(setting), "trivial", "counts")
-    monkeypatch.setitem(METHODS, "random", counted)
+    original = METHODS.get("random")
+    counted = Method(lambda context: fits.append(1) or original.rows(context), "trivial", "counts")
+    monkeypatch.setitem(METHODS._builtin, "random", counted)
     bench.run(wanted, tmp_path)
     assert not fits
     bench.run(wanted, tmp_path, fresh=True)
@@ -134,8 +134,8 @@ def test_a_cell_with_other_options_or_a_changed_byte_is_measured_again(
         file = tmp_path / "cells" / cell.folder / "per_user.parquet"
         file.write_bytes(file.read_bytes()[:-1] + b"!")
     else:
-        changed = Method(lambda setting, **_: METHODS["constant"].rows(setting), "trivial", "", {"strength": 2})
-        monkeypatch.setitem(METHODS, "random", changed)
+        changed = Method(lambda context, **_: METHODS.get("constant").rows(context), "trivial", "", {"strength": 2})
+        monkeypatch.setitem(METHODS._builtin, "random", changed)
     assert bench.missing(cells(wanted), tmp_path) == [cell]
     bench.run(wanted, tmp_path)
     assert bench.missing(cells(wanted), tmp_path) == []
@@ -199,8 +199,8 @@ def test_results_say_from_when_to_when_and_for_how_long_they_were_measured(task:
 
 
 def test_no_two_methods_share_a_cell() -> None:
-    folders = {Cell("t", method, 0).folder for method in METHODS}
-    assert len(folders) == len(METHODS)
+    folders = {Cell("t", method, 0).folder for method in METHODS.names()}
+    assert len(folders) == len(METHODS.names())
 
 
 def test_limited_users_and_limited_training_are_cells_of_their_own(task: str, tmp_path: Path) -> None:
@@ -309,11 +309,12 @@ def test_an_unknown_method_is_named_with_the_nearest_one(task: str) -> None:
 
 def test_a_group_stands_for_its_methods(task: str) -> None:
     names = {cell.method for cell in cells(plan(task, "trivial"))}
-    assert names == {name for name, method in METHODS.items() if method.group == "trivial"}
+    assert names == {name for name in METHODS.names() if METHODS.get(name).group == "trivial"}
 
 
 def test_every_method_says_what_it_is_in_one_line() -> None:
-    for name, method in METHODS.items():
+    for name in METHODS.names():
+        method = METHODS.get(name)
         assert method.about, name
         assert len(method.about) < 90, name
         assert "\n" not in method.about, name
@@ -324,11 +325,11 @@ def test_limited_training_sees_only_those_users(task: str, tmp_path: Path) -> No
     from metarec.data.task_files import load_task
 
     data = load_task_data(load_task(task), 0)
-    setting = methods.MethodContext(data, tmp_path, 5)
-    assert len(setting.users) == 5
-    assert set(setting.users) <= set(data.parts["train"])
-    assert set(setting.task_data.parts["test"]) == set(data.parts["test"])
-    assert setting.mean.count.sum() == np.isin(data.interactions.user, setting.users).sum()
+    context = MethodContext(data, tmp_path, 5)
+    assert len(context.users) == 5
+    assert set(context.users) <= set(data.parts["train"])
+    assert set(context.task_data.parts["test"]) == set(data.parts["test"])
+    assert context.mean.count.sum() == np.isin(data.interactions.user, context.users).sum()
 
 
 def test_the_page_holds_everything_and_fetches_nothing(known: Summary) -> None:

@@ -72,6 +72,7 @@ class Given:
     data: Interactions
     prior: ItemPrior
     model_dir: ModelDir
+    threshold: float = THRESHOLD
 
     @cache  # noqa: B019 - one world for the session, and another for what is fitted again
     def recommender(self, members: str = "none", algorithm: str = "fomaml") -> MetaRecommender:
@@ -124,7 +125,7 @@ def network(form: Form) -> Callable[[Given], Scorer]:
             given.prior,
             VECTORS,
             validation=held_out,
-            threshold=THRESHOLD,
+            threshold=given.threshold,
             **settings,  # type: ignore[arg-type]
         )
 
@@ -150,12 +151,12 @@ FITS: dict[str, Callable[[Given], Scorer]] = {
     "text ridge": lambda given: fit_text_ridge(given.prior, VECTORS),
     "text ridge, no prior": lambda given: fit_text_ridge(given.prior, VECTORS, offset=False),
     "text logistic": lambda given: fit_text_logistic(
-        given.data, TRAIN, given.prior, VECTORS, threshold=THRESHOLD, penalty=1.0
+        given.data, TRAIN, given.prior, VECTORS, threshold=given.threshold, penalty=1.0
     ),
     "text logistic, no prior": lambda given: fit_text_logistic(
-        given.data, TRAIN, given.prior, VECTORS, threshold=THRESHOLD, offset=False
+        given.data, TRAIN, given.prior, VECTORS, threshold=given.threshold, offset=False
     ),
-    "two-tower cosine": lambda given: fit_two_tower(VECTORS, threshold=THRESHOLD),
+    "two-tower cosine": lambda given: fit_two_tower(VECTORS, threshold=given.threshold),
     "GP": lambda given: fit_gp(given.data, TRAIN, {"text": VECTORS, "genres": GENRE}, factors=4),
     "MeLU": network("melu"),
     "neural process": network("neural process"),
@@ -383,6 +384,29 @@ def test_ratings_of_test_users_change_no_score(method: str, scorer: Scorer, turn
 def test_accuracy_where_the_answer_is_known(method: str, report: Report) -> None:
     low, high = BANDS[method]
     assert low <= report.values(method, 10).mean() <= high
+
+
+# Methods that are told which ratings are likes; the language model's rows get it from the task's rule.
+LABELLED = ("text logistic", "text logistic, no prior", "two-tower cosine", "MeLU", "neural process")
+
+
+@pytest.mark.parametrize("labelled", LABELLED)
+def test_a_like_may_be_a_rating_above_the_users_own_mean(labelled: str, known: Given) -> None:
+    own_mean = replace(known, threshold=float("nan"))
+    baseline = replace(ItemMean(known.prior), name="baseline")
+    found = FITS[labelled](own_mean)
+    measured = evaluate(
+        [baseline, found],
+        episodes(WORLD, TEST),
+        (10,),
+        WORLD.catalog,
+        threshold=float("nan"),
+        seed=0,
+        baseline="baseline",
+        left_out={},
+    )
+    low, high = BANDS[labelled]
+    assert low <= measured.values(labelled, 10).mean() <= high
 
 
 def test_ratings_help_the_methods_that_listen(method: str, report: Report) -> None:

@@ -15,8 +15,8 @@ from conftest import TEMPLATES, known_interactions
 from test_recommender import known_task
 from torch import Tensor
 
-from metarec.bench import methods
-from metarec.bench.methods import METHODS, MethodContext
+from metarec.bench import context
+from metarec.bench.methods import METHODS, MethodContext, finetuning
 from metarec.config import TrainConfig
 from metarec.data.episodes import Episode, evaluation_episodes
 from metarec.data.interactions import Ratings
@@ -311,13 +311,13 @@ def test_a_benchmark_row_that_was_trained_before_is_loaded_and_scores_the_same(
     trainable: str, backbone: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting = MethodContext(known_task(), tmp_path)
-    monkeypatch.setattr(methods, "load_backbone", lambda _: backbone("llama"))
+    monkeypatch.setattr(context, "open_backbone", lambda _: backbone("llama"))
     monkeypatch.setattr(MethodContext, "prior", FLAT)
-    monkeypatch.setattr(methods, "fine_tune", partial(fine_tune, config=SHORT))
-    monkeypatch.setattr(methods, "then_per_user_lora", partial(then_per_user_lora, layers=1))
-    method = METHODS[NAMES[trainable]]  # type: ignore[index]
+    monkeypatch.setattr(finetuning, "fine_tune", partial(fine_tune, config=SHORT))
+    monkeypatch.setattr(finetuning, "then_per_user_lora", partial(then_per_user_lora, layers=1))
+    method = METHODS.get(NAMES[trainable])  # type: ignore[index]
     first = method.rows(setting)
-    monkeypatch.setattr(methods, "fine_tune", None)
+    monkeypatch.setattr(finetuning, "fine_tune", None)
     second = method.rows(MethodContext(setting.data, tmp_path))
     assert [row.scorer.name for row in second] == [row.scorer.name for row in first]
     assert [row.parameters for row in second] == [row.parameters for row in first]

@@ -1,1 +1,1 @@
-"""Methods on tasks, side by side: cells, summaries, tables and pages."""
+"""Measures methods on the same users: plans, cells, summaries, tables and pages."""

@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
@@ -21,11 +20,12 @@ import numpy as np
 from metarec.artifacts import SCHEMA_VERSION, content_hash, dump_json, load_json, parse_json, replace_dir, verify_dir
 from metarec.bench.methods import METHODS, MethodContext, MethodRow
 from metarec.bench.plan import Cell, Plan, cells
-from metarec.bench.summary import CELL_FACTS, CELL_TABLES
+from metarec.bench.results import CELL_FACTS, CELL_TABLES
+from metarec.data.episodes import Episode
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.data.task_files import load_task
 from metarec.doctor import environment
-from metarec.errors import ArtifactError, EvaluationError
+from metarec.errors import ArtifactError, ConfigError, EvaluationError
 from metarec.evaluate import evaluate, request
 from metarec.progress import QUIET, progress
 from metarec.scorer import Request
@@ -39,11 +39,11 @@ def run(plan: Plan, out: Path, *, jobs: int = 1, fresh: bool = False) -> None:
     Args:
         plan: What to measure.
         out: Folder of the cells and of what trainings keep.
-        jobs: Processes; each takes its share of the cores.
+        jobs: Number of processes; each takes its share of the cores.
         fresh: Measures all of them again.
 
     Raises:
-        ConfigError: A task or a method is not known.
+        ConfigError: A task, a method or a setting is not known.
         EvaluationError: A cell failed; all others were measured first.
         KeyboardInterrupt: Everything that is done is kept, trainings in their checkpoints.
     """
@@ -110,7 +110,7 @@ def _start_worker(threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the one that started it is gone: killed, it cannot say so, and cells would go on."""
+    """Ends this process when its parent is gone: a killed parent cannot end it, and it would go on with its cells."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -133,9 +133,21 @@ def _data(task: str, seed: int) -> TaskData:
 
 
 def _identity(cell: Cell) -> dict[str, Any]:
-    options = dict(METHODS[cell.method].options)
-    task = load_task(cell.task)
-    return {**asdict(cell), "task": task.name, "task_digest": task.digest, "options": options}
+    """Returns all that a cell's figures are a function of but metarec's own code; as JSON values.
+
+    Raises:
+        ConfigError: An option of the method is no JSON value.
+    """
+    task, code = load_task(cell.task), METHODS.code(cell.method)
+    options = dict(METHODS.get(cell.method).options)
+    outside = {} if code is None else {"code": code}
+    identity = {**cell.identity, "task": task.name, "task_digest": task.digest, "options": options, **outside}
+    try:
+        return dict(parse_json(dump_json(identity)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the options of the method '{cell.method}' are not plain JSON values: {error}", "Name things by texts"
+        ) from None
 
 
 def _is_done(cell: Cell, out: Path) -> bool:
@@ -145,23 +157,24 @@ def _is_done(cell: Cell, out: Path) -> bool:
         verify_dir(folder, "cell")
     except ArtifactError:
         return False
-    return bool(load_json(folder / CELL_FACTS)["identity"] == parse_json(dump_json(_identity(cell))))
+    return bool(load_json(folder / CELL_FACTS)["identity"] == _identity(cell))
 
 
 def _measure(cell: Cell, out: Path, fresh: bool) -> None:
     began, began_at = datetime.now(timezone.utc), time.perf_counter()
     data = _data(cell.task, cell.seed)
     # What a training leaves behind belongs to the method's options as well as to the cell.
-    folder = out / "work" / cell.folder.parent / f"{cell.folder.name}-{content_hash(_identity(cell))[:8]}"
+    identity = _identity(cell)
+    folder = out / "work" / cell.folder.parent / f"{cell.folder.name}-{content_hash(identity)[:8]}"
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
-    setting = MethodContext(data, folder, cell.train_users)
+    context, method = MethodContext(data, folder, cell.train_users, cell.changed), METHODS.get(cell.method)
     episodes, short = data.episodes("test")
     labels = [episode.query.likes(data.task.like_threshold) for episode in episodes]
     both = [episode for episode, liked in zip(episodes, labels, strict=True) if 0 < liked.sum() < len(liked)]
     chosen = episodes if cell.users is None else both[: cell.users]
     started = time.perf_counter()
-    rows = METHODS[cell.method].rows(setting)
+    rows = method.rows(context)
     fit_seconds = time.perf_counter() - started
     report = evaluate(
         [row.scorer for row in rows],
@@ -177,33 +190,35 @@ def _measure(cell: Cell, out: Path, fresh: bool) -> None:
     )
     facts = {
         "schema_version": SCHEMA_VERSION,
-        "identity": _identity(cell),
-        "group": METHODS[cell.method].group,
+        "identity": identity,
+        "group": method.group,
         "fit_seconds": fit_seconds,
         "began": began.isoformat(timespec="seconds"),
         "seconds": time.perf_counter() - began_at,
         "left_out": dict(report.left_out),
         "hashes": data.hashes,
         **environment(),
-        "rows": [
-            {
-                "method": row.scorer.name,
-                "parameters": int(row.parameters),
-                "log_odds": row.log_odds,
-                "step": row.step,
-                "tokens": {
-                    str(shots): float(np.mean([row.tokens(request(episode, shots)) for episode in chosen]))
-                    for shots in data.task.shots
-                },
-                "prompts": _prompts(row, [request(episode, max(data.task.shots)) for episode in chosen], data),
-            }
-            for row in rows
-        ],
+        "rows": [_row_facts(row, chosen, data) for row in rows],
     }
     with replace_dir(out / "cells" / cell.folder, "cell") as directory:
         (directory / CELL_FACTS).write_text(dump_json(facts), encoding="utf-8")
         for name in CELL_TABLES:
             getattr(report, name).to_parquet(directory / f"{name}.parquet", index=False)
+
+
+def _row_facts(row: MethodRow, chosen: Sequence[Episode], data: TaskData) -> dict[str, Any]:
+    """Returns what a cell keeps of a row beside its scores, as JSON values."""
+    return {
+        "method": row.scorer.name,
+        "parameters": int(row.parameters),
+        "log_odds": row.log_odds,
+        "step": row.step,
+        "tokens": {
+            str(shots): float(np.mean([row.tokens(request(episode, shots)) for episode in chosen]))
+            for shots in data.task.shots
+        },
+        "prompts": _prompts(row, [request(episode, max(data.task.shots)) for episode in chosen], data),
+    }
 
 
 def _prompts(row: MethodRow, requests: Sequence[Request], data: TaskData) -> dict[str, dict[str, str]]:

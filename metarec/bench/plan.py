@@ -1,30 +1,38 @@
-"""What a benchmark measures: tasks, methods and seeds, as cells."""
+"""What a benchmark measures: tasks, methods, seeds and settings, as cells."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
+from metarec.artifacts import content_hash, dump_json, parse_json
 from metarec.bench.methods import METHODS
+from metarec.bench.settings import canonical, flattened, label
 from metarec.config import Section, read_yaml, validated
-from metarec.errors import ConfigError, suggest
-from metarec.recommender import BASELINE
+from metarec.errors import ConfigError
+from metarec.evaluate import BASELINE
+
+_SLUG_LENGTH = 40
+_SETTINGS = "settings of runs by dotted key, such as backbone or train.steps, for the methods that read them"
 
 
 class PlanPart(Section):
     """A block of cells: every method on every task and seed of the block."""
 
     tasks: tuple[str, ...] = Field(min_length=1)
-    methods: tuple[str, ...] = Field(min_length=1, description="names, or groups such as fold-in")
-    seeds: int = Field(10, ge=1, description="how many split seeds, from 0")
-    users: int | None = Field(None, ge=2, description="only so many test users of each split, the same for all methods")
+    methods: tuple[str, ...] = Field(min_length=1, description="names, groups such as fold-in, or module:attribute")
+    seeds: int = Field(10, ge=1, description="number of split seeds, from 0")
+    users: int | None = Field(None, ge=2, description="test users of each split at most, the same for all methods")
     train_users: tuple[int | None, ...] = Field(
         (None,), min_length=1, description="sizes of meta-training; null is all"
     )
+    settings: dict[str, Any] = Field(default_factory=dict, description=f"{_SETTINGS}; above the plan's")
 
 
 class Plan(Section):
@@ -32,6 +40,7 @@ class Plan(Section):
 
     name: str
     description: str = ""
+    settings: dict[str, Any] = Field(default_factory=dict, description=_SETTINGS)
     parts: tuple[PlanPart, ...] = Field(min_length=1)
 
 
@@ -43,8 +52,9 @@ class Cell:
         task: The task's name, or its file.
         method: The method's name in `METHODS`.
         seed: The split's seed.
-        users: At most so many test users; None for all.
-        train_users: At most so many meta-training users; None for all.
+        users: Number of test users at most; None for all.
+        train_users: Number of meta-training users at most; None for all.
+        settings: Settings that the method reads and that differ from the defaults: pairs of dotted key and JSON.
     """
 
     task: str
@@ -52,6 +62,7 @@ class Cell:
     seed: int
     users: int | None = None
     train_users: int | None = None
+    settings: tuple[tuple[str, str], ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -60,43 +71,96 @@ class Cell:
         some = "" if self.users is None else f"-{self.users}-users"
         file = Path(self.task)
         task = file.stem if file.suffix in (".yaml", ".yml") else self.task
-        return Path(_slug(task)) / str(self.seed) / f"{_slug(self.method)}{size}{some}"
+        method = _named_slug(self.method) if ":" in self.method else _slug(self.method)
+        settings = f"-{_named_slug(label(self.changed))}" if self.settings else ""
+        return Path(_slug(task)) / str(self.seed) / f"{method}{size}{some}{settings}"
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The settings as values by dotted key."""
+        return {key: parse_json(text) for key, text in self.settings}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the cell is, as JSON values."""
+        settings = {"settings": self.changed} if self.settings else {}
+        return {
+            "task": self.task,
+            "method": self.method,
+            "seed": self.seed,
+            "users": self.users,
+            "train_users": self.train_users,
+            **settings,
+        }
 
 
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.+]+", "-", name.casefold()).strip("-")
 
 
+def _named_slug(name: str) -> str:
+    """Returns a short slug that no other name has."""
+    return f"{_slug(name)[:_SLUG_LENGTH].strip('-')}-{content_hash(name)[:8]}"
+
+
 def read_plan(path: Path) -> Plan:
     """Reads a plan from YAML.
 
     Raises:
-        ConfigError: The file is not a plan, or names a method that there is not.
+        ConfigError: The file is not a plan.
     """
     return validated(Plan, read_yaml(path), str(path))
+
+
+def with_settings(plan: Plan, settings: Mapping[str, Any]) -> Plan:
+    """Returns the plan with settings above its own and those of its parts."""
+    above = flattened(settings)
+    parts = [part.model_copy(update={"settings": {**flattened(part.settings), **above}}) for part in plan.parts]
+    return plan.model_copy(update={"parts": tuple(parts)})
 
 
 def cells(plan: Plan) -> list[Cell]:
     """Returns a plan's cells, those of one split side by side.
 
     Raises:
-        ConfigError: A method's name is not known.
+        ConfigError: A method's name is not known; a setting is not, or none of the methods reads it; or two cells would
+            share a folder.
     """
     found: dict[Cell, None] = {}
+    unread: dict[str, None] = {}
     for part in plan.parts:
-        methods = [name for given in part.methods for name in _named(given)]
+        methods = [name for given in part.methods for name in METHODS.members(given)]
         if BASELINE not in methods:
             methods = [BASELINE, *methods]
+        given = {**flattened(plan.settings), **flattened(part.settings)}
+        settings = canonical(given, f"settings of plan '{plan.name}'")
+        unread |= dict.fromkeys(settings)
         for task, seed, method, size in product(part.tasks, range(part.seeds), methods, part.train_users):
-            found[Cell(task, method, seed, part.users, size)] = None
+            read = tuple((key, _one_line(value)) for key, value in settings.items() if METHODS.get(method).reads(key))
+            found[Cell(task, method, seed, part.users, size, read)] = None
+    for cell in found:
+        for key, _ in cell.settings:
+            unread.pop(key, None)
+    if unread:
+        raise ConfigError(
+            f"the setting '{next(iter(unread))}' changes none of the plan's methods",
+            "Leave it out, or add a method that reads it",
+        )
+    _check_folders(list(found))
     return list(found)
 
 
-def _named(name: str) -> list[str]:
-    if name in METHODS:
-        return [name]
-    group = [method for method in METHODS if METHODS[method].group == name]
-    if not group:
-        groups = dict.fromkeys(method.group for method in METHODS.values())
-        raise ConfigError(f"no method or group is called '{name}'", suggest(name, [*METHODS, *groups]))
-    return group
+def _one_line(value: Any) -> str:
+    return " ".join(dump_json(value).split())
+
+
+def _check_folders(wanted: list[Cell]) -> None:
+    folders: dict[Path, Cell] = {}
+    for cell in wanted:
+        other = folders.setdefault(cell.folder, cell)
+        if other != cell:
+            raise ConfigError(
+                f"'{cell.method}' on '{cell.task}' and '{other.method}' on '{other.task}' share the folder "
+                f"'{cell.folder}'",
+                "Rename one of them",
+            )

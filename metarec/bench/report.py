@@ -1,21 +1,31 @@
-"""What an evaluation found, for people: a terminal table and plain sentences.
-
-Knows nothing of how the numbers were made.
-"""
+"""Writes what an evaluation or a benchmark found for people: terminal tables, Markdown and plain sentences."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from metarec.bench.summary import Summary
+from metarec.bench.summary import Summary, ranked
 from metarec.evaluate import Report, ShotSummary
 from metarec.metrics import CUTOFF, METRICS
 
 _SIGNIFICANT = 0.05
+# What a table can say of a row at the largest K, by the column's head.
+COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "users": lambda row: str(row["episodes"]),
+    "hurt": lambda row: f"{row['hurt']:.0%}",
+    "ECE": lambda row: _short(row["ece"], ".3f"),
+    "over no ratings": lambda row: _difference(row["over no ratings"]),
+    "fit s": lambda row: f"{row['fit_seconds']:.0f}",
+    "s/user": lambda row: f"{row['seconds_per_user']:.3f}",
+    "B/user": lambda row: f"{row['bytes_per_user']:,}",
+    "parameters": lambda row: f"{row['parameters']:,}",
+    "tokens": lambda row: f"{row['tokens']:,.0f}",
+}
+USUAL_COLUMNS = ("users", "hurt", "ECE", "fit s", "s/user", "B/user")
 
 
 def table(report: Report) -> Table:
@@ -52,8 +62,8 @@ def _lines(cell: ShotSummary, baseline: str) -> Sequence[str]:
 
 def standings(summary: Summary, reference: str | None = None) -> Table:
     """Returns a benchmark's table: a line per method, most gained at the largest K first, a column per K."""
-    ranked = summary.ranked(reference)
-    shots = sorted(next(iter(ranked.values())))
+    by_method = summary.ranked(reference)
+    shots = sorted(next(iter(by_method.values())))
     size = "" if summary.train_users is None else f", {summary.train_users} meta-training users"
     result = Table(title=f"{summary.task}{size}: AUC, and the paired difference to the {summary.report.baseline}")
     result.add_column("method")
@@ -61,7 +71,7 @@ def standings(summary: Summary, reference: str | None = None) -> Table:
         result.add_column(f"K = {count}", justify="right", no_wrap=True)
     for column in ("hurt\nECE", "fit s\ns/user", "users\nB/user"):
         result.add_column(column, justify="right", no_wrap=True)
-    for cells in ranked.values():
+    for cells in by_method.values():
         last = cells[shots[-1]]
         versus = f"versus {summary.report.baseline}"
         texts = [
@@ -81,46 +91,51 @@ def standings(summary: Summary, reference: str | None = None) -> Table:
 
 
 def markdown(summary: Summary, reference: str | None = None) -> str:
-    """Returns a benchmark's table in Markdown, most gained at the largest K first.
+    """Returns a benchmark's table in Markdown, as `markdown_table` writes it.
 
     Args:
         summary: The cells of one task.
         reference: The method whose name is set in bold.
+    """
+    return markdown_table(summary.rows(reference), summary.report.baseline, reference)
+
+
+def markdown_table(
+    rows: Sequence[dict[str, Any]], baseline: str, reference: str | None = None, columns: Sequence[str] | None = None
+) -> str:
+    """Returns rows of a benchmark as a table in Markdown, most gained at the largest K first.
+
+    Args:
+        rows: One per method and K, as `Summary.rows` gives them.
+        baseline: The row that gains are measured from.
+        reference: The method whose name is set in bold.
+        columns: Names in `COLUMNS` of what follows the AUC; None for the usual ones.
 
     Returns:
-        One line per method: AUC by K with the paired difference to the baseline and its 95% interval, the share of
-        users worse off than without ratings, calibration error, and costs at the largest K.
+        One line per method: AUC by K with the paired difference to the baseline and its 95% interval, then the columns
+        at the largest K.
     """
-    ranked = summary.ranked(reference)
-    shots = sorted(next(iter(ranked.values())))
-    versus = f"versus {summary.report.baseline}"
-    lines = [
-        f"| AUC (difference to {summary.report.baseline}) | "
-        + " | ".join(f"K = {count}" for count in shots)
-        + " | users | hurt | ECE | fit s | s/user | B/user |",
-        "|---" * (len(shots) + 7) + "|",
-    ]
-    for cells in ranked.values():
+    by_method = ranked(rows, baseline)
+    shots = sorted({count for cells in by_method.values() for count in cells})
+    chosen = USUAL_COLUMNS if columns is None else tuple(columns)
+    heads = [f"AUC (difference to {baseline})", *(f"K = {count}" for count in shots), *chosen]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for cells in by_method.values():
         last = cells[shots[-1]]
-        texts = [_markdown_cell(cells[count], versus) for count in shots]
         name = f"**{last['method']}**" if last["method"] == reference else last["method"]
-        costs = (
-            f"{last['episodes']} | {last['hurt']:.0%} | {_short(last['ece'], '.3f')} | {last['fit_seconds']:.0f}"
-            f" | {last['seconds_per_user']:.3f} | {last['bytes_per_user']:,}"
-        )
-        lines.append(f"| {name} | " + " | ".join(texts) + f" | {costs} |")
+        texts = [_markdown_cell(cells[count], f"versus {baseline}") for count in shots]
+        lines.append(f"| {' | '.join([name, *texts, *(COLUMNS[column](last) for column in chosen)])} |")
     return "\n".join(lines)
 
 
 def _markdown_cell(row: Mapping[str, Any], versus: str) -> str:
     text = _short(row["auc"], ".4f")
-    if versus in row:
-        one = row[versus]
-        star = "*" if one["p_holm"] < _SIGNIFICANT else ""
-        text += (
-            f" {_short(one['difference'], '+.4f')}{star} [{_short(one['low'], '+.4f')} {_short(one['high'], '+.4f')}]"
-        )
-    return text
+    return f"{text} {_difference(row[versus])}" if versus in row else text
+
+
+def _difference(one: Mapping[str, float]) -> str:
+    star = "*" if one.get("p_holm", 1.0) < _SIGNIFICANT else ""
+    return f"{_short(one['difference'], '+.4f')}{star} [{_short(one['low'], '+.4f')} {_short(one['high'], '+.4f')}]"
 
 
 def _short(value: float, form: str) -> str:
@@ -129,7 +144,7 @@ def _short(value: float, form: str) -> str:
 
 
 def findings(report: Report, adapted: str, unadapted: str) -> list[str]:
-    """Says in sentences what adapting did, whichever way it went."""
+    """Returns sentences that say what adapting did, whichever way it went."""
     most = int(report.costs["shots"].max())
     others = dict.fromkeys(report.costs["method"])
     best = max(

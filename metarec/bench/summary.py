@@ -1,40 +1,35 @@
-"""What the cells of a benchmark say together: users of all seeds pooled, paired differences, tests, calibration, costs.
+"""The statistics of a benchmark's table: means, paired differences, intervals, tests, calibration, costs.
 
-Reads the folders that `metarec.bench.cells` writes. A person who is tested in several seeds is several episodes but one
-person: intervals and tests are over people. Knows nothing of how a method was made.
+A person who is tested in several seeds is several episodes but one person: intervals and tests are over people.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from functools import cache
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from metarec.artifacts import load_json, verify_dir
-from metarec.errors import ArtifactError
 from metarec.evaluate import Report
-from metarec.metrics import METRICS, bootstrap_interval, calibrated, calibration_error, paired_p_value
+from metarec.metrics import METRICS, calibrated, calibration_error, paired_p_value
 from metarec.progress import progress
 
-CELL_FACTS = "cell.json"
-CELL_TABLES = ("per_user", "costs", "predictions")
+# The method that every other is compared with, beside the baseline.
+REFERENCE = "metarec"
 
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """What is known of a method beside its scores, averaged over its cells.
+    """A row's facts beside its scores, averaged over its cells.
 
     Args:
-        name: How it is called in tables.
-        group: What kind of method it is.
-        parameters: Numbers that fitting learned and all users share.
+        name: The row's name in tables, settings included.
+        group: The method's group.
+        settings: The settings that it was measured with and that differ from the defaults, by dotted key.
+        parameters: Number of learned parameters that all users share.
         tokens: Tokens read to answer a request, by K.
         fit_seconds: Wall-clock time of fitting; rows that share a fit share its time.
         log_odds: Whether its scores are log-odds of a like as they are.
@@ -45,6 +40,7 @@ class MethodFacts:
 
     name: str
     group: str
+    settings: Mapping[str, Any]
     parameters: int
     tokens: Mapping[int, float]
     fit_seconds: float
@@ -102,19 +98,8 @@ class Summary:
         return rows
 
     def ranked(self, reference: str | None = None) -> dict[str, dict[int, dict[str, Any]]]:
-        """Returns `rows` by method and K; what gains most over the baseline at the largest K comes first.
-
-        By the paired difference, for methods that were measured on other users have another AUC to begin with.
-        """
-        found: dict[str, dict[int, dict[str, Any]]] = {}
-        for row in self.rows(reference):
-            found.setdefault(row["method"], {})[row["shots"]] = row
-
-        def gain(name: str) -> float:
-            last = found[name][max(found[name])]
-            return float(last.get(f"versus {self.report.baseline}", {"difference": 0.0})["difference"])
-
-        return {name: found[name] for name in sorted(found, key=gain, reverse=True)}
+        """Returns `rows` by method and K; what gains most over the baseline at the largest K comes first."""
+        return ranked(self.rows(reference), self.report.baseline)
 
     def _row(self, name: str, shots: int) -> dict[str, Any]:
         report, method = self.report, self.methods[name]
@@ -126,6 +111,7 @@ class Summary:
         return {
             "method": name,
             "group": method.group,
+            **({"settings": dict(method.settings)} if method.settings else {}),
             "shots": shots,
             "episodes": len(values),
             "people": len({report.people.get(user, user) for user in values.index}),
@@ -183,6 +169,26 @@ class Summary:
         return {count: float(paired(name, count, other, count).mean()) for count in self.curve(name)}
 
 
+def ranked(rows: Iterable[dict[str, Any]], baseline: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """Returns a table's rows by method and K; what gains most over the baseline at the largest K comes first.
+
+    By the paired difference, for methods that were measured on other users have another AUC to begin with.
+
+    Args:
+        rows: One per method and K, as `Summary.rows` gives them.
+        baseline: The row that gains are measured from.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["method"], {})[row["shots"]] = row
+
+    def gain(name: str) -> float:
+        last = found[name][max(found[name])]
+        return float(last.get(f"versus {baseline}", {"difference": 0.0})["difference"])
+
+    return {name: found[name] for name in sorted(found, key=gain, reverse=True)}
+
+
 def crossing(first: Mapping[int, float], second: Mapping[int, float]) -> float | None:
     """Says from how many ratings on one method is better than another.
 
@@ -213,181 +219,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
     from statsmodels.stats.multitest import multipletests
 
     return [float(value) for value in multipletests(list(p_values), method="holm")[1]]
-
-
-def read_cells(out: Path, baseline: str, folders: Sequence[Path] | None = None) -> list[Summary]:
-    """Reads measured cells and pools those of the same task and size of meta-training.
-
-    Args:
-        out: A benchmark's folder.
-        baseline: What gains are measured from.
-        folders: Only these cells, below ``out/cells``; None takes all.
-
-    Raises:
-        ArtifactError: There are none, or one is damaged.
-    """
-    root = out / "cells"
-    found = _cell_folders(root) if folders is None else [root / f for f in folders]
-    if not found:
-        raise ArtifactError(f"'{out}' holds no measured cells", f"Run: metarec bench --out {out}")
-    groups: dict[tuple[str, int | None], list[tuple[dict[str, Any], dict[str, pd.DataFrame]]]] = {}
-    for folder in found:
-        verify_dir(folder, "cell")
-        facts = load_json(folder / CELL_FACTS)
-        tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in CELL_TABLES}
-        key = (facts["identity"]["task"], facts["identity"]["train_users"])
-        groups.setdefault(key, []).append((facts, tables))
-    return [_pool(task, size, group, baseline) for (task, size), group in groups.items()]
-
-
-def _cell_folders(root: Path) -> list[Path]:
-    """Returns the cells below a folder in the order they were measured in, so that tables keep a plan's order."""
-    files = sorted(root.rglob(CELL_FACTS), key=lambda file: (file.stat().st_mtime, str(file)))
-    return [file.parent for file in files]
-
-
-def compare_runs(first: Path, second: Path) -> list[dict[str, Any]]:
-    """Compares two evaluated runs, or two benchmarks, on the users that both tested.
-
-    Args:
-        first: A run's directory or a benchmark's folder.
-        second: Another one.
-
-    Returns:
-        Per task, method and K the paired difference in AUC (second minus first), its interval over people and its
-        p-value, corrected by Holm's method over all of them; as plain JSON values.
-
-    Raises:
-        ArtifactError: One of them holds no results, or no method, K and user in common.
-    """
-    sides = [_per_user(path) for path in (first, second)]
-    keys = ["task", "method", "shots", "user"]
-    both = sides[0].merge(sides[1], on=keys, suffixes=("_first", "_second")).dropna()
-    if both.empty:
-        raise ArtifactError(
-            f"'{first}' and '{second}' have no method, K and user in common", "Compare runs of the same task and seed"
-        )
-    both["difference"] = both["auc_second"] - both["auc_first"]
-    rows: list[dict[str, Any]] = []
-    for _, group in both.groupby(keys[:3], sort=False):
-        first_row = group.iloc[0]
-        differences, people = group["difference"].to_numpy(np.float64), group["person_first"].tolist()
-        low, high = bootstrap_interval(differences, 0, people)
-        by_person = group.groupby("person_first")["difference"].mean().to_numpy()
-        rows.append(
-            {
-                "task": str(first_row["task"]),
-                "method": str(first_row["method"]),
-                "shots": int(first_row["shots"]),
-                "episodes": len(group),
-                "difference": float(np.mean(differences)),
-                "low": low,
-                "high": high,
-                "p": paired_p_value(by_person),
-            }
-        )
-    return [{**row, "p_holm": p} for row, p in zip(rows, holm([float(row["p"]) for row in rows]), strict=True)]
-
-
-def _per_user(path: Path) -> pd.DataFrame:
-    """Returns the AUC of every task, method, K and user of a run or a benchmark, with whose episode it is."""
-    if (path / "per_user.parquet").exists():
-        table = pd.read_parquet(path / "per_user.parquet")
-        task = load_json(path / "table.json")["task"]["name"] if (path / "table.json").exists() else path.name
-        table = table.assign(task=task, person=table["user"])
-    else:
-        parts = [
-            group.report.per_user.assign(task=group.task, person=group.report.per_user["user"].map(group.report.people))
-            for group in read_cells(path, "")
-            if group.train_users is None
-        ]
-        table = pd.concat(parts)
-    return table[["task", "method", "shots", "user", "person", "auc"]]
-
-
-def _pool(
-    task: str, train_users: int | None, group: Sequence[tuple[dict[str, Any], dict[str, pd.DataFrame]]], baseline: str
-) -> Summary:
-    people: dict[str, str] = {}
-    summaries: dict[str, list[pd.DataFrame]] = {name: [] for name in CELL_TABLES}
-    for facts, tables in group:
-        seed = facts["identity"]["seed"]
-        for name, table in tables.items():
-            if "user" in table:
-                called = str(seed) + "/" + table["user"].astype(str)
-                people |= dict(zip(called, table["user"].astype(str), strict=True))
-                table = table.assign(user=called)
-            summaries[name].append(table)
-    per_user, costs, predictions = (pd.concat(summaries[name], ignore_index=True) for name in CELL_TABLES)
-    # A method that was measured on some users and on all has those users twice.
-    report = Report(
-        per_user=per_user.drop_duplicates(["method", "shots", "user"]),
-        costs=costs.groupby(["method", "shots"], sort=False, as_index=False).mean(),
-        predictions=predictions.drop_duplicates(["method", "shots", "user", "item"]),
-        baseline=baseline,
-        seed=0,
-        left_out=_left_out([facts for facts, _ in group]),
-        hashes={},
-        people=people,
-    )
-    cells = [facts for facts, _ in group]
-    made = {
-        "task_digest": sorted({facts["identity"]["task_digest"] for facts in cells}),
-        "versions": cells[-1]["versions"],
-        "hardware": cells[-1]["hardware"],
-        "hashes_by_seed": {str(facts["identity"]["seed"]): facts["hashes"] for facts in cells},
-        **_measured(cells),
-    }
-    return Summary(task, train_users, report, _methods(cells), made)
-
-
-def _measured(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns when the first cell began, when the last ended, and the seconds of all; nothing if one lacks them."""
-    if not all("began" in facts for facts in cells):
-        return {}
-    spans = [(datetime.fromisoformat(facts["began"]), timedelta(seconds=facts["seconds"])) for facts in cells]
-    first, last = min(began for began, _ in spans), max(began + took for began, took in spans)
-    return {
-        "measured": {
-            "began": first.isoformat(timespec="seconds"),
-            "ended": last.isoformat(timespec="seconds"),
-            "seconds": (last - first).total_seconds(),
-            "process_seconds": sum(facts["seconds"] for facts in cells),
-        }
-    }
-
-
-def _left_out(cells: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Returns how many users were left out over all splits, each split counted once."""
-    by_seed = {facts["identity"]["seed"]: facts["left_out"] for facts in cells}
-    reasons = dict.fromkeys(reason for counts in by_seed.values() for reason in counts)
-    return {reason: sum(counts.get(reason, 0) for counts in by_seed.values()) for reason in reasons}
-
-
-def _methods(cells: Sequence[Mapping[str, Any]]) -> dict[str, MethodFacts]:
-    item_batch: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
-    for facts in cells:
-        for row in facts["rows"]:
-            item_batch.setdefault(row["method"], []).append((facts, row))
-    methods = {}
-    for name, entries in item_batch.items():
-        first, row = entries[0]
-        prompts = {
-            f"{facts['identity']['seed']}/{user}": texts
-            for facts, shown in entries
-            for user, texts in shown["prompts"].items()
-        }
-        methods[name] = MethodFacts(
-            name=name,
-            group=first["group"],
-            parameters=row["parameters"],
-            tokens={
-                int(shots): float(np.mean([shown["tokens"][shots] for _, shown in entries])) for shots in row["tokens"]
-            },
-            fit_seconds=float(np.mean([facts["fit_seconds"] for facts, _ in entries])),
-            log_odds=row["log_odds"],
-            step=row["step"],
-            seeds=tuple(sorted({facts["identity"]["seed"] for facts, _ in entries})),
-            prompts=prompts,
-        )
-    return methods

@@ -1,6 +1,6 @@
-"""A benchmark as one HTML file: tables, charts, a few users' prompts and predictions; nothing is fetched.
+"""Renders a benchmark as one HTML file: tables, charts, a few users' prompts and predictions.
 
-Charts are plotly's, whose script is inside the page. Knows nothing of how the numbers were made.
+The page fetches nothing: plotly's script, which draws the charts, is inside it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,11 @@ _SHOWN_USERS = 3
 
 
 def render(summaries: Sequence[Summary], reference: str) -> str:
-    """Renders all tables, charts and examples.
+    """Returns a page with all tables, charts and examples, as HTML.
 
     Args:
         summaries: A benchmark's groups of cells; those of limited meta-training become one comparison.
         reference: The method whose users' gains are drawn, and that every other is compared with.
-
-    Returns:
-        HTML.
     """
     from plotly.offline import get_plotlyjs
 
@@ -65,7 +62,7 @@ def _section(group: Summary, reference: str) -> dict[str, Any]:
     ]
     if reference in methods:
         charts.append((f"Who gains and who loses: {reference}", _histogram(group, baseline, reference, shots)))
-    if f"{reference}, no adaptation" in methods and any(method.step for method in group.methods.values()):
+    if f"{reference}, no adaptation" in methods and _between(group):
         charts.append(("Step by step: adaptation's trajectory", _trajectory(group, reference, shots)))
     return {
         "task": group.task,
@@ -144,9 +141,15 @@ def _histogram(group: Summary, baseline: str, reference: str, shots: Sequence[in
     return figure
 
 
+def _between(group: Summary) -> list[tuple[int, str]]:
+    """Returns the inner steps between none and all that were measured with the default settings, and their names."""
+    measured = group.methods.items()
+    return sorted((row.step, name) for name, row in measured if row.step is not None and not row.settings)
+
+
 def _trajectory(group: Summary, reference: str, shots: Sequence[int]) -> Figure:
     figure = _figure("inner steps", "AUC")
-    between = sorted((method.step, name) for name, method in group.methods.items() if method.step is not None)
+    between = _between(group)
     steps = [(0, f"{reference}, no adaptation"), *between, (len(between) + 1, reference)]
     # All points are of the users that the steps in between were measured on.
     shown = group.report.values(between[0][1], shots[0]).index
@@ -203,7 +206,7 @@ def _by_size(task: str, groups: Sequence[Summary], reference: str) -> dict[str, 
 
 
 def _examples(group: Summary, reference: str) -> dict[str, Any]:
-    """Returns a few users' candidates with what every method says of them, and the prompts that were read."""
+    """Returns a few users' candidates with every method's scores, and the prompts that were read."""
     table = group.report.predictions
     if reference not in group.methods:
         reference = next(iter(group.methods))
@@ -214,8 +217,8 @@ def _examples(group: Summary, reference: str) -> dict[str, Any]:
         prompts = {name: dict(method.prompts[user]) for name, method in group.methods.items() if user in method.prompts}
         scores: dict[str, dict[str, dict[str, float]]] = {}
         for (method, count), part in rows.groupby(["method", "shots"], sort=False):
-            told = dict(zip(part["item"], part["score"].round(4).astype(float), strict=True))
-            scores.setdefault(str(method), {})[str(count)] = told
+            by_item = dict(zip(part["item"], part["score"].round(4).astype(float), strict=True))
+            scores.setdefault(str(method), {})[str(count)] = by_item
         rated = rows.drop_duplicates("item")
         ratings = dict(zip(rated["item"], rated["rating"].astype(float), strict=True))
         shown[user] = {"ratings": ratings, "scores": scores, "prompts": prompts}

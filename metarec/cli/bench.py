@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metarec.cli.options import JsonOption, print_json
+from metarec.cli.options import BackboneOption, JsonOption, SetOption, print_json
 from metarec.errors import ConfigError
 
 if TYPE_CHECKING:
+    from metarec.bench.plan import Cell, Plan
     from metarec.bench.summary import Summary
 
 app = typer.Typer()
-# The method that every other is compared with, beside the baseline.
-REFERENCE = "metarec"
 
 OutOption = Annotated[Path, typer.Option("--out", help="Folder of the cells; what is there is not measured again.")]
 
@@ -31,56 +30,97 @@ def bench(
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Method, or a group such as fold-in; may be repeated.", show_default=False),
+        typer.Option(
+            help="Method, a group such as fold-in, or your own as module:attribute; may be repeated.",
+            show_default=False,
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="How many split seeds, from 0 (without PLAN).", min=1)] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of split seeds, from 0 (without PLAN).", min=1)] = 3,
     users: Annotated[
-        int | None, typer.Option(help="Only so many test users of each split.", min=2, show_default=False)
+        int | None, typer.Option(help="Number of test users of each split at most.", min=2, show_default=False)
     ] = None,
+    backbone: BackboneOption = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where language models run, e.g. cuda (default: cpu).", show_default=False)
+    ] = None,
+    sets: SetOption = None,
     out: OutOption = Path("runs/bench"),
     jobs: Annotated[int, typer.Option(help="Processes side by side; each takes its share of the cores.", min=1)] = 1,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is there.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured.")] = False,
-    methods: Annotated[bool, typer.Option("--methods", help="List the methods there are.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, and which are missing.")] = False,
+    methods: Annotated[bool, typer.Option("--methods", help="List the groups and the methods.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Measure methods on the same users: cells that can be stopped, repeated and shared among processes."""
+    """Measure methods on the same users, cell by cell; a benchmark that was stopped goes on where it was.
+
+    Settings (--backbone, --device, --set) reach the methods that read them, above those of a plan. Rows measured with
+    other settings than the defaults have them behind their name.
+    """
     from metarec.bench import cells as engine
-    from metarec.bench.methods import METHODS
-    from metarec.bench.plan import Plan, read_plan
     from metarec.bench.plan import cells as cells_of
-    from metarec.bench.summary import read_cells
-    from metarec.config import validated
-    from metarec.data.task_files import load_group
-    from metarec.recommender import BASELINE
+    from metarec.bench.plan import with_settings
+    from metarec.bench.results import read_cells
+    from metarec.config import override
 
     if methods:
-        listed = {name: {"group": entry.group, "about": entry.about} for name, entry in METHODS.items()}
-        if json:
-            print_json(listed)
-        else:
-            for name, entry in listed.items():
-                typer.echo(f"{name:28s}{entry['group']:13s}{entry['about']}")
+        _list_methods(json)
         return
+    given = override({}, sets or [])
+    given |= {key: value for key, value in {"backbone": backbone, "device": device}.items() if value is not None}
+    chosen = with_settings(_plan(plan, task, method, seeds, users), given)
+    cells = cells_of(chosen)
+    if dry_run:
+        _list_cells(cells, engine.missing(cells, out), json)
+        return
+    engine.run(chosen, out, jobs=jobs, fresh=fresh)
+    found = read_cells(out, folders=[cell.folder for cell in cells])
+    _show(found, json, {"plan": chosen.model_dump(mode="json")})
+
+
+def _plan(plan: Path | None, task: list[str] | None, method: list[str] | None, seeds: int, users: int | None) -> Plan:
+    """Returns the plan of a file, or of the options.
+
+    Raises:
+        ConfigError: Both are given, or the plan is none.
+    """
+    from metarec.bench.plan import Plan, read_plan
+    from metarec.config import validated
+    from metarec.data.task_files import load_group
+
     if plan is not None and (task or method or users):
         raise ConfigError("a plan and --task, --method or --users are both given", "Change the plan, or leave it out")
     if plan is not None:
-        chosen = read_plan(plan)
-    else:
-        tasks = [name for given in task or ["movielens/user-cold"] for name in load_group(given)]
-        part = {"tasks": tasks, "methods": method or ["trivial", "fold-in"], "seeds": seeds, "users": users}
-        chosen = validated(Plan, {"name": "bench", "parts": [part]}, "options")
-    cells = cells_of(chosen)
-    if dry_run:
-        missing = engine.missing(cells, out)
-        if json:
-            print_json([{"folder": str(cell.folder), "done": cell not in missing} for cell in cells])
-        else:
-            for cell in cells:
-                typer.echo(f"{'missing' if cell in missing else 'done   '}  {cell.folder}")
+        return read_plan(plan)
+    tasks = [name for given in task or ["movielens/user-cold"] for name in load_group(given)]
+    part = {"tasks": tasks, "methods": method or ["trivial", "fold-in"], "seeds": seeds, "users": users}
+    return validated(Plan, {"name": "bench", "parts": [part]}, "options")
+
+
+def _list_methods(json: bool) -> None:
+    """Prints the groups with their number of methods, then the methods with group and one line."""
+    from metarec.bench.methods import METHODS
+
+    groups = METHODS.groups()
+    entries = {name: METHODS.get(name) for name in METHODS.names()}
+    if json:
+        listed = {name: {"group": entry.group, "about": entry.about} for name, entry in entries.items()}
+        print_json({"groups": {group: len(members) for group, members in groups.items()}, "methods": listed})
         return
-    engine.run(chosen, out, jobs=jobs, fresh=fresh)
-    _show(read_cells(out, BASELINE, [cell.folder for cell in cells]), json, {"plan": chosen.model_dump(mode="json")})
+    typer.echo("Groups; each stands for all of its methods:")
+    for group, members in groups.items():
+        typer.echo(f"  {group:28s}{len(members):3d} method{'s' if len(members) > 1 else ''}")
+    typer.echo("\nMethods:")
+    for name, entry in entries.items():
+        typer.echo(f"  {name:28s}{entry.group:13s}{entry.about}")
+
+
+def _list_cells(cells: list[Cell], missing: list[Cell], json: bool) -> None:
+    """Prints the cells' folders, and which of them are to be measured."""
+    if json:
+        print_json([{"folder": str(cell.folder), "done": cell not in missing} for cell in cells])
+        return
+    for cell in cells:
+        typer.echo(f"{'missing' if cell in missing else 'done   '}  {cell.folder}")
 
 
 @app.command(epilog="Example: metarec report runs/bench --html report.html --results results.json")
@@ -93,14 +133,14 @@ def report(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Say what the cells of a benchmark say together; as a table, as JSON, as a page."""
+    """Pool the cells of a benchmark into a table: printed, as JSON, or as a page with charts."""
     from metarec.artifacts import replace_file, write_json
-    from metarec.bench.summary import read_cells
-    from metarec.recommender import BASELINE
+    from metarec.bench.results import as_json, read_cells
+    from metarec.bench.summary import REFERENCE
 
-    summaries = read_cells(out, BASELINE)
+    summaries = read_cells(out)
     if results is not None:
-        write_json(results, summary(summaries))
+        write_json(results, as_json(summaries, REFERENCE))
     if html is not None:
         from metarec.bench.webpage import render
 
@@ -121,8 +161,8 @@ def compare(
     second: Annotated[Path, typer.Argument(help="Another one, on the same users.")],
     json: JsonOption = False,
 ) -> None:
-    """Say what changed between two runs: paired differences of every method that both have, user by user."""
-    from metarec.bench.summary import compare_runs
+    """Compare two runs user by user: paired differences of every method that both have."""
+    from metarec.bench.results import compare_runs
 
     rows = compare_runs(first, second)
     if json:
@@ -141,27 +181,13 @@ def compare(
     Console().print(table)
 
 
-def summary(summaries: list[Summary]) -> dict[str, Any]:
-    """Returns what a benchmark found as plain JSON values."""
-    return {
-        "baseline": summaries[0].report.baseline,
-        "tables": [
-            {
-                "task": group.task,
-                "train_users": group.train_users,
-                "left_out": dict(group.report.left_out),
-                **group.made,
-                "rows": group.rows(REFERENCE),
-                f"{REFERENCE} is ahead from": group.crossings(REFERENCE),
-            }
-            for group in summaries
-        ],
-    }
-
-
 def _show(summaries: list[Summary], json: bool, facts: dict[str, Any]) -> None:
+    """Prints the tables of a benchmark, or as JSON with some facts beside them."""
+    from metarec.bench.results import as_json
+    from metarec.bench.summary import REFERENCE
+
     if json:
-        print_json({**facts, **summary(summaries)})
+        print_json({**facts, **as_json(summaries, REFERENCE)})
         return
     from rich.console import Console
 

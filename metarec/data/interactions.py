@@ -306,6 +306,15 @@ class Interactions:
         """Returns the items and ratings of some rows."""
         return Ratings(self.item[rows], self.rating[rows], None if self.liked is None else self.liked[rows])
 
+    def likes(self, threshold: float) -> Flags:
+        """Says of each row whether it is a like, as `Ratings.likes` does for one user's ratings, shape (rows,)."""
+        if self.liked is not None:
+            return self.liked
+        flags = np.zeros(len(self), bool)
+        for rows in self.rows_of_user:
+            flags[rows] = self.ratings(rows).likes(threshold)
+        return flags
+
     def subset(self, rows: Codes | Flags) -> Interactions:
         """Returns some rows, with the same users and the same catalog."""
         return replace(

@@ -58,7 +58,7 @@ class Network:
         features: Item features, shape (items, features).
         inner_steps: MeLU's gradient steps.
         shrinkage: Ratings that the initialization counts for in MeLU's inner loss.
-        threshold: Ratings from here on are likes.
+        threshold: See `Ratings.likes`.
     """
 
     form: Form
@@ -105,7 +105,7 @@ class Network:
             items[row, : len(one)] = one.items
             prior[row, : len(one)] = self.prior.values_without(one) if seen else self.prior.values(one.items)
             target[row, : len(one)] = self.prior.standardize(one.values)
-            liked[row, : len(one)] = one.values >= self.threshold
+            liked[row, : len(one)] = one.likes(self.threshold)
             real[row, : len(one)] = True
         return _Batch(
             self.features[torch.from_numpy(items)],
@@ -206,7 +206,7 @@ def fit_network(
         prior: The item prior.
         features: A vector of each item, shape (items, features).
         validation: Episodes of validation users; they choose when to stop.
-        threshold: Ratings from here on are likes.
+        threshold: See `Ratings.likes`.
         hidden: Width of every layer.
         inner_steps: MeLU's gradient steps.
         inner_lr: Where MeLU's learned inner rates start.
@@ -290,7 +290,7 @@ def _validation(
         for count in shots:
             asked = [Request(episode.user, episode.support.head(count), episode.query.items) for episode in episodes]
             for episode, scores in zip(episodes, with_meta(meta).score(asked), strict=True):
-                value = auc(scores.numpy(), episode.query.values >= threshold)
+                value = auc(scores.numpy(), episode.query.likes(threshold))
                 if value is not None:
                     values.append(value)
         return float(np.mean(values)) if values else 0.0

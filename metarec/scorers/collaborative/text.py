@@ -98,7 +98,7 @@ class TextLogistic:
         penalty: Ridge penalty of the coefficients.
         slope: Log-odds of a like for one unit of the prior; 0 leaves the prior out.
         intercept: Log-odds of a like where the prior is zero.
-        threshold: Ratings from here on are likes.
+        threshold: See `Ratings.likes`.
         name: How the method is called in tables.
     """
 
@@ -124,7 +124,7 @@ class TextLogistic:
         rated = self.vectors[support.items]
         dual = logistic_dual(
             rated @ rated.T + 1.0,  # the added one is the user's own intercept
-            support.values >= self.threshold,
+            support.likes(self.threshold),
             self.slope * self.prior.values(support.items) + self.intercept,
             self.penalty,
         )
@@ -180,7 +180,7 @@ def fit_text_logistic(
         users: The meta-training users that `prior` was fitted on.
         prior: The item prior.
         vectors: A vector of each item's text, shape (items, features).
-        threshold: Ratings from here on are likes.
+        threshold: See `Ratings.likes`.
         offset: Uses the prior; otherwise the support stands alone.
         penalty: Ridge penalty of the coefficients.
     """
@@ -188,7 +188,7 @@ def fit_text_logistic(
     if offset:
         kept = np.isin(interactions.user, users)
         own = Ratings(interactions.item[kept], interactions.rating[kept])
-        model = LogisticRegression(C=1e6).fit(prior.values_without(own)[:, None], own.values >= threshold)
+        model = LogisticRegression(C=1e6).fit(prior.values_without(own)[:, None], interactions.likes(threshold)[kept])
         slope, intercept = float(model.coef_[0, 0]), float(model.intercept_[0])
     name = "text logistic" if offset else "text logistic, no prior"
     return TextLogistic(prior, unit_vectors(vectors), penalty, slope, intercept, threshold, name)
@@ -202,7 +202,7 @@ class TwoTower:
 
     Args:
         vectors: Unit vectors of the items, shape (items, features).
-        threshold: Ratings from here on are likes.
+        threshold: See `Ratings.likes`.
         name: How the method is called in tables.
     """
 
@@ -220,7 +220,7 @@ class TwoTower:
         return score_each(requests, len(self.vectors), self._values)
 
     def _values(self, request: Request) -> ScoreArray:
-        liked = request.support.values >= self.threshold
+        liked = request.support.likes(self.threshold)
         taste = np.zeros(self.vectors.shape[1])
         for side, sign in ((liked, 1.0), (~liked, -1.0)):
             if side.any():
@@ -234,7 +234,7 @@ def fit_two_tower(vectors: Floats, *, threshold: float, name: str = "two-tower c
 
     Args:
         vectors: A vector of each item's text, shape (items, features).
-        threshold: Ratings from here on are likes.
+        threshold: See `Ratings.likes`.
         name: How the method is called in tables.
     """
     return TwoTower(unit_vectors(vectors), threshold, name)

@@ -1,0 +1,42 @@
+"""Meta-learned networks over item features, without a language model: MeLU and a neural process."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from metarec.bench.context import ENCODER, Method, MethodContext, one_row
+from metarec.scorer import Scorer
+from metarec.scorers.collaborative.networks import Form, Network, fit_network
+
+
+def _network(form: Form, context: MethodContext, **options: Any) -> Scorer:
+    return fit_network(
+        form,
+        context.interactions,
+        context.users,
+        context.prior,
+        context.features,
+        validation=context.validation,
+        threshold=context.threshold,
+        seed=context.seed,
+        **options,
+    )
+
+
+def _size(network: Network) -> int:
+    return sum(value.numel() for value in network.meta.tensors().values())
+
+
+NETWORKS = {
+    "MeLU": Method(
+        one_row(partial(_network, "melu"), _size), "meta", "decision layers adapted by MAML", settings=ENCODER
+    ),
+    "neural process": Method(
+        one_row(partial(_network, "neural process"), _size),
+        "meta",
+        "the support is read in one pass",
+        {"weight_decay": 1.0},
+        ENCODER,
+    ),
+}
