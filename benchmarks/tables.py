@@ -23,19 +23,20 @@ import hashlib
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from metarec.artifacts import dump_json, load_json
-from metarec.bench.report import AHEAD, markdown_table
+from metarec.bench.report import AHEAD, COLUMNS, markdown_table
 from metarec.bench.summary import REFERENCE, ranked
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmark.md")
-_BLOCK = re.compile(
+BLOCK = re.compile(
     r"(?P<start><!-- (?P<kind>table|picture): (?P<file>[\w.-]+\.json)(?P<options>(?: \w+=\"[^\"]*\")*) -->\n)"
     r"(?P<body>.*?)(?P<end><!-- end -->)",
     re.S,
@@ -49,26 +50,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something is stale")
     check = parser.parse_args(arguments).check
-    stale = []
-    for document in DOCUMENTS:
-        text = document.read_text(encoding="utf-8")
-        try:
-            wanted, pictures = written(text, RESULTS)
-        except ValueError as error:
-            sys.exit(f"{document.relative_to(ROOT)}: {error}")
-        if wanted != text:
-            stale.append(document)
-            if not check:
-                document.write_text(wanted, encoding="utf-8")
-        for file, curves in pictures.items():
-            path = document.parent / file
-            if not path.exists() or digest(curves) not in path.read_text(encoding="utf-8"):
-                stale.append(path)
-                if not check:
-                    path.write_text(picture(curves), encoding="utf-8")
-    for path in stale:
+    stale = {path: content for document in DOCUMENTS for path, content in changed(document).items()}
+    for path, content in stale.items():
+        if not check:
+            path.write_text(content(), encoding="utf-8")
         print(f"{path.relative_to(ROOT)} {'is stale: run python benchmarks/tables.py' if check else 'was written'}")
     return int(check and bool(stale))
+
+
+def changed(document: Path) -> dict[Path, Callable[[], str]]:
+    """Returns what makes the new content of a document and of its pictures, for those that are stale."""
+    text = document.read_text(encoding="utf-8")
+    try:
+        wanted, pictures = written(text, RESULTS)
+    except ValueError as error:
+        sys.exit(f"{document.relative_to(ROOT)}: {error}")
+    stale: dict[Path, Callable[[], str]] = {} if wanted == text else {document: lambda: wanted}
+    for file, shown in pictures.items():
+        path = document.parent / file
+        if not path.exists() or digest(shown) not in path.read_text(encoding="utf-8"):
+            stale[path] = partial(picture, shown)
+    return stale
 
 
 def written(text: str, results: Path) -> tuple[str, dict[str, Any]]:
@@ -83,7 +85,7 @@ def written(text: str, results: Path) -> tuple[str, dict[str, Any]]:
     """
     pictures: dict[str, Any] = {}
     opened = len(re.findall(r"<!-- (?:table|picture):", text))
-    if opened != len(_BLOCK.findall(text)):
+    if opened != len(BLOCK.findall(text)):
         raise ValueError("a table or picture comment is not closed by <!-- end -->, or not written as it should be")
 
     def replaced(found: re.Match[str]) -> str:
@@ -93,6 +95,8 @@ def written(text: str, results: Path) -> tuple[str, dict[str, Any]]:
         unknown = sorted(set(options) - _KNOWN[found["kind"]])
         if unknown:
             raise ValueError(f"a {found['kind']} has no option '{unknown[0]}'")
+        if found["kind"] == "picture" and "file" not in options:
+            raise ValueError("a picture needs the option 'file'")
         content = load_json(results / found["file"])
         if found["kind"] == "table":
             body = table(content, options)
@@ -102,7 +106,7 @@ def written(text: str, results: Path) -> tuple[str, dict[str, Any]]:
             body = f"![{alternative(shown)}]({options['file']})"
         return f"{found['start']}{body}\n{found['end']}"
 
-    return _BLOCK.sub(replaced, text), pictures
+    return BLOCK.sub(replaced, text), pictures
 
 
 def table(results: Mapping[str, Any], options: Mapping[str, str]) -> str:
@@ -117,6 +121,9 @@ def table(results: Mapping[str, Any], options: Mapping[str, str]) -> str:
     """
     baseline = results["baseline"]
     columns = _names(options["columns"]) if "columns" in options else None
+    for column in columns or ():
+        if column not in COLUMNS:
+            raise ValueError(f"there is no column '{column}', but {', '.join(COLUMNS)}")
     tables = _tables(results, options.get("task"))
     if options.get("sizes") != "each":
         return markdown_table(_chosen(_whole(tables), options), baseline, REFERENCE, columns)
