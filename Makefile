@@ -27,10 +27,11 @@ learn2learn: setup  ## the library that tests compare with; its own set-up fails
 	$(PIP) Cython setuptools wheel
 	CYTHON_FORCE_REGEN=1 $(PIP) --use-pep517 --no-deps --no-build-isolation --config-settings=--build-option=build_ext learn2learn==0.2.0
 
-bench: setup  ## the README's table: every method on the same users; an hour, stopped and resumed at will
+bench: setup  ## every method on the same users, and the documents' tables; an hour, stopped and resumed at will
 	$(BIN)/metarec bench benchmarks/plans/headline.yaml --jobs 2 --out runs/headline
 	$(BIN)/metarec report runs/headline --results benchmarks/results/headline.json \
 		--html benchmarks/results/report.html
+	$(BIN)/python benchmarks/tables.py
 
 bench-speed: learn2learn  ## a meta-step against learn2learn over a peft model; half an hour
 	$(BIN)/python benchmarks/speed.py

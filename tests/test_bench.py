@@ -9,11 +9,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -388,3 +390,190 @@ def test_two_evaluated_runs_are_compared_user_by_user(tmp_path: Path, metarec: C
     assert row["p"] == pytest.approx(2 / 2**8)
     other = metarec("compare", tmp_path / "a", tmp_path / "c")
     assert other.status == 2
+
+
+TOY = '''
+"""Toy methods, as another package would bring them."""
+from functools import partial
+
+from metarec.bench.methods import Method, MethodRow
+from metarec.scorers.collaborative.trivial import ItemMean
+
+LEVEL = 1
+
+
+def plain(context):
+    """Item means under another name."""
+    return [MethodRow(ItemMean(context.mean, name="toy"))]
+
+
+def sized(context, *, size):
+    return [MethodRow(ItemMean(context.mean, name="toy, sized"), size)]
+
+
+def own(context):
+    return [MethodRow(ItemMean(context.mean, name="popularity"))]
+
+
+def backbone(context):
+    return [MethodRow(ItemMean(context.mean, name=f"toy of {context.config.backbone}"), context.config.train.steps)]
+
+
+small = partial(sized, size=3)
+METHOD = Method(sized, "toys", "item means of some size", {"size": 5})
+NOTHING = 3
+'''
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file of a module of toy methods, ``toy_methods``, on the path."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "toy_methods.py").write_text(TOY)
+    monkeypatch.syspath_prepend(folder)
+    registered = dict(METHODS._registered)
+    yield folder / "toy_methods.py"
+    METHODS._registered.clear()
+    METHODS._registered.update(registered)
+    sys.modules.pop("toy_methods", None)
+
+
+def test_a_plan_names_a_method_outside_metarec_by_module_and_attribute(toy: Path, task: str, tmp_path: Path) -> None:
+    wanted = plan(task, "toy_methods:plain", "toy_methods:METHOD", "toy_methods:small", "popularity", seeds=1)
+    bench.run(wanted, tmp_path, jobs=2)
+    (table,) = read_cells(tmp_path)
+    assert set(table.methods) == {BASELINE, "toy", "toy, sized", "toy, sized (toy_methods:small)", "popularity"}
+    assert table.methods["toy, sized"].parameters == 5
+    assert table.methods["toy, sized (toy_methods:small)"].parameters == 3
+    assert (table.methods["toy"].group, table.methods["toy, sized"].group) == ("other", "toys")
+    assert table.curve("toy") == table.curve(BASELINE)
+
+
+@pytest.mark.parametrize("change", ["options", "code"])
+def test_a_cell_of_an_outside_method_is_measured_again_when_it_changed(
+    change: str, toy: Path, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = plan(task, "toy_methods:small", seeds=1)
+    bench.run(wanted, tmp_path)
+    assert bench.missing(cells(wanted), tmp_path) == []
+    if change == "code":
+        toy.write_text(TOY.replace("LEVEL = 1", "LEVEL = 2"))
+    else:
+        import toy_methods  # type: ignore[import-not-found]
+
+        monkeypatch.setitem(METHODS._registered, "toy_methods:small", partial(toy_methods.sized, size=4))
+    assert [cell.method for cell in bench.missing(cells(wanted), tmp_path)] == ["toy_methods:small"]
+
+
+def test_an_installed_package_adds_methods_and_groups_by_entry_point(
+    toy: Path, task: str, tmp_path: Path, metarec: Callable[..., Ran]
+) -> None:
+    info = toy.parent / "toy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[metarec.methods]\ntoy-means = toy_methods:METHOD\n")
+    assert {cell.method for cell in cells(plan(task, "toys"))} == {BASELINE, "toy-means"}
+    assert METHODS.code("toy-means")
+    assert METHODS.code(BASELINE) is None
+    listed = json.loads(metarec("bench", "--methods", "--json").out)
+    assert listed["groups"]["toys"] == 1
+    assert listed["methods"]["toy-means"] == {"group": "toys", "about": "item means of some size"}
+    (info / "entry_points.txt").write_text("[metarec.methods]\ntoy-means = toy_methods:gone\n")
+    with pytest.raises(ConfigError, match="'toy-means' of an installed package cannot be imported"):
+        cells(plan(task, "toy-means"))
+
+
+def test_the_command_line_takes_a_method_by_module_and_attribute(
+    toy: Path, task: str, tmp_path: Path, metarec: Callable[..., Ran]
+) -> None:
+    options = ["--task", task, "--seeds", 1, "--out", tmp_path / "out"]
+    done = metarec("bench", "--method", "toy_methods:plain", *options, "--json")
+    assert done.status == 0, done.err
+    assert {row["method"] for row in json.loads(done.out)["tables"][0]["rows"]} == {BASELINE, "toy"}
+    for wrong, said in [
+        ("toy_methods:gone", "cannot be imported"),
+        ("toy_methods:NOTHING", "Name a Method, or a func"),
+    ]:
+        refused = metarec("bench", "--method", wrong, *options)
+        assert refused.status == 2
+        assert said in refused.err
+
+
+def test_methods_are_listed_with_groups_apart(metarec: Callable[..., Ran]) -> None:
+    listed = metarec("bench", "--methods").out
+    groups, methods = listed.split("Methods:")
+    assert re.search(r"trivial +5 methods", groups)
+    assert "popularity" not in groups
+    assert re.search(r"popularity +trivial +how often", methods)
+
+
+def test_settings_reach_a_method_and_make_rows_and_cells_of_their_own(
+    toy: Path, task: str, tmp_path: Path, metarec: Callable[..., Ran]
+) -> None:
+    file = tmp_path / "plan.yaml"
+    part = {"tasks": [task], "methods": ["toy_methods:backbone"], "seeds": 1}
+    written = {"name": "t", "settings": {"train.steps": 7}, "parts": [part, {**part, "settings": {"backbone": "tiny"}}]}
+    file.write_text(json.dumps(written))
+    out = tmp_path / "out"
+    done = metarec("bench", file, "--out", out, "--json")
+    assert done.status == 0, done.err
+    rows = {row["method"]: row for row in json.loads(done.out)["tables"][0]["rows"]}
+    default, tiny = "toy of smollm2-135m-instruct [train.steps=7]", "toy of tiny [backbone=tiny, train.steps=7]"
+    assert set(rows) == {BASELINE, default, tiny}
+    assert rows[tiny]["parameters"] == 7
+    assert rows[tiny]["settings"] == {"backbone": "tiny", "train.steps": 7}
+    assert "settings" not in rows[BASELINE]
+    dry = metarec("bench", file, "--out", out, "--dry-run", "--set", "train.steps=8", "--backbone", "tiny").out
+    assert [line.split()[0] for line in dry.splitlines()] == ["done", "missing"], "the baseline reads no setting"
+    assert metarec("bench", file, "--out", out, "--dry-run", "--set", "train.steps=7").out.count("missing") == 0
+
+
+def test_settings_that_are_the_defaults_are_the_same_cell_however_they_are_written(task: str) -> None:
+    def wanted(**settings: object) -> list[Cell]:
+        return cells(plan(task, "metarec", "GP", seeds=1, settings=settings))
+
+    plainly = wanted()
+    assert wanted(backbone="smollm2-135m-instruct", **{"train.steps": 100}) == plainly
+    assert wanted(**{"meta": {"inner_lr": 1}}) == wanted(**{"meta.inner_lr": 1.0}) != plainly
+    changed = {cell.method: cell for cell in wanted(**{"meta.inner_lr": 1.0})}
+    assert changed["GP"].settings == ()
+    assert changed["metarec"].folder.name.startswith("metarec-meta.inner-lr-1.0-")
+    both = [cell.folder for cell in (*plainly, *wanted(**{"train.steps": 1}), *wanted(**{"train.steps": 2}))]
+    assert len(set(both)) == 5, "item mean, GP, and metarec three times"
+
+
+def test_a_methods_own_options_come_before_settings(task: str) -> None:
+    settings = {"adapter.rank": 4, "meta.inner_steps": 5}
+    wanted = cells(plan(task, "metarec", "metarec, no stack, rank 8", seeds=1, settings=settings))
+    (cell,) = (cell for cell in wanted if "rank 8" in cell.method)
+    assert cell.changed == {"meta.inner_steps": 5}
+    method = METHODS.get(cell.method)
+    context = MethodContext(SimpleNamespace(seed=3), Path(), None, cell.changed)  # type: ignore[arg-type]
+    config = context.configured({key: value for key, value in method.options.items() if key != "name"})
+    assert (config.adapter.rank, config.meta.inner_steps, config.seed) == (8, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("assigned", "said"),
+    [
+        ("train.stepz=3", "Did you mean 'steps'"),
+        ("meta.inner_steps=many", "meta.inner_steps"),
+        ("seed=3", "'seed' is no setting of a benchmark"),
+        ("backbone.x=3", "backbone"),
+        ("meta.inner_steps=5", "changes none of the plan's methods"),
+    ],
+)
+def test_settings_that_are_wrong_end_it_before_anything_runs(
+    assigned: str, said: str, task: str, tmp_path: Path, metarec: Callable[..., Ran]
+) -> None:
+    refused = metarec("bench", "--task", task, "--method", "GP", "--set", assigned, "--out", tmp_path / "out")
+    assert refused.status == 2
+    assert said in refused.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_two_baselines_are_one() -> None:
+    from metarec import recommender
+
+    assert recommender.BASELINE == BASELINE

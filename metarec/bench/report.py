@@ -8,11 +8,13 @@ from typing import Any
 
 from rich.table import Table
 
-from metarec.bench.summary import Summary, ranked
+from metarec.bench.summary import REFERENCE, Summary, ranked
 from metarec.evaluate import Report, ShotSummary
 from metarec.metrics import CUTOFF, METRICS
 
 _SIGNIFICANT = 0.05
+# Key of a table in a results file, and of a row that a column shows it of.
+AHEAD = f"{REFERENCE} is ahead from"
 # What a table can say of a row at the largest K, by the column's head.
 COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "users": lambda row: str(row["episodes"]),
@@ -24,6 +26,7 @@ COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "B/user": lambda row: f"{row['bytes_per_user']:,}",
     "parameters": lambda row: f"{row['parameters']:,}",
     "tokens": lambda row: f"{row['tokens']:,.0f}",
+    AHEAD: lambda row: _crossing(row[AHEAD]) if AHEAD in row else "",
 }
 USUAL_COLUMNS = ("users", "hurt", "ECE", "fit s", "s/user", "B/user")
 
@@ -131,6 +134,10 @@ def markdown_table(
 def _markdown_cell(row: Mapping[str, Any], versus: str) -> str:
     text = _short(row["auc"], ".4f")
     return f"{text} {_difference(row[versus])}" if versus in row else text
+
+
+def _crossing(shots: float | None) -> str:
+    return "never" if shots is None else f"K = {shots:.1f}"
 
 
 def _difference(one: Mapping[str, float]) -> str:
