@@ -19,6 +19,20 @@ T = TypeVar("T")
 _ATTRIBUTE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
+_ALLOWED: set[str] = set()
+
+
+def allow(name: str) -> None:
+    """Lets files name a ``module:attribute`` in this process.
+
+    Raises:
+        ConfigError: The name is not of that form.
+    """
+    if not _ATTRIBUTE.fullmatch(name):
+        raise ConfigError(f"the plugin '{name}' is no module:attribute", "Write e.g. my_package.terms:SEASON")
+    _ALLOWED.add(name)
+
+
 class Registry(Generic[T]):
     """What there is of one kind, by name.
 
@@ -71,7 +85,7 @@ class Registry(Generic[T]):
         Args:
             name: A known name, or ``module:attribute``.
             from_file: The name was read from a file that may be somebody else's: of ``module:attribute`` names only
-                those that this process has asked for or registered before are returned.
+                those that this process has asked for, registered or allowed before are returned.
 
         Raises:
             ConfigError: The name is not known, cannot be imported, or comes from a file and is not allowed.
@@ -87,10 +101,10 @@ class Registry(Generic[T]):
         if name in found:
             return cast("T", found[name].load())
         self.check(name)
-        if from_file:
+        if from_file and name not in _ALLOWED:
             raise ConfigError(
                 f"the {self.kind} '{name}' is code outside metarec, named by a file",
-                f"If you trust it, add --plugin {name}, or call get('{name}') of that registry first",
+                f"If you trust it: metarec --plugin {name} ..., or in Python metarec.registry.allow('{name}')",
             )
         self._registered[name] = cast("T", _attribute(name, self.kind))
         return self._registered[name]

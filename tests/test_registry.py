@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from metarec.errors import ConfigError
-from metarec.registry import Registry
+from metarec.registry import Registry, allow
 
 
 @pytest.fixture
@@ -23,8 +24,6 @@ def test_builtin_names_come_first_and_are_imported_when_they_are_asked_for(regis
 
 
 def test_a_module_attribute_is_imported(registry: Registry[object]) -> None:
-    import os.path
-
     assert registry.get("os:path.join") is os.path.join
 
 
@@ -47,8 +46,12 @@ def test_an_unknown_name_is_refused_with_the_nearest(registry: Registry[object])
 def test_a_name_from_a_file_imports_no_code_that_was_not_asked_for(registry: Registry[object]) -> None:
     with pytest.raises(ConfigError, match="code outside metarec"):
         registry.get("os:system", from_file=True)
-    allowed = registry.get("os:getcwd")
-    assert registry.get("os:getcwd", from_file=True) is allowed
+    asked_for = registry.get("os:getcwd")
+    assert registry.get("os:getcwd", from_file=True) is asked_for
+    allow("os:getpid")
+    assert registry.get("os:getpid", from_file=True) is os.getpid
+    with pytest.raises(ConfigError, match="no module:attribute"):
+        allow("os.getpid")
 
 
 def test_an_installed_package_adds_names_by_entry_point(

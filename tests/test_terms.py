@@ -213,3 +213,15 @@ def test_every_meta_training_user_is_scored_by_a_fold_without_them(model_dir: Ca
         recommender._prepare(given).crossed["item mean"].without(name).values([], asked)[0] for given in (data, other)
     )
     assert np.array_equal(first, second)
+
+
+def test_the_command_line_loads_a_saved_runs_own_term_only_as_a_plugin(
+    toy: str, model_dir: Callable[[str], Path], tmp_path: Path, metarec: Callable[..., Any]
+) -> None:
+    small(model_dir, score=["item mean", toy]).save_pretrained(tmp_path / "run" / "model")
+    registries.TERMS._registered.pop(toy)
+    refused = metarec("recommend", tmp_path / "run", "--rating", "m1=5", "-k", "3", "--json")
+    assert refused.status == 2
+    assert f"metarec --plugin {toy}" in refused.err
+    allowed = metarec("--plugin", toy, "recommend", tmp_path / "run", "--rating", "m1=5", "-k", "3", "--json")
+    assert allowed.status == 0, allowed.err

@@ -41,7 +41,15 @@ def _options(
         list[Path] | None,
         typer.Option("--include-path", help="Folder of your own tasks, FAMILY/NAME.yaml.", show_default=False),
     ] = None,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(help="module:attribute that a saved run may name; may be repeated.", show_default=False),
+    ] = None,
 ) -> None:
+    for name in plugin or []:
+        from metarec.registry import allow
+
+        allow(name)
     if include_path:
         # Where every verb looks, whatever it calls: METAREC_TASKS is how tasks are found.
         known = os.environ.get("METAREC_TASKS")
