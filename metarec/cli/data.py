@@ -13,14 +13,16 @@ from metarec.errors import ConfigError
 if TYPE_CHECKING:
     from metarec.data.checks import DataFinding
     from metarec.data.sources.assembly import Tables
-    from metarec.data.sources.formats import SourceOptions
+    from metarec.data.sources.options import SourceOptions
     from metarec.data.task import Task
 
 data_app = typer.Typer(help="Datasets: what they are, what is wrong with them, a copy.", no_args_is_help=True)
 
 WhatArgument = Annotated[
     str,
-    typer.Argument(help="A task's name or YAML file, whose dataset is meant; or a source, e.g. movielens or table."),
+    typer.Argument(
+        help="A task's name or YAML file, whose dataset is meant; or a source, e.g. movielens, table, or a module:attribute of your own."
+    ),
 ]
 PathArgument = Annotated[
     Path | None, typer.Argument(help="Folder, zip or file of the dataset, where WHAT is a source.", show_default=False)
@@ -199,7 +201,7 @@ def _options(
     ratings: str | None, items: str | None, columns: list[str] | None, separator: str, encoding: str, scale: str | None
 ) -> SourceOptions:
     from metarec.config import validated
-    from metarec.data.sources.formats import SourceOptions
+    from metarec.data.sources.options import SourceOptions
 
     named = {}
     for entry in columns or []:
@@ -222,7 +224,7 @@ def _tables(what: str, path: Path | None, options: SourceOptions) -> tuple[Task 
     from metarec.data.sources import SOURCES, read_tables
     from metarec.data.task_files import load_task
 
-    if what in SOURCES:
+    if ":" in what or what in SOURCES.names():
         return None, read_tables(what, path, options)
     task = load_task(what)
     if path is not None:

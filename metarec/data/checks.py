@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from metarec.data.interactions import Flags
-from metarec.data.sources.assembly import MAX_TEXT, Tables, coded, numbers, rating_numbers, text_column
+from metarec.data.sources.assembly import MAX_TEXT, Tables
+from metarec.data.sources.columns import coded, numbers, rating_numbers, text_column
 
 Severity = Literal["error", "warning", "note"]
 SHOWN = 10
