@@ -337,7 +337,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_source_from_outside_is_named_by_its_module(toy: str) -> None:
     data = read_source(f"{toy}:read")
     assert (rows(data), data.catalog.title(1)) == ([("u", "a", 1.0), ("v", "b", 5.0)], "Heat")
-    with pytest.raises(DataError, match="'toy_source:wrong' returned a int.*Return metarec.data.sources.Tables"):
+    with pytest.raises(DataError, match=r"'toy_source:wrong' returned a int.*Return metarec.data.sources.Tables"):
         read_source(f"{toy}:wrong")
     for missing in (f"{toy}:reed", "no_such_module:read"):
         with pytest.raises(ConfigError, match="cannot be imported"):
