@@ -62,8 +62,7 @@ def make(folder: Path, rows: int) -> None:
 
 def read(layout: str, folder: Path) -> dict[str, float]:
     """Reads one layout in this process."""
-    from metarec.data.sources import read_source
-    from metarec.data.sources.formats import SourceOptions
+    from metarec.data.sources import SourceOptions, read_source
 
     started = time.perf_counter()
     options = SourceOptions(columns={"timestamp": "timestamp"} if layout == "jsonl" else {})

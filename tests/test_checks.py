@@ -15,10 +15,15 @@ from conftest import small_catalog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metarec.data.checks import CHECKS, CheckLimits, DataFinding, check, plain_text, read_for_checks
+from metarec.data.checks import CHECKS, check
+from metarec.data.checks.findings import CheckLimits, DataFinding, read_for_checks
+from metarec.data.checks.splits import leakage, near_duplicates
+from metarec.data.checks.verdict import broken, read_threshold
+from metarec.data.description import describe
 from metarec.data.interactions import Catalog, RatingScale
-from metarec.data.repairs import broken, describe, fix, leakage, near_duplicates, read_threshold
+from metarec.data.repairs import fix
 from metarec.data.sources.assembly import MAX_TEXT, Tables, assemble, assemble_tables
+from metarec.data.text import plain_text
 from metarec.errors import ConfigError
 
 NOW = 1_700_000_000.0

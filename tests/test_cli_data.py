@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import Ran
-from test_sources import ml_1m
+from test_sources import TOY, ml_1m
 from test_task import BASE
 
 
@@ -184,3 +184,29 @@ def test_help_loads_nothing_heavy() -> None:
     code = f"import sys; from metarec.cli import app; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("data", "check", "movielens/user-cold"),
+        ("tasks", "list"),
+        ("tasks", "validate", "movielens/user-cold"),
+    ],
+)
+def test_no_verb_of_data_or_tasks_loads_torch(arguments: tuple[str, ...]) -> None:
+    code = f"import sys; from metarec.cli import app; app({list(arguments)!r}, standalone_mode=False)"
+    code += "; print(sorted({'torch', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_a_source_from_outside_is_checked_by_its_name(
+    metarec: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "toy_of_cli.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert metarec("data", "check", "toy_of_cli:read").status == 0
+    assert "ratings: 2" in metarec("data", "describe", "toy_of_cli:read").out
+    refused = metarec("data", "check", "toy_of_cli:nothing")
+    assert (refused.status, refused.err.count("\n")) == (2, 1)

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 
 from metarec.data.interactions import Interactions, read_title
 from metarec.data.sources import SOURCES, read_source, read_tables, write_tables
-from metarec.data.sources.formats import SourceOptions
-from metarec.data.task_data import load_task_data
+from metarec.data.sources.options import SourceOptions
+from metarec.data.task_data import load_dataset, load_task_data
 from metarec.data.task_files import load_task
-from metarec.errors import ArtifactError, DataError, MetarecError
+from metarec.errors import ArtifactError, ConfigError, DataError, MetarecError
 
+OWN = {name for name in SOURCES.names() if ":" not in name}
 QUARANTINE = SourceOptions(bad_rows="quarantine")
 
 
@@ -296,7 +297,7 @@ def test_every_source_has_a_task_and_every_task_a_source() -> None:
     from metarec.data.task_files import task_names
 
     used = {load_task(name).dataset.source for name in task_names()}
-    assert used - {"mix"} == set(SOURCES)
+    assert used - {"mix"} == OWN
 
 
 def test_a_task_of_each_family_loads_on_a_folder_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +310,54 @@ def test_a_task_of_each_family_loads_on_a_folder_beside_it(tmp_path: Path, monke
     data = load_task_data(load_task("lastfm/user-cold"), 0)
     assert data.leaks() == []
     assert {0.0, 1.0} == set(data.interactions.rating.tolist())
+
+
+# A source from outside.
+
+TOY = """
+import pandas as pd
+from metarec.data.sources import Tables
+
+def read(path, options):
+    ratings = pd.DataFrame({"user": ["u", "v"], "item": ["a", "b"], "rating": [1.0, 5.0]})
+    return Tables(ratings, pd.DataFrame({"item": ["a", "b"], "title": ["Alien", "Heat"]}), "the toy", None)
+
+def wrong(path, options):
+    return 7
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    write(tmp_path / "lib", toy_source__py=TOY)
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    return "toy_source"
+
+
+def test_a_source_from_outside_is_named_by_its_module(toy: str) -> None:
+    data = read_source(f"{toy}:read")
+    assert (rows(data), data.catalog.title(1)) == ([("u", "a", 1.0), ("v", "b", 5.0)], "Heat")
+    with pytest.raises(DataError, match=r"'toy_source:wrong' returned a int.*Return metarec.data.sources.Tables"):
+        read_source(f"{toy}:wrong")
+    for missing in (f"{toy}:reed", "no_such_module:read"):
+        with pytest.raises(ConfigError, match="cannot be imported"):
+            read_source(missing)
+    with pytest.raises(ConfigError, match="Did you mean 'movielens'"):
+        read_source("movilens")
+
+
+def test_a_source_from_an_installed_package_has_a_name(toy: str, tmp_path: Path) -> None:
+    metadata = write(tmp_path / "lib" / "toy-1.dist-info", METADATA="Metadata-Version: 2.1\nName: toy\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(f"[metarec.sources]\ntoy-set = {toy}:read\n")
+    assert "toy-set" in SOURCES.names()
+    assert len(read_source("toy-set")) == 2
+
+
+def test_a_task_may_name_a_source_from_outside(toy: str, tmp_path: Path) -> None:
+    from test_task import BASE
+
+    (tmp_path / "task.yaml").write_text(json.dumps({**BASE, "dataset": {"source": f"{toy}:read"}}))
+    assert len(load_dataset(load_task(str(tmp_path / "task.yaml")).dataset)) == 2
 
 
 # What a converted copy keeps.
@@ -454,7 +503,7 @@ def test_a_truncated_gzip_is_named(tmp_path: Path) -> None:
 
 
 def test_missing_data_says_where_to_put_it(tmp_path: Path) -> None:
-    for name in set(SOURCES) - {"embedded-movielens"}:
+    for name in OWN - {"embedded-movielens"}:
         for path in (None, tmp_path / "nothing", write(tmp_path / "empty")):
             with pytest.raises(DataError) as caught:
                 read_source(name, path)

@@ -11,16 +11,18 @@ from metarec.cli.options import JsonOption, print_json
 from metarec.errors import ConfigError
 
 if TYPE_CHECKING:
-    from metarec.data.checks import DataFinding
+    from metarec.data.checks.findings import DataFinding
     from metarec.data.sources.assembly import Tables
-    from metarec.data.sources.formats import SourceOptions
+    from metarec.data.sources.options import SourceOptions
     from metarec.data.task import Task
 
 data_app = typer.Typer(help="Datasets: what they are, what is wrong with them, a copy.", no_args_is_help=True)
 
 WhatArgument = Annotated[
     str,
-    typer.Argument(help="A task's name or YAML file, whose dataset is meant; or a source, e.g. movielens or table."),
+    typer.Argument(
+        help="A task's name or YAML file, for its dataset; a source, e.g. movielens; or your own module:attribute."
+    ),
 ]
 PathArgument = Annotated[
     Path | None, typer.Argument(help="Folder, zip or file of the dataset, where WHAT is a source.", show_default=False)
@@ -67,13 +69,15 @@ def check(
 ) -> None:
     """Say what is wrong with a dataset, with rows and cures; of a task also whether its split leaks."""
     from metarec.data import checks, repairs
+    from metarec.data.checks import verdict
+    from metarec.data.checks.findings import read_for_checks
     from metarec.data.sources import write_tables
     from metarec.progress import progress
 
-    thresholds = [repairs.read_threshold(text) for text in fail_on or []]
+    thresholds = [verdict.read_threshold(text) for text in fail_on or []]
     task, tables = _tables(what, path, _options(ratings_file, items_file, column, separator, encoding, scale))
     with progress("checking", 3, after=2.0) as advance:
-        data = checks.read_for_checks(tables)
+        data = read_for_checks(tables)
         findings = checks.check(data)
         advance(1)
         mended, done = repairs.fix(data, findings) if fix else (tables, [])
@@ -83,10 +87,10 @@ def check(
         advance(3)
     if fix:
         write_tables(mended, fix)
-    verdict = repairs.broken(findings, thresholds)
+    over = verdict.broken(findings, thresholds)
     if json:
         print_json(
-            repairs.to_json(findings, done, verdict, {"where": tables.where, "fixed_copy": str(fix) if fix else None})
+            verdict.to_json(findings, done, over, {"where": tables.where, "fixed_copy": str(fix) if fix else None})
         )
     else:
         for finding in findings:
@@ -97,9 +101,9 @@ def check(
             typer.echo(f"fixed: {sentence}")
         if fix:
             typer.echo(f"written: {fix}")
-        for sentence in verdict:
+        for sentence in over:
             typer.echo(f"over the limit: {sentence}", err=True)
-    if verdict:
+    if over:
         raise typer.Exit(1)
 
 
@@ -112,7 +116,7 @@ def _line(finding: DataFinding) -> str:
 
 def _of_the_split(task: Task, seed: int) -> list[DataFinding]:
     """Leaks of the task's split, and items that nearly repeat one on its other side."""
-    from metarec.data.repairs import leakage, near_duplicates
+    from metarec.data.checks.splits import leakage, near_duplicates
     from metarec.data.task_data import load_task_data
     from metarec.errors import DataError
 
@@ -140,10 +144,11 @@ def describe(
     json: JsonOption = False,
 ) -> None:
     """Say what a dataset is: sizes, density, ratings per user and item, histogram, time span, fields."""
-    from metarec.data import checks, repairs
+    from metarec.data.checks.findings import read_for_checks
+    from metarec.data.description import describe as described
 
     _, tables = _tables(what, path, _options(ratings_file, items_file, column, separator, encoding, scale))
-    facts = repairs.describe(checks.read_for_checks(tables))
+    facts = described(read_for_checks(tables))
     if json:
         print_json(facts)
         return
@@ -199,7 +204,7 @@ def _options(
     ratings: str | None, items: str | None, columns: list[str] | None, separator: str, encoding: str, scale: str | None
 ) -> SourceOptions:
     from metarec.config import validated
-    from metarec.data.sources.formats import SourceOptions
+    from metarec.data.sources.options import SourceOptions
 
     named = {}
     for entry in columns or []:
@@ -222,7 +227,7 @@ def _tables(what: str, path: Path | None, options: SourceOptions) -> tuple[Task 
     from metarec.data.sources import SOURCES, read_tables
     from metarec.data.task_files import load_task
 
-    if what in SOURCES:
+    if ":" in what or what in SOURCES.names():
         return None, read_tables(what, path, options)
     task = load_task(what)
     if path is not None:

@@ -1,4 +1,4 @@
-"""Datasets become `Interactions`: one function per format, listed in the plain dict `SOURCES`.
+"""Datasets become `Interactions`: one function per format, found by name in `SOURCES`.
 
 Ids are read as strings, never as numbers; a row that cannot be read is an error with its file, row and cure, or is set
 aside and counted where the task asks for that; a repeated (user, item) pair keeps the latest rating and is counted.
@@ -15,26 +15,31 @@ import pandas as pd
 
 from metarec.artifacts import load_json, replace_dir, verify_dir, write_json
 from metarec.data.interactions import Interactions, RatingScale
-from metarec.data.sources import formats
 from metarec.data.sources.assembly import Tables, assemble, assemble_tables
-from metarec.data.sources.formats import SourceOptions
-from metarec.errors import DataError, suggest
+from metarec.data.sources.options import SourceOptions, options_scale
+from metarec.errors import DataError
+from metarec.registry import Registry
 
 __all__ = ["SOURCES", "SourceOptions", "Tables", "assemble", "read_source", "read_tables", "write_tables"]
-SOURCES: dict[str, Callable[[Path | None, SourceOptions], Tables]] = {
-    "embedded-movielens": formats.embedded_movielens,
-    "movielens": formats.movielens,
-    "recbole": formats.recbole,
-    "amazon": formats.amazon,
-    "book-crossing": formats.book_crossing,
-    "goodbooks": formats.goodbooks,
-    "mind": formats.mind,
-    "steam": formats.steam,
-    "yelp": formats.yelp,
-    "lastfm": formats.lastfm,
-    "table": formats.table,
-    "hf-datasets": formats.hf_datasets,
-}
+Source = Callable[[Path | None, SourceOptions], Tables]
+SOURCES: Registry[Source] = Registry(
+    "dataset source",
+    "metarec.sources",
+    {
+        "embedded-movielens": "metarec.data.sources.movielens:embedded_movielens",
+        "movielens": "metarec.data.sources.movielens:movielens",
+        "recbole": "metarec.data.sources.recbole:recbole",
+        "amazon": "metarec.data.sources.reviews:amazon",
+        "book-crossing": "metarec.data.sources.books:book_crossing",
+        "goodbooks": "metarec.data.sources.books:goodbooks",
+        "mind": "metarec.data.sources.clicks:mind",
+        "steam": "metarec.data.sources.reviews:steam",
+        "yelp": "metarec.data.sources.reviews:yelp",
+        "lastfm": "metarec.data.sources.clicks:lastfm",
+        "table": "metarec.data.sources.table:table",
+        "hf-datasets": "metarec.data.sources.hf_datasets:hf_datasets",
+    },
+)
 _CONVERTED = "dataset.json"
 
 
@@ -42,13 +47,14 @@ def read_source(name: str, path: Path | None = None, options: SourceOptions | No
     """Reads a dataset.
 
     Args:
-        name: A key of `SOURCES`.
+        name: One of `SOURCES`, or ``module:attribute`` of a function like them.
         path: The dataset's folder or zip, for sources that are not embedded. What `write_tables` wrote there is read
             whatever the source.
         options: What the source needs to be told.
 
     Raises:
-        DataError: The source is unknown, or its files are missing or malformed.
+        ConfigError: There is no such source.
+        DataError: Its files are missing or malformed.
     """
     options = options or SourceOptions()
     return assemble_tables(read_tables(name, path, options), quarantine=options.bad_rows == "quarantine")
@@ -56,13 +62,17 @@ def read_source(name: str, path: Path | None = None, options: SourceOptions | No
 
 def read_tables(name: str, path: Path | None = None, options: SourceOptions | None = None) -> Tables:
     """Reads a dataset's raw tables, unchecked but for their format; see `read_source`."""
-    if name not in SOURCES:
-        raise DataError(f"no source is called '{name}'", suggest(name, SOURCES))
+    SOURCES.check(name)
     options = options or SourceOptions()
     if path is not None and (path / _CONVERTED).is_file():
         return _read_converted(path)
-    tables = SOURCES[name](path, options)
-    scale = formats.options_scale(options)
+    tables = SOURCES.get(name)(path, options)
+    if not isinstance(tables, Tables):
+        raise DataError(
+            f"the dataset source '{name}' returned a {type(tables).__name__}",
+            "Return metarec.data.sources.Tables(ratings, items, where)",
+        )
+    scale = options_scale(options)
     return replace(tables, scale=scale) if scale else tables
 
 

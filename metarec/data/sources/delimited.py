@@ -1,31 +1,26 @@
-"""Tables as they stand in files: fast where the file is sound, exact about the row where it is not.
+"""Reads delimited text as columns of text.
 
-Delimited text and JSON lines are read by Arrow first. Whatever Arrow refuses is read again, slowly and strictly, to
-name the row and the cure. Ids are never numbers: ``007`` and ``NA`` stay what they are. Knows nothing of users, items.
+Arrow reads a sound file fast; one that it refuses is read again line by line, strictly, to name the row and the cure.
+Ids are never numbers: ``007`` and ``NA`` stay what they are. Knows nothing of users, items.
 """
 
 from __future__ import annotations
 
-import ast
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 from pyarrow import csv as arrow_csv
-from pyarrow import json as arrow_json
 
-from metarec.artifacts import parse_json
 from metarec.data.sources.files import File
+from metarec.data.sources.lines import MAX_LINE, NUMERIC, bounded, not_decoded
+from metarec.data.sources.options import BadRows
 from metarec.errors import DataError, suggest
 
-BadRows = Literal["error", "quarantine"]
-_MAX_LINE = 1 << 24
-_NUMERIC = ("rating", "timestamp")
 _SEPARATORS = {",": "','", ";": "';'", "\t": "a tab", "|": "'|'", "::": "'::'"}
 
 
@@ -70,7 +65,7 @@ def delimited(
         raise DataError(f"{file} has no column '{missing[0]}'", _header_cure(missing[0], names, separator))
     chosen = {name: here for name, here in chosen.items() if name in names}
     if len(set(names)) == len(names) and not line_breaks:
-        numeric = [name for name, here in chosen.items() if here in _NUMERIC]
+        numeric = [name for name, here in chosen.items() if here in NUMERIC]
         # Numbers are tried as numbers first: a column of ten million different times makes a poor dictionary.
         for as_numbers in [numeric, []] if numeric else [[]]:
             frame = _arrow_delimited(
@@ -98,12 +93,6 @@ def _header_cure(column: str, names: Sequence[str], separator: str) -> str:
         if other:
             return f"Its columns look separated by {other[-1]}: set 'separator'"
     return suggest(column, names)
-
-
-def _not_decoded(file: File, encoding: str, error: Exception) -> DataError:
-    return DataError(
-        f"{file} is not {encoding.upper()}: {error}", "Set 'encoding', e.g. to 'latin-1', or convert the file"
-    )
 
 
 def _arrow_delimited(
@@ -185,7 +174,7 @@ def _strict_rows(
     line_breaks: bool,
     bad_rows: BadRows,
 ) -> tuple[list[list[str]], list[int]]:
-    csv.field_size_limit(_MAX_LINE)
+    csv.field_size_limit(MAX_LINE)
     rows: list[list[str]] = []
     malformed: list[int] = []
     for number, row in _numbered(file, separator, encoding, quotes, escape):
@@ -217,7 +206,7 @@ def _numbered(
     try:
         with file.open() as stream:
             text = io.TextIOWrapper(stream, "utf-8-sig" if encoding == "utf-8" else encoding, newline="")
-            lines = _bounded(text, file)
+            lines = bounded(text, file)
             if separator == "::" or not quotes:
                 for number, line in enumerate(lines, start=1):
                     yield number, line.rstrip("\r\n").split(separator)
@@ -228,151 +217,8 @@ def _numbered(
                 yield before + 1, row
                 before = reader.line_num
     except (UnicodeError, LookupError) as error:
-        raise _not_decoded(file, encoding, error) from None
+        raise not_decoded(file, encoding, error) from None
     except csv.Error as error:
         raise DataError(
             f"{file} row {before + 1} is not valid delimited text: {error}", "Close the quote, or repair the row"
         ) from None
-
-
-def _bounded(text: io.TextIOWrapper, file: File) -> Iterator[str]:
-    number = 0
-    while line := text.readline(_MAX_LINE):
-        number += 1
-        if len(line) >= _MAX_LINE:
-            raise DataError(f"{file} row {number} has more than {_MAX_LINE:,} characters", "Check the file's format")
-        yield line
-
-
-def json_lines(
-    file: File, wanted: Mapping[str, str], *, literals: bool = False, bad_rows: BadRows = "error"
-) -> pd.DataFrame:
-    """Reads keys of a file of one JSON object a line, as text.
-
-    Args:
-        file: The file.
-        wanted: Key to the name it gets here; a missing key or null gives an empty text.
-        literals: Lines may be Python literals, as in some published sets.
-        bad_rows: ``quarantine`` leaves lines out that are no objects, listed in ``frame.attrs["malformed"]``.
-
-    Raises:
-        DataError: A line is not an object.
-    """
-    if not literals and (quick := _arrow_json(file, wanted)) is not None:
-        return quick
-    columns: dict[str, list[str]] = {name: [] for name in wanted.values()}
-    malformed: list[int] = []
-    for number, record in objects(file, literals=literals, quarantine=bad_rows == "quarantine"):
-        if record is None:
-            malformed.append(number)
-            continue
-        for key, name in wanted.items():
-            columns[name].append(as_text(record.get(key)))
-    frame = pd.DataFrame(columns, dtype=str)
-    frame.attrs["malformed"] = malformed
-    return frame
-
-
-def _arrow_json(file: File, wanted: Mapping[str, str]) -> pd.DataFrame | None:
-    """Returns flat columns of a sound file, or None where it needs a closer look."""
-    first = first_object(file)
-    kinds = {str: pa.string(), bool: pa.bool_(), int: pa.int64()}
-    types = {
-        key: pa.float64()
-        if name in _NUMERIC and not isinstance(first.get(key), str)
-        else kinds.get(type(first.get(key)))
-        for key, name in wanted.items()
-    }
-    if None in types.values() or not first:
-        return None
-    options = arrow_json.ParseOptions(
-        explicit_schema=pa.schema(list(types.items())), unexpected_field_behavior="ignore"
-    )
-    with file.open() as stream:
-        try:
-            table = arrow_json.read_json(
-                pa.PythonFile(stream, mode="r"), arrow_json.ReadOptions(block_size=_MAX_LINE), options
-            )
-        except (pa.ArrowException, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
-            return None
-    return arrow_columns(table, wanted, str(file))
-
-
-def objects(
-    file: File, *, literals: bool = False, quarantine: bool = False
-) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yields the row and the object of every line, or None for a malformed line that is set aside.
-
-    Raises:
-        DataError: A line is not an object and is not to be set aside.
-    """
-    try:
-        with file.open() as stream:
-            text = io.TextIOWrapper(stream, "utf-8-sig", newline="\n")
-            for number, line in enumerate(_bounded(text, file), start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = _parsed(line, literals)
-                except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-                    if quarantine:
-                        yield number, None
-                        continue
-                    raise DataError(
-                        f"{file} row {number} is not an object: {error}",
-                        "Repair the row, or set 'bad_rows' to 'quarantine'",
-                    ) from None
-                yield number, record
-    except UnicodeDecodeError as error:
-        raise _not_decoded(file, "utf-8", error) from None
-
-
-def first_object(file: File) -> dict[str, Any]:
-    """Returns the object of the first line, empty where there is none."""
-    return next((record for _, record in objects(file, quarantine=True)), None) or {}
-
-
-def _parsed(line: str, literals: bool) -> dict[str, Any]:
-    record = ast.literal_eval(line.strip()) if literals and not line.lstrip().startswith('{"') else parse_json(line)
-    if not isinstance(record, dict):
-        raise ValueError(f"found a {type(record).__name__}")
-    return record
-
-
-def as_text(value: Any) -> str:
-    """Returns a JSON value as one text: lists joined by commas, null as nothing."""
-    if value is None:
-        return ""
-    if isinstance(value, (list, tuple)):
-        return ", ".join(text for text in map(as_text, value) if text)
-    if isinstance(value, bool):
-        return str(int(value))
-    return value if isinstance(value, str) else json.dumps(value) if isinstance(value, dict) else repr(value)
-
-
-def arrow_columns(table: pa.Table, wanted: Mapping[str, str], where: str, optional: Sequence[str] = ()) -> pd.DataFrame:
-    """Takes columns of an Arrow table as text; nulls become empty texts.
-
-    Raises:
-        DataError: A column is missing.
-    """
-    missing = [name for name in wanted if name not in table.column_names and name not in optional]
-    if missing:
-        raise DataError(f"{where} has no column '{missing[0]}'", suggest(missing[0], table.column_names))
-    return pd.DataFrame(
-        {here: _text_column(table.column(name)) for name, here in wanted.items() if name in table.column_names}
-    )
-
-
-def _text_column(column: pa.ChunkedArray) -> pd.Series:
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_struct(column.type):
-        return pd.Series([as_text(value) for value in column.to_pylist()], dtype=str)
-    if pa.types.is_floating(column.type):
-        return pd.Series(column.to_numpy())
-    if pa.types.is_timestamp(column.type):
-        column = column.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
-    text = column.cast(pa.string()).fill_null("").dictionary_encode().unify_dictionaries()
-    frame: pd.DataFrame = pa.table({"text": text}).to_pandas()
-    return frame["text"]

@@ -1,0 +1,167 @@
+"""Checks of the ratings: ids, numbers, times, repetitions, and users who do not rate as people do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+
+from metarec.data.checks.findings import Check, Checked, CheckLimits, Fault
+
+_EARLIEST = 631_152_000  # 1990-01-01: no recommender data is older
+
+
+def _empty_ids(data: Checked, _: CheckLimits) -> Fault:
+    blank = [
+        np.array([not name.strip() for name in names], bool)[codes]
+        for names, codes in ((data.users, data.user), (data.items, data.item))
+    ]
+    return Fault(blank[0] | blank[1], "ratings")
+
+
+def _padded_ids(data: Checked, _: CheckLimits) -> Fault:
+    odd = [
+        np.array([name != name.strip() and bool(name.strip()) for name in names], bool)[codes]
+        for names, codes in ((data.users, data.user), (data.items, data.item))
+    ]
+    return Fault(odd[0] | odd[1], "ratings")
+
+
+def _not_numbers(data: Checked, _: CheckLimits) -> Fault:
+    return Fault(~np.isfinite(data.rating), "ratings")
+
+
+def _off_scale(data: Checked, _: CheckLimits) -> Fault:
+    scale = data.tables.scale
+    if scale is None:
+        return Fault(np.zeros(len(data.rating), bool), "ratings")
+    return Fault(np.isfinite(data.rating) & ((data.rating < scale.low) | (data.rating > scale.high)), "ratings")
+
+
+def _unknown_items(data: Checked, _: CheckLimits) -> Fault:
+    known = set(data.catalog["item"])
+    strange = np.array([bool(item.strip()) and item not in known for item in data.items], bool)
+    return Fault(strange[data.item], "ratings")
+
+
+def _pairs(data: Checked) -> pd.DataFrame:
+    return pd.DataFrame({"pair": data.user * max(len(data.items), 1) + data.item, "rating": data.rating})
+
+
+def _later_first(data: Checked) -> np.ndarray:
+    """Rows in the order in which the last one of each pair is the one to keep."""
+    return np.arange(len(data.user)) if data.time is None else np.argsort(data.time, kind="stable")
+
+
+def _repeated(data: Checked, conflicting: bool) -> Fault:
+    order = _later_first(data)
+    pairs = _pairs(data).iloc[order]
+    repeated = pairs.duplicated("pair", keep="last")
+    flags = np.zeros(len(order), bool)
+    if repeated.any():
+        inside = pairs[pairs["pair"].isin(pairs.loc[repeated, "pair"])]
+        values = inside.groupby("pair")["rating"].nunique(dropna=False)
+        differ = set(values.index[values > 1])
+        flags[order] = (repeated & (pairs["pair"].isin(differ) == conflicting)).to_numpy()
+    return Fault(flags, "ratings")
+
+
+def _times(data: Checked, wrong: Callable[[np.ndarray], np.ndarray]) -> Fault:
+    empty = np.zeros(len(data.user), bool)
+    return Fault(empty if data.time is None else np.asarray(wrong(data.time), bool), "ratings")
+
+
+def _thin_users(data: Checked, limits: CheckLimits) -> Fault:
+    return Fault((np.bincount(data.user, minlength=len(data.users)) < limits.user_ratings)[data.user], "users")
+
+
+def _one_value(data: Checked, limits: CheckLimits) -> Fault:
+    frame = pd.DataFrame({"user": data.user, "rating": data.rating})
+    grouped = frame.groupby("user")["rating"].agg(["size", "nunique"]).reindex(range(len(data.users)), fill_value=0)
+    odd = ((grouped["size"] >= limits.one_value) & (grouped["nunique"] == 1)).to_numpy()
+    # Where everybody gives one value, the data is implicit and nobody is suspicious.
+    return Fault((odd & (pd.Series(data.rating).nunique() > 1))[data.user], "users")
+
+
+def _programs(data: Checked, limits: CheckLimits) -> Fault:
+    touched = np.bincount(np.unique(_pairs(data)["pair"]) // max(len(data.items), 1), minlength=len(data.users))
+    odd = (touched > limits.share * len(data.catalog)) & (touched >= limits.per_day)
+    if data.time is not None:
+        day = np.where(np.isfinite(data.time), data.time, 0) // 86_400
+        busiest = pd.DataFrame({"user": data.user, "day": day}).value_counts().groupby("user").max()
+        odd |= (busiest.reindex(range(len(data.users)), fill_value=0) >= limits.per_day).to_numpy()
+    return Fault(odd[data.user], "users")
+
+
+RATING_CHECKS: dict[str, Check] = {
+    "empty-id": Check(_empty_ids, "error", "ratings without a user or an item", "Drop them", "drop"),
+    "padded-id": Check(
+        _padded_ids, "warning", "ids with spaces around them, which makes two of one", "Strip them in the source", None
+    ),
+    "rating-not-a-number": Check(
+        _not_numbers, "error", "ratings that are not finite numbers", "Drop or repair them", "drop"
+    ),
+    "rating-off-scale": Check(
+        _off_scale, "error", "ratings off the stated scale", "Drop them, or state another scale", "drop"
+    ),
+    "item-without-row": Check(
+        _unknown_items,
+        "error",
+        "ratings of items that the item file does not hold",
+        "Add the items, or drop the ratings",
+        "drop",
+    ),
+    "duplicate-rating": Check(
+        lambda data, _: _repeated(data, False), "warning", "ratings given twice with the same value", "Keep one", "drop"
+    ),
+    "conflicting-rating": Check(
+        lambda data, _: _repeated(data, True),
+        "warning",
+        "ratings that a later one of the same user and item contradicts",
+        "Keep the latest",
+        "drop",
+    ),
+    "time-not-a-number": Check(
+        lambda data, _: _times(data, lambda times: ~np.isfinite(times)),
+        "error",
+        "timestamps that are not numbers",
+        "Drop or repair them",
+        "drop",
+    ),
+    "future-time": Check(
+        lambda data, _: _times(data, lambda times: times > data.now + 86_400),
+        "warning",
+        "timestamps in the future",
+        "Check their unit (seconds since 1970) and the clock that wrote them",
+        "drop",
+    ),
+    "ancient-time": Check(
+        lambda data, _: _times(data, lambda times: times < _EARLIEST),
+        "warning",
+        "timestamps before 1990",
+        "Check their unit: seconds since 1970",
+        None,
+    ),
+    "thin-user": Check(
+        _thin_users,
+        "note",
+        "users with too few ratings for a support and a query",
+        "They are left out of episodes",
+        None,
+    ),
+    "one-value-rater": Check(
+        _one_value,
+        "warning",
+        "users who give everything the same rating",
+        "Leave them out: nothing can be learned from them",
+        "drop",
+    ),
+    "suspicious-user": Check(
+        _programs,
+        "warning",
+        "users who rate faster or more than people do",
+        "Leave them out if they are programs",
+        "drop",
+    ),
+}

@@ -1,0 +1,49 @@
+"""Folders that Hugging Face ``datasets`` saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+
+from metarec.data.sources.arrow import arrow_columns
+from metarec.data.sources.assembly import Tables
+from metarec.data.sources.options import SourceOptions, options_scale
+from metarec.errors import DataError
+
+
+def hf_datasets(path: Path | None, options: SourceOptions) -> Tables:
+    """Reads a folder that Hugging Face ``datasets`` saved; one split of it, named by 'ratings', or the only one.
+
+    Items stand in the same rows, or in a folder beside it named by 'items'.
+    """
+    columns = {**{name: name for name in ("user", "item", "rating", "title")}, **options.columns}
+    folder = _arrow_folder(path, options.ratings)
+    own = [name for name in ("user", "item", "rating", "timestamp") if name in columns]
+    fields = {column: name for name, column in columns.items() if name not in own}
+    held = _arrow_table(folder)
+    ratings = arrow_columns(held, {columns[name]: name for name in own}, f"'{folder}'")
+    source = held if options.items is None else _arrow_table(_arrow_folder(path, options.items))
+    items = arrow_columns(source, {columns["item"]: "item", **fields}, f"'{folder}'").drop_duplicates("item")
+    return Tables(ratings, items, f"'{folder}'", options_scale(options))
+
+
+def _arrow_folder(path: Path | None, split: str | None) -> Path:
+    if path is None or not path.is_dir():
+        raise DataError(f"dataset folder '{path}' does not exist", "Set 'path' to what save_to_disk wrote")
+    if (path / "state.json").exists():
+        return path
+    splits = sorted(inner.name for inner in path.iterdir() if (inner / "state.json").exists())
+    if split in splits or (split is None and len(splits) == 1):
+        return path / (split or splits[0])
+    raise DataError(f"'{path}' holds the splits {splits}", "Name one of them in 'ratings'")
+
+
+def _arrow_table(folder: Path) -> pa.Table:
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        names = [Path(entry["filename"]).name for entry in state["_data_files"]]
+        return pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(folder / name))).read_all() for name in names])
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise DataError(f"'{folder}' is not a saved dataset: {error}", "Write it again with save_to_disk") from None

@@ -1,0 +1,32 @@
+"""Options of a source: what a task or a command line tells it about files."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from metarec.config import Section
+from metarec.data.interactions import RatingScale
+
+BadRows = Literal["error", "quarantine"]
+
+
+class SourceOptions(Section):
+    """What a source may need to be told; most need nothing."""
+
+    ratings: str | None = Field(None, description="of 'table': the file with the ratings")
+    items: str | None = Field(None, description="of 'table': the file with the items; null takes them from the ratings")
+    columns: dict[str, str] = Field(
+        {}, description="of 'table': user, item, rating, timestamp, title and other fields to the files' columns"
+    )
+    separator: str = Field(",", min_length=1, max_length=2)
+    encoding: str = "utf-8"
+    line_breaks: bool = Field(False, description="whether quoted fields may hold line breaks")
+    scale: tuple[float, float] | None = Field(None, description="lowest and highest rating; null takes what there is")
+    bad_rows: BadRows = Field("error", description="quarantine: leave bad rows out and count them")
+
+
+def options_scale(options: SourceOptions) -> RatingScale | None:
+    """Returns the scale that a task states, if it does."""
+    return RatingScale(*options.scale) if options.scale else None
