@@ -79,6 +79,7 @@ def _measured(wanted: Sequence[Cell], out: Path, jobs: int, fresh: bool) -> Iter
     def noted(cell: Cell, problem: str) -> tuple[Cell, str]:
         if problem:
             problems[str(cell.folder)] = problem
+            out.mkdir(parents=True, exist_ok=True)
             failures.write_text(dump_json(problems), encoding="utf-8")
         return cell, problem
 
