@@ -41,7 +41,8 @@ from metarec.config import RunConfig
 from metarec.data.interactions import Catalog
 from metarec.data.sources import read_source
 from metarec.data.task_files import load_task
-from metarec.lm.adapters import LORA_A, init_adapter
+from metarec.lm.adapter_kinds.lora import LORA_A
+from metarec.lm.adapters import init_adapter
 from metarec.lm.answer_model import AnswerModel, open_answer_model
 from metarec.lm.backbone import Backbone, load_backbone
 from metarec.lm.cached_forward import CachedForward

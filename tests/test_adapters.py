@@ -12,7 +12,9 @@ import torch
 from test_forward import placement_of, random_state, some_items
 
 from metarec.errors import ArtifactError
-from metarec.lm.adapters import LORA_B, AdapterKind, AdapterSpec, adapted_linear, init_adapter, round_adapter
+from metarec.lm.adapter_kinds import Adapters, AdapterSpec
+from metarec.lm.adapter_kinds.lora import LORA, LORA_B
+from metarec.lm.adapters import adapted_linear, init_adapter, round_adapter
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone, load_backbone
 from metarec.lm.cached_forward import CachedForward
@@ -31,18 +33,18 @@ def test_a_fresh_adapter_changes_nothing() -> None:
     users = {name: tensor.expand(2, *tensor.shape) for name, tensor in state.items()}
     inputs, weight = torch.randn(2, 3, 4, 5), torch.randn(6, 5)
     assert torch.equal(
-        adapted_linear(inputs, weight, None, users, "block.q", SPEC.scaling),
-        adapted_linear(inputs, weight, None, None, "block.q", SPEC.scaling),
+        adapted_linear(inputs, weight, None, Adapters(users, SPEC), "block.q"),
+        adapted_linear(inputs, weight, None, None, "block.q"),
     )
 
 
 def test_every_user_gets_their_own_update() -> None:
     state = random_state(SPEC, 3)
     inputs, weight, bias = torch.randn(3, 2, 4, 5), torch.randn(6, 5), torch.randn(6)
-    together = adapted_linear(inputs, weight, bias, state, "block.q", SPEC.scaling)
+    together = adapted_linear(inputs, weight, bias, Adapters(state, SPEC), "block.q")
     for user in range(3):
         a, b = state["block.q.lora_A"][user], state["block.q.lora_B"][user]
-        merged = weight + SPEC.scaling * b @ a
+        merged = weight + LORA.scaling(SPEC) * b @ a
         torch.testing.assert_close(together[user], inputs[user] @ merged.T + bias)
 
 
@@ -95,7 +97,7 @@ def test_peft_gives_a_saved_adapter_the_same_scores(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kind", ["lora", "bias", "prefix"])
-def test_an_adapter_is_read_back_bit_for_bit(kind: AdapterKind, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_an_adapter_is_read_back_bit_for_bit(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     spec = replace(SPEC, kind=kind) if kind != "prefix" else AdapterSpec({"block": (3, 4), "next": (3, 4)}, kind)
     state = select_user(random_state(spec, 1), 0) | {"score.item mean": torch.tensor(0.7)}
     state = round_adapter(state, spec.tensor_shapes, dtype)

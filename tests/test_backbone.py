@@ -13,7 +13,9 @@ import torch
 from metarec.data.interactions import Catalog
 from metarec.data.templates import PromptTemplate
 from metarec.errors import BackboneError, ConfigError
-from metarec.lm.backbone import Backbone, BertWeights, LlamaWeights, load_backbone, prepare_backbone
+from metarec.lm.backbone import Backbone, load_backbone, prepare_backbone
+from metarec.lm.families.bert import BertWeights
+from metarec.lm.families.llama import LlamaWeights
 from metarec.lm.tokenized import tokenize_catalog
 
 Backbones = Callable[..., Backbone]

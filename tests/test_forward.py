@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from metarec.errors import ConfigError
-from metarec.lm.adapters import AdapterSpec
+from metarec.lm.adapter_kinds import AdapterSpec, Placement
 from metarec.lm.answer_model import AnswerModel, open_answer_model
 from metarec.lm.backbone import Backbone
 from metarec.lm.cached_forward import CachedForward
-from metarec.lm.placement import Placement, check_placement, default_placement
+from metarec.lm.placement import check_placement, default_placement
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts
 from metarec.tensors import AdapterState, select_user
@@ -57,7 +57,7 @@ def some_items(users: int = 3, items: int = 5) -> Tensor:
 
 @pytest.mark.parametrize(("family", "active"), CASES)
 @pytest.mark.parametrize("layers", [1, 3])
-def test_cached_trunk_matches_the_whole_model(
+def test_the_cached_forward_matches_the_whole_model(
     family: str, active: int | None, layers: int, backbone: Backbones, prompts: Prompts
 ) -> None:
     model = backbone(family)
@@ -122,7 +122,7 @@ def test_mixed_precision_is_nearer_to_float32_than_bfloat16_throughout(
 
 
 @pytest.mark.parametrize(("family", "active"), [("llama", None), ("llama", 2), ("bert", None)])
-def test_cached_trunk_matches_the_whole_model_with_biases(
+def test_the_cached_forward_matches_the_whole_model_with_biases(
     family: str, active: int | None, backbone: Backbones, prompts: Prompts
 ) -> None:
     model = backbone(family)

@@ -1,1 +1,1 @@
-"""The frozen language model, its adapters, and how items are read fast."""
+"""Frozen language models, users' adapters, and fast forward passes over a catalog."""

@@ -1,7 +1,4 @@
-"""The language model's opinion of a catalog: every item's answer log-odds, under every user's adapter.
-
-Knows where adapters may sit and how an answer is read from a state; nothing of ratings, losses or users' histories.
-"""
+"""Computes every item's answer log-odds under every user's adapter."""
 
 from __future__ import annotations
 
@@ -14,9 +11,8 @@ import torch
 from torch import Tensor
 
 from metarec.artifacts import content_hash
-from metarec.lm.adapters import AdapterSpec
+from metarec.lm.adapter_kinds import Adapters, AdapterSpec
 from metarec.lm.backbone import Backbone
-from metarec.lm.blocks import Adapters
 from metarec.lm.cached_forward import CachedForward
 from metarec.lm.forward import Forward, ItemBatch, pool
 from metarec.lm.placement import Placement, adapter_spec, check_placement
@@ -86,7 +82,7 @@ class AnswerModel:
 
     def last_states(self, item_batch: ItemBatch, state: Mapping[str, Tensor] | None) -> Tensor:
         """Reads items as `log_odds` does; returns the states behind the answers, shape (users, items, hidden)."""
-        adapters = None if state is None else Adapters(state, self.spec.scaling)
+        adapters = None if state is None else Adapters(state, self.spec)
         return self.forward.last_states(item_batch, adapters)
 
     def features(self, states: Tensor) -> Tensor:
@@ -138,23 +134,30 @@ def _encode(backbone: Backbone, ids: tuple[int, ...]) -> Tensor:
 def open_answer_model(
     backbone: Backbone, prompts: CatalogPrompts, placement: Placement, block_dtype: torch.dtype | None = None
 ) -> AnswerModel:
-    """Returns a reader over the fastest trunk that is exact for the model.
+    """Returns the fastest answer model that is exact for the backbone.
 
     Args:
         backbone: The model.
         prompts: The catalog's prompts.
         placement: Where the adapters sit.
-        block_dtype: Precision of the adapted blocks' frozen weights, where they can be told apart from the others.
+        block_dtype: Precision of the adapted blocks' frozen weights, where its family is known.
 
     Raises:
         ConfigError: The placement does not fit the model or the prompts.
     """
     check_placement(backbone, prompts, placement)
+    why = _why_not_cached(backbone, prompts)
+    if why is None:
+        return AnswerModel(backbone, prompts, placement, CachedForward(backbone, prompts, placement, block_dtype))
+    _LOG.warning("the whole model '%s' runs for every item, which is slower: %s", backbone.name, why)
+    return AnswerModel(backbone, prompts, placement, ReferenceForward(backbone, prompts, placement))
+
+
+def _why_not_cached(backbone: Backbone, prompts: CatalogPrompts) -> str | None:
+    """Returns why `CachedForward` would be wrong or impossible for a model, or None where it is exact."""
     if backbone.weights is None:
-        _LOG.warning(
-            "the structure of '%s' (%s) is not one metarec can take apart; reading it whole, which is slower",
-            backbone.name,
-            backbone.model.config.model_type,
-        )
-        return AnswerModel(backbone, prompts, placement, ReferenceForward(backbone, prompts, placement))
-    return AnswerModel(backbone, prompts, placement, CachedForward(backbone, prompts, placement, block_dtype))
+        return f"no backbone family recognises its structure ({backbone.model.config.model_type})"
+    longest, window = max(map(len, prompts.tokens)), backbone.weights.window
+    if window is not None and longest > window:
+        return f"a prompt has {longest} tokens, its attention looks back over {window}"
+    return None

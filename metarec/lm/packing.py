@@ -1,7 +1,7 @@
-"""Items of different lengths side by side in rows, so that short ones leave almost no padding.
+"""Packs items of different lengths side by side into rows, so that short ones leave almost no padding.
 
-A row holds a prefix that all its items share, and then the items one after another; attention is kept within an item
-by a mask, so every layer in between runs on dense rows. Pure index arithmetic; knows nothing of tokens or models.
+A row holds a prefix that all its items share, and then the items one after another; a mask keeps attention within an
+item, so all layers run on dense rows.
 
 Source: Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination", section 3.2.
 """
@@ -20,7 +20,7 @@ PREFIX, PADDING = -1, -2
 
 @dataclass(frozen=True)
 class Packed:
-    """Where every item's tokens went.
+    """Says where every item's tokens are.
 
     Args:
         owner: Which of its row's items a place belongs to, or `PREFIX` or `PADDING`, shape (rows, places).

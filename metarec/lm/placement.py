@@ -1,67 +1,36 @@
-"""Where the adapters sit and of what kind they are."""
+"""Fits adapters to a model: which layers carry them, of what sizes, and whether there is a place for them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from metarec.errors import ConfigError, suggest
-from metarec.lm.adapters import AdapterKind, AdapterSpec
-from metarec.lm.backbone import Backbone, LlamaWeights
+from metarec.lm.adapter_kinds import ADAPTER_KINDS, AdapterSpec, BlockShape, is_target
+from metarec.lm.adapter_kinds import Placement as Placement
+from metarec.lm.backbone import Backbone
 from metarec.lm.tokenized import CatalogPrompts
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where the adapters sit and of what kind they are.
-
-    Args:
-        layers: How many of the topmost blocks carry adapters.
-        targets: Names of the linear layers within a block, such as ``q_proj``; a prefix has none.
-        rank: Rank of every low-rank adapter.
-        alpha: See `metarec.lm.adapters.AdapterSpec`.
-        active_tokens: Only the last so many tokens of the prompt carry the adapter (activated LoRA, Greenewald et
-            al. 2025); None means all tokens (plain LoRA).
-        kind: See `metarec.lm.adapters`.
-        rslora: See `metarec.lm.adapters.AdapterSpec`.
-        virtual_tokens: Length of a prefix.
-    """
-
-    layers: int
-    targets: tuple[str, ...]
-    rank: int
-    alpha: float
-    active_tokens: int | None
-    kind: AdapterKind = "lora"
-    rslora: bool = False
-    virtual_tokens: int = 0
-
-
 def adapter_spec(backbone: Backbone, placement: Placement) -> AdapterSpec:
-    """Returns the shapes of the adapters that a placement asks for."""
-    layers = backbone.model.config.num_hidden_layers
-    shapes: dict[str, tuple[int, int]] = {}
-    for index in range(layers - placement.layers, layers):
+    """Returns the sizes of the adapters that a placement asks for."""
+    return ADAPTER_KINDS.get(placement.kind).spec(adapted_blocks(backbone, placement.layers), placement)
+
+
+def adapted_blocks(backbone: Backbone, layers: int) -> list[BlockShape]:
+    """Returns the shapes of the topmost blocks, from bottom to top."""
+    total = int(backbone.model.config.num_hidden_layers)
+    found = []
+    for index in range(total - layers, total):
         path = f"{backbone.layer_path}.{index}"
-        if placement.kind == "prefix":
-            assert isinstance(backbone.weights, LlamaWeights)
+        width = None
+        if backbone.weights is not None and backbone.weights.causal:
             block = backbone.weights.blocks[index]
-            shapes[path] = (placement.virtual_tokens, block.kv_heads * block.head_dim)
-        else:
-            linears = linear_shapes(backbone, path)
-            shapes |= {name: shape for name, shape in linears.items() if is_target(name, placement.targets)}
-    if placement.kind == "lora":
-        return AdapterSpec(shapes, "lora", placement.rank, placement.alpha, placement.rslora)
-    return AdapterSpec(shapes, placement.kind)
-
-
-def is_target(module: str, targets: Sequence[str]) -> bool:
-    """Says whether a module path ends with one of the target names."""
-    return any(module == target or module.endswith("." + target) for target in targets)
+            width = block.kv_heads * block.head_dim
+        found.append(BlockShape(path, linear_shapes(backbone, path), width))
+    return found
 
 
 def linear_shapes(backbone: Backbone, below: str) -> dict[str, tuple[int, int]]:
@@ -76,15 +45,6 @@ def linear_shapes(backbone: Backbone, below: str) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-# Where adapters go when nobody says: what attention looks for, what it passes on, and what it writes.
-_DEFAULT_TARGETS = (
-    ("q_proj", "v_proj", "o_proj"),
-    ("query", "value", "dense"),
-    ("q_lin", "v_lin", "out_lin"),
-    ("c_attn", "c_proj"),
-)
-
-
 def default_placement(
     backbone: Backbone,
     prompts: CatalogPrompts,
@@ -94,7 +54,7 @@ def default_placement(
     rank: int,
     alpha: float,
     active_tokens: int | Literal["auto"] | None,
-    kind: AdapterKind = "lora",
+    kind: str = "lora",
     rslora: bool = False,
     virtual_tokens: int = 0,
 ) -> Placement:
@@ -113,26 +73,20 @@ def default_placement(
         virtual_tokens: See `Placement`; counts for prefixes alone.
 
     Raises:
-        ConfigError: The architecture has no usual targets.
+        ConfigError: The kind is not known, or the architecture has no usual targets.
     """
-    if kind == "prefix":
-        targets = ()
-    if targets is None:
-        names = {name.rsplit(".", 1)[-1] for name in linear_shapes(backbone, backbone.layer_path)}
-        targets = (
-            tuple(sorted(names))
-            if kind == "bias"
-            else next((usual for usual in _DEFAULT_TARGETS if names.issuperset(usual)), None)
+    adapter_kind = ADAPTER_KINDS.get(kind)
+    names = {name.rsplit(".", 1)[-1] for name in linear_shapes(backbone, backbone.layer_path)}
+    chosen = adapter_kind.targets(targets, names)
+    if chosen is None:
+        raise ConfigError(
+            f"no usual adapter targets are known for '{backbone.name}'",
+            f"Set adapter.targets to some of {', '.join(sorted(names))}",
         )
-        if targets is None:
-            raise ConfigError(
-                f"no usual adapter targets are known for '{backbone.name}'",
-                f"Set adapter.targets to some of {', '.join(sorted(names))}",
-            )
     if active_tokens == "auto":
         active_tokens = 1 if backbone.kind == "causal" and prompts.suffix else None
-    virtual_tokens = virtual_tokens if kind == "prefix" else 0
-    return Placement(layers, targets, rank, alpha, active_tokens, kind, rslora, virtual_tokens)
+    length = adapter_kind.virtual_length(virtual_tokens)
+    return Placement(layers, chosen, rank, alpha, active_tokens, kind, rslora, length)
 
 
 def check_placement(backbone: Backbone, prompts: CatalogPrompts, placement: Placement) -> None:
@@ -146,14 +100,9 @@ def check_placement(backbone: Backbone, prompts: CatalogPrompts, placement: Plac
         raise ConfigError(f"adapter.layers is {placement.layers}", f"'{backbone.name}' has 1 to {layers}")
     if placement.rank < 1:
         raise ConfigError(f"adapter.rank is {placement.rank}", "Choose 1 or more")
-    if placement.kind == "prefix":
-        if not isinstance(backbone.weights, LlamaWeights):
-            raise ConfigError(
-                f"adapter.kind is 'prefix', but '{backbone.name}' is not a Llama-like causal LM", "Choose lora or bias"
-            )
-        if placement.virtual_tokens < 1:
-            raise ConfigError(f"adapter.virtual_tokens is {placement.virtual_tokens}", "Choose 1 or more")
-    known = linear_shapes(backbone, backbone.layer_path + f".{layers - 1}")
+    blocks = adapted_blocks(backbone, placement.layers)
+    ADAPTER_KINDS.get(placement.kind).check(backbone.name, blocks, placement)
+    known = blocks[-1].linears
     for target in placement.targets:
         if not any(is_target(name, (target,)) for name in known):
             raise ConfigError(

@@ -1,6 +1,6 @@
 """Runs the whole transformers model with a hook on every adapted layer.
 
-The reference that fast paths are held to, and the way for models whose structure is not recognised.
+Tests hold the cached forward to it; models that no backbone family recognises use it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarec.lm.adapters import user_update
+from metarec.lm.adapter_kinds import Adapters
 from metarec.lm.backbone import Backbone
-from metarec.lm.blocks import Adapters
 from metarec.lm.forward import ItemBatch, all_frozen_states, pool
-from metarec.lm.placement import Placement, adapter_spec
+from metarec.lm.placement import Placement
 from metarec.lm.tokenized import CatalogPrompts
 
 
@@ -50,11 +49,11 @@ class ReferenceForward:
         if self.placement.active_tokens is not None:
             active = mask & (places >= lengths[:, None] - self.placement.active_tokens)
         with ExitStack() as hooks:
-            for name in adapter_spec(self.backbone, self.placement).shapes if adapters else ():
-                assert adapters is not None
-                hook = partial(_add_update, adapters=adapters, name=name, active=active, users=users)
-                module = self.backbone.model.get_submodule(name)
-                hooks.callback(module.register_forward_hook(hook).remove)
+            if adapters is not None:
+                for name in adapters.spec.shapes:
+                    hook = partial(_add_update, adapters=adapters, name=name, active=active, users=users)
+                    module = self.backbone.model.get_submodule(name)
+                    hooks.callback(module.register_forward_hook(hook).remove)
             inputs = {"input_ids": tokens, "attention_mask": mask.long()}
             if self.backbone.kind == "masked":
                 hidden = self.backbone.before_any_head(inputs)
@@ -81,8 +80,8 @@ class ReferenceForward:
 def _add_update(
     module: Any, args: Any, output: Tensor, *, adapters: Adapters, name: str, active: Tensor, users: int
 ) -> Tensor:
-    inputs = args[0].reshape(users, -1, args[0].shape[-1])
-    update = user_update(inputs.to(next(iter(adapters.state.values())).dtype), adapters.state, name, adapters.scaling)
-    assert update is not None
+    precise = next(iter(adapters.state.values())).dtype
+    inputs, frozen = (part.reshape(users, -1, part.shape[-1]).to(precise) for part in (args[0], output))
+    update = adapters.spec.implementation.update(adapters.spec, adapters.state, name, inputs, frozen)
     masked: Tensor = update.expand(users, inputs.shape[1], -1).reshape(output.shape) * active.unsqueeze(-1)
     return output + masked.to(output.dtype)

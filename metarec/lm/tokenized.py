@@ -1,7 +1,4 @@
-"""A catalog as a language model reads it: every item's prompt as tokens, and the answer words.
-
-The answers are single tokens found at the prompt's end.
-"""
+"""Tokenizes a catalog's prompts and the answer words, each of which is a single token at the prompt's end."""
 
 from __future__ import annotations
 
