@@ -158,7 +158,7 @@ def curves(results: Mapping[str, Any], options: Mapping[str, str]) -> dict[str, 
 
 def alternative(shown: Mapping[str, Any]) -> str:
     """Returns the text of a picture, for those who do not see it."""
-    return f"AUC gained over the {shown['baseline']} by the number of ratings K, of {', '.join(shown['rows'])}"
+    return f"AUC gained over the {shown['baseline']} by the number of ratings K, of {'; '.join(shown['rows'])}"
 
 
 def picture(shown: Mapping[str, Any]) -> str:

@@ -121,7 +121,7 @@ def test_a_picture_shows_the_gains_and_carries_its_numbers(results: Path) -> Non
     pytest.importorskip("matplotlib")
     options = ' file="k.svg" rows="metarec; B; item mean"'
     text, pictures = tables.written(block(kind="picture", options=options), results)
-    assert "![AUC gained over the item mean by the number of ratings K, of metarec, B](k.svg)" in text
+    assert "![AUC gained over the item mean by the number of ratings K, of metarec; B](k.svg)" in text
     shown = pictures["k.svg"]
     assert shown["rows"] == {
         "metarec": {"0": [0.0, -0.01, 0.01], "5": [0.05, 0.04, 0.06]},
