@@ -23,8 +23,9 @@ from metarec.data.description import describe
 from metarec.data.interactions import Catalog, RatingScale
 from metarec.data.repairs import fix
 from metarec.data.sources.assembly import MAX_TEXT, Tables, assemble, assemble_tables
-from metarec.data.text import plain_text
-from metarec.errors import ConfigError
+from metarec.data.templates import clean_field
+from metarec.data.text import has_hidden, plain_text
+from metarec.errors import ConfigError, DataError
 
 NOW = 1_700_000_000.0
 LIMITS = CheckLimits(user_ratings=2, item_ratings=2, one_value=5, per_day=30, share=0.9)
@@ -87,11 +88,29 @@ def text(value: str, column: str = "title", row: int = 3) -> Callable[[Tables], 
     return plant
 
 
+def copied(user: str, copy: str) -> Callable[[Tables], Tables]:
+    def plant(tables: Tables) -> Tables:
+        extra = tables.ratings[tables.ratings["user"] == user].assign(user=copy)
+        return replace(tables, ratings=pd.concat([tables.ratings, extra], ignore_index=True))
+
+    return plant
+
+
+def hours() -> Callable[[Tables], Tables]:
+    def plant(tables: Tables) -> Tables:
+        ratings = tables.ratings.assign(rating=[f"{(300, 1, 2, 3, 2)[row % 5]}" for row in range(len(tables.ratings))])
+        return replace(tables, ratings=ratings, scale=RatingScale(0.0, 1000.0))
+
+    return plant
+
+
 FIRST = sound().ratings.iloc[0]
 PLANTED: list[tuple[str, Callable[[Tables], Tables], tuple[str, ...]]] = [
     ("empty-id", rating(3, "user", " "), ("5",)),
     ("empty-id", rating(3, "item", ""), ("5",)),
     ("padded-id", rating(3, "user", "u0 "), ("5",)),
+    ("twin-id", rating(3, "user", "U0"), ("2", "3", "4", "5", "6", "7", "8", "9")),
+    ("twin-id", more(("07", "i1", "3", NOW - 9), ("7.0", "i2", "3", NOW - 8)), ("50", "51")),
     ("rating-not-a-number", rating(3, "rating", "NaN"), ("5",)),
     ("rating-not-a-number", rating(3, "rating", "1e999"), ("5",)),
     ("rating-not-a-number", rating(3, "rating", "five"), ("5",)),
@@ -100,16 +119,20 @@ PLANTED: list[tuple[str, Callable[[Tables], Tables], tuple[str, ...]]] = [
     ("duplicate-rating", more((FIRST["user"], FIRST["item"], "1", NOW - 9)), ("2",)),
     ("conflicting-rating", more((FIRST["user"], FIRST["item"], "5", NOW - 9)), ("2",)),
     ("time-not-a-number", rating(3, "timestamp", "later"), ("5",)),
+    ("time-not-a-number", rating(3, "timestamp", "08/07/2024"), ("5",)),
     ("future-time", rating(3, "timestamp", NOW * 1000), ("5",)),
     ("ancient-time", rating(3, "timestamp", 40_000), ("5",)),
     ("thin-user", more(("alone", "i1", "3", NOW - 9)), ("alone",)),
     ("one-value-rater", more(*(("flat", f"i{item}", "4", NOW - 9 - 86_400 * item) for item in range(5))), ("flat",)),
+    ("near-duplicate-user", copied("u0", "u9"), ("u0", "u9")),
+    ("skewed-rating", hours(), ("2", "7", "12", "17", "22", "27", "32", "37", "42", "47")),
     ("suspicious-user", more(*(("bot", f"i{row % 10}", str(1 + row % 5), NOW - row) for row in range(40))), ("bot",)),
     ("empty-item-id", text("", "item", 9), ("10 ()",)),
     ("duplicate-item-id", text("i1", "item", 9), ("10 (i1)",)),
     ("empty-title", text("  "), ("4 (i3)",)),
     ("repeated-title", text("heat"), ("2 (i1)", "4 (i3)")),
     ("text-too-long", text("x" * (MAX_TEXT + 1)), ("4 (i3)",)),
+    ("cut-text", text("word " * 70), ("4 (i3)",)),
     ("wrong-encoding", text("AmÃ©lie"), ("4 (i3)",)),
     ("wrong-encoding", text("l\ufffdo"), ("4 (i3)",)),
     ("markup", text("Tom &amp; <b>Jerry</b>"), ("4 (i3)",)),
@@ -153,7 +176,7 @@ def test_what_is_fixable_is_gone_afterwards_and_said(
 ) -> None:
     data = read_for_checks(plant(sound()), NOW)
     findings = check(data, LIMITS)
-    mended, done = fix(data, findings, LIMITS)
+    mended, done = fix(data, findings, LIMITS, force=True)
     if CHECKS[code].remedy is None:
         assert code in found(mended)
     elif "\ufffd" not in str(data.tables.items["title"].tolist()):
@@ -167,13 +190,13 @@ def test_a_fixed_copy_of_everything_at_once_can_be_read() -> None:
     for _, plant, _ in PLANTED[:20]:
         tables = plant(tables)
     data = read_for_checks(tables, NOW)
-    mended, _ = fix(data, check(data, LIMITS), LIMITS)
+    mended, _ = fix(data, check(data, LIMITS), LIMITS, force=True)
     assert len(assemble_tables(mended)) > 20
 
 
 def test_fixing_sound_data_changes_nothing() -> None:
     data = read_for_checks(sound(), NOW)
-    mended, done = fix(data, check(data, LIMITS), LIMITS)
+    mended, done = fix(data, check(data, LIMITS), LIMITS, force=True)
     assert (mended, done) == (data.tables, [])
 
 
@@ -194,6 +217,65 @@ def test_text_is_mended_only_where_it_is_certain(written: str, plain: str) -> No
     assert plain_text(plain) == plain
 
 
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("👩\u200d👩\u200d👧 at home", "👩\u200d👩\u200d👧 at home"),
+        ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"),
+        ("क्\u200dष", "क्\u200dष"),
+        (
+            "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
+            "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
+        ),
+        ("葛\U000e0100城", "葛\U000e0100城"),
+        ("\u0600\u0661", "\u0600\u0661"),
+        ("new \U0001fae9 emoji", "new \U0001fae9 emoji"),
+        ("Donau\u00addampf\u00adschiff", "Donaudampfschiff"),
+        ("\ufeffTitle", "Title"),
+        ("a\u200db", "a b"),
+        ("evil\u202etitle", "evil title"),
+        ("hidden\U000e0041\U000e0042 tags", "hidden tags"),
+        ("a\x00b\nc", "a b c"),
+    ],
+)
+def test_words_and_emoji_of_joined_characters_stay_whole(written: str, shown: str) -> None:
+    assert clean_field(written) == plain_text(written) == shown
+    assert has_hidden(written) == (written != shown)
+    assert not has_hidden(shown)
+
+
+@pytest.mark.parametrize("stamp", ["2023-08-07", "1690000000123", "1690000000123456", "07.08.2023 10:00"])
+def test_times_of_any_unit_are_no_findings(stamp: str) -> None:
+    tables = sound()
+    written = replace(tables, ratings=tables.ratings.assign(timestamp=stamp))
+    assert not {"time-not-a-number", "future-time", "ancient-time"} & set(found(written))
+
+
+@pytest.mark.parametrize("column", ["timestamp", "rating", "item"])
+def test_no_repair_empties_a_dataset(column: str) -> None:
+    tables = replace(sound(), ratings=sound().ratings.assign(**{column: "soon"}))
+    data = read_for_checks(tables, NOW)
+    with pytest.raises(DataError, match=r"would drop .* of 48 ratings .*--force"):
+        fix(data, check(data, LIMITS), LIMITS)
+
+
+def test_items_that_go_take_their_ratings_with_them() -> None:
+    data = read_for_checks(text("x" * (MAX_TEXT + 1))(sound()), NOW)
+    mended, done = fix(data, check(data, LIMITS), LIMITS, force=True)
+    assert "i3" not in set(mended.ratings["item"])
+    assert len(done) == 2
+    assert len(assemble_tables(mended)) == len(mended.ratings)
+
+
+def test_of_two_rows_of_an_item_the_blank_does_not_win() -> None:
+    items = pd.concat([pd.DataFrame({"item": ["i0"], "title": [" "], "year": [""]}), sound().items])
+    tables = replace(sound(), items=items.reset_index(drop=True))
+    data = read_for_checks(tables, NOW)
+    mended, _ = fix(data, check(data, LIMITS), LIMITS, force=True)
+    assert mended.items.iloc[0].tolist() == ["i0", "Alien", "1999"]
+    assert assemble_tables(tables, quarantine=True).catalog.row(0)["title"] == "Alien"
+
+
 WORDS = st.text(max_size=20)
 
 
@@ -207,7 +289,7 @@ def test_any_tables_can_be_checked_described_and_fixed(rows: list[tuple[Any, ...
     data = read_for_checks(tables, NOW)
     findings = check(data)
     json.dumps(describe(data), allow_nan=False)
-    mended, _ = fix(data, findings)
+    mended, _ = fix(data, findings, force=True)
     left = {
         finding.code
         for finding in check(read_for_checks(mended, NOW))

@@ -101,7 +101,12 @@ def test_a_check_fixes_and_the_copy_is_read_in_place_of_the_original(
     folder = ml_1m(tmp_path / "d")
     with (folder / "ratings.dat").open("a") as stream:
         stream.write("1::2653::3::978300761\n2::9999::3::978300761\n3::1::nan::978300761\nbroken\n")
-    ran = metarec("data", "check", "movielens", folder, "--fix", tmp_path / "copy", "--json", "--fail-on", "error")
+    refused = metarec("data", "check", "movielens", folder, "--fix", tmp_path / "copy")
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert "would drop 1 of 6 ratings (17%)" in refused.err
+    assert not (tmp_path / "copy").exists()
+    forced = ("--fix", tmp_path / "copy", "--force")
+    ran = metarec("data", "check", "movielens", folder, *forced, "--json", "--fail-on", "error")
     assert ran.status == 1
     told = json.loads(ran.out)
     codes = {finding["code"]: finding for finding in told["findings"]}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from metarec.data.interactions import Catalog, RatingScale, read_ratings
 from metarec.data.sources import read_source
 from metarec.data.sources.assembly import assemble
-from metarec.errors import DataError, MetarecError, RatingError, UnknownItemError
+from metarec.errors import ConfigError, DataError, MetarecError, RatingError, UnknownItemError
 
 CATALOG = Catalog(
     ids=("007", "NA", "3", "4"),
@@ -177,7 +177,7 @@ def test_malformed_recbole_files_are_named(inter: str, message: str, tmp_path: P
 
 
 def test_missing_sources_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="Did you mean 'recbole'"):
+    with pytest.raises(ConfigError, match="Did you mean 'recbole'"):
         read_source("recbol")
     with pytest.raises(DataError, match="Set 'path'"):
         read_source("recbole", tmp_path / "nothing")

@@ -144,7 +144,7 @@ def test_amazon_2023_counts_milliseconds(tmp_path: Path) -> None:
     data = read_source("amazon", write(tmp_path, Toys__jsonl=reviews, meta_Toys__jsonl=meta))
     assert rows(data) == [("AE", "B1", 4.0)]
     assert data.timestamp is not None
-    assert data.timestamp.tolist() == [1588687728]
+    assert data.timestamp.tolist() == pytest.approx([1588687728.923], abs=1e-6)
     assert data.catalog.row(0) == {"id": "B1", "title": "Robot", "brand": "", "genres": ""}
 
 
@@ -360,6 +360,181 @@ def test_a_task_may_name_a_source_from_outside(toy: str, tmp_path: Path) -> None
     assert len(load_dataset(load_task(str(tmp_path / "task.yaml")).dataset)) == 2
 
 
+# Times, numbers and ids as people write them.
+
+STAMPS = [
+    (["2024-08-07", "2024-08-08"], [1722988800, 1723075200]),
+    (["2024-08-07T10:00:00+02:00", "2024-08-07 10:00:00.25"], [1723017600, 1723024800.25]),
+    (["2024-08-07T10:00:00,5Z", "2024-08-07 10:00 UTC"], [1723024800.5, 1723024800]),
+    (["07.08.2024", "7.8.2024 10:00"], [1722988800, 1723024800]),
+    (["08/07/2024", "08/13/2024"], [1722988800, 1723507200]),
+    (["20240807", "20240808"], [1722988800, 1723075200]),
+    (["1700000000.5", "1700000001"], [1700000000.5, 1700000001]),
+    (["1700000000123", "1700000000500"], [1700000000.123, 1700000000.5]),
+    (["1700000000123456", "1700000000500000"], [1700000000.123456, 1700000000.5]),
+    (["1700000000500000000", "1700000001000000000"], [1700000000.5, 1700000001]),
+]
+
+
+@pytest.mark.parametrize(("written", "seconds"), STAMPS, ids=lambda value: str(value[0]))
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_times_are_read_as_they_are_written(
+    written: list[str], seconds: list[float], kind: str, tmp_path: Path
+) -> None:
+    frame = pd.DataFrame({"user": ["u", "v"], "item": "a", "rating": 4, "timestamp": written, "title": "A"})
+    if kind == "csv":
+        frame.to_csv(tmp_path / "ratings.csv", index=False)
+    elif kind == "jsonl":
+        frame.to_json(tmp_path / "ratings.jsonl", orient="records", lines=True)
+    else:
+        frame.to_parquet(tmp_path / "ratings.parquet")
+    data = read_source("table", tmp_path)
+    assert data.timestamp is not None
+    np.testing.assert_allclose(data.timestamp, seconds, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("written", ["08/07/2024", "later", "Aug 7", ""])
+def test_a_time_that_can_be_meant_in_two_ways_is_an_error_with_its_cure(written: str, tmp_path: Path) -> None:
+    folder = write(tmp_path, ratings__csv=f"user,item,rating,timestamp,title\nu,a,4,{written},A\n")
+    with pytest.raises(DataError, match=r"row 2: timestamp .* is neither a number nor a date.*2024-08-07"):
+        read_source("table", folder)
+    assert read_source("table", folder, SourceOptions(columns={"timestamp": ""})).timestamp is None
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_datetimes_of_parquet_keep_their_fractions(unit: str, tmp_path: Path) -> None:
+    when = pd.to_datetime(["2024-08-07 10:00:00.250", "2024-08-07 10:00:00"], format="ISO8601").astype(
+        f"datetime64[{unit}]"
+    )
+    frame = pd.DataFrame({"user": ["u", "u"], "item": "a", "rating": [5, 1], "time": when, "title": "A"})
+    frame.to_parquet(tmp_path / "ratings.parquet")
+    data = read_source("table", tmp_path)
+    assert data.rating.tolist() == [1.0 if unit == "s" else 5.0]
+
+
+@pytest.mark.parametrize(
+    "column", ["timestamp", "Time", "date", "datetime", "unixReviewTime", "Kaufdatum", "created_at"]
+)
+def test_the_later_of_two_ratings_wins_by_fractions_and_by_any_usual_name(column: str, tmp_path: Path) -> None:
+    text = f"user,item,rating,title,{column}\nu,a,5,A,1700000000.7\nu,a,1,A,1700000000.2\n"
+    data = read_source("table", write(tmp_path, ratings__csv=text))
+    assert rows(data) == [("u", "a", 5.0)]
+
+
+def test_order_by_fractions_of_a_second_is_kept_in_splits(tmp_path: Path) -> None:
+    from metarec.data.episodes import split_by_time
+
+    lines = [
+        f"u{user},i{item},3,T,{1700000000 + (9 - user) / 10 + item / 100}" for user in range(9) for item in range(3)
+    ]
+    text = "user,item,rating,title,timestamp\n" + "\n".join(lines)
+    data = read_source("table", write(tmp_path, ratings__csv=text))
+    parts, usable = split_by_time(data, (0.34, 0.33, 0.33))
+    assert {data.users[code] for code in parts["train"]} == {"u6", "u7", "u8"}
+    assert usable.all()
+
+
+def test_numbers_may_have_a_decimal_comma_or_be_true_and_false(tmp_path: Path) -> None:
+    text = "user;item;rating;title\nu;a;4,5;A\nv;a;3;A\n"
+    options = SourceOptions(separator=";")
+    assert read_source("table", write(tmp_path / "c", ratings__csv=text), options).rating.tolist() == [4.5, 3.0]
+    text = "user,item,liked,title\nu,a,True,A\nv,a,FALSE,A\n"
+    data = read_source("table", write(tmp_path / "b", ratings__csv=text))
+    assert (data.rating.tolist(), str(data.scale)) == ([1.0, 0.0], "from 0 to 1")
+    text = "user;item;rating;title\nu;a;1,234;A\n"
+    with pytest.raises(DataError, match=r"rating '1,234' is not a finite number"):
+        read_source("table", write(tmp_path / "t", ratings__csv=text), options)
+
+
+def test_an_id_is_the_same_in_every_unicode_form(tmp_path: Path) -> None:
+    ratings = "user,item,rating\nJos\u00e9,caf\u00e9,5\nJose\u0301,x,1\nz,cafe\u0301,3\n"
+    data = read_source("table", write(tmp_path, ratings__csv=ratings, items__csv="item,title\ncafe\u0301,A\nx,B\n"))
+    assert data.users == ("Jos\u00e9", "z")
+    assert data.catalog.find("cafe\u0301") == data.catalog.find("caf\u00e9") == 0
+    write(tmp_path, items__csv="item,title\ncafe\u0301,A\ncaf\u00e9,A\nx,B\n")
+    with pytest.raises(DataError, match="item id twice"):
+        read_source("table", tmp_path)
+
+
+# Tables of one's own.
+
+
+def test_the_first_blank_of_an_items_rows_does_not_win(tmp_path: Path) -> None:
+    text = "user,item,rating,title,maker\nu,a,5,,\nv,a,3,Real title, \nw,a,3,Other,Philips\n"
+    data = read_source("table", write(tmp_path, ratings__csv=text), SourceOptions(columns={"maker": "maker"}))
+    assert data.catalog.row(0) == {"id": "a", "title": "Real title", "maker": "Philips"}
+    assert any("several titles: a" in note for note in data.notes)
+
+
+def test_columns_that_nothing_reads_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = "user,item,raiting,title,colour\nu,a,5,A,red\n"
+    data = read_source("table", write(tmp_path, ratings__csv=text))
+    said = " | ".join(data.notes)
+    assert "'raiting' (did you mean 'rating'?)" in said
+    assert "nothing reads: 'colour'" in said
+    assert "every row counts as 1" in said
+    assert caplog.text.count("WARNING") == 3
+
+
+@pytest.mark.parametrize(
+    ("ratings", "items", "options"),
+    [
+        ("user_id,ISBN,Sterne (1-5)\nu,a,4\n", "sku,name\na,A\n", {}),
+        ("User-ID,Anime_ID,My Score\nu,a,4\n", "anime_id,Name\na,A\n", {"columns": {"rating": "My Score"}}),
+        ("user,item,rating\nu,a,4\n", "code,title\na,A\n", {"items": {"id": "code"}}),
+        ("user,item,rating\nu,a,4\n", "code,title\na,A\n", {"items": {"file": "items.csv", "id": "code"}}),
+        ("Käufer,Artikelnr.,Bewertung\nu,a,4\n", "Artikelnr.,Bezeichnung\na,A\n", {}),
+    ],
+)
+def test_two_tables_may_name_their_ids_differently(ratings: str, items: str, options: object, tmp_path: Path) -> None:
+    folder = write(tmp_path, ratings__csv=ratings, items__csv=items)
+    data = read_source("table", folder, SourceOptions.model_validate(options))
+    assert (rows(data), data.catalog.row(0)) == ([("u", "a", 4.0)], {"id": "a", "title": "A"})
+
+
+def test_lists_in_cells_become_text(tmp_path: Path) -> None:
+    cells = '\'["Action", "Drama"]\''.replace("'", "")
+    frame = pd.DataFrame({"item": ["a", "b", "c", "d"], "title": ["[REC]", "B", "C", "D"]})
+    frame["genres"] = [cells, "['Drama']", '[{"id": 1, "name": "Crime"}]', "[broken"]
+    frame.to_csv(tmp_path / "items.csv", index=False)
+    data = read_source("table", write(tmp_path, ratings__csv="user,item,rating\nu,a,4\n"))
+    assert data.catalog.fields["genres"] == ("Action, Drama", "Drama", "Crime", "[broken")
+    assert data.catalog.fields["title"][0] == "[REC]"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_what_excel_saves_is_read(encoding: str, kind: str, tmp_path: Path) -> None:
+    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+    text = "user,item,rating,title\nMüller,a,4,Ä\n"
+    if kind == "jsonl":
+        text = '{"user": "Müller", "item": "a", "rating": 4, "title": "Ä"}\n'
+    (tmp_path / f"ratings.{kind}").write_bytes((mark + text).encode(encoding))
+    data = read_source("table", tmp_path)
+    assert (rows(data), data.catalog.title(0)) == ([("Müller", "a", 4.0)], "Ä")
+
+
+@pytest.mark.parametrize(
+    ("ratings", "options", "message"),
+    [
+        ("", {}, "is empty"),
+        ("\n", {}, "is empty"),
+        ("user,item,rating,rating,title\nu,a,4,5,A\n", {}, "has the column 'rating' 2 times"),
+        ("user,item,rating,title\n", {}, "holds no ratings"),
+        ("user,item,rating\nu,a,4\n", {}, "no column 'title'.*--column title=THEIRS"),
+        ("user,item,rating,title\nu,a,4,A\n", {"columns": {"title": "item"}}, "is named for title and item"),
+        ("user,item,rating,title\nu,a,4,A\n", {"columns": {"title": "titel"}}, "no column 'titel'.*'title'"),
+        ("user,item,rating\nu,a,4\n", {"items": {"id": "x"}}, "no file 'items"),
+    ],
+)
+def test_a_table_that_cannot_be_meant_is_an_error_with_its_cure(
+    ratings: str, options: object, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        read_source("table", write(tmp_path, ratings__csv=ratings), SourceOptions.model_validate(options))
+    assert caught.value.cure
+
+
 # What a converted copy keeps.
 
 
@@ -387,7 +562,7 @@ GOOD = "user,item,rating\nu,a,4\nv,b,2\n"
         ("user;item;rating\nu;a;4\n", GOOD_ITEMS, "no column 'user'. Its columns look separated by ';'"),
         ("user\titem\trating\nu\ta\t4\n", GOOD_ITEMS, "look separated by a tab"),
         ("user,itm,rating\nu,a,4\n", GOOD_ITEMS, "no column 'item'. Did you mean 'itm'"),
-        (GOOD, "item,name\na,A\n", "no title"),
+        (GOOD, "item,label\na,A\n", "no title"),
         ("user,item,rating\nu,a,4\nv,b\n", GOOD_ITEMS, "row 3 has 2 fields, the header 3"),
         ("user,item,rating\nu,a,4\nv,b,2,9\n", GOOD_ITEMS, "row 3 has 4 fields, the header 3"),
         (
@@ -407,7 +582,8 @@ GOOD = "user,item,rating\nu,a,4\nv,b,2\n"
         ("user,item,rating\n", GOOD_ITEMS, "holds no ratings"),
         ("", GOOD_ITEMS, "no column 'user'"),
         (b"user,item,rating\nu,a\xff,4\n", GOOD_ITEMS, "is not UTF-8.*Set 'encoding'"),
-        (GOOD.encode("utf-16"), GOOD_ITEMS, "is not UTF-8"),
+        (GOOD.encode("utf-16")[:-1], GOOD_ITEMS, "is not UTF-16"),
+        (GOOD.encode("utf-16-le"), GOOD_ITEMS, "Set 'encoding' to 'utf-16-le'"),
         (GOOD, "item,title\na,A\na,B\n", "item id twice"),
         (GOOD, "item,title\na,A\nb," + "x" * 1_000_000 + "\n", "item text too long.*65,536"),
         (GOOD, 'item,title\na,"A\nb,B\n', "quoted field|not valid delimited"),

@@ -56,6 +56,9 @@ def check(
     fix: Annotated[
         Path | None, typer.Option("--fix", help="Write a cleaned copy to this folder.", show_default=False)
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Let --fix drop more than 5% of the ratings or of the items.")
+    ] = False,
     fail_on: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,7 +83,7 @@ def check(
         data = read_for_checks(tables)
         findings = checks.check(data)
         advance(1)
-        mended, done = repairs.fix(data, findings) if fix else (tables, [])
+        mended, done = repairs.fix(data, findings, force=force) if fix else (tables, [])
         advance(2)
         if task is not None:
             findings += _of_the_split(task, seed)

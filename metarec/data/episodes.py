@@ -115,7 +115,8 @@ def split_by_time(
     """
     if interactions.timestamp is None:
         raise DataError("the dataset has no timestamps", "Set split.by to 'user'")
-    first = np.full(len(interactions.users), np.iinfo(np.int64).max)
+    latest = np.inf if interactions.timestamp.dtype.kind == "f" else np.iinfo(np.int64).max
+    first = np.full(len(interactions.users), latest, interactions.timestamp.dtype)
     np.minimum.at(first, interactions.user, interactions.timestamp)
     order = np.argsort(first, kind="stable")
     bounds = np.round(np.cumsum(fractions)[:2] * len(order)).astype(int)
@@ -124,7 +125,7 @@ def split_by_time(
         name: np.sort(users) for name, users in zip(names, np.split(order, bounds), strict=True)
     }
     _no_part_is_empty(parts, len(interactions.users))
-    end = np.full(len(interactions.users), np.iinfo(np.int64).max)
+    end = np.full_like(first, latest)
     end[parts["train"]] = first[parts["validation"]].min()
     end[parts["validation"]] = first[parts["test"]].min()
     return parts, interactions.timestamp < end[interactions.user]

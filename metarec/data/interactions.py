@@ -21,6 +21,7 @@ from metarec.errors import DataError, RatingError, UnknownItemError, suggest
 Codes = NDArray[np.int64]
 Values = NDArray[np.float32]
 Flags = NDArray[np.bool_]
+Times = NDArray[np.int64] | NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ class Catalog:
         """
         if not isinstance(name, str):
             raise UnknownItemError(f"item {name!r} is a {type(name).__name__}", "Ids and titles are strings")
-        if name in self._code_of_id:
-            return self._code_of_id[name]
+        for form in (name, unicodedata.normalize("NFC", name)):
+            if form in self._code_of_id:
+                return self._code_of_id[form]
         written, spoken = self._codes_of_title
         codes = written.get(_fold(name)) or spoken.get(_fold(name), [])
         if len(codes) == 1:
@@ -269,22 +271,24 @@ class Interactions:
         user: User code of each row, shape (rows,).
         item: Item code of each row, shape (rows,).
         rating: Rating of each row, shape (rows,).
-        timestamp: Seconds since the epoch of each row, or None where the dataset has no time.
+        timestamp: Seconds since 1970 of each row, with fractions where there are any; None where there is no time.
         catalog: The items.
         scale: The rating scale.
         dropped: How many source rows were left out, by reason.
         liked: What the task's label rule says of each row, shape (rows,); None where no rule was applied.
+        notes: What the source did that a person should know, in sentences.
     """
 
     users: tuple[str, ...]
     user: Codes
     item: Codes
     rating: Values
-    timestamp: Codes | None
+    timestamp: Times | None
     catalog: Catalog
     scale: RatingScale
     dropped: Mapping[str, int]
     liked: Flags | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.user)

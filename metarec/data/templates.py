@@ -6,15 +6,16 @@ own control tokens become spaces, so that no title can end a turn or add one. Kn
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import jinja2
+from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from metarec.data.interactions import Catalog, article_first
+from metarec.data.text import visible
 from metarec.errors import ConfigError
 
 MAX_FIELD_CHARACTERS = 300
@@ -132,10 +133,32 @@ def _cleaned(catalog: Catalog, code: int, special_tokens: Sequence[str]) -> dict
 
 def clean_field(value: str, special_tokens: Sequence[str] = ()) -> str:
     """Returns a field's text without control characters or control tokens, on one line, of bounded length."""
-    visible = "".join(" " if unicodedata.category(char).startswith("C") else char for char in value)
+    return whole_field(value, special_tokens)[:MAX_FIELD_CHARACTERS]
+
+
+def whole_field(value: str, special_tokens: Sequence[str] = ()) -> str:
+    """Returns a field's text as `clean_field` does, of any length."""
+    text = visible(value)
     for token in special_tokens:
-        visible = visible.replace(token, " ")
-    return " ".join(visible.split())[:MAX_FIELD_CHARACTERS]
+        text = text.replace(token, " ")
+    return " ".join(text.split())
+
+
+def cut_fields(catalog: Catalog, templates: Sequence[str]) -> dict[str, int]:
+    """Returns how many items' values of each field are cut where templates show them, for fields where any is.
+
+    Args:
+        catalog: The items.
+        templates: Jinja2 templates; only fields that they name count.
+    """
+    environment = ImmutableSandboxedEnvironment()
+    named = {name for text in templates for name in meta.find_undeclared_variables(environment.parse(text))}
+    counts = {
+        name: sum(len(whole_field(text)) > MAX_FIELD_CHARACTERS for text in column if len(text) > MAX_FIELD_CHARACTERS)
+        for name, column in catalog.fields.items()
+        if name in named
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def content_free(catalog: Catalog) -> Catalog:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import re
-import unicodedata
 
 MARKUP = re.compile(r"</?[a-zA-Z][^<>]{0,200}>|&(?:[a-zA-Z]{2,8}|#\d{1,6}|#x[0-9a-fA-F]{1,6});")
 
@@ -22,9 +21,39 @@ MOJIBAKE = re.compile(
 )
 
 
+# Format characters that nobody sees, by number: a Python version's Unicode tables must not decide which these are.
+# Signs that are seen (Arabic number signs) are not among them, nor is what is not assigned yet, such as new emoji.
+_INVISIBLE = (
+    "\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff0-\ufffb"
+    "\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e00ff\U000e01f0-\U000e0fff"
+)
+_CONTROL = "\x00-\x1f\x7f-\x9f\ud800-\udfff\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff\U000f0000-\U0010ffff"
+_HIDDEN = re.compile(f"[{_CONTROL}{_INVISIBLE}]")
+# Zero-width joiners make one emoji of several and shape Persian and Indic letters; tags make flags.
+_JOINERS = re.compile(
+    "(?<=[^\x00-\u02ff\\s])[\u200c\u200d](?=[^\x00-\u02ff\\s])"
+    "|(?<=\U0001f3f4)[\U000e0030-\U000e0039\U000e0061-\U000e007a]{2,6}\U000e007f"
+)
+# They stand inside words and mark no gap.
+_SOFT = re.compile("(?<=\\w)[\u00ad\u200b\u2060\ufeff]+(?=\\w)")
+
+
+def visible(text: str) -> str:
+    """Returns a text with spaces for what nobody sees; joined emoji and words of joined letters stay whole."""
+    if text.isascii() and text.isprintable():
+        return text
+    text = _SOFT.sub("", text)
+    kept: list[str] = []
+    end = 0
+    for joiner in _JOINERS.finditer(text):
+        kept += [_HIDDEN.sub(" ", text[end : joiner.start()]), joiner[0]]
+        end = joiner.end()
+    return "".join([*kept, _HIDDEN.sub(" ", text[end:])])
+
+
 def has_hidden(text: str) -> bool:
-    """Says whether a text holds control, bidirectional or invisible characters."""
-    return not text.isprintable() and any(unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn") for char in text)
+    """Says whether a text holds characters that nobody sees: control, bidirectional or invisible ones."""
+    return not (text.isascii() and text.isprintable()) and visible(text) != text
 
 
 def plain_text(text: str) -> str:
@@ -38,5 +67,4 @@ def plain_text(text: str) -> str:
                 continue
     text = html.unescape(MARKUP.sub(lambda found: found[0] if found[0].startswith("&") else " ", text))
     text = MARKUP.sub(" ", CHAT.sub(" ", text))
-    visible = "".join(" " if unicodedata.category(char).startswith("C") else char for char in text)
-    return " ".join(visible.split())
+    return " ".join(visible(text).split())

@@ -9,16 +9,17 @@ from __future__ import annotations
 from metarec.data.checks.findings import SHOWN, Checked, CheckLimits, DataFinding, counted
 from metarec.data.checks.items import ITEM_CHECKS
 from metarec.data.checks.ratings import RATING_CHECKS
-from metarec.data.sources.assembly import Tables
+from metarec.data.sources.assembly import Note, Tables
 
 CHECKS = {**RATING_CHECKS, **ITEM_CHECKS}
-CODES = ("malformed-row", *CHECKS, "near-duplicate-item", "leak")
+NOTES = ("guessed-column", "misspelt-column", "unused-column", "no-rating-column", "several-titles")
+CODES = ("malformed-row", *NOTES, *CHECKS, "near-duplicate-item", "leak")
 
 
 def check(data: Checked, limits: CheckLimits | None = None) -> list[DataFinding]:
     """Runs every check; findings come in the order of `CHECKS`."""
     limits = limits or CheckLimits()
-    found = malformed(data.tables)
+    found = [*map(noted, data.tables.notes), *malformed(data.tables)]
     for code, rule in CHECKS.items():
         fault = rule.find(data, limits)
         if not fault.flags.any():
@@ -30,6 +31,14 @@ def check(data: Checked, limits: CheckLimits | None = None) -> list[DataFinding]
             )
         )
     return found
+
+
+def noted(note: Note) -> DataFinding:
+    """Puts what a source said about its columns into a finding."""
+    count = max(len(note.names), 1)
+    return DataFinding(
+        note.code, note.severity, count, note.of, count, note.message, note.cure, note.names[:SHOWN], False
+    )
 
 
 def malformed(tables: Tables) -> list[DataFinding]:

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from metarec.data.interactions import Flags
-from metarec.data.sources.assembly import Tables
-from metarec.data.sources.columns import coded, numbers, rating_numbers, text_column
+from metarec.data.sources.assembly import Tables, catalog_texts
+from metarec.data.sources.columns import ids, rating_numbers, times
 
 Severity = Literal["error", "warning", "note"]
 
@@ -30,6 +30,8 @@ class CheckLimits:
         one_value: Ratings after which a user who only ever gives one value is suspicious.
         per_day: Ratings on one day from which on a user looks like a program.
         share: Share of the catalog from which on a user looks like a program.
+        alike: Share of ratings that two users have in common from which on they look like one.
+        skew: How many times the median the highest rating is where ratings are counts or hours rather than opinions.
     """
 
     user_ratings: int = 5
@@ -37,6 +39,8 @@ class CheckLimits:
     one_value: int = 20
     per_day: int = 1000
     share: float = 0.5
+    alike: float = 0.9
+    skew: float = 20.0
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,8 @@ class Checked:
 
 def read_for_checks(tables: Tables, now: float | None = None) -> Checked:
     """Prepares raw tables for checking; nothing is refused here."""
-    users, user = coded(tables.ratings["user"])
-    items, item = coded(tables.ratings["item"])
+    users, user = ids(tables.ratings["user"])
+    items, item = ids(tables.ratings["item"])
     timed = "timestamp" in tables.ratings
     return Checked(
         tables=tables,
@@ -115,8 +119,8 @@ def read_for_checks(tables: Tables, now: float | None = None) -> Checked:
         items=items,
         item=item,
         rating=rating_numbers(tables.ratings["rating"]),
-        time=numbers(tables.ratings["timestamp"]) if timed else None,
-        catalog=pd.DataFrame({name: text_column(tables.items[name]) for name in tables.items.columns}),
+        time=times(tables.ratings["timestamp"]) if timed else None,
+        catalog=catalog_texts(tables),
         now=time.time() if now is None else now,
     )
 

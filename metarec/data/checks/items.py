@@ -9,6 +9,7 @@ import pandas as pd
 
 from metarec.data.checks.findings import Check, Checked, CheckLimits, Fault
 from metarec.data.sources.assembly import MAX_TEXT
+from metarec.data.templates import MAX_FIELD_CHARACTERS
 from metarec.data.text import CHAT, MARKUP, MOJIBAKE, has_hidden
 
 
@@ -68,6 +69,13 @@ ITEM_CHECKS: dict[str, Check] = {
         f"items with a text of more than {MAX_TEXT:,} characters",
         "Shorten it",
         "drop",
+    ),
+    "cut-text": Check(
+        lambda data, _: _in_text(data, lambda text: len(text) > MAX_FIELD_CHARACTERS),
+        "warning",
+        f"items with a text of more than {MAX_FIELD_CHARACTERS} characters: prompts show its beginning",
+        "Put what matters first, or make a shorter field with 'dataset.fields'",
+        None,
     ),
     "wrong-encoding": Check(
         lambda data, _: _in_text(data, lambda text: bool(MOJIBAKE.search(text))),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
 
 from metarec.data.checks.findings import Check, Checked, CheckLimits, Fault
 
+_MOST_COMPARED = 50  # users who share a hash: a bound on what a made-up set can cost
 _EARLIEST = 631_152_000  # 1990-01-01: no recommender data is older
 
 
@@ -94,16 +97,78 @@ def _programs(data: Checked, limits: CheckLimits) -> Fault:
     return Fault(odd[data.user], "users")
 
 
+def _twin_ids(data: Checked, _: CheckLimits) -> Fault:
+    """Ids that differ in case, spaces, leading zeros or a decimal ``.0`` alone."""
+    users = _twins(data.users)
+    items = _twins(list(dict.fromkeys([*data.items, *data.catalog["item"]])))[: len(data.items)]
+    return Fault(users[data.user] | items[data.item], "ratings")
+
+
+def _twins(names: list[str]) -> np.ndarray:
+    plain = ["".join(unicodedata.normalize("NFKC", name).casefold().split()).removesuffix(".0") for name in names]
+    keys = pd.Series([name.lstrip("0") if name.isdigit() else name for name in plain], dtype=object)
+    return (keys.duplicated(keep=False) & (keys != "")).to_numpy(bool)
+
+
+def _alike(data: Checked, limits: CheckLimits) -> Fault:
+    """Users whose rated items and ratings are nearly the same, found by three minima of hashes (MinHash)."""
+    pairs = pd.DataFrame({"user": data.user, "item": data.item, "rating": data.rating}).drop_duplicates()
+    size = np.bincount(pairs["user"], minlength=len(data.users))
+    pairs = pairs[size[pairs["user"]] >= limits.user_ratings]
+    flags = np.zeros(len(data.users), bool)
+    hashed = pd.util.hash_pandas_object(pairs[["item", "rating"]], index=False).to_numpy(np.uint64)
+    sets: dict[int, set[int]] = {}
+    for factor in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9):
+        minimum = pd.Series(hashed * np.uint64(factor)).groupby(pairs["user"].to_numpy()).min()
+        shared = minimum[minimum.duplicated(keep=False)]
+        missing = np.isin(pairs["user"], [user for user in shared.index if user not in sets])
+        sets |= {
+            int(user): set(values)
+            for user, values in pd.Series(hashed[missing]).groupby(pairs["user"].to_numpy()[missing])
+        }
+        for users in shared.groupby(shared).groups.values():
+            for one, two in combinations(list(users)[:_MOST_COMPARED], 2):
+                both = len(sets[one] & sets[two])
+                if both >= limits.alike * len(sets[one] | sets[two]):
+                    flags[[one, two]] = True
+    return Fault(flags[data.user], "users")
+
+
+def _skewed(data: Checked, limits: CheckLimits) -> Fault:
+    known = data.rating[np.isfinite(data.rating)]
+    positive = known[known > 0]
+    flags = np.zeros(len(data.rating), bool)
+    if len(positive) >= 20 and known.min() >= 0:
+        median = float(np.median(positive))
+        if positive.max() >= limits.skew * median and positive.mean() >= 1.5 * median:
+            flags = np.isfinite(data.rating) & (data.rating > 10 * median)
+    return Fault(flags, "ratings")
+
+
 RATING_CHECKS: dict[str, Check] = {
     "empty-id": Check(_empty_ids, "error", "ratings without a user or an item", "Drop them", "drop"),
     "padded-id": Check(
         _padded_ids, "warning", "ids with spaces around them, which makes two of one", "Strip them in the source", None
+    ),
+    "twin-id": Check(
+        _twin_ids,
+        "warning",
+        "ids that differ from another in case, spaces, leading zeros or '.0' alone",
+        "Write every id in one way in the source, unless they are two",
+        None,
     ),
     "rating-not-a-number": Check(
         _not_numbers, "error", "ratings that are not finite numbers", "Drop or repair them", "drop"
     ),
     "rating-off-scale": Check(
         _off_scale, "error", "ratings off the stated scale", "Drop them, or state another scale", "drop"
+    ),
+    "skewed-rating": Check(
+        _skewed,
+        "warning",
+        "ratings far above the rest, as hours and counts have them: a few decide every mean",
+        "Set 'rating: {transform: log}' in the task, or a label rule with a threshold",
+        None,
     ),
     "item-without-row": Check(
         _unknown_items,
@@ -125,22 +190,22 @@ RATING_CHECKS: dict[str, Check] = {
     "time-not-a-number": Check(
         lambda data, _: _times(data, lambda times: ~np.isfinite(times)),
         "error",
-        "timestamps that are not numbers",
-        "Drop or repair them",
+        "timestamps that are neither numbers nor dates",
+        "Write dates as 2024-08-07, or read none: --column timestamp=",
         "drop",
     ),
     "future-time": Check(
         lambda data, _: _times(data, lambda times: times > data.now + 86_400),
         "warning",
         "timestamps in the future",
-        "Check their unit (seconds since 1970) and the clock that wrote them",
+        "Check the clock that wrote them",
         "drop",
     ),
     "ancient-time": Check(
         lambda data, _: _times(data, lambda times: times < _EARLIEST),
         "warning",
         "timestamps before 1990",
-        "Check their unit: seconds since 1970",
+        "Check that they are seconds since 1970, or dates",
         None,
     ),
     "thin-user": Check(
@@ -156,6 +221,13 @@ RATING_CHECKS: dict[str, Check] = {
         "users who give everything the same rating",
         "Leave them out: nothing can be learned from them",
         "drop",
+    ),
+    "near-duplicate-user": Check(
+        _alike,
+        "warning",
+        "users who rate the same items the same as another: one may be trained on and the other tested",
+        "Give them one id if they are one person",
+        None,
     ),
     "suspicious-user": Check(
         _programs,

@@ -7,6 +7,7 @@ Nothing is ever fetched from a network.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,12 @@ import pandas as pd
 
 from metarec.artifacts import load_json, replace_dir, verify_dir, write_json
 from metarec.data.interactions import Interactions, RatingScale
-from metarec.data.sources.assembly import Tables, assemble, assemble_tables
+from metarec.data.sources.assembly import Note, Tables, assemble, assemble_tables
 from metarec.data.sources.options import SourceOptions, options_scale
 from metarec.errors import DataError
 from metarec.registry import Registry
 
-__all__ = ["SOURCES", "SourceOptions", "Tables", "assemble", "read_source", "read_tables", "write_tables"]
+__all__ = ["SOURCES", "Note", "SourceOptions", "Tables", "assemble", "read_source", "read_tables", "write_tables"]
 Source = Callable[[Path | None, SourceOptions], Tables]
 SOURCES: Registry[Source] = Registry(
     "dataset source",
@@ -40,6 +41,7 @@ SOURCES: Registry[Source] = Registry(
         "hf-datasets": "metarec.data.sources.hf_datasets:hf_datasets",
     },
 )
+_LOG = logging.getLogger(__name__)
 _CONVERTED = "dataset.json"
 
 
@@ -57,7 +59,10 @@ def read_source(name: str, path: Path | None = None, options: SourceOptions | No
         DataError: Its files are missing or malformed.
     """
     options = options or SourceOptions()
-    return assemble_tables(read_tables(name, path, options), quarantine=options.bad_rows == "quarantine")
+    tables = read_tables(name, path, options)
+    for note in tables.notes:
+        _LOG.warning("%s", note)
+    return assemble_tables(tables, quarantine=options.bad_rows == "quarantine")
 
 
 def read_tables(name: str, path: Path | None = None, options: SourceOptions | None = None) -> Tables:

@@ -31,7 +31,8 @@ def _text_column(column: pa.ChunkedArray) -> pd.Series:
     if pa.types.is_floating(column.type):
         return pd.Series(column.to_numpy())
     if pa.types.is_timestamp(column.type):
-        column = column.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
+        exact = column.cast(pa.timestamp("us", column.type.tz), safe=False).cast(pa.int64())
+        return pd.Series(exact.cast(pa.float64(), safe=False).to_numpy() / 1e6)
     text = column.cast(pa.string()).fill_null("").dictionary_encode().unify_dictionaries()
     frame: pd.DataFrame = pa.table({"text": text}).to_pandas()
     return frame["text"]

@@ -7,15 +7,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from metarec.data.interactions import Catalog, Flags, Interactions, RatingScale
-from metarec.data.sources.columns import coded, numbers, rating_numbers, text_column
+from metarec.data.sources.columns import ids, rating_numbers, text_column, times
 from metarec.errors import DataError
 
 MAX_TEXT = 1 << 16
+
+
+@dataclass(frozen=True)
+class Note:
+    """One thing that a source did or left out, which a person should know.
+
+    Args:
+        code: Its short name, as `metarec.data.checks` lists it.
+        severity: ``warning`` where it is probably a mistake, else ``note``.
+        message: What was done, in words.
+        cure: What to do if that is wrong.
+        names: The columns or ids that it is about.
+        of: What `names` are.
+    """
+
+    code: str
+    severity: Literal["warning", "note"]
+    message: str
+    cure: str
+    names: tuple[str, ...]
+    of: str = "columns"
+
+    def __str__(self) -> str:
+        return f"{self.message}: {', '.join(self.names[:10])}{', ...' if len(self.names) > 10 else ''}. {self.cure}"
 
 
 @dataclass(frozen=True)
@@ -29,6 +54,7 @@ class Tables:
         scale: The rating scale; None takes the lowest and highest rating there is.
         first_row: Row of the file that the first rating stands in, for errors.
         dropped: Rows that the source itself left out, by reason.
+        notes: What else the source did that a person should know.
     """
 
     ratings: pd.DataFrame
@@ -37,6 +63,7 @@ class Tables:
     scale: RatingScale | None = None
     first_row: int = 1
     dropped: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
 
 
 def assemble(
@@ -61,13 +88,39 @@ def assemble_tables(tables: Tables, *, quarantine: bool = False) -> Interactions
         raise DataError(f"{where} holds no ratings", "Check the file and its columns")
     sieve = _Sieve(tables, quarantine)
     items = _items(tables, sieve)
-    users, user_codes = coded(ratings["user"])
-    item_ids, item_codes = coded(ratings["item"])
-    code_of_id = {item: code for code, item in enumerate(items["item"])}
-    item_codes = np.array([code_of_id.get(item, -1) for item in item_ids], np.int64)[item_codes]
-    number = rating_numbers(ratings["rating"])
+    users, user_codes = ids(ratings["user"])
     blank = np.array([not user.strip() for user in users], bool)[user_codes]
     sieve.refuse(blank, lambda row: "the user id is empty", "user id empty")
+    number, time, scale = _numbers(tables, sieve)
+    item_codes = _item_codes(ratings, items, sieve)
+    rows = np.flatnonzero(sieve.kept)
+    if not len(rows):
+        raise DataError(f"{where}: none of {len(ratings)} ratings can be read", "Run: metarec data check")
+    latest = rows[_latest(user_codes[rows], item_codes[rows], len(items), None if time is None else time[rows])]
+    # Users are numbered as they first appear, as the fast readers' dictionaries need not be.
+    user, seen = pd.factorize(user_codes[rows if quarantine else slice(None)])
+    position = np.full(len(ratings), -1, np.int64)
+    position[rows if quarantine else np.arange(len(ratings))] = user
+    repeated = len(rows) - len(latest)
+    return Interactions(
+        users=tuple(users[code] for code in seen),
+        user=position[latest],
+        item=item_codes[latest],
+        rating=number[latest].astype(np.float32),
+        timestamp=None if time is None else _clock(time[latest]),
+        catalog=Catalog(
+            tuple(items["item"]), {str(name): tuple(items[name]) for name in items.columns if name != "item"}
+        ),
+        scale=scale,
+        dropped={**tables.dropped, **sieve.dropped, **({"repeated rating": repeated} if repeated else {})},
+        notes=tuple(map(str, tables.notes)),
+    )
+
+
+def _numbers(tables: Tables, sieve: _Sieve) -> tuple[np.ndarray, np.ndarray | None, RatingScale]:
+    """Returns ratings and times as numbers, and the scale; rows without are refused."""
+    ratings = tables.ratings
+    number = rating_numbers(ratings["rating"])
     sieve.refuse(
         ~np.isfinite(number),
         lambda row: f"rating {_shown(ratings['rating'], row)} is not a finite number",
@@ -75,11 +128,12 @@ def assemble_tables(tables: Tables, *, quarantine: bool = False) -> Interactions
     )
     time = None
     if "timestamp" in ratings:
-        time = numbers(ratings["timestamp"])
+        time = times(ratings["timestamp"])
         sieve.refuse(
             ~(np.abs(time) < 2**62),
-            lambda row: f"timestamp {_shown(ratings['timestamp'], row)} is not a finite number",
+            lambda row: f"timestamp {_shown(ratings['timestamp'], row)} is neither a number nor a date",
             "timestamp not a number",
+            "Write dates as 2024-08-07, or map no timestamp: timestamp= (nothing)",
         )
     finite = number[np.isfinite(number)]
     scale = tables.scale or RatingScale(
@@ -92,34 +146,27 @@ def assemble_tables(tables: Tables, *, quarantine: bool = False) -> Interactions
         "rating off the scale",
         f"Rate {scale}",
     )
+    return number, time, scale
+
+
+def _item_codes(ratings: pd.DataFrame, items: pd.DataFrame, sieve: _Sieve) -> np.ndarray:
+    """Returns each rating's row of the catalog; ratings of items that it does not hold are refused."""
+    item_ids, codes = ids(ratings["item"])
+    code_of_id = {item: code for code, item in enumerate(items["item"])}
+    found = np.array([code_of_id.get(item, -1) for item in item_ids], np.int64)[codes]
     sieve.refuse(
-        item_codes < 0,
+        found < 0,
         lambda row: f"item '{ratings['item'].iloc[row]}' has no row in the catalog",
         "item without a catalog row",
         "Add it to the item file",
     )
-    rows = np.flatnonzero(sieve.kept)
-    if not len(rows):
-        raise DataError(f"{where}: none of {len(ratings)} ratings can be read", "Run: metarec data check")
-    clock = None if time is None else time[rows].astype(np.int64)
-    latest = rows[_latest(user_codes[rows], item_codes[rows], len(items), clock)]
-    # Users are numbered as they first appear, as the fast readers' dictionaries need not be.
-    user, seen = pd.factorize(user_codes[rows if quarantine else slice(None)])
-    position = np.full(len(ratings), -1, np.int64)
-    position[rows if quarantine else np.arange(len(ratings))] = user
-    repeated = len(rows) - len(latest)
-    return Interactions(
-        users=tuple(users[code] for code in seen),
-        user=position[latest],
-        item=item_codes[latest],
-        rating=number[latest].astype(np.float32),
-        timestamp=None if time is None else time[latest].astype(np.int64),
-        catalog=Catalog(
-            tuple(items["item"]), {str(name): tuple(items[name]) for name in items.columns if name != "item"}
-        ),
-        scale=scale,
-        dropped={**tables.dropped, **sieve.dropped, **({"repeated rating": repeated} if repeated else {})},
-    )
+    return found
+
+
+def _clock(time: np.ndarray) -> np.ndarray:
+    """Returns whole seconds as integers, as most datasets have them; fractions stay."""
+    whole = time.astype(np.int64)
+    return whole if (whole == time).all() else time
 
 
 class _Sieve:
@@ -144,7 +191,7 @@ class _Sieve:
 
 def _items(tables: Tables, sieve: _Sieve) -> pd.DataFrame:
     """Checks the catalog; under quarantine, faulty items go and their ratings are counted with them."""
-    items = pd.DataFrame({name: text_column(tables.items[name]) for name in tables.items.columns})
+    items = catalog_texts(tables)
     if "title" not in items:
         raise DataError(f"{tables.where}: the items have no title", "Name the column that holds it 'title'")
     faults = {
@@ -164,7 +211,31 @@ def _items(tables: Tables, sieve: _Sieve) -> pd.DataFrame:
         if len(rows):
             bad[rows] = True
             sieve.dropped[reason] = len(rows)
-    return items[~bad]
+    kept = items[~bad].reset_index(drop=True)
+    if "item id twice" in sieve.dropped:
+        filled = first_filled(items).set_index("item")
+        fields = kept.columns.drop("item")
+        kept[fields] = filled.loc[kept["item"], fields].to_numpy()
+    return kept
+
+
+def catalog_texts(tables: Tables) -> pd.DataFrame:
+    """Returns the item table as text, ids in the form in which ratings name them."""
+    texts = {str(name): text_column(tables.items[name]) for name in tables.items.columns}
+    names, codes = ids(tables.items["item"])
+    return pd.DataFrame({**texts, "item": pd.Series(np.array(names, object)[codes], dtype=object)})
+
+
+def first_filled(frame: pd.DataFrame) -> pd.DataFrame:
+    """Returns one row for each item: of every field the first value that is not blank."""
+    texts = pd.DataFrame({name: text_column(frame[name]) for name in frame.columns})
+    filled = texts.where(texts.apply(lambda column: column.str.strip() != ""))
+    filled["item"] = texts["item"]
+    found: pd.DataFrame = (
+        filled.groupby("item", sort=False, dropna=False).first().fillna("").reset_index()[list(frame.columns)]
+    )
+    found.attrs = frame.attrs
+    return found
 
 
 def _shown(column: pd.Series, row: int) -> str:

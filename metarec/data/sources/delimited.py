@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
 from metarec.data.sources.files import File
-from metarec.data.sources.lines import MAX_LINE, NUMERIC, bounded, not_decoded
+from metarec.data.sources.lines import MAX_LINE, NUMERIC, bounded, encoding_of, not_decoded
 from metarec.data.sources.options import BadRows
 from metarec.errors import DataError, suggest
 
@@ -58,13 +58,14 @@ def delimited(
     Raises:
         DataError: A column is missing, a row is malformed or a quote stays open, or the encoding is another one.
     """
+    encoding = encoding_of(file, encoding)
     names = list(header) if header is not None else _header(file, separator, encoding, quotes)
     chosen = dict(wanted) or {name: name for name in names}
     missing = [name for name in chosen if name not in names and name not in optional]
     if missing:
-        raise DataError(f"{file} has no column '{missing[0]}'", _header_cure(missing[0], names, separator))
+        raise DataError(f"{file} has no column '{missing[0]}'", header_cure(missing[0], names, separator))
     chosen = {name: here for name, here in chosen.items() if name in names}
-    if len(set(names)) == len(names) and not line_breaks:
+    if len(set(names)) == len(names) and not line_breaks and encoding != "utf-16":
         numeric = [name for name, here in chosen.items() if here in NUMERIC]
         # Numbers are tried as numbers first: a column of ten million different times makes a poor dictionary.
         for as_numbers in [numeric, []] if numeric else [[]]:
@@ -81,11 +82,17 @@ def delimited(
     return frame
 
 
+def header(file: File, separator: str, encoding: str) -> list[str]:
+    """Returns the names in the first row of a file, none where it is empty."""
+    return _header(file, separator, encoding_of(file, encoding), quotes=True)
+
+
 def _header(file: File, separator: str, encoding: str, quotes: bool) -> list[str]:
     return next((row for _, row in _numbered(file, separator, encoding, quotes, None)), [])
 
 
-def _header_cure(column: str, names: Sequence[str], separator: str) -> str:
+def header_cure(column: str, names: Sequence[str], separator: str) -> str:
+    """Returns what to do about a column that is not there."""
     if not any(names):
         return "The file is empty"
     if len(names) == 1:
@@ -118,7 +125,10 @@ def _arrow_delimited(
             table = arrow_csv.read_csv(
                 pa.PythonFile(counted, mode="r"),
                 read_options=arrow_csv.ReadOptions(
-                    column_names=columns, skip_rows=int(has_header), encoding=encoding, block_size=4 << 20
+                    column_names=columns,
+                    skip_rows=int(has_header),
+                    encoding=encoding.removesuffix("-sig"),
+                    block_size=4 << 20,
                 ),
                 parse_options=arrow_csv.ParseOptions(
                     delimiter=separator[0], quote_char='"' if quotes else False, escape_char=escape or False
@@ -205,7 +215,7 @@ def _numbered(
     """Yields line numbers and fields; a row that spans lines has the number of its first."""
     try:
         with file.open() as stream:
-            text = io.TextIOWrapper(stream, "utf-8-sig" if encoding == "utf-8" else encoding, newline="")
+            text = io.TextIOWrapper(stream, encoding, newline="")
             lines = bounded(text, file)
             if separator == "::" or not quotes:
                 for number, line in enumerate(lines, start=1):

@@ -8,8 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from metarec.data.sources.arrow import arrow_columns
-from metarec.data.sources.assembly import Tables
-from metarec.data.sources.options import SourceOptions, options_scale
+from metarec.data.sources.assembly import Tables, first_filled
+from metarec.data.sources.layout import Layout
+from metarec.data.sources.names import OWN, recognise
+from metarec.data.sources.options import ItemsTable, SourceOptions, options_scale
 from metarec.errors import DataError
 
 
@@ -18,15 +20,22 @@ def hf_datasets(path: Path | None, options: SourceOptions) -> Tables:
 
     Items stand in the same rows, or in a folder beside it named by 'items'.
     """
-    columns = {**{name: name for name in ("user", "item", "rating", "title")}, **options.columns}
     folder = _arrow_folder(path, options.ratings)
-    own = [name for name in ("user", "item", "rating", "timestamp") if name in columns]
-    fields = {column: name for name, column in columns.items() if name not in own}
     held = _arrow_table(folder)
-    ratings = arrow_columns(held, {columns[name]: name for name in own}, f"'{folder}'")
-    source = held if options.items is None else _arrow_table(_arrow_folder(path, options.items))
-    items = arrow_columns(source, {columns["item"]: "item", **fields}, f"'{folder}'").drop_duplicates("item")
-    return Tables(ratings, items, f"'{folder}'", options_scale(options))
+    names = held.column_names
+    named = options.items.file if isinstance(options.items, ItemsTable) else options.items
+    source = held if named is None else _arrow_table(_arrow_folder(path, named))
+    given = {ours: theirs for ours, theirs in options.columns.items() if theirs}
+    guessed = recognise(names, [ours for ours in (*OWN, "title") if ours not in options.columns], given.values())
+    columns = {**{"user": "user", "item": "item", "rating": "rating", "title": "title"}, **guessed, **given}
+    own = {columns[name]: name for name in OWN if name in columns}
+    ratings = arrow_columns(held, own, f"'{folder}'")
+    fields = {theirs: ours for ours, theirs in columns.items() if ours not in OWN}
+    key = options.items.id if isinstance(options.items, ItemsTable) else columns["item"]
+    items = first_filled(arrow_columns(source, {key: "item", **fields}, f"'{folder}'"))
+    layout = Layout(names, columns, {ours: theirs for ours, theirs in guessed.items() if ours != theirs})
+    notes = layout.notes(f"'{folder}'", {*OWN, "title"} - set(guessed) - set(given))
+    return Tables(ratings, items, f"'{folder}'", options_scale(options), notes=tuple(notes))
 
 
 def _arrow_folder(path: Path | None, split: str | None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import pandas as pd
@@ -14,7 +15,7 @@ from pyarrow import json as arrow_json
 from metarec.artifacts import parse_json
 from metarec.data.sources.arrow import arrow_columns
 from metarec.data.sources.files import File
-from metarec.data.sources.lines import MAX_LINE, NUMERIC, bounded, not_decoded
+from metarec.data.sources.lines import MAX_LINE, NUMERIC, bounded, encoding_of, not_decoded
 from metarec.data.sources.options import BadRows
 from metarec.data.sources.texts import as_text
 from metarec.errors import DataError
@@ -86,7 +87,7 @@ def objects(
     """
     try:
         with file.open() as stream:
-            text = io.TextIOWrapper(stream, "utf-8-sig", newline="\n")
+            text = io.TextIOWrapper(stream, encoding_of(file, "utf-8"), newline="\n")
             for number, line in enumerate(bounded(text, file), start=1):
                 if not line.strip():
                     continue
@@ -101,8 +102,14 @@ def objects(
                         "Repair the row, or set 'bad_rows' to 'quarantine'",
                     ) from None
                 yield number, record
-    except UnicodeDecodeError as error:
-        raise not_decoded(file, "utf-8", error) from None
+    except UnicodeError as error:
+        raise not_decoded(file, encoding_of(file, "utf-8"), error) from None
+
+
+def keys_of(file: File, lines: int = 100) -> list[str]:
+    """Returns the keys of the first objects, in the order in which they first appear."""
+    records = (record for _, record in objects(file, quarantine=True) if record)
+    return list(dict.fromkeys(key for record in islice(records, lines) for key in record))
 
 
 def first_object(file: File) -> dict[str, Any]:

@@ -12,13 +12,24 @@ from metarec.data.interactions import RatingScale
 BadRows = Literal["error", "quarantine"]
 
 
+class ItemsTable(Section):
+    """The item file of a table, where its ids stand in a column of another name than the ratings'."""
+
+    file: str | None = Field(None, description="its name; null finds items.*")
+    id: str
+
+
 class SourceOptions(Section):
     """What a source may need to be told; most need nothing."""
 
     ratings: str | None = Field(None, description="of 'table': the file with the ratings")
-    items: str | None = Field(None, description="of 'table': the file with the items; null takes them from the ratings")
+    items: str | ItemsTable | None = Field(
+        None,
+        description="of 'table': the file with the items, or {id: its column of ids}; null: items.*, or the ratings",
+    )
     columns: dict[str, str] = Field(
-        {}, description="of 'table': user, item, rating, timestamp, title and other fields to the files' columns"
+        {},
+        description="of 'table': user, item, rating, timestamp, title, other fields to the file's columns; '': none",
     )
     separator: str = Field(",", min_length=1, max_length=2)
     encoding: str = "utf-8"

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from metarec.data.sources.assembly import Tables
-from metarec.data.sources.columns import coded, numbers
+from metarec.data.sources.assembly import Tables, first_filled
 from metarec.data.sources.files import members, need
-from metarec.data.sources.json_lines import as_text, first_object, json_lines, objects
+from metarec.data.sources.json_lines import first_object, json_lines, objects
 from metarec.data.sources.options import SourceOptions
-from metarec.data.sources.shared import CLICKS, STARS, malformed, seconds
+from metarec.data.sources.shared import CLICKS, STARS, malformed
+from metarec.data.sources.texts import as_text
 from metarec.errors import DataError
 
 
@@ -39,12 +38,10 @@ def amazon(path: Path | None, options: SourceOptions) -> Tables:
     ratings = json_lines(
         reviews, dict(zip(columns, ("user", "item", "rating", "timestamp"), strict=True)), bad_rows=options.bad_rows
     )
-    if new:  # milliseconds
-        ratings["timestamp"] = numbers(ratings["timestamp"]) // 1000
     fields = {"parent_asin" if new else "asin": "item", "title": "title", "store" if new else "brand": "brand"}
     category = "categories" if new else "category"
-    items = json_lines(meta, {**fields, category: "genres"}, bad_rows=options.bad_rows).drop_duplicates("item")
-    return Tables(ratings, items, str(reviews), STARS, 1, malformed(ratings, items))
+    items = json_lines(meta, {**fields, category: "genres"}, bad_rows=options.bad_rows)
+    return Tables(ratings, first_filled(items), str(reviews), STARS, 1, malformed(ratings, items))
 
 
 def steam(path: Path | None, options: SourceOptions) -> Tables:
@@ -64,11 +61,8 @@ def steam(path: Path | None, options: SourceOptions) -> Tables:
         literals=True,
         bad_rows=options.bad_rows,
     )
-    games = (
-        games[games["item"] != ""]
-        .drop_duplicates("item")
-        .assign(year=lambda frame: frame["released"].str.extract(r"((?:19|20)\d\d)")[0].fillna(""))
-    )
+    games = first_filled(games[games["item"] != ""])
+    games["year"] = games["released"].str.extract(r"((?:19|20)\d\d)")[0].fillna("")
     frame = pd.DataFrame(rows, columns=["user", "item", "rating"])
     frame["rating"] = [int(value) if isinstance(value, bool) else "" for value in frame["rating"]]
     frame.attrs["malformed"] = [number for number, person in people if person is None]
@@ -83,9 +77,6 @@ def yelp(path: Path | None, options: SourceOptions) -> Tables:
         {"user_id": "user", "business_id": "item", "stars": "rating", "date": "timestamp"},
         bad_rows=options.bad_rows,
     )
-    texts, codes = coded(ratings["timestamp"])
-    clock = np.array([seconds(text, "%Y-%m-%d %H:%M:%S") for text in texts if text or len(ratings)] or [0.0])
-    ratings["timestamp"] = clock[codes]
     places = json_lines(
         need(path, "yelp_academic_dataset_business.json", "business.json"),
         {"business_id": "item", "name": "title", "categories": "genres", "city": "city"},

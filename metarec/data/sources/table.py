@@ -2,86 +2,193 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from metarec.data.sources.arrow import arrow_columns
-from metarec.data.sources.assembly import Tables
-from metarec.data.sources.delimited import delimited
+from metarec.data.sources.assembly import Note, Tables, first_filled
+from metarec.data.sources.columns import coded, text_column
+from metarec.data.sources.delimited import delimited, header, header_cure
 from metarec.data.sources.files import File, find, need
-from metarec.data.sources.json_lines import first_object, json_lines
-from metarec.data.sources.options import SourceOptions, options_scale
-from metarec.data.sources.shared import has, malformed
+from metarec.data.sources.json_lines import json_lines, keys_of
+from metarec.data.sources.layout import Layout, theirs_to_ours
+from metarec.data.sources.names import OWN, recognise
+from metarec.data.sources.options import ItemsTable, SourceOptions, options_scale
+from metarec.data.sources.shared import malformed
+from metarec.data.sources.texts import list_as_text
 from metarec.errors import DataError
 
 
 def table(path: Path | None, options: SourceOptions) -> Tables:
-    """Reads a CSV, TSV, JSON lines or Parquet with named columns; items stand beside the ratings or in their rows."""
-    columns = {**{name: name for name in ("user", "item", "rating")}, **options.columns}
-    ratings_file = (
-        File(path)
-        if path is not None and path.is_file() and path.suffix != ".zip"
-        else need(path, options.ratings or "ratings.*")
+    """Reads a CSV, TSV, JSON lines or Parquet with named columns; items stand beside the ratings or in their rows.
+
+    Columns that the options do not name are recognised by their usual names; what was recognised and what was left is
+    in the notes of the tables.
+    """
+    bare = path is not None and path.is_file() and path.suffix != ".zip"
+    ratings_file = File(path) if bare and path else need(path, options.ratings or "ratings.*")
+    items_file = _items_file(path.parent if bare and path else path, bare, options)
+    layout = _layout_of_ratings(ratings_file, options, inside=items_file is None)
+    ratings = read_table(ratings_file, theirs_to_ours(layout.columns, ratings_file), options)
+    notes = layout.notes(
+        ratings_file, {*OWN, "title"} - set(layout.columns) if items_file is None else {*OWN} - set(layout.columns)
     )
-    own = [name for name in ("user", "item", "rating", "timestamp") if name in columns]
-    fields = [name for name in columns if name not in own]
-    inside = options.items is None and find_items(path) is None
-    wanted = {columns[name]: name for name in (*own, *(fields if inside else ()))}
-    optional = [columns["rating"]] if "rating" not in options.columns else []
-    ratings = read_table(ratings_file, wanted, options, optional)
     if "rating" not in ratings:
+        cure = "Map one with 'columns' (--column rating=THEIRS) if people rated"
+        notes.append(
+            Note("no-rating-column", "note", f"{ratings_file} has no ratings: every row counts as 1", cure, ())
+        )
         ratings = ratings.assign(rating=1.0)
-    if inside:
-        has(ratings, ("title",), ratings_file)
-        items = ratings[["item", *fields]].drop_duplicates("item")
+    if items_file is None:
+        items, more = _inside(ratings)
     else:
-        items_file = need(path, options.items) if options.items else need(path, "items.*")
-        items = read_table(items_file, {columns[name]: name for name in ("item", *fields)} if fields else {}, options)
-        items = items.rename(columns={columns["item"]: "item"})
-    frame = ratings[[*(name for name in ("user", "item", "rating", "timestamp") if name in ratings)]]
-    first = 2 if ratings_file.name.split(".")[-1] in ("csv", "tsv", "gz") else 1
-    return Tables(frame, items, str(ratings_file), options_scale(options), first, malformed(ratings, items))
+        items, more = _beside(items_file, layout.columns["item"], options)
+    for name in items.columns.drop(["item", "title"], errors="ignore"):
+        items[name] = _lists_as_text(items[name])
+    frame = ratings[[name for name in OWN if name in ratings]]
+    frame.attrs = ratings.attrs
+    first = 2 if ratings_file.name.removesuffix(".gz").split(".")[-1] in ("csv", "tsv", "txt", "dat") else 1
+    dropped = malformed(ratings, *(() if items_file is None else (items,)))
+    return Tables(frame, items, str(ratings_file), options_scale(options), first, dropped, (*notes, *more))
 
 
-def find_items(path: Path | None) -> File | None:
-    """Returns the item file that lies beside the ratings of a generic table, if there is one."""
-    return None if path is None or (path.is_file() and path.suffix != ".zip") else find(path, "items.*", needed=False)
+def _items_file(folder: Path | None, bare: bool, options: SourceOptions) -> File | None:
+    named = options.items.file if isinstance(options.items, ItemsTable) else options.items
+    if named:
+        return need(folder, named)
+    return None if bare else find(folder, "items.*", needed=isinstance(options.items, ItemsTable))
 
 
-def read_table(
-    file: File, wanted: Mapping[str, str], options: SourceOptions, optional: Iterable[str] = ()
-) -> pd.DataFrame:
+def _layout_of_ratings(file: File, options: SourceOptions, *, inside: bool) -> Layout:
+    names = column_names(file, options)
+    given = {ours: theirs for ours, theirs in options.columns.items() if theirs and (inside or ours in OWN)}
+    sought = [ours for ours in (*OWN, *(["title"] if inside else [])) if ours not in options.columns]
+    guessed = recognise(names, sought, given.values())
+    columns = {**given, **guessed}
+    for ours in ("user", "item", *(["title"] if inside else [])):
+        if ours not in columns:
+            theirs_to_ours({**columns, ours: ours}, file)  # its own column may be taken
+            _refuse_missing(file, ours, names, options)
+    return Layout(names, columns, {ours: theirs for ours, theirs in guessed.items() if ours != theirs})
+
+
+def _refuse_missing(file: File, ours: str, names: Sequence[str], options: SourceOptions) -> None:
+    cure = header_cure(ours, names, options.separator)
+    raise DataError(
+        f"{file} has no column '{ours}'", f"{cure.rstrip('.')}. Name yours in 'columns' (--column {ours}=THEIRS)"
+    )
+
+
+def _inside(ratings: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
+    """Takes the items out of the ratings' rows."""
+    rows = ratings[["item", *(name for name in ratings.columns if name not in OWN)]]
+    items = first_filled(rows)
+    texts = pd.DataFrame({name: text_column(rows[name]).str.strip() for name in ("item", "title")})
+    titles = texts[texts["title"] != ""].drop_duplicates()["item"].value_counts()
+    several = tuple(map(str, titles.index[titles > 1]))
+    cure = "Give every item one title, or its own id; the first one is read"
+    note = Note("several-titles", "warning", "items that the ratings' rows give several titles", cure, several, "items")
+    return items, [note] if several else []
+
+
+def _beside(file: File, ratings_item: str, options: SourceOptions) -> tuple[pd.DataFrame, list[Note]]:
+    """Reads the item file: the fields that are named, or all of its columns."""
+    names = column_names(file, options)
+    stated = options.items.id if isinstance(options.items, ItemsTable) else None
+    own = [name for name in (stated, *((ratings_item, "item") if stated is None else ())) if name in names]
+    key = own[0] if own else None if stated else recognise(names, ["item"]).get("item")
+    if key is None:
+        raise DataError(
+            f"{file} has no column '{stated or ratings_item}' with the items' ids",
+            f"{header_cure(stated or ratings_item, names, options.separator).rstrip('.')}. "
+            "Name it: items: {id: COLUMN} (--items-id COLUMN)",
+        )
+    given = {ours: theirs for ours, theirs in options.columns.items() if theirs and ours not in OWN}
+    fields = given or {name: name for name in names if name not in (key, "item") and name}
+    guessed = {} if "title" in fields else recognise(names, ["title"], [key, *given.values()])
+    fields = {**{ours: theirs for ours, theirs in fields.items() if theirs not in guessed.values()}, **guessed}
+    layout = Layout(
+        names, {"item": key, **fields}, {ours: theirs for ours, theirs in guessed.items() if ours != theirs}
+    )
+    if own == []:
+        layout = replace(layout, guessed={"item": key, **layout.guessed})
+    items = read_table(file, theirs_to_ours(layout.columns, file), options)
+    return items, layout.notes(file, {"title"} - set(layout.columns))
+
+
+def _lists_as_text(column: pd.Series) -> pd.Series:
+    """Returns a column with ``["Action", "Drama"]`` written as ``Action, Drama``."""
+    texts, codes = coded(column)
+    if not any(text.startswith("[") for text in texts):
+        return column
+    return pd.Series(np.array([list_as_text(text) for text in texts], object)[codes], dtype=object)
+
+
+def column_names(file: File, options: SourceOptions) -> list[str]:
+    """Returns the names of a table's columns.
+
+    Raises:
+        DataError: The file is empty, or a name stands there twice.
+    """
+    kind = _kind(file)
+    if kind in ("jsonl", "json", "ndjson"):
+        names = keys_of(file)
+    elif kind == "parquet":
+        names = list(_parquet(file).column_names)
+    elif kind in ("csv", "tsv", "txt", "dat"):
+        names = header(file, _separator(kind, options), options.encoding)
+    else:
+        raise DataError(f"{file} is of no kind that is read", "Give a .csv, .tsv, .jsonl or .parquet file")
+    if not any(name.strip() for name in names):
+        raise DataError(f"{file} is empty", "Give a file with a header and rows: no column 'user' is there")
+    if any("\0" in name for name in names):
+        raise DataError(f"{file} holds zero bytes, as UTF-16 without a mark does", "Set 'encoding' to 'utf-16-le'")
+    repeated = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
+    if repeated:
+        raise DataError(
+            f"{file} has the column '{repeated[0]}' {names.count(repeated[0])} times", "Rename or remove one"
+        )
+    return names
+
+
+def read_table(file: File, wanted: Mapping[str, str], options: SourceOptions) -> pd.DataFrame:
     """Reads columns of a CSV, TSV, JSON lines or Parquet file, told apart by its name.
 
     Raises:
         DataError: The kind is none of these, or the file is not what its name says.
     """
-    kind = file.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
+    kind = _kind(file)
     if kind in ("jsonl", "json", "ndjson"):
-        if not wanted:
-            first = first_object(file)
-            wanted = {key: key for key in first}
         return json_lines(file, wanted, bad_rows=options.bad_rows)
     if kind == "parquet":
-        with file.open() as stream:
-            try:
-                held = pq.read_table(pa.BufferReader(stream.read()))
-            except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{file} is not Parquet: {error}", "Check the file") from None
-        return arrow_columns(held, wanted or {name: name for name in held.column_names}, str(file), list(optional))
-    if kind not in ("csv", "tsv", "txt", "dat"):
-        raise DataError(f"{file} is of no kind that is read", "Give a .csv, .tsv, .jsonl or .parquet file")
-    separator = "\t" if kind == "tsv" and options.separator == "," else options.separator
+        return arrow_columns(_parquet(file), wanted, str(file))
     return delimited(
         file,
         wanted,
-        separator=separator,
+        separator=_separator(kind, options),
         encoding=options.encoding,
         line_breaks=options.line_breaks,
-        optional=list(optional),
         bad_rows=options.bad_rows,
     )
+
+
+def _kind(file: File) -> str:
+    return file.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
+
+
+def _separator(kind: str, options: SourceOptions) -> str:
+    return "\t" if kind == "tsv" and options.separator == "," else options.separator
+
+
+def _parquet(file: File) -> pa.Table:
+    with file.open() as stream:
+        try:
+            return pq.read_table(pa.BufferReader(stream.read()))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file} is not Parquet: {error}", "Check the file") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from typing import Any
 
@@ -15,3 +16,16 @@ def as_text(value: Any) -> str:
     if isinstance(value, bool):
         return str(int(value))
     return value if isinstance(value, str) else json.dumps(value) if isinstance(value, dict) else repr(value)
+
+
+def list_as_text(text: str) -> str:
+    """Returns ``["Action", "Drama"]`` as ``Action, Drama``, of objects their names; any other text as it is."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return text
+    for read in (json.loads, ast.literal_eval):
+        try:
+            held = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return as_text([value.get("name", value) if isinstance(value, dict) else value for value in held])
+    return text
