@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from test_recommender import SETTINGS, WITH_PROCESS, known_task
+from small_recommenders import SETTINGS, WITH_PROCESS, known_task
 
 from metarec.config import RunConfig, validated
 from metarec.recommender import MetaRecommender

@@ -32,7 +32,7 @@ from known import (
     episodes,
     ratings,
 )
-from test_recommender import SETTINGS, TASK, WITH_STACK
+from small_recommenders import SETTINGS, TASK, WITH_STACK
 
 from metarec.artifacts import dump_json, load_json, write_manifest
 from metarec.config import RunConfig, validated

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEMPLATES
-from test_recommender import SETTINGS, TASK, known_task
+from small_recommenders import SETTINGS, TASK, known_task
 
 from metarec.config import RunConfig, validated
 from metarec.data.interactions import Catalog, Ratings, RatingScale

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEMPLATES, known_interactions
-from test_recommender import known_task
+from small_recommenders import known_task
 from torch import Tensor
 
 from metarec.bench import context

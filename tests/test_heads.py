@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from made_losses import numeric_gradients
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestCentroid
-from test_meta import numeric_gradients
 from torch import Tensor
 
 from metarec.meta.algorithms import closed_form

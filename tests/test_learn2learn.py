@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_meta import QUERIES, RATES, TARGETS, USERS, bent, meta_state
-from test_recommender import SETTINGS, known_task
+from made_losses import QUERIES, RATES, TARGETS, USERS, bent, meta_state
+from small_recommenders import SETTINGS, known_task
 
 from metarec.config import RunConfig, validated
 from metarec.errors import ConfigError

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import pytest
 import torch
-from test_forward import placement_of, random_state, some_items
+from made_losses import QUERIES, RATES, TARGETS, USERS, bent, meta_state, numeric_gradients, quadratic
+from small_adapters import placement_of, random_state, some_items
 from torch import Tensor
 
 from metarec.lm.answer_model import AnswerModel
@@ -16,32 +17,11 @@ from metarec.lm.cached_forward import CachedForward
 from metarec.lm.tokenized import CatalogPrompts
 from metarec.meta.algorithms import fomaml, imaml, maml, maml_plus_plus, reptile
 from metarec.meta.heads import ClosedFormHead
-from metarec.meta.inner_loop import Loss, MetaState, adapt, initial_meta_state
+from metarec.meta.inner_loop import MetaState, adapt, initial_meta_state
 from metarec.registries import ALGORITHMS
 from metarec.tensors import AdapterState, select_user
 
-USERS = 3
-TARGETS = torch.tensor([[1.0, -2.0], [0.5, 0.0], [3.0, 1.0]], dtype=torch.float64)
-QUERIES = TARGETS + 0.3
-
 GRADIENT_BASED = [name for name in ALGORITHMS.names() if not isinstance(ALGORITHMS.get(name), ClosedFormHead)]
-
-
-def quadratic(targets: Tensor) -> Loss:
-    """Half the squared distance of ``w`` to each user's target, scaled by the user's ``c``."""
-
-    def loss(state: AdapterState) -> Tensor:
-        return 0.5 * state["c"].square() * (state["w"] - targets).square().sum(1)
-
-    return loss
-
-
-def meta_state(rate: float = 0.1) -> MetaState:
-    init = {
-        "w": torch.tensor([0.2, -0.1], dtype=torch.float64),
-        "c": torch.tensor(1.5, dtype=torch.float64),
-    }
-    return initial_meta_state(init, ["w"], rate)
 
 
 def test_adapting_takes_gradient_steps() -> None:
@@ -69,40 +49,6 @@ def test_first_order_maml_is_the_query_gradient_at_the_adapted_parameters() -> N
     adapted = adapt(meta, quadratic(TARGETS), USERS, 3).state["w"].detach()
     torch.testing.assert_close(result.gradients["init/w"], (1.5**2 * (adapted - QUERIES)).mean(0))
     torch.testing.assert_close(result.loss, 0.5 * 1.5**2 * (adapted - QUERIES).square().sum(1))
-
-
-def bent(targets: Tensor) -> Loss:
-    """A loss with curvature of its own everywhere, in which adapted and shared tensors meet."""
-
-    def loss(state: AdapterState) -> Tensor:
-        distance = state["w"] - targets
-        return (state["c"][:, None] * distance).tanh().square().sum(1) + 0.1 * distance.pow(4).sum(1)
-
-    return loss
-
-
-def numeric_gradients(
-    meta: MetaState, value: Callable[[MetaState], Tensor], names: Iterable[str], step: float = 1e-6
-) -> AdapterState:
-    """Central differences of a scalar function of the meta-parameters."""
-    found = {}
-    for name in names:
-        tensor = meta.tensors()[name]
-        flat = torch.zeros(tensor.numel(), dtype=tensor.dtype)
-        for place in range(tensor.numel()):
-            ends = []
-            for sign in (1, -1):
-                moved = meta.tensors()
-                shifted = tensor.clone().view(-1)
-                shifted[place] += sign * step
-                moved[name] = shifted.view(tensor.shape)
-                ends.append(value(MetaState.from_tensors(moved)))
-            flat[place] = (ends[0] - ends[1]) / (2 * step)
-        found[name] = flat.view(tensor.shape)
-    return found
-
-
-RATES = {"tensor": {}, "step": {"steps": 3}, "number": {"elementwise": True}}
 
 
 @pytest.mark.parametrize("rates", sorted(RATES))

@@ -13,64 +13,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import known_interactions
+from conftest import TEMPLATES, known_interactions
+from small_recommenders import SETTINGS, TASK, WITH_PROCESS, WITH_STACK, known_task
 from torch import Tensor
 
 from metarec.config import MetaConfig, RunConfig, validated
-from metarec.data.episodes import split_users
 from metarec.data.interactions import Catalog, Ratings
 from metarec.data.task import Task
-from metarec.data.task_data import TaskData
 from metarec.data.templates import REVIEW
 from metarec.errors import ArtifactError, ConfigError, EvaluationError, RatingError, UnknownItemError
 from metarec.evaluate import evaluate
 from metarec.recommender import MetaRecommender
 from metarec.scorer import Request, Scorer
 from metarec.scorers.language.linearized import linearize
-
-SETTINGS = {
-    "score": ["item mean", "prompt", "adapter"],
-    "collaborative": {"features": ["fields", "lm"]},
-    "adapter": {"layers": 2, "rank": 2, "alpha": 4.0},
-    "meta": {"inner_steps": 3, "inner_lr": 0.3, "shrinkage": 1.0},
-    "train": {
-        "steps": 40,
-        "users": 8,
-        "shots": [5, 10],
-        "max_query": 10,
-        "validate_every": 20,
-        "lr": 0.01,
-        "warmup": 20,
-    },
-}
-ALL_TERMS = ["item mean", "collaborative", "prompt", "adapter"]
-WITH_STACK: dict[str, Any] = {"score": ALL_TERMS}
-WITH_PROCESS: dict[str, Any] = {
-    "score": ALL_TERMS,
-    "collaborative": {"features": ["fields", "lm"], "members": "gp"},
-}
-TASK: dict[str, Any] = {
-    "name": "test/known",
-    "version": 1,
-    "description": "Two opposite tastes.",
-    "licence": "none",
-    "dataset": {"source": "embedded-movielens"},
-    "split": {"fractions": [0.6, 0.2, 0.2]},
-    "shots": [0, 5, 10],
-    "query": {"max": 14, "min": 5},
-    "like_threshold": 3.5,
-    "prompt": {
-        "text": "is this a good movie ? {{ title }} , {{ genres }} answer :",
-        "positive": " Yes",
-        "negative": " No",
-    },
-}
-
-
-def known_task(seed: int = 0) -> TaskData:
-    data = known_interactions()
-    task = validated(Task, TASK, "test")
-    return TaskData(task, data, split_users(data, task.split.fractions, seed), seed)
 
 
 @pytest.fixture(scope="module")
@@ -297,8 +252,6 @@ def test_an_unfitted_recommender_says_so(model_dir: Callable[[str], Path]) -> No
 
 @pytest.mark.parametrize("family", ["bert", "encoder", "gpt2"])
 def test_other_backbones_learn_the_same_task(family: str, model_dir: Callable[[str], Path]) -> None:
-    from conftest import TEMPLATES
-
     template = TEMPLATES[{"bert": "masked", "encoder": "encoder"}.get(family, "causal")]
     prompt = {"text": template.text, "positive": template.positive, "negative": template.negative}
     data = known_task()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from serving import LOVES_DRAMA, LOVES_HORROR, small_recommender
-from test_recommender import SETTINGS, known_task
+from small_recommenders import SETTINGS, known_task
 
 from metarec.config import RunConfig, validated
 from metarec.data.interactions import Ratings

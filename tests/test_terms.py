@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_recommender import ALL_TERMS, SETTINGS, known_task
+from small_recommenders import ALL_TERMS, SETTINGS, known_task
 
 from metarec import registries
 from metarec.config import RunConfig, validated

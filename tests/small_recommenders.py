@@ -1,0 +1,56 @@
+"""The settings of a recommender small enough to fit in a test, and the task of two opposite tastes to fit it on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from conftest import known_interactions
+
+from metarec.config import validated
+from metarec.data.episodes import split_users
+from metarec.data.task import Task
+from metarec.data.task_data import TaskData
+
+SETTINGS: dict[str, Any] = {
+    "score": ["item mean", "prompt", "adapter"],
+    "collaborative": {"features": ["fields", "lm"]},
+    "adapter": {"layers": 2, "rank": 2, "alpha": 4.0},
+    "meta": {"inner_steps": 3, "inner_lr": 0.3, "shrinkage": 1.0},
+    "train": {
+        "steps": 40,
+        "users": 8,
+        "shots": [5, 10],
+        "max_query": 10,
+        "validate_every": 20,
+        "lr": 0.01,
+        "warmup": 20,
+    },
+}
+ALL_TERMS = ["item mean", "collaborative", "prompt", "adapter"]
+WITH_STACK: dict[str, Any] = {"score": ALL_TERMS}
+WITH_PROCESS: dict[str, Any] = {
+    "score": ALL_TERMS,
+    "collaborative": {"features": ["fields", "lm"], "members": "gp"},
+}
+TASK: dict[str, Any] = {
+    "name": "test/known",
+    "version": 1,
+    "description": "Two opposite tastes.",
+    "licence": "none",
+    "dataset": {"source": "embedded-movielens"},
+    "split": {"fractions": [0.6, 0.2, 0.2]},
+    "shots": [0, 5, 10],
+    "query": {"max": 14, "min": 5},
+    "like_threshold": 3.5,
+    "prompt": {
+        "text": "is this a good movie ? {{ title }} , {{ genres }} answer :",
+        "positive": " Yes",
+        "negative": " No",
+    },
+}
+
+
+def known_task(seed: int = 0) -> TaskData:
+    data = known_interactions()
+    task = validated(Task, TASK, "test")
+    return TaskData(task, data, split_users(data, task.split.fractions, seed), seed)
