@@ -17,6 +17,7 @@ import torch
 
 from metarec.artifacts import load_json, write_json
 from metarec.bench.context import MethodContext
+from metarec.config import CollaborativeConfig
 from metarec.data.task_data import load_task_data
 from metarec.data.task_files import load_task
 from metarec.evaluate import BASELINE, evaluate
@@ -63,7 +64,7 @@ def gains_over_the_process(task: str, seed: int) -> dict[str, dict[int, np.ndarr
     context = MethodContext(load_task_data(load_task(task), seed), Path("runs") / "members")
     data, users = context.interactions, context.users
     features = context.known
-    _, stack, _ = fit_stack(data, users, features, "stack", threshold=context.threshold, seed=seed)
+    stack = fit_stack(data, users, features, CollaborativeConfig(), threshold=context.threshold, seed=seed).stack
     process = fit_process(data, users, features, seed=seed)
     members = [replace(member, name=name) for member, name in zip(stack.members, NAMES, strict=True)]
     report = evaluate(

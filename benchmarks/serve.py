@@ -103,6 +103,8 @@ def smaller(checkpoint: Path, items: int, out: Path) -> Path:
     from metarec.data.interactions import Catalog
     from metarec.fitting import catalog_answer_model
     from metarec.recommender import MetaRecommender
+    from metarec.scorers.collaborative.terms import CollaborativeTerm, ItemMeanTerm
+    from metarec.scorers.language.prompt_term import PromptTerm
 
     full = load_run(checkpoint)
     fitted = full.fitted
@@ -115,9 +117,14 @@ def smaller(checkpoint: Path, items: int, out: Path) -> Path:
     answer_model = catalog_answer_model(full.backbone, full.config, fitted.task.template, catalog)
     _ = answer_model.frozen_log_odds
     prior = replace(fitted.prior, **columns)
-    members = tuple(of_items(member, chosen, prior) for member in fitted.taste.members)
-    taste = replace(fitted.taste, prior=prior, members=members)
-    less = replace(fitted, catalog=catalog, prior=prior, taste=taste, answer_model=answer_model)
+    stack = fitted.terms["collaborative"].stack
+    members = tuple(of_items(member, chosen, prior) for member in stack.members)
+    terms = {
+        "item mean": ItemMeanTerm(prior),
+        "collaborative": CollaborativeTerm(replace(stack, prior=prior, members=members)),
+        "prompt": PromptTerm(answer_model),
+    }
+    less = replace(fitted, catalog=catalog, prior=prior, terms=terms, answer_model=answer_model)
     MetaRecommender(full.backbone, full.config, less).save_pretrained(out)
     return out
 
@@ -377,7 +384,7 @@ def stream(arguments: argparse.Namespace) -> dict[str, Any]:
     from metarec.cli.runs import load_run
     from metarec.data.interactions import Ratings
     from metarec.metrics import auc, bootstrap_interval
-    from metarec.scorers.language.score import candidates, collate, score, support_loss
+    from metarec.scorers.language.score import rated_batch, score_adapted, support_loss
     from metarec.tensors import expand_users, select_user
 
     torch.set_num_threads(arguments.threads)
@@ -393,11 +400,11 @@ def stream(arguments: argparse.Namespace) -> dict[str, Any]:
         labels = query.values >= fitted.task.like_threshold
         if labels.all() or not labels.any():
             continue
-        told = [fitted.taste.leave_one_out(support.head(5))]
-        first = collate([support.head(5)], fitted.prior, fitted.answer_model, fitted.task.like_threshold, expected=told)
+        model = recommender.adapted_model
+        first = rated_batch([support.head(5)], fitted.terms, fitted.prior, model, fitted.task.like_threshold)
         early = support_loss(
             first,
-            fitted.answer_model,
+            model,
             shrinkage=scorer.inner.shrinkage,
             user_bias_damping=scorer.inner.user_bias_damping,
         )
@@ -410,9 +417,9 @@ def stream(arguments: argparse.Namespace) -> dict[str, Any]:
                 start = fitted.meta.init if name.startswith("meta") else state
                 state = select_user(replace(scorer, meta=replace(fitted.meta, init=start)).adapt([part]).state, 0)
             with torch.no_grad():
-                told = [fitted.taste.posterior_mean(support, query.items)]
-                batch = candidates([query.items], fitted.prior, fitted.answer_model, told)
-                values = score(expand_users(state, 1), batch, fitted.answer_model)[0].numpy()
+                one = expand_users(state, 1)
+                found = score_adapted(one, [support], [query.items], fitted.terms, fitted.prior, model)
+                values = found[0].numpy()
                 quality.setdefault(name, []).append(auc(values, labels) or 0.0)
                 forgetting.setdefault(name, []).append(float(early(expand_users(state, 1))[0]))
     base = np.array(quality["meta-initialization, all ratings"])

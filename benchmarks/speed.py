@@ -41,6 +41,7 @@ from metarec.config import RunConfig
 from metarec.data.interactions import Catalog
 from metarec.data.sources import read_source
 from metarec.data.task_files import load_task
+from metarec.fitting import score_terms
 from metarec.lm.adapter_kinds.lora import LORA_A
 from metarec.lm.adapters import init_adapter
 from metarec.lm.answer_model import AnswerModel, open_answer_model
@@ -343,7 +344,7 @@ def default_adapter_bytes(backbone: Backbone, prompts: CatalogPrompts) -> dict[s
     config = RunConfig()
     settings = config.adapter.model_dump(exclude={"storage"})
     answer_model = open_answer_model(backbone, prompts, default_placement(backbone, prompts, **settings))
-    weights = initial_state(answer_model, inner_lr=config.inner_lr, llm_weight=1.0, seed=0).init
+    weights = initial_state(score_terms(config), answer_model, inner_lr=0.3, adapter_weight=1.0, seed=0).init
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "user"
         save_adapter(

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from metarec.errors import ConfigError, suggest
-from metarec.registries import ALGORITHMS, LOSSES, TERMS
+from metarec.registries import ADAPTER_KINDS, ALGORITHMS, LOSSES, TERMS
 from metarec.registry import Registry
 
 _MAX_YAML_BYTES = 256_000
@@ -43,8 +43,10 @@ def checked(registry: Registry[Any], name: str) -> str:
 class AdapterConfig(Section):
     """Where the adapters sit; see `metarec.lm.answer_model.Placement`."""
 
-    kind: Literal["lora", "bias", "prefix"] = Field(
-        "lora", description="low-rank updates, biases, or virtual tokens that attention sees in front of the prompt"
+    kind: str = Field(
+        "lora",
+        description="lora: low-rank updates; bias; prefix: virtual tokens that attention sees in front of the prompt; "
+        "or module:attribute",
     )
     layers: int = Field(4, ge=1, description="how many topmost blocks carry adapters")
     targets: tuple[str, ...] | None = Field(
@@ -58,6 +60,11 @@ class AdapterConfig(Section):
     active_tokens: int | Literal["auto"] | None = Field(
         "auto", description="last tokens that carry the adapter; null for all; auto takes what the prompts share"
     )
+
+    @field_validator("kind")
+    @classmethod
+    def _kind_is_known(cls, name: str) -> str:
+        return checked(ADAPTER_KINDS, name)
 
 
 class MetaConfig(Section):
@@ -77,7 +84,9 @@ class MetaConfig(Section):
     )
     inner_steps: int = Field(3, ge=0, le=100)
     inner_lr: float | None = Field(
-        None, gt=0, description="where every learned inner rate starts; null: 0.3 for lora, 3 for bias and prefix"
+        None,
+        gt=0,
+        description="where every inner rate starts; null takes the adapter kind's: lora 0.3, bias 3, prefix 3",
     )
     shrinkage: float = Field(5.0, ge=0, description="pseudo-count in the support loss's denominator")
     user_bias_damping: float = Field(1.0, gt=0, description="pseudo-ratings that shrink the user bias to 0")
@@ -198,11 +207,6 @@ class RunConfig(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"{list(names)} names a term twice")
         return tuple(checked(TERMS, name) for name in names)
-
-    @property
-    def inner_lr(self) -> float:
-        """Where inner rates start: biases and prefixes have smaller gradients than low-rank updates."""
-        return self.meta.inner_lr or (0.3 if self.adapter.kind == "lora" else 3.0)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from metarec.meta.algorithms import MetaGradient, closed_form
 from metarec.meta.heads import ClosedFormHead
 from metarec.meta.inner_loop import Loss, MetaState
 from metarec.meta.outer_loop import Trained, train
-from metarec.registries import ALGORITHMS, LOSSES, TERMS
+from metarec.registries import ADAPTER_KINDS, ALGORITHMS, LOSSES, TERMS
 from metarec.scorers.collaborative.features import (
     Features,
     item_features,
@@ -139,7 +139,7 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
         meta=initial_state(
             terms,
             adapted_model(config, answer_model),
-            inner_lr=config.inner_lr,
+            inner_lr=config.meta.inner_lr or ADAPTER_KINDS.get(config.adapter.kind).inner_rate,
             adapter_weight=config.train.adapter_weight,
             seed=config.seed,
             top_only=config.meta.adapt == "top",

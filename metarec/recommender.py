@@ -21,6 +21,7 @@ from torch import Tensor
 from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
 from metarec.config import Dtype, RunConfig
 from metarec.data.interactions import Codes, Ratings, Values, read_ratings
+from metarec.data.sources import SOURCES
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.data.task_files import load_task
@@ -79,6 +80,7 @@ class MetaRecommender:
         self._backbone = backbone
         self.config = config
         self._fitted = fitted
+        self._from_file = False
 
     @property
     def backbone(self) -> Backbone:
@@ -115,7 +117,9 @@ class MetaRecommender:
         if (path / FACTS).exists():
             if config is not None:
                 raise ConfigError(f"'{path}' brings its own settings", "Leave 'config' out")
-            return cls(*read_recommender(path, place))
+            loaded = cls(*read_recommender(path, place))
+            loaded._from_file = True
+            return loaded
         config = (config or RunConfig()).model_copy(update={"backbone": str(name), **place})
         return cls(open_backbone(config) if needs_model(config) else None, config)
 
@@ -192,6 +196,10 @@ class MetaRecommender:
             return task
         if task is None:
             task = self._fitted.task if self._fitted else self.config.task
+            if self._from_file and isinstance(task, Task):
+                for dataset in (task.dataset, *task.dataset.parts.values()):
+                    if ":" in dataset.source:
+                        SOURCES.get(dataset.source, from_file=True)
         return load_task_data(load_task(task) if isinstance(task, str) else task, self.config.seed)
 
     def _identity(self, data: TaskData) -> dict[str, Any]:

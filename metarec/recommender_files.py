@@ -15,6 +15,7 @@ from metarec.errors import ArtifactError
 from metarec.fitting import Fitted, catalog_answer_model, open_backbone, score_terms
 from metarec.lm.backbone import Backbone
 from metarec.meta.inner_loop import MetaState
+from metarec.registries import ADAPTER_KINDS, ALGORITHMS, LOSSES
 from metarec.scorers.serialization import read_scorer, write_scorer
 from metarec.tensors import read_tensors, write_tensors
 
@@ -61,7 +62,7 @@ def read_recommender(path: Path, place: Mapping[str, str]) -> tuple[Backbone | N
 
     Raises:
         ArtifactError: The directory is damaged, of another format, or was made with other weights.
-        ConfigError: A term is code outside metarec that was not allowed, see `metarec.registry.Registry.get`.
+        ConfigError: A part is code outside metarec that was not allowed, see `metarec.registry.Registry.get`.
     """
     verify_dir(path, "recommender")
     facts = load_json(path / FACTS)
@@ -74,6 +75,12 @@ def read_recommender(path: Path, place: Mapping[str, str]) -> tuple[Backbone | N
     where = str(path / FACTS)
     config = validated(RunConfig, {**facts["config"], **place}, where)
     task = validated(Task, facts["task"], where)
+    for registry, name in (
+        (ALGORITHMS, config.meta.algorithm),
+        (ADAPTER_KINDS, config.adapter.kind),
+        (LOSSES, config.train.loss),
+    ):
+        registry.get(name, from_file=True)
     classes = _classes(config)
     listed = load_json(path / "catalog.json")
     fields = {name: tuple(column) for name, column in listed["fields"].items()}

@@ -48,3 +48,21 @@ LOSSES: Registry[Any] = Registry(
         "ordinal": "metarec.meta.losses:ordinal",
     },
 )
+
+# What of the model a user's adapter changes: `metarec.lm.adapter_kinds.AdapterKind`.
+ADAPTER_KINDS: Registry[Any] = Registry(
+    "adapter kind",
+    "metarec.adapter_kinds",
+    {
+        "lora": "metarec.lm.adapter_kinds.lora:LORA",
+        "bias": "metarec.lm.adapter_kinds.bias:BIAS",
+        "prefix": "metarec.lm.adapter_kinds.prefix:PREFIX",
+    },
+)
+
+# Architectures whose blocks are run without the transformers package: `metarec.lm.families.BackboneFamily`.
+FAMILIES: Registry[Any] = Registry(
+    "backbone family",
+    "metarec.backbone_families",
+    {"llama": "metarec.lm.families.llama:LLAMA", "bert": "metarec.lm.families.bert:BERT"},
+)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+from metarec import registries
 from metarec.registry import Registry
 
 if TYPE_CHECKING:
@@ -212,12 +213,4 @@ def targeted(blocks: Sequence[BlockShape], targets: Sequence[str]) -> dict[str, 
     return {name: shape for block in blocks for name, shape in block.linears.items() if is_target(name, targets)}
 
 
-ADAPTER_KINDS: Registry[AdapterKind] = Registry(
-    "adapter kind",
-    "metarec.adapter_kinds",
-    {
-        "lora": "metarec.lm.adapter_kinds.lora:LORA",
-        "bias": "metarec.lm.adapter_kinds.bias:BIAS",
-        "prefix": "metarec.lm.adapter_kinds.prefix:PREFIX",
-    },
-)
+ADAPTER_KINDS: Registry[AdapterKind] = registries.ADAPTER_KINDS

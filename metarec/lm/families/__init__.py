@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from metarec import registries
 from metarec.lm.adapter_kinds import Adapters
 from metarec.lm.blocks import KeyValues
 from metarec.registry import Registry
@@ -121,11 +122,7 @@ class BackboneFamily(Protocol):
         ...
 
 
-FAMILIES: Registry[BackboneFamily] = Registry(
-    "backbone family",
-    "metarec.backbone_families",
-    {"llama": "metarec.lm.families.llama:LLAMA", "bert": "metarec.lm.families.bert:BERT"},
-)
+FAMILIES: Registry[BackboneFamily] = registries.FAMILIES
 
 
 def take_apart(model: Any, kind: str) -> BlockModel | None:
