@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from metarec.artifacts import write_manifest
 from metarec.data.interactions import Catalog
 from metarec.data.templates import PromptTemplate
 from metarec.errors import BackboneError, ConfigError
@@ -100,3 +102,67 @@ def test_the_embedded_encoder_loads() -> None:
     model = load_backbone("minilm-l6-v2")
     assert (model.kind, model.hidden_size) == ("encoder", 384)
     assert isinstance(model.weights, BertWeights)
+
+
+Settings = dict[str, object]
+
+
+@pytest.fixture
+def changed(model_dir: Callable[[str], Path], tmp_path: Path) -> Callable[[Callable[[Settings], object]], str]:
+    """Returns the directory of the tiny Llama with other settings in its configuration file."""
+
+    def change(edit: Callable[[Settings], object]) -> str:
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(model_dir("llama"), path)
+        settings = json.loads((path / "config.json").read_text())
+        edit(settings)
+        (path / "config.json").write_text(json.dumps(settings))
+        return str(path)
+
+    return change
+
+
+def older(settings: Settings) -> None:
+    """Writes a configuration as transformers 4 did."""
+    rope = settings.pop("rope_parameters")
+    assert isinstance(rope, dict)
+    settings |= {"transformers_version": "4.51.0", "torch_dtype": "bfloat16", "use_cache": False, "rope_scaling": None}
+    settings |= {"rope_theta": rope["rope_theta"], "_name_or_path": "elsewhere", "_attn_implementation": "sdpa"}
+    settings |= {"output_attentions": False, "attention_dropout": 0.1}
+    settings.pop("dtype", None)
+
+
+@pytest.mark.parametrize("manifest", [False, True])
+def test_a_fingerprint_is_the_same_whatever_version_wrote_the_configuration(
+    manifest: bool, changed: Callable[[Callable[[Settings], object]], str]
+) -> None:
+    directories = [changed(lambda settings: None), changed(older)]
+    if manifest:
+        for directory in directories:
+            write_manifest(Path(directory), "model")
+    first, second = (load_backbone(directory).fingerprint for directory in directories)
+    assert first == second
+
+
+def test_a_fingerprint_does_not_depend_on_the_precision_of_loading(backbone: Backbones) -> None:
+    assert backbone("llama").fingerprint == backbone("llama", torch.bfloat16).fingerprint
+
+
+def test_another_meaning_or_another_weight_has_another_fingerprint(
+    changed: Callable[[Callable[[Settings], object]], str],
+) -> None:
+    def rotate_faster(settings: Settings) -> None:
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
+
+    other_weight = changed(lambda settings: None)
+    weights = load_file(Path(other_weight) / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, Path(other_weight) / "model.safetensors", metadata={"format": "pt"})
+    directories = [
+        changed(lambda settings: None),
+        changed(rotate_faster),
+        changed(lambda settings: settings.update(rms_norm_eps=1e-3)),
+        changed(lambda settings: settings.update(hidden_act="gelu")),
+        other_weight,
+    ]
+    assert len({load_backbone(directory).fingerprint for directory in directories}) == len(directories)

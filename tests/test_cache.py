@@ -45,7 +45,7 @@ class Reading:
 
     def fill(self) -> np.ndarray:
         shapes = {"states": (len(LENGTHS), 3), "nothing": (0, 2)}
-        fill_cache(self.path, "recall", LENGTHS, shapes, torch.float32, self, self.finish)
+        fill_cache(self.path, "hidden-states", LENGTHS, shapes, torch.float32, self, self.finish)
         states: np.ndarray = np.load(self.path / "states.npy")
         return states
 
@@ -59,15 +59,15 @@ def test_everything_is_read_once_and_then_never_again(tmp_path: Path) -> None:
 
 
 def test_readers_side_by_side_share_the_work(tmp_path: Path) -> None:
-    readers = [Reading(tmp_path / "a", seconds=0.01) for _ in range(3)]
-    threads = [threading.Thread(target=answer_model.fill) for answer_model in readers]
+    readings = [Reading(tmp_path / "a", seconds=0.01) for _ in range(3)]
+    threads = [threading.Thread(target=reading.fill) for reading in readings]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(item for answer_model in readers for item in answer_model.items) == list(range(40))
-    assert sum(bool(answer_model.items) for answer_model in readers) > 1
-    assert sum(answer_model.finished for answer_model in readers) == 1
+    assert sorted(item for reading in readings for item in reading.items) == list(range(40))
+    assert sum(bool(reading.items) for reading in readings) > 1
+    assert sum(reading.finished for reading in readings) == 1
 
 
 def test_what_one_left_unfinished_another_reads(tmp_path: Path) -> None:
@@ -95,9 +95,9 @@ Stuck(Path({str(tmp_path / "a")!r})).fill()
         assert killed.stdout is not None
         assert killed.stdout.readline() == "reading\n"
         killed.kill()
-    answer_model = Reading(tmp_path / "a")
-    answer_model.fill()
-    assert sorted(answer_model.items) == list(range(40))
+    reading = Reading(tmp_path / "a")
+    reading.fill()
+    assert sorted(reading.items) == list(range(40))
 
 
 def test_what_is_damaged_is_read_again(tmp_path: Path) -> None:
@@ -105,6 +105,6 @@ def test_what_is_damaged_is_read_again(tmp_path: Path) -> None:
     with (tmp_path / "a" / "states.npy").open("r+b") as file:
         file.seek(-4, os.SEEK_END)
         file.write(b"\x00\x01\x02\x03")
-    answer_model = Reading(tmp_path / "a")
-    np.testing.assert_array_equal(answer_model.fill()[:, 0], LENGTHS)
-    assert len(answer_model.items) == 40
+    reading = Reading(tmp_path / "a")
+    np.testing.assert_array_equal(reading.fill()[:, 0], LENGTHS)
+    assert len(reading.items) == 40

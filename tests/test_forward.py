@@ -240,7 +240,11 @@ def test_an_interrupted_cache_build_goes_on_where_it_stopped(
     assert set(before[:32]).isdisjoint(built), "blocks that were marked as done are not computed again"
 
 
-def test_a_damaged_cache_is_built_again(backbone: Backbones, prompts: Prompts) -> None:
+def test_a_damaged_cache_is_built_again(
+    backbone: Backbones, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Bit for bit where machine, shapes and number of threads are the same; hence a cache that no other test filled."""
+    monkeypatch.setenv("METAREC_CACHE", str(tmp_path))
     model, texts = backbone("llama"), prompts("llama")
     placed = replace(placement_of(model, texts, 1), rank=3)
     forward = CachedForward(model, texts, placed)
@@ -250,6 +254,35 @@ def test_a_damaged_cache_is_built_again(backbone: Backbones, prompts: Prompts) -
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     torch.testing.assert_close(CachedForward(model, texts, placed).frozen_states(), whole, atol=0, rtol=0)
+
+
+def test_caches_of_different_content_have_different_names(backbone: Backbones, prompts: Prompts) -> None:
+    model, texts = backbone("llama"), prompts("llama")
+    placed = placement_of(model, texts, 1)
+    shorter = replace(texts, prefix=texts.prefix - 1)
+    forwards = [
+        CachedForward(model, texts, placed),
+        CachedForward(model, texts, placed, torch.bfloat16),
+        CachedForward(model, shorter, placed),
+        CachedForward(backbone("llama", torch.bfloat16), texts, placed),
+    ]
+    assert len({forward.path for forward in forwards}) == len(forwards)
+    assert forwards[0].path == CachedForward(model, texts, replace(placed, rank=3)).path
+    exact, other = forwards[0].frozen_states(), forwards[2].frozen_states()
+    torch.testing.assert_close(other, exact, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(forwards[1].frozen_states(), exact), "the adapted blocks ran in bfloat16"
+
+
+def test_prompts_beyond_the_attention_window_are_read_by_the_whole_model(
+    backbone: Backbones, prompts: Prompts, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, texts = backbone("mistral"), prompts("mistral")
+    placed = placement_of(model, texts, 1)
+    assert isinstance(open_answer_model(model, texts, placed).forward, CachedForward)
+    narrow = replace(model)
+    narrow.__dict__["weights"] = replace(model.weights, window=4)  # type: ignore[type-var]
+    assert isinstance(open_answer_model(narrow, texts, placed).forward, ReferenceForward)
+    assert "looks back over 4" in caplog.text
 
 
 @pytest.mark.parametrize(

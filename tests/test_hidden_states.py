@@ -1,4 +1,4 @@
-"""What a language model recalls: its middle layers' mean states, the same however items are read together."""
+"""Hidden-state features: mean states of a middle layer, the same however items are read together."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def test_texts_are_read_once(backbone: Backbones, monkeypatch: pytest.MonkeyPatc
 def test_an_interrupted_reading_goes_on_where_it_stopped(
     backbone: Backbones, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from metarec.lm import hidden_states as recall
+    from metarec.lm import hidden_states
 
     model, texts = backbone("llama"), [f"a good movie {'? ' * (place % 7)}" for place in range(40)]
     whole = mean_hidden_states(model, texts)
     monkeypatch.setenv("METAREC_CACHE", str(tmp_path / "second"))
     monkeypatch.setattr("metarec.lm.cache.BLOCK_ITEMS", 2)
-    read, rows = recall._mean_states, []
+    read, rows = hidden_states._mean_states, []
 
     def interrupted(model: Backbone, tokens: list[list[int]], blocks: int) -> torch.Tensor:
         if len(rows) == 36:
@@ -73,11 +73,11 @@ def test_an_interrupted_reading_goes_on_where_it_stopped(
         rows.extend(tokens)
         return read(model, tokens, blocks)
 
-    monkeypatch.setattr(recall, "_mean_states", interrupted)
+    monkeypatch.setattr(hidden_states, "_mean_states", interrupted)
     with pytest.raises(KeyboardInterrupt):
         mean_hidden_states(model, texts)
     rows.clear()
-    torch.testing.assert_close(mean_hidden_states(model, texts), whole)
+    torch.testing.assert_close(mean_hidden_states(model, texts), whole, rtol=1e-4, atol=1e-5)  # other blocks
     assert len(rows) == 8, "the 32 texts that were marked as done are not read again"
 
 

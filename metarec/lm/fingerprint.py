@@ -13,7 +13,7 @@ from metarec.artifacts import MANIFEST, content_hash, load_json, sha256_file
 _BOOKKEEPING = re.compile(
     r"_.*|transformers_version|(torch_)?dtype|use_cache|output_.*|return_dict|.*attn_implementation.*|.*experts_implementation.*"
     r"|.*dropout.*|.*pdrop|initializer_range|gradient_checkpointing|chunk_size_feed_forward|pretraining_tp"
-    r"|id2label|label2id|problem_type|finetuning_task|is_decoder|add_cross_attention|cross_attention_hidden_size"
+    r"|id2label|label2id|problem_type|finetuning_task"
 )
 
 
@@ -43,16 +43,16 @@ def weights_fingerprint(location: str, config: Any) -> str:
 def meaningful(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns those settings of a configuration that change what its weights mean, in one form for all versions."""
     kept = {key: value for key, value in settings.items() if value is not None and not _BOOKKEEPING.fullmatch(key)}
-    kept = {key: meaningful(value) if isinstance(value, Mapping) else value for key, value in sorted(kept.items())}
+    # Parts of a model, such as text_config, have settings of their own.
+    parts = {key: value for key, value in kept.items() if key.endswith("_config") and isinstance(value, Mapping)}
+    kept |= {key: meaningful(value) for key, value in parts.items()}
     # transformers 5 writes rope_theta and rope_scaling as one mapping.
     if "rope_theta" in kept or "rope_scaling" in kept:
         scaling = kept.pop("rope_scaling", {})
         theta = {"rope_theta": kept.pop("rope_theta")} if "rope_theta" in kept else {}
         kept["rope_parameters"] = {**scaling, **theta, **kept.get("rope_parameters", {})}
-    rope = kept.get("rope_parameters")
-    if isinstance(rope, dict) and "type" in rope:
-        rope.setdefault("rope_type", rope["type"])
-        del rope["type"]
-    if isinstance(rope, dict):
-        rope.setdefault("rope_type", "default")
+    if isinstance(kept.get("rope_parameters"), Mapping):
+        rope = dict(kept["rope_parameters"])
+        kind = rope.pop("type", "default")
+        kept["rope_parameters"] = {"rope_type": kind, **rope}
     return kept
