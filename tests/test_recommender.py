@@ -329,8 +329,7 @@ ADAPTATIONS: dict[str, dict[str, Any]] = {
 def test_every_kind_of_adaptation_learns_the_task_and_survives_saving(
     kind: str, model_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    longer = {**SETTINGS["train"], "steps": 100, "lr": 0.03, "score_lr": 0.05, "sharpness": 4.0}
-    settings = {**SETTINGS, "train": longer, "meta": {**SETTINGS["meta"], "inner_lr": None, "inner_steps": 5}}
+    settings = SETTINGS | STRONG
     changed = {
         name: {**settings[name], **value} if isinstance(value, dict) else value
         for name, value in ADAPTATIONS[kind].items()
