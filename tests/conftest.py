@@ -13,11 +13,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# One thread, in the processes that tests start too: with several, sums are added in another order from run to run, and
+# tests that run side by side get in each other's way.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 import torch
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from metarec.data.interactions import Catalog, Interactions, RatingScale
 from metarec.data.templates import PromptTemplate

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import functools
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from small_recommenders import SETTINGS, WITH_PROCESS, known_task
 
@@ -19,3 +24,21 @@ def small_recommender(model: Path) -> MetaRecommender:
     return MetaRecommender.from_pretrained(model, validated(RunConfig, SETTINGS | WITH_PROCESS, "test")).fit(
         known_task()
     )
+
+
+@contextmanager
+def listening(application: Any) -> Iterator[str]:
+    """Serves an application from a thread of this process, and gives its address."""
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(application, port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)

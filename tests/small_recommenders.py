@@ -26,8 +26,17 @@ SETTINGS: dict[str, Any] = {
         "warmup": 20,
     },
 }
+# Longer and with stronger steps: what any language model needs to learn the task, from any start and on any arithmetic.
+STRONG: dict[str, Any] = {
+    "train": {**SETTINGS["train"], "steps": 80, "patience": 20, "lr": 0.03, "score_lr": 0.05, "sharpness": 4.0},
+    "meta": {**SETTINGS["meta"], "inner_lr": None, "inner_steps": 5},
+}
 ALL_TERMS = ["item mean", "collaborative", "prompt", "adapter"]
-WITH_STACK: dict[str, Any] = {"score": ALL_TERMS}
+# Few folds and kernel steps: what more of them is worth is test_stack's and test_kernel_learning's matter.
+WITH_STACK: dict[str, Any] = {
+    "score": ALL_TERMS,
+    "collaborative": {"features": ["fields", "lm"], "kernel": {"steps": 20}, "stack": {"folds": 2}},
+}
 WITH_PROCESS: dict[str, Any] = {
     "score": ALL_TERMS,
     "collaborative": {"features": ["fields", "lm"], "members": "gp"},

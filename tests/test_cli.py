@@ -17,7 +17,11 @@ from conftest import TEMPLATES, Ran, known_interactions
 SMALL = [
     *("--set", "adapter.layers=2", "--set", "adapter.rank=2", "--set", "train.shots=[5]", "--set", "train.users=4"),
     *("--set", "train.steps=4", "--set", "train.validate_every=2", "--set", "meta.shrinkage=1"),
+    # A shorter way to a poorer stack: what it is worth is test_stack's matter.
+    *("--set", "collaborative.kernel.steps=8", "--set", "collaborative.stack.folds=2"),
 ]
+# Where collaborative filtering does not matter; a quickstart has everything.
+ALONE = [*SMALL, "--set", "score=['item mean', prompt, adapter]", "--set", "collaborative.features=[fields]"]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +117,7 @@ def test_adapt_then_recommend(run_dir: Path, metarec: Callable[..., Ran], tmp_pa
 def test_train_resumes_and_refuses_other_settings(
     task_file: Path, model_dir: Callable[[str], Path], metarec: Callable[..., Ran], tmp_path: Path
 ) -> None:
-    common = ["--task", task_file, "--backbone", model_dir("llama"), "--runs", tmp_path, *SMALL]
+    common = ["--task", task_file, "--backbone", model_dir("llama"), "--runs", tmp_path, *ALONE]
     first = metarec("train", *common, "--json")
     assert first.status == 0, first.err
     again = metarec("train", *common, "--resume", "--json")
@@ -130,7 +134,7 @@ def test_settings_come_from_yaml_and_the_command_line_wins(
     (tmp_path / "config.yaml").write_text(f"task: {task_file}\nseed: 5\ntrain:\n  steps: 2\n  lr: 0.5\n")
     ran = metarec(
         *("train", "--config", tmp_path / "config.yaml", "--backbone", model_dir("llama"), "--runs", tmp_path),
-        *(*SMALL, "--set", "train.lr=0.25"),
+        *(*ALONE, "--set", "train.lr=0.25"),
     )
     assert ran.status == 0, ran.err
     kept = yaml.safe_load((tmp_path / "default" / "config.yaml").read_text())
@@ -256,7 +260,7 @@ def test_ctrl_c_says_how_to_go_on(task_file: Path, model_dir: Callable[[str], Pa
     import signal
 
     command = [sys.executable, "-m", "metarec.cli", "train", "--task", task_file, "--backbone", model_dir("llama")]
-    command += ["--runs", tmp_path, *SMALL, "--set", "train.steps=100000", "--set", "train.validate_every=100000"]
+    command += ["--runs", tmp_path, *ALONE, "--set", "train.steps=100000", "--set", "train.validate_every=100000"]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "default" / "checkpoint").exists() and time.monotonic() < deadline:

@@ -200,7 +200,7 @@ BANDS = {
     "text logistic": (0.90, 1.0),
     "text logistic, no prior": (0.90, 1.0),
     "two-tower cosine": (0.90, 1.0),
-    "GP": (0.95, 1.0),
+    "GP": (0.90, 1.0),
     "MeLU": (0.80, 1.0),
     "neural process": (0.80, 1.0),
     "zero-shot prompt": (0.35, 0.65),

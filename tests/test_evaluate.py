@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import known_interactions
-from test_task import BASE
+from small_tasks import BASE
 from torch import Tensor
 
 from metarec.config import validated

@@ -7,23 +7,24 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import TEMPLATES, known_interactions
-from small_recommenders import SETTINGS, TASK, WITH_PROCESS, WITH_STACK, known_task
+from small_recommenders import SETTINGS, STRONG, TASK, WITH_PROCESS, WITH_STACK, known_task
 from torch import Tensor
 
-from metarec.config import MetaConfig, RunConfig, validated
+from metarec.config import RunConfig, validated
 from metarec.data.interactions import Catalog, Ratings
 from metarec.data.task import Task
 from metarec.data.templates import REVIEW
 from metarec.errors import ArtifactError, ConfigError, EvaluationError, RatingError, UnknownItemError
 from metarec.evaluate import evaluate
 from metarec.recommender import MetaRecommender
+from metarec.registries import ALGORITHMS
 from metarec.scorer import Request, Scorer
 from metarec.scorers.language.linearized import linearize
 
@@ -257,8 +258,7 @@ def test_other_backbones_learn_the_same_task(family: str, model_dir: Callable[[s
     data = known_task()
     data = replace(data, task=validated(Task, TASK | {"prompt": prompt}, "test"))
     # Without item means, which a fold of so few users holds upside down for the users that it has not seen.
-    longer = SETTINGS | {"score": ["prompt", "adapter"], "train": SETTINGS["train"] | {"steps": 200, "patience": 20}}  # type: ignore[operator]
-    config = validated(RunConfig, longer, "test")
+    config = validated(RunConfig, SETTINGS | STRONG | {"score": ["prompt", "adapter"]}, "test")
     report = MetaRecommender.from_pretrained(model_dir(family), config).fit(data).evaluate(data)
     gain, _ = report.difference("metarec, adapted", 10, "metarec, before adaptation", 10)
     assert gain > 0.1
@@ -302,7 +302,7 @@ def test_items_read_once_at_the_initialization_give_the_same_first_step(
     assert not torch.equal(expected.state["score.item mean"][0], init["score.item mean"])
 
 
-@pytest.mark.parametrize("algorithm", get_args(MetaConfig.model_fields["algorithm"].annotation))
+@pytest.mark.parametrize("algorithm", ALGORITHMS.names())
 def test_every_algorithm_trains_a_recommender(algorithm: str, model_dir: Callable[[str], Path]) -> None:
     short = {**SETTINGS["train"], "steps": 2}
     meta = {**SETTINGS["meta"], "algorithm": algorithm}
@@ -329,8 +329,7 @@ ADAPTATIONS: dict[str, dict[str, Any]] = {
 def test_every_kind_of_adaptation_learns_the_task_and_survives_saving(
     kind: str, model_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    longer = {**SETTINGS["train"], "steps": 100, "lr": 0.03, "score_lr": 0.05, "sharpness": 4.0}
-    settings = {**SETTINGS, "train": longer, "meta": {**SETTINGS["meta"], "inner_lr": None, "inner_steps": 5}}
+    settings = SETTINGS | STRONG
     changed = {
         name: {**settings[name], **value} if isinstance(value, dict) else value
         for name, value in ADAPTATIONS[kind].items()

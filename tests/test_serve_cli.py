@@ -10,22 +10,24 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import LOVES_DRAMA, LOVES_HORROR, small_recommender
+from serving import LOVES_DRAMA, LOVES_HORROR, listening, small_recommender
 from typer.testing import CliRunner
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 from metarec.cli import app
 from metarec.errors import ConfigError, DataError, MetarecError, StoreError
 from metarec.recommender import MetaRecommender
+from metarec.serve.app import create_app
 from metarec.serve.bulk import adapt_users, read_feedback
 from metarec.serve.engine import Engine
 from metarec.serve.guard import read_keys
+from metarec.serve.service import ServeSettings
 from metarec.serve.store import AdapterStore
 
 ROOT = Path(__file__).parents[1]
@@ -65,33 +67,26 @@ def facts(*arguments: Any) -> Any:
     return json.loads(result.stdout)
 
 
-@pytest.fixture(scope="module")
-def model(recommender: MetaRecommender, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("saved") / "model"
-    recommender.save_pretrained(path)
-    return path
-
-
 def test_bulk_adapts_everybody_once_and_goes_on_where_it_stopped(
-    recommender: MetaRecommender, model: Path, feedback: Path, tmp_path: Path
+    recommender: MetaRecommender, checkpoint: Path, feedback: Path, tmp_path: Path
 ) -> None:
     store = str(tmp_path / "store")
-    done = facts("adapt", model, "--users", feedback, "--store", store)
+    done = facts("adapt", checkpoint, "--users", feedback, "--store", store)
     assert (done["users"], done["ratings"], done["adapted"]) == (7, 35, 7)
-    again = facts("adapt", model, "--users", feedback, "--store", store)
+    again = facts("adapt", checkpoint, "--users", feedback, "--store", store)
     assert (again["users"], again["ratings"], again["adapted"]) == (7, 0, 0)
     assert facts("store", "ls", store) == {"store": store, "users": 7, "ratings": 35, "adapters": 7, "items": 0} | {
         "bytes": facts("store", "ls", store)["bytes"]
     }
-    ranked = facts("recommend", model, "--store", store, "--user", "user3", "-k", 5, "--explain")
+    ranked = facts("recommend", checkpoint, "--store", store, "--user", "user3", "-k", 5, "--explain")
     assert ranked["adapter"]["version"] == 5
     expected = recommender.adapt(sorted(LOVES_DRAMA)).recommend(5)
     assert [entry["item"] for entry in ranked["items"]] == [entry.item for entry in expected]
-    printed = invoke("recommend", model, "--store", store, "--user", "user3", "-k", 5, "--explain").stdout
+    printed = invoke("recommend", checkpoint, "--store", store, "--user", "user3", "-k", 5, "--explain").stdout
     assert expected[0].title in printed
     assert " for " in printed, "every item says which rating moved it"
     with pytest.raises(StoreError, match="has no user"):
-        invoke("recommend", model, "--store", store, "--user", "nobody")
+        invoke("recommend", checkpoint, "--store", store, "--user", "nobody")
 
 
 @pytest.mark.parametrize(
@@ -103,10 +98,12 @@ def test_bulk_adapts_everybody_once_and_goes_on_where_it_stopped(
         (("recommend", "--explain"), "--explain is given without --store"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(arguments: tuple[str, ...], problem: str, model: Path) -> None:
+def test_options_that_do_not_go_together_are_refused(
+    arguments: tuple[str, ...], problem: str, checkpoint: Path
+) -> None:
     verb, *rest = arguments
     with pytest.raises(ConfigError, match=problem):
-        invoke(verb, model, *rest)
+        invoke(verb, checkpoint, *rest)
 
 
 def test_bulk_that_is_interrupted_loses_nothing(
@@ -280,13 +277,25 @@ def test_a_terminated_server_has_everything_it_accepted_and_logs_nobody(checkpoi
     assert store.newest(profile.key, store.records(profile.key)[0].recommender)[0].version == 5  # type: ignore[union-attr]
 
 
-def test_two_servers_over_postgresql_serve_the_same_users(checkpoint: Path, postgres: str, tmp_path: Path) -> None:
-    """What one is told the other knows at once, exports and erases."""
-    options = ("--adapters", str(tmp_path / "adapters"), "--threads", "1")
-    with ThreadPoolExecutor() as starting:
-        servers = list(starting.map(lambda _: start(checkpoint, postgres, *options), range(2)))
+@contextmanager
+def stopped_at_the_end(process: subprocess.Popen[str]) -> Iterator[list[str]]:
+    """Terminates a server, and then knows what it logged."""
+    log: list[str] = []
     try:
-        one, two = (url for _, url in servers)
+        yield log
+    finally:
+        process.terminate()
+        log += process.communicate(timeout=20)[0].splitlines()
+
+
+def test_two_servers_over_postgresql_serve_the_same_users(
+    recommender: MetaRecommender, checkpoint: Path, postgres: str, tmp_path: Path
+) -> None:
+    """What one is told the other knows at once, exports and erases; one is a process, the other lives in this one."""
+    adapters = tmp_path / "adapters"
+    process, one = start(checkpoint, postgres, "--adapters", str(adapters), "--threads", "1")
+    engine = Engine(recommender, AdapterStore(postgres, adapters))
+    with stopped_at_the_end(process) as log, listening(create_app(engine, ServeSettings())) as two:
         key = {"Idempotency-Key": "first"}
         for user, said in (("ann", LOVES_DRAMA), ("bob", LOVES_HORROR)):
             ratings = [{"item": item, "rating": rating} for item, rating in said]
@@ -308,26 +317,19 @@ def test_two_servers_over_postgresql_serve_the_same_users(checkpoint: Path, post
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 ask(f"{url}/v1/users/ann")
         assert ask(f"{two}/v1/users/bob/recommendations")["adapter"]["version"] == 5
-    finally:
-        for process, _ in servers:
-            process.terminate()
-        logs = [process.communicate(timeout=20)[0] for process, _ in servers]
-    assert not any(user in log for log in logs for user in ("ann", "bob"))
+    assert not any(user in line for line in log for user in ("ann", "bob"))
 
 
-def test_schemathesis_finds_no_5xx(checkpoint: Path, tmp_path: Path) -> None:
+def test_schemathesis_finds_no_5xx(recommender: MetaRecommender, tmp_path: Path) -> None:
     command = shutil.which("schemathesis", path=str(Path(sys.executable).parent)) or shutil.which("schemathesis")
     if command is None:
         pytest.skip("schemathesis is not installed (pip install schemathesis)")
-    process, url = start(checkpoint, tmp_path / "store", "--threads", "1", "--rate", "0")
-    try:
+    application = create_app(Engine(recommender, AdapterStore(tmp_path / "store")), ServeSettings())
+    with listening(application) as url:
         options = ["--checks", "not_a_server_error", "--max-examples", "10", "--phases", "fuzzing", "--seed", "0"]
         done = subprocess.run(
             [command, "run", f"{url}/openapi.json", *options], capture_output=True, text=True, cwd=tmp_path
         )
-    finally:
-        process.kill()
-        process.communicate()
     assert done.returncode == 0, done.stdout[-3000:]
 
 

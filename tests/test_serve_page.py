@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import small_recommender
+from serving import listening, small_recommender
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
-import uvicorn
 from starlette.testclient import TestClient
 
 from metarec.serve.app import create_app
@@ -97,16 +94,8 @@ def test_a_form_that_cannot_be_meant_is_refused(data: dict[str, str], client: Te
 
 @pytest.fixture
 def address(engine: Engine) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, ServeSettings(ui=True)), port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join(20)
+    with listening(create_app(engine, ServeSettings(ui=True))) as url:
+        yield f"{url}/"
 
 
 @pytest.fixture
