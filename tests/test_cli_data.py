@@ -116,7 +116,7 @@ def test_a_check_fixes_and_the_copy_is_read_in_place_of_the_original(
     assert codes["conflicting-rating"]["rows"] == ["1"]
     assert len(told["fixed"]) == 4
     assert len(told["broken_thresholds"]) == 3
-    again = metarec("data", "check", "movielens", tmp_path / "copy", "--fail-on", "error", "--fail-on", "warning")
+    again = metarec("data", "check", "movielens", tmp_path / "copy", "--fail-on", "error", "--fail-on", "markup")
     assert again.status == 0, again.out
     described = json.loads(metarec("data", "describe", "movielens", tmp_path / "copy", "--json").out)
     assert (described["ratings"], described["dropped"]["conflicting-rating"]) == (2, 1)
