@@ -116,7 +116,7 @@ def test_a_check_fixes_and_the_copy_is_read_in_place_of_the_original(
     assert codes["conflicting-rating"]["rows"] == ["1"]
     assert len(told["fixed"]) == 4
     assert len(told["broken_thresholds"]) == 3
-    again = metarec("data", "check", "movielens", tmp_path / "copy", "--fail-on", "error", "--fail-on", "warning")
+    again = metarec("data", "check", "movielens", tmp_path / "copy", "--fail-on", "error", "--fail-on", "markup")
     assert again.status == 0, again.out
     described = json.loads(metarec("data", "describe", "movielens", tmp_path / "copy", "--json").out)
     assert (described["ratings"], described["dropped"]["conflicting-rating"]) == (2, 1)
@@ -148,9 +148,139 @@ def test_convert_reads_any_columns(metarec: Callable[..., Ran], tmp_path: Path) 
     assert (occupied.status, occupied.err.count("\n")) == (2, 1)
 
 
+BOOKSHOP = """Kunden-Nr;ISBN;Sterne (1-5);Kaufdatum;Buchtitel;Autor;Käufer-Gruppe
+K-1;0353407260;4;2024-08-07;The Lost Garden;García;A
+K-2;0353407260;;2020-10-19;The Lost Garden;;A
+K-2;3829122215;2;;The Last River;Smith;B
+K-3;3829122215;3;2024-06-23;;Smith;B
+K-3;1446853140;5;2021-10-25;the lost garden;O'Brien;A
+k-3;1446853140;5;2021-10-26;the lost garden;O'Brien;A
+"""
+
+
+@pytest.fixture
+def bookshop(tmp_path: Path) -> Path:
+    """An export as a shop makes it: headers of its own, semicolons, empty cells, customers written in two ways."""
+    (tmp_path / "orders.csv").write_bytes(b"\xef\xbb\xbf" + BOOKSHOP.encode())
+    return tmp_path / "orders.csv"
+
+
+def test_a_bare_table_is_described_and_what_was_guessed_is_said(metarec: Callable[..., Ran], bookshop: Path) -> None:
+    ran = metarec("data", "describe", bookshop)
+    assert ran.status == 0, ran.err
+    said = ran.out
+    for column in ("'Kunden-Nr' as user", "'ISBN' as item", "'Sterne (1-5)' as rating", "'Buchtitel' as title"):
+        assert column in said
+    assert "first: 2020-10-19" in said
+    assert "(--column OURS=THEIRS)" in said
+    facts = json.loads(metarec("data", "describe", bookshop, "--column", "title=Autor", "--json").out)
+    assert (facts["ratings"], facts["items"], len(facts["notes"])) == (6, 3, 2)
+    assert "title" not in facts["notes"][0].split("read by their usual names")[1]
+    assert facts["fields"]["title"]["distinct"] == 3
+
+
+def test_a_check_of_a_bare_table_tells_all_that_is_wrong(metarec: Callable[..., Ran], bookshop: Path) -> None:
+    told = json.loads(metarec("data", "check", bookshop, "--json").out)
+    codes = {finding["code"]: finding for finding in told["findings"]}
+    assert codes["rating-not-a-number"]["rows"] == ["3"]
+    assert codes["time-not-a-number"]["rows"] == ["4"]
+    assert codes["twin-id"]["rows"] == ["5", "6", "7"]
+    assert codes["repeated-title"]["count"] == 2
+    assert codes["unused-column"]["rows"] == ["'Autor'", "'Käufer-Gruppe'"]
+    assert "empty-title" not in codes
+
+
+def test_tables_in_a_folder_need_no_name_either(metarec: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "ratings.csv").write_text("user,item,raiting\nu,a,4\n")
+    (tmp_path / "items.csv").write_text("code,title\na,A\n")
+    said = metarec("data", "check", tmp_path, "--items-id", "code").out
+    assert "misspelt-column: 1 of 1 columns" in said
+    assert "columns: 'raiting' (did you mean 'rating'?)" in said
+    refused = metarec("data", "check", tmp_path)
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert "Name it: items: {id: COLUMN} (--items-id COLUMN)" in refused.err
+
+
+def test_hours_are_said_to_be_skewed(metarec: Callable[..., Ran], tmp_path: Path) -> None:
+    lines = [f"u{row % 7},g{row // 7},{500 if row % 9 == 0 else 1 + row % 4}" for row in range(63)]
+    (tmp_path / "play.csv").write_text("user,game,rating\n" + "\n".join(lines) + "\n")
+    said = metarec("data", "check", tmp_path / "play.csv", "--column", "title=game", "--column", "item=game").err
+    assert "is named for" in said
+    rest = [f"{line},T{line.split(',')[1]}" for line in lines]
+    (tmp_path / "play.csv").write_text("user,game,rating,title\n" + "\n".join(rest) + "\n")
+    assert "skewed-rating: 7 of 63 ratings" in metarec("data", "check", tmp_path / "play.csv").out
+
+
+OWN_TABLE = {"dataset": {"source": "table", "path": "."}, "shots": [0, 5, 25], "query": {"max": 5, "min": 5}}
+
+
+def own_table(folder: Path, story: str = "") -> Path:
+    rows = [f"u{user},{(user * 7 + step) % 80},{1 + (user + step) % 5}" for user in range(40) for step in range(20)]
+    (folder / "ratings.csv").write_text("user,item,rating\n" + "\n".join(rows))
+    (folder / "items.csv").write_text("item,title,story\n" + "".join(f"{n},Film {n},{story}\n" for n in range(80)))
+    prompt = {"text": "{{ title }} {{ story }}", "positive": " Yes", "negative": " No"}
+    (folder / "task.yaml").write_text(yaml.safe_dump({**BASE, **OWN_TABLE, "prompt": prompt}))
+    return folder / "task.yaml"
+
+
+def test_validate_says_for_whom_there_are_enough_ratings(metarec: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = metarec("tasks", "validate", own_table(tmp_path))
+    assert ran.status == 1
+    assert (
+        "5 shots, enough ratings: train 24 (left out: 0), validation 8 (left out: 0), test 8 (left out: 0)" in ran.out
+    )
+    assert "25 shots, enough ratings: train 0 (left out: 24)" in ran.out
+    assert "with 25 shots no meta-training user has the 25 ratings and 5 to ask about. Lower train.shots" in ran.out
+    assert "no validation episode has enough ratings" in ran.out
+
+
+def test_what_a_prompt_cuts_is_counted_wherever_it_is_shown(metarec: Callable[..., Ran], tmp_path: Path) -> None:
+    task = own_table(tmp_path, "word " * 100)
+    task.write_text(task.read_text().replace("- 25\n", ""))
+    said = "'story' of 80 items has more than 300 characters"
+    assert said in metarec("tasks", "validate", task).out
+    assert said in metarec("tasks", "preview", task).out
+    assert "cut-text: 80 of 80 items" in metarec("data", "check", task).out
+    task.write_text(task.read_text().replace("{{ story }}", ""))
+    assert said not in metarec("tasks", "validate", task).out
+
+
+def test_an_implicit_task_without_negatives_is_one_short_line(metarec: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump({**BASE, "label": "implicit"}))
+    ran = metarec("tasks", "show", tmp_path / "task.yaml")
+    assert (ran.status, ran.err.count("\n")) == (2, 1)
+    assert "label 'implicit' needs 'negatives' beside it" in ran.err
+    assert "Two opposite tastes" not in ran.err
+
+
+@pytest.mark.parametrize(
+    ("ratings", "said"),
+    [
+        ("", "is empty"),
+        ("user,item,rating,title\n", "ratings: 0"),
+        ("user,item,rating,title\nu,a,4,A\n", "ratings: 1"),
+        ("user,item,rating,rating,title\nu,a,4,4,A\n", "has the column 'rating' 2 times"),
+        ("nothing here\nat all\n", "no column 'user'"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["check", "describe"])
+def test_the_smallest_tables_end_in_a_line(
+    verb: str, ratings: str, said: str, metarec: Callable[..., Ran], tmp_path: Path
+) -> None:
+    (tmp_path / "t.csv").write_text(ratings)
+    ran = metarec("data", verb, tmp_path / "t.csv")
+    if said.startswith("ratings:"):
+        assert ran.status == 0, ran.err
+        assert verb == "check" or said in ran.out
+    else:
+        assert (ran.status, ran.err.count("\n")) == (2, 1)
+        assert said in ran.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("data", "check", "orders.csv"), "the table 'orders.csv' does not exist"),
         (("data", "check", "movilens"), "no task is called 'movilens'"),
         (("data", "check", "movielens"), "Set 'path'"),
         (("data", "check", "movielens/user-cold", "x"), "Leave the path out"),

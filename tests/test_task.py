@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from metarec.config import validated
 from metarec.data import task_data, task_files
 from metarec.data.episodes import seeded, training_batch
-from metarec.data.interactions import Interactions
+from metarec.data.interactions import Interactions, RatingScale
 from metarec.data.labels import read_rule
-from metarec.data.task import Task
+from metarec.data.task import Task, read_task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.data.task_files import group_names, load_group, load_task, task_names
 from metarec.data.transforms import as_domains, keep_users, merge, with_negatives
@@ -224,6 +224,33 @@ def test_a_request_keeps_no_label_that_a_rule_made_from_the_query(load: Any) -> 
     episode = load(label="rating > user mean").episodes("test")[0][0]
     assert episode.support.liked is not None
     assert request(episode, 5).support.liked is None
+
+
+def test_hours_become_opinions_by_their_logarithm(load: Any) -> None:
+    for rule in ("rating >= 3", "rating > 3", "rating > 0", "rating >= 4.5"):
+        raw = load(label=rule).interactions.liked
+        np.testing.assert_array_equal(load(label=rule, rating={"transform": "log"}).interactions.liked, raw)
+    hours = replace(DATA, rating=np.float32(10) ** DATA.rating, scale=RatingScale(0.0, 1e5))
+    plain = load(data=hours, label="rating >= 1000").interactions
+    data = load(data=hours, label="rating >= 1000", rating={"transform": "log"}).interactions
+    np.testing.assert_allclose(data.rating, np.log1p(plain.rating))
+    np.testing.assert_array_equal(data.liked, plain.liked)
+    assert (data.rating.min() >= data.scale.low, data.rating.max() <= data.scale.high) == (True, True)
+    task = load(data=hours, label="rating >= 1000", rating={"transform": "log"}).task
+    np.testing.assert_array_equal(data.rating >= task.like_threshold, data.liked)
+    assert validated(Task, BASE, "x").digest == validated(Task, BASE | {"rating": {"transform": "none"}}, "x").digest
+    with pytest.raises(DataError, match="have no logarithm"):
+        load(data=replace(DATA, scale=RatingScale(-1.0, 5.0)), rating={"transform": "log"})
+
+
+def test_enough_ratings_are_counted_for_every_part_and_number_of_shots(load: Any) -> None:
+    data = load(shots=[0, 5, 13, 500], query={"max": 5, "min": 2})
+    for part, users in data.parts.items():
+        rated = data.interactions.items_of_user[users]
+        for shots in data.task.shots:
+            kept = int((rated >= shots + 2).sum())
+            assert data.enough(shots)[part] == (kept, len(users) - kept)
+    assert data.enough(500)["train"][0] == 0
 
 
 def test_like_threshold_is_still_understood() -> None:
@@ -440,7 +467,9 @@ def test_files_that_lead_nowhere_are_named(text: str, message: str, tmp_path: Pa
         ({"metrics": ["ndgc@5"]}, "Did you mean 'ndcg@5'"),
         ({"metrics": ["ndcg"]}, "no metric is called"),
         ({"by": "domain"}, "belong together"),
-        ({"label": "implicit"}, "'negatives' belong together"),
+        ({"label": "implicit"}, "needs 'negatives' beside it"),
+        ({"negatives": {"per_positive": 1}}, "'negatives' are of label 'implicit'"),
+        ({"label": "implicit", "negatives": {}, "rating": {"transform": "log"}}, "reads no ratings"),
         ({"split": {"by": "item"}}, "'unseen'"),
         ({"split": {"by": "time", "users": "known"}}, "split by time"),
         ({"split": {"transfer": {"train": "a", "test": "b"}}}, "names no parts"),
@@ -451,8 +480,9 @@ def test_files_that_lead_nowhere_are_named(text: str, message: str, tmp_path: Pa
     ],
 )
 def test_a_task_that_cannot_be_meant_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        validated(Task, BASE | changes, "x")
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_task(BASE | changes, "x")
+    assert len(str(caught.value)) < 300, "names the value, not the whole task"
 
 
 JUNK = st.recursive(
@@ -466,7 +496,7 @@ JUNK = st.recursive(
 @settings(max_examples=300, deadline=None)
 def test_any_value_of_any_key_is_a_task_or_a_typed_error(key: str, value: object) -> None:
     try:
-        task = validated(Task, BASE | {key: value}, "x")
+        task = read_task(BASE | {key: value}, "x")
     except MetarecError:
         return
     assert task.digest

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 data_app = typer.Typer(help="Datasets: what they are, what is wrong with them, a copy.", no_args_is_help=True)
 
+_TABLES = (".csv", ".tsv", ".txt", ".dat", ".json", ".jsonl", ".ndjson", ".parquet", ".gz")
+
 WhatArgument = Annotated[
     str,
     typer.Argument(
-        help="A task's name or YAML file, for its dataset; a source, e.g. movielens; or your own module:attribute."
+        help="A task, by name or YAML file; a table, e.g. orders.csv; a source, e.g. movielens, or module:attribute."
     ),
 ]
 PathArgument = Annotated[
@@ -37,7 +39,15 @@ ColumnOption = Annotated[
     list[str] | None,
     typer.Option("--column", help="Of table: OURS=THEIRS, e.g. user=customer_id; may be repeated.", show_default=False),
 ]
-SeparatorOption = Annotated[str, typer.Option(help="Of table: what separates fields.")]
+ItemsIdOption = Annotated[
+    str | None,
+    typer.Option(
+        "--items-id", help="Of table: the item file's column of ids, if it has another name.", show_default=False
+    ),
+]
+SeparatorOption = Annotated[
+    str | None, typer.Option(help="Of table: what separates fields (default: as the header looks).", show_default=False)
+]
 EncodingOption = Annotated[str, typer.Option(help="Of table: the encoding.")]
 ScaleOption = Annotated[str | None, typer.Option(help="LOW,HIGH: the rating scale.", show_default=False)]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to write; any task reads it in place of the original.")]
@@ -49,8 +59,9 @@ def check(
     path: PathArgument = None,
     ratings_file: RatingsFileOption = None,
     items_file: ItemsFileOption = None,
+    items_id: ItemsIdOption = None,
     column: ColumnOption = None,
-    separator: SeparatorOption = ",",
+    separator: SeparatorOption = None,
     encoding: EncodingOption = "utf-8",
     scale: ScaleOption = None,
     fix: Annotated[
@@ -78,7 +89,7 @@ def check(
     from metarec.progress import progress
 
     thresholds = [verdict.read_threshold(text) for text in fail_on or []]
-    task, tables = _tables(what, path, _options(ratings_file, items_file, column, separator, encoding, scale))
+    task, tables = _tables(what, path, _options(ratings_file, items_file, items_id, column, separator, encoding, scale))
     with progress("checking", 3, after=2.0) as advance:
         data = read_for_checks(tables)
         findings = checks.check(data)
@@ -113,7 +124,7 @@ def check(
 def _line(finding: DataFinding) -> str:
     rows = ", ".join(finding.rows) + (", ..." if finding.count > len(finding.rows) else "")
     head = f"{finding.severity:8s}{finding.code}: {finding.count} of {finding.total} {finding.of}: {finding.message}"
-    named = finding.of if finding.of in ("users", "items", "ways") else "rows"
+    named = finding.of if finding.of in ("users", "items", "ways", "columns") else "rows"
     return f"{head}\n        {named}: {rows}\n        cure: {finding.cure}"
 
 
@@ -134,14 +145,15 @@ def _of_the_split(task: Task, seed: int) -> list[DataFinding]:
     return [finding for finding in found if finding]
 
 
-@data_app.command("describe", epilog="Example: metarec data describe movielens data/ml-1m.zip --json")
+@data_app.command("describe", epilog="Example: metarec data describe orders.csv --column user=customer --json")
 def describe(
     what: WhatArgument,
     path: PathArgument = None,
     ratings_file: RatingsFileOption = None,
     items_file: ItemsFileOption = None,
+    items_id: ItemsIdOption = None,
     column: ColumnOption = None,
-    separator: SeparatorOption = ",",
+    separator: SeparatorOption = None,
     encoding: EncodingOption = "utf-8",
     scale: ScaleOption = None,
     json: JsonOption = False,
@@ -150,7 +162,7 @@ def describe(
     from metarec.data.checks.findings import read_for_checks
     from metarec.data.description import describe as described
 
-    _, tables = _tables(what, path, _options(ratings_file, items_file, column, separator, encoding, scale))
+    _, tables = _tables(what, path, _options(ratings_file, items_file, items_id, column, separator, encoding, scale))
     facts = described(read_for_checks(tables))
     if json:
         print_json(facts)
@@ -165,6 +177,9 @@ def describe(
                     else _short(inner)
                 )
                 typer.echo(f"  {name}: {shown}")
+        elif key == "notes":
+            for sentence in value:
+                typer.echo(f"note: {sentence}")
         elif key != "schema_version":
             typer.echo(f"{key.replace('_', ' ')}: {_short(value)}")
 
@@ -182,8 +197,9 @@ def convert(
     path: PathArgument = None,
     ratings_file: RatingsFileOption = None,
     items_file: ItemsFileOption = None,
+    items_id: ItemsIdOption = None,
     column: ColumnOption = None,
-    separator: SeparatorOption = ",",
+    separator: SeparatorOption = None,
     encoding: EncodingOption = "utf-8",
     scale: ScaleOption = None,
     json: JsonOption = False,
@@ -191,7 +207,7 @@ def convert(
     """Write a dataset as Parquet with a manifest; every task reads the folder in place of the original."""
     from metarec.data.sources import write_tables
 
-    _, tables = _tables(what, path, _options(ratings_file, items_file, column, separator, encoding, scale))
+    _, tables = _tables(what, path, _options(ratings_file, items_file, items_id, column, separator, encoding, scale))
     write_tables(tables, out)
     facts: dict[str, Any] = {"written": str(out), "ratings": len(tables.ratings), "items": len(tables.items)}
     facts["dropped"] = dict(tables.dropped)
@@ -204,7 +220,13 @@ def convert(
 
 
 def _options(
-    ratings: str | None, items: str | None, columns: list[str] | None, separator: str, encoding: str, scale: str | None
+    ratings: str | None,
+    items: str | None,
+    items_id: str | None,
+    columns: list[str] | None,
+    separator: str | None,
+    encoding: str,
+    scale: str | None,
 ) -> SourceOptions:
     from metarec.config import validated
     from metarec.data.sources.options import SourceOptions
@@ -215,12 +237,14 @@ def _options(
         if not equals:
             raise ConfigError(f"--column {entry!r} has no '='", "Write --column user=customer_id")
         named[ours] = theirs
-    values: dict[str, Any] = {"columns": named, "separator": separator.replace("\\t", "\t"), "encoding": encoding}
+    values: dict[str, Any] = {"columns": named, "encoding": encoding}
+    if separator is not None:
+        values["separator"] = separator.replace("\\t", "\t")
     # What is no row at all becomes a finding; a description and a copy count it.
     values |= {
         "bad_rows": "quarantine",
         "ratings": ratings,
-        "items": items,
+        "items": {"file": items, "id": items_id} if items_id else items,
         "scale": scale.split(",") if scale else None,
     }
     return validated(SourceOptions, values, "options")
@@ -228,10 +252,17 @@ def _options(
 
 def _tables(what: str, path: Path | None, options: SourceOptions) -> tuple[Task | None, Tables]:
     from metarec.data.sources import SOURCES, read_tables
-    from metarec.data.task_files import load_task
+    from metarec.data.task_files import load_task, task_names
 
     if ":" in what or what in SOURCES.names():
-        return None, read_tables(what, path, options)
+        return None, read_tables(what, path, _with_separator(what, path, options))
+    file = Path(what)
+    if file.suffix in _TABLES or (file.is_dir() and what not in task_names()):
+        if not file.exists():
+            raise ConfigError(f"the table '{what}' does not exist", "Check the path")
+        if path is not None:
+            raise ConfigError(f"'{what}' and '{path}' are two datasets", "Give one; --items-file names the items' file")
+        return None, read_tables("table", file, _with_separator("table", file, options))
     task = load_task(what)
     if path is not None:
         raise ConfigError(f"'{what}' is a task and brings its own path, got '{path}'", "Leave the path out")
@@ -240,3 +271,12 @@ def _tables(what: str, path: Path | None, options: SourceOptions) -> tuple[Task 
         raise ConfigError(f"'{what}' joins several datasets", f"Check each: {', '.join(dataset.parts)}")
     options = dataset.options.model_copy(update={"bad_rows": "quarantine"})
     return task, read_tables(dataset.source, dataset.path, options)
+
+
+def _with_separator(source: str, path: Path | None, options: SourceOptions) -> SourceOptions:
+    """Reads the separator off a table's header where nobody named it."""
+    from metarec.data.sources.table import guess_separator
+
+    if source != "table" or path is None or not path.is_file() or "separator" in options.model_fields_set:
+        return options
+    return options.model_copy(update={"separator": guess_separator(path, options.encoding)})

@@ -106,17 +106,27 @@ def validate(
         for entry in found:
             mark = {True: "sound", False: "BROKEN", None: "skipped"}[entry["sound"]]
             typer.echo(f"{mark:9s}{entry['name']}: {entry['said']}")
+            for count, parts in entry.get("shots", {}).items():
+                users = ", ".join(
+                    f"{part} {found['enough']} (left out: {found['left_out']})" for part, found in parts.items()
+                )
+                typer.echo(f"         {count} shots, enough ratings: {users}")
+            for sentence in entry.get("warnings", []):
+                typer.echo(f"         warning: {sentence}")
     if any(entry["sound"] is False for entry in found):
         raise typer.Exit(1)
 
 
 def _validated(task: Task, seed: int) -> dict[str, Any]:
     from metarec.data.task_data import load_task_data
-    from metarec.data.templates import hidden_state_texts
+    from metarec.data.templates import cut_fields, hidden_state_texts
 
     data = load_task_data(task, seed)
     counts = {part: _counted(data, part) for part in ("validation", "test")}
+    shots = {count: data.enough(count) for count in task.shots}
     faults = data.leaks() + [f"no {part} episode has enough ratings" for part, (kept, _) in counts.items() if not kept]
+    if all(not found["train"][0] for found in shots.values()):
+        faults.append(f"no meta-training {task.by} has enough ratings for any of the shots {list(task.shots)}")
     faults += [
         f"no {part} episode has likes and dislikes" for part, (kept, both) in counts.items() if kept and not both
     ]
@@ -131,7 +141,41 @@ def _validated(task: Task, seed: int) -> dict[str, Any]:
         "; ".join(faults)
         or f"{len(data.parts['train'])} meta-training {task.by}s, {episodes}, {repeated} items share a prompt"
     )
-    return {"sound": not faults, "said": said, "hashes": data.hashes, "dropped": dict(data.interactions.dropped)}
+    cut = cut_fields(catalog, [task.prompt.text, *task.hidden_states])
+    return {
+        "sound": not faults,
+        "said": said,
+        "shots": {
+            str(count): {part: {"enough": kept, "left_out": left} for part, (kept, left) in found.items()}
+            for count, found in shots.items()
+        },
+        "warnings": [*data.interactions.notes, *_cut(cut), *_left_out(task, shots)],
+        "cut_fields": cut,
+        "hashes": data.hashes,
+        "dropped": dict(data.interactions.dropped),
+    }
+
+
+def _cut(fields: dict[str, int]) -> list[str]:
+    """Says which fields are longer than a prompt shows."""
+    from metarec.data.templates import MAX_FIELD_CHARACTERS
+
+    return [
+        f"'{name}' of {count} items has more than {MAX_FIELD_CHARACTERS} characters: prompts show the beginning"
+        for name, count in fields.items()
+    ]
+
+
+def _left_out(task: Task, shots: dict[int, Any]) -> list[str]:
+    """Says of which parts nobody has enough ratings for some number of shots, and what to do."""
+    return [
+        f"with {count} shots no {'meta-training' if part == 'train' else part} {task.by} has the {count} ratings and "
+        f"{task.query.min} to ask about. {cure}"
+        for count, found in shots.items()
+        for part, (kept, _) in found.items()
+        if not kept
+        for cure in ["Lower train.shots (--set train.shots=[1])" if part == "train" else "Lower 'shots' or 'query.min'"]
+    ]
 
 
 def _counted(data: TaskData, part: Any) -> tuple[int, int]:
@@ -152,7 +196,7 @@ def preview(
     """Show the first test episodes as a model sees them: prompts with their answers, and what it reads besides."""
     from metarec.data.task_data import load_task_data
     from metarec.data.task_files import load_task
-    from metarec.data.templates import hidden_state_texts
+    from metarec.data.templates import cut_fields, hidden_state_texts
 
     task = load_task(name, include_path or [])
     data = load_task_data(task, seed)
@@ -176,8 +220,9 @@ def preview(
             ]
         sizes = {"support_size": len(episode.support), "query_size": len(episode.query)}
         shown.append({task.by: episode.user, **sizes, **sides})
+    cut = cut_fields(data.interactions.catalog, [task.prompt.text, *task.hidden_states])
     if json:
-        print_json({"task": name, "hashes": data.hashes, "episodes": shown})
+        print_json({"task": name, "hashes": data.hashes, "episodes": shown, "cut_fields": cut})
         return
     for episode_facts in shown:
         typer.echo(f"{task.by} {episode_facts[task.by]}")
@@ -188,3 +233,5 @@ def preview(
                 for text in entry["recall"]:
                     typer.echo(f"besides: {text}")
         typer.echo("")
+    for sentence in _cut(cut):
+        typer.echo(f"warning: {sentence}")

@@ -38,6 +38,7 @@ def describe(data: Checked) -> dict[str, Any]:
             for name in data.catalog.columns
         },
         "dropped": dict(data.tables.dropped),
+        "notes": [str(note) for note in data.tables.notes],
     }
     if data.time is not None and np.isfinite(data.time).any():
         ends = (float(np.nanmin(data.time)), float(np.nanmax(data.time)))

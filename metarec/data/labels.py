@@ -27,10 +27,21 @@ class LabelRule:
             ``implicit`` (whatever was interacted with), or ``rating`` (the rating itself is predicted; for ranking,
             ratings above the user's own mean are likes).
         threshold: Ratings from here on are likes; NaN where the user's own mean decides.
+        above: The rule said ``>``: the threshold is the first number above the one that was written.
     """
 
     kind: Literal["threshold", "user mean", "implicit", "rating"]
     threshold: float
+    above: bool = False
+
+    def on_log_scale(self) -> LabelRule:
+        """Returns a rule with a threshold for ratings r that have become log(1 + r)."""
+        number = np.float32(self.threshold)
+        if not self.above:
+            return replace(self, threshold=float(np.log1p(number)))
+        # The logarithm of the next higher number may be the number's own in single precision.
+        limit = np.log1p(np.nextafter(number, np.float32(-np.inf)))
+        return replace(self, threshold=float(np.nextafter(limit, np.float32(np.inf))))
 
     def liked(self, interactions: Interactions) -> Flags:
         """Says which rows are likes, shape (rows,). A user's mean is over all of the user's ratings."""
@@ -68,6 +79,6 @@ def read_rule(text: str) -> LabelRule:
     if bound == "user mean":
         return LabelRule("user mean", float("nan"))
     number = float(bound)
-    return LabelRule(
-        "threshold", number if sign == ">=" else float(np.nextafter(np.float32(number), np.float32(np.inf)))
-    )
+    if sign == ">=":
+        return LabelRule("threshold", number)
+    return LabelRule("threshold", float(np.nextafter(np.float32(number), np.float32(np.inf))), above=True)

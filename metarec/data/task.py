@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from metarec.artifacts import content_hash
-from metarec.config import Section
+from metarec.config import Section, validated
 from metarec.data.episodes import Candidates, Order
 from metarec.data.labels import LabelRule, read_rule
 from metarec.data.sources.options import SourceOptions
 from metarec.data.templates import REVIEW, PromptTemplate
+from metarec.errors import ConfigError
 from metarec.metrics import METRICS, check_metric
 
 
@@ -119,6 +120,14 @@ class NegativesConfig(Section):
     draw: Literal["even", "popular"] = "even"
 
 
+class RatingConfig(Section):
+    """What is done to ratings before anything reads them."""
+
+    transform: Literal["none", "log"] = Field(
+        "none", description="log: log(1 + rating), of hours and counts; thresholds of 'label' stay as they are written"
+    )
+
+
 class Task(Section):
     """What is measured: a dataset, its episodes, the prompt and the label rule."""
 
@@ -134,6 +143,11 @@ class Task(Section):
     shots: tuple[int, ...] = (0, 5, 10, 20)
     short_supports: bool = Field(False, description="users with fewer than K ratings give what they have")
     query: QueryConfig = QueryConfig()
+    rating: RatingConfig = Field(
+        RatingConfig(),
+        # Tasks without a transform keep the digest they had before there was one.
+        exclude_if=lambda rating: rating.transform == "none",
+    )
     label: str
     negatives: NegativesConfig | None = None
     metrics: tuple[str, ...] = METRICS
@@ -177,8 +191,12 @@ class Task(Section):
             raise ValueError("'by: domain' and a 'domain' belong together")
         if self.by == "domain" and (self.query.candidates != "rated" or self.rule.kind == "implicit"):
             raise ValueError("episodes by domain ask about rated items")
-        if (self.rule.kind == "implicit") != (self.negatives is not None):
-            raise ValueError("label 'implicit' and 'negatives' belong together")
+        if self.rule.kind == "implicit" and self.negatives is None:
+            raise ValueError("label 'implicit' needs 'negatives' beside it, e.g. negatives: {per_positive: 1}")
+        if self.rule.kind != "implicit" and self.negatives is not None:
+            raise ValueError(f"'negatives' are of label 'implicit', and the label is '{self.label}'")
+        if self.rule.kind == "implicit" and self.rating.transform != "none":
+            raise ValueError("label 'implicit' reads no ratings that 'rating.transform' could change")
         if self.rule.kind == "rating" and self.query.candidates != "rated":
             raise ValueError("label 'rating' asks about rated items, the others have no rating")
         transfer = self.split.transfer
@@ -188,8 +206,11 @@ class Task(Section):
 
     @property
     def rule(self) -> LabelRule:
-        """The label rule, read."""
-        return read_rule(self.label)
+        """The label rule, read; on the scale that 'rating.transform' gives."""
+        rule = read_rule(self.label)
+        if self.rating.transform == "log" and rule.kind == "threshold":
+            return rule.on_log_scale()
+        return rule
 
     @property
     def like_threshold(self) -> float:
@@ -216,3 +237,26 @@ class GroupConfig(Section):
     group: str
     description: str = ""
     tasks: tuple[str, ...] = Field(min_length=1)
+
+
+def read_task(values: Mapping[str, Any], where: str) -> Task:
+    """Builds a task from raw values.
+
+    Args:
+        values: What the file says.
+        where: The file, for errors.
+
+    Raises:
+        ConfigError: A key is unknown, a value does not fit, or two keys contradict each other.
+    """
+    try:
+        return Task.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] != "value_error" or not isinstance(first["input"], Mapping):
+            return validated(Task, values, where)
+        section = "".join(f"'{part}': " for part in [".".join(map(str, first["loc"]))] if part)
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(
+            f"{where}: {section}{message}", "Change one of the keys; docs/tasks.md has them all"
+        ) from None

@@ -13,9 +13,9 @@ from metarec.artifacts import content_hash
 from metarec.data.episodes import Episode, SplitPart, evaluation_episodes, split_by_time, split_items, split_users
 from metarec.data.interactions import Codes, Flags, Interactions
 from metarec.data.sources import read_source
-from metarec.data.task import DatasetConfig, SplitConfig, Task, UnseenFrom
+from metarec.data.task import DatasetConfig, QueryConfig, SplitConfig, Task, UnseenFrom
 from metarec.data.templates import derive_fields
-from metarec.data.transforms import as_domains, keep_users, merge, with_negatives
+from metarec.data.transforms import as_domains, keep_users, log_ratings, merge, with_negatives
 from metarec.errors import DataError, suggest
 
 
@@ -57,6 +57,24 @@ class TaskData:
             candidates=query.candidates,
             sampled=query.sampled,
         )
+
+    def enough(self, shots: int) -> dict[SplitPart, tuple[int, int]]:
+        """Returns of each part how many users have enough ratings for a support of some size, and how many have not.
+
+        Of meta-training that is the support and `query.min` ratings of different items.
+        """
+        rated = self.interactions.items_of_user[self.parts["train"]]
+        trained = int((rated >= shots + self.task.query.min).sum())
+        found: dict[SplitPart, tuple[int, int]] = {"train": (trained, len(rated) - trained)}
+        asks = replace(self, task=self.task.model_copy(update={"shots": (shots,), "query": self._smallest_query}))
+        for part in ("validation", "test"):
+            episodes, left = asks.episodes(part)
+            found[part] = len(episodes), left
+        return found
+
+    @property
+    def _smallest_query(self) -> QueryConfig:
+        return self.task.query.model_copy(update={"candidates": "rated", "sampled": 0})
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -111,6 +129,8 @@ def load_task_data(task: Task, seed: int) -> TaskData:
     """
     seed = seed if task.split.seed is None else task.split.seed
     data = load_dataset(task.dataset)
+    if task.rating.transform == "log":
+        data = log_ratings(data)
     if task.negatives:
         data = with_negatives(data, task.negatives.per_positive, seed, popular=task.negatives.draw == "popular")
     data = task.rule.apply(data)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metarec.config import read_yaml, validated
-from metarec.data.task import DatasetConfig, GroupConfig, Task
+from metarec.data.task import DatasetConfig, GroupConfig, Task, read_task
 from metarec.errors import ConfigError, suggest
 
 TASKS_VARIABLE = "METAREC_TASKS"
@@ -35,7 +35,7 @@ def load_task(name: str, include_path: Sequence[Path] = ()) -> Task:
         raise ConfigError(
             f"'{name}' is a group of tasks", f"Name one of: {', '.join(map(str, values.get('tasks', [])))}"
         )
-    task = validated(Task, values, str(path))
+    task = read_task(values, str(path))
     return task.model_copy(update={"dataset": _located(task.dataset, path.parent)})
 
 

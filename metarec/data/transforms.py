@@ -1,7 +1,7 @@
 """Other views of a dataset: domains in the place of users, several datasets as one, seeded negatives, thinner users.
 
-Every function takes `Interactions` and returns `Interactions`; none of them changes a rating that somebody gave,
-except that `merge` brings different scales to one. Knows nothing of files, splits or models.
+Every function takes `Interactions` and returns `Interactions`; `merge` and `log_ratings` alone change a rating that
+somebody gave, to another scale. Knows nothing of files, splits or models.
 """
 
 from __future__ import annotations
@@ -135,6 +135,21 @@ def with_negatives(interactions: Interactions, per_positive: int, seed: int, pop
         scale=RatingScale(0.0, 1.0),
         liked=None,
     )
+
+
+def log_ratings(interactions: Interactions) -> Interactions:
+    """Puts hours and counts on a scale of opinions: log(1 + rating).
+
+    Raises:
+        DataError: A rating is negative.
+    """
+    low, high = interactions.scale.low, interactions.scale.high
+    if low < 0:
+        raise DataError(
+            f"ratings from {low:g} on have no logarithm", "Set rating.transform to 'none', or add a constant"
+        )
+    scale = RatingScale(float(np.log1p(np.float32(low))), float(np.log1p(np.float32(high))))
+    return replace(interactions, rating=np.log1p(interactions.rating), scale=scale)
 
 
 def keep_users(interactions: Interactions, fewest: int, most: int | None) -> Interactions:

@@ -130,6 +130,13 @@ def _lists_as_text(column: pd.Series) -> pd.Series:
     return pd.Series(np.array([list_as_text(text) for text in texts], object)[codes], dtype=object)
 
 
+def guess_separator(path: Path, encoding: str) -> str:
+    """Returns what separates the columns of a delimited file, by its header."""
+    if _kind(File(path)) not in ("csv", "txt", "dat"):
+        return ","
+    return max((",", ";", "\t", "|"), key=lambda mark: len(header(File(path), mark, encoding)))
+
+
 def column_names(file: File, options: SourceOptions) -> list[str]:
     """Returns the names of a table's columns.
 
