@@ -186,8 +186,9 @@ def latency(arguments: argparse.Namespace) -> dict[str, Any]:
 def bulk(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from metarec.cli.runs import load_run
+    from metarec.serve.batching import BULK_USERS_AT_ONCE, use_one_thread_per_batch
     from metarec.serve.bulk import adapt_users
-    from metarec.serve.engine import BULK_USERS_AT_ONCE, Engine, side_by_side
+    from metarec.serve.engine import Engine
     from metarec.serve.store import AdapterStore
 
     recommender = load_run(arguments.checkpoint)
@@ -202,7 +203,7 @@ def bulk(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as scratch:
         store = AdapterStore(Path(scratch))
-        workers = side_by_side(arguments.threads)
+        workers = use_one_thread_per_batch(arguments.threads)
         engine = Engine(recommender, store, hot_bytes=0, users_at_once=BULK_USERS_AT_ONCE, workers=workers)
         adapt_users(engine, dict(list(users.items())[:8]))
         began = time.perf_counter()
@@ -346,7 +347,8 @@ def retrieval(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from metarec.cli.runs import load_run
-    from metarec.serve.engine import Engine, Person
+    from metarec.serve.engine import Engine
+    from metarec.serve.person import Person
     from metarec.serve.store import AdapterStore
 
     torch.set_num_threads(arguments.threads)
@@ -364,7 +366,7 @@ def retrieval(arguments: argparse.Namespace) -> dict[str, Any]:
             codes = np.setdiff1d(np.arange(len(engine.catalog)), adapted.support.items)
             exact = set(codes[np.argsort(-adapted.scores(codes).numpy(), kind="stable")[:10]])
             overlaps["two stages"].append(len(exact & set(engine.retrieve(person, 10))) / 10)
-            by_prior = codes[np.argsort(-engine._prior_scores[codes], kind="stable")[: engine._candidates]]
+            by_prior = codes[np.argsort(-engine._retrieval.new_user_scores[codes], kind="stable")[: engine._candidates]]
             overlaps["prior alone"].append(len(exact & set(by_prior)) / 10)
     return {
         "items": len(engine.catalog),

@@ -334,7 +334,7 @@ def test_a_full_queue_answers_429_at_once_and_the_service_stays_healthy(start: C
 
 
 def test_users_who_come_together_are_adapted_together(recommender: MetaRecommender, tmp_path: Path) -> None:
-    from metarec.serve.store import Feedback
+    from metarec.serve.records import Feedback
 
     engine = Engine(recommender, AdapterStore(tmp_path))
     worker = Worker(engine)

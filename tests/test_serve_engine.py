@@ -19,9 +19,11 @@ from metarec.errors import ConfigError, ConflictError, UnknownItemError
 from metarec.lm.cached_forward import CachedForward
 from metarec.recommender import MetaRecommender
 from metarec.scorers.language.adapted import MetaScorer
-from metarec.serve.engine import Engine, Person
+from metarec.serve.engine import Engine
 from metarec.serve.items import ExtendedAnswerModel
-from metarec.serve.store import AdapterStore, Feedback
+from metarec.serve.person import Person
+from metarec.serve.records import Feedback
+from metarec.serve.store import AdapterStore
 
 NEW = ("n1", {"title": "night war of love", "genres": "drama"})
 
@@ -70,7 +72,7 @@ def test_a_neighbours_feedback_erasure_or_adapter_never_changes_a_bit_of_yours(
     recommender: MetaRecommender, tmp_path: Path, users_at_once: int, covered: int
 ) -> None:
     """Whatever company users are adapted in, and of however many items the first step is known beforehand."""
-    shape = {"users_at_once": users_at_once, "tangent_bytes": covered * bytes_per_item(recommender)}
+    shape = {"users_at_once": users_at_once, "linearized_bytes": covered * bytes_per_item(recommender)}
     alone = Engine(recommender, AdapterStore(tmp_path / "alone"), **shape)
     mine = rate(alone, "me", LOVES_DRAMA)
     generator = np.random.default_rng(0)
@@ -94,7 +96,7 @@ def test_a_first_step_from_what_was_read_at_the_start_is_the_models_own(
     recommender: MetaRecommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = Engine(recommender, AdapterStore(tmp_path / "plain"))
-    quick = Engine(recommender, AdapterStore(tmp_path / "quick"), tangent_bytes=1 << 20)
+    quick = Engine(recommender, AdapterStore(tmp_path / "quick"), linearized_bytes=1 << 20)
     read = []
     last_states = CachedForward.last_states
     monkeypatch.setattr(CachedForward, "last_states", lambda *given: read.append(given) or last_states(*given))
@@ -169,7 +171,7 @@ def test_scores_that_are_not_numbers_are_never_served(engine: Engine) -> None:
         tensor.fill_(math.nan)
     served, scores = engine.score(person, ["m1", "m2"])
     assert served.facts()["diverged"]
-    unadapted = replace(person.adapted, state=engine.stranger.state)
+    unadapted = replace(person.adapted, state=engine.new_user.state)
     assert scores == pytest.approx(unadapted.score(["m1", "m2"]), abs=1e-5)
     served, ranked = engine.recommend(person, 3)
     assert served.facts()["diverged"]
@@ -203,16 +205,16 @@ def test_near_the_start_an_adapters_effect_on_every_item_is_its_scores_own(
     recommender: MetaRecommender, store: AdapterStore, covered: int
 ) -> None:
     """Also on items that are added later, and of however many items the gradient is kept."""
-    engine = Engine(recommender, store, tangent_bytes=covered * bytes_per_item(recommender))
+    engine = Engine(recommender, store, linearized_bytes=covered * bytes_per_item(recommender))
     assert len(engine.prepare()) == 40
     engine.add_items([NEW, ("n2", {"title": "dead king"})])
-    start = engine.stranger.state
+    start = engine.new_user.state
     adapted = {name for name in recommender.fitted.meta.log_rate if not name.startswith("score.")}
     far = recommender.adapt(sorted(LOVES_DRAMA)).state
     state = {name: start[name] + (0.03 * (far[name] - start[name]) if name in adapted else 0.0) for name in start}
     effect = engine.prepare()(state, start)
     items = np.arange(42)
-    moved = (replace(engine.stranger, state=state).scores(items) - engine.stranger.scores(items)).numpy()
+    moved = (replace(engine.new_user, state=state).scores(items) - engine.new_user.scores(items)).numpy()
     assert np.abs(moved).max() > 1e-4
     np.testing.assert_allclose(effect, moved, atol=0.03 * np.abs(moved).max())
 
@@ -226,9 +228,9 @@ def test_the_effect_of_a_head_on_every_item_is_exact(
     engine = Engine(fitted.fit(known_task()), store)
     person = rate(engine, "ann", LOVES_DRAMA)
     items = np.arange(40)
-    moved = (person.adapted.scores(items) - engine.stranger.scores(items)).numpy()
+    moved = (person.adapted.scores(items) - engine.new_user.scores(items)).numpy()
     assert np.abs(moved).max() > 1e-3
-    effect = engine.prepare()(person.adapted.state, engine.stranger.state)
+    effect = engine.prepare()(person.adapted.state, engine.new_user.state)
     np.testing.assert_allclose(effect, moved, atol=1e-5)
 
 
@@ -283,8 +285,8 @@ def test_an_added_item_scores_as_if_it_had_always_been_there(engine: Engine, rec
     person = rate(engine, "ann", (*LOVES_DRAMA, ("n0", 4.0)))
     # What the ratings of others say differs, for nobody has rated the twin; what the model reads does not.
     prior, state = engine.recommender.fitted.prior.values(np.array([40, 7])), person.adapted.state
-    nobody = engine.stranger.score(["twin", "m7"])
-    base = np.array(nobody) - float(engine.stranger.state["score.item mean"]) * prior
+    nobody = engine.new_user.score(["twin", "m7"])
+    base = np.array(nobody) - float(engine.new_user.state["score.item mean"]) * prior
     scores = np.array(engine.score(person, ["twin", "m7"])[1])
     term = engine.recommender.fitted.terms["collaborative"]
     asked = [np.array([40, 7])]

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from metarec.artifacts import replace_dir
 from metarec.errors import ArtifactError, ConfigError, ConflictError, StoreError
 from metarec.serve.hot_adapters import HotAdapters
-from metarec.serve.store import Accepted, AdapterStore, Feedback, FeedbackEvent, NewAdapter, check_id, latest_ratings
+from metarec.serve.records import Accepted, Feedback, FeedbackEvent, NewAdapter, check_id, latest_ratings
+from metarec.serve.store import AdapterStore
 
 
 def writer(content: bytes = b"weights") -> Callable[[Path], None]:
@@ -250,7 +251,8 @@ def test_a_store_of_another_schema_is_refused(tmp_path: Path) -> None:
 WRITERS = 8
 _KILLED = """
 import sys, threading
-from metarec.serve.store import AdapterStore, Feedback
+from metarec.serve.records import Feedback
+from metarec.serve.store import AdapterStore
 store = AdapterStore(sys.argv[1])
 lock = threading.Lock()
 def write(worker):

@@ -1,14 +1,18 @@
-"""The verbs of the service: ``serve | api-key``."""
+"""The commands of the service: ``serve | api-key``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from metarec.cli.options import JsonOption, show
 from metarec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from metarec.serve.engine import Engine
+    from metarec.serve.guard import ApiKey
 
 app = typer.Typer()
 
@@ -30,65 +34,50 @@ def serve(
         typer.Option(help="Directory, or postgresql://... (default: CHECKPOINT/store).", show_default=False),
     ] = None,
     adapters: Annotated[
-        Path | None, typer.Option(help="Where adapters lie, with a PostgreSQL store.", show_default=False)
+        Path | None, typer.Option(help="Directory of the adapters, with a PostgreSQL store.", show_default=False)
     ] = None,
     host: Annotated[str, typer.Option(help="Address; any but loopback needs --api-key-file.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="Who may ask; made by 'metarec api-key'.", show_default=False)
+        Path | None, typer.Option(help="File of the API keys to accept; made by 'metarec api-key'.", show_default=False)
     ] = None,
-    rate: Annotated[float, typer.Option(min=0, help="Requests a second for each key; 0 is any number.")] = 100.0,
+    rate: Annotated[float, typer.Option(min=0, help="Requests a second for each key; 0 sets no limit.")] = 100.0,
     body: Annotated[int, typer.Option(min=1024, help="Bytes of a request's body at most.")] = 1 << 20,
     waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait for the model.")] = 64,
     hot_megabytes: Annotated[int, typer.Option(min=0, help="Memory for adapters, in MiB.")] = 256,
     item_megabytes: Annotated[
-        int, typer.Option(min=0, help="Memory for what makes the first step fast, in MiB, read at the start.")
+        int, typer.Option(min=0, help="Memory for item gradients, which make the first step fast, in MiB.")
     ] = 256,
     candidates: Annotated[int, typer.Option(min=32, help="Items scored exactly in a ranking.")] = 32,
-    threads: Annotated[int, typer.Option(min=0, help="Batches of users adapted side by side; 0: one per core.")] = 0,
-    ui: Annotated[bool, typer.Option("--ui", help="Serve a page to try it on.")] = False,
+    threads: Annotated[
+        int, typer.Option(min=0, help="Batches of users adapted at the same time; 0: one per core.")
+    ] = 0,
+    ui: Annotated[bool, typer.Option("--ui", help="Also serve a page to try it on.")] = False,
 ) -> None:
-    """Serve recommendations over HTTP: users rate, adapters learn, rankings follow. Logs go to standard output."""
-    try:
-        import fastapi
-        import prometheus_client
-        import uvicorn
-    except ImportError as error:
-        raise ConfigError(f"serving needs '{error.name}'", "Run: pip install 'metarec[serve]'") from None
-    from metarec.serve.guard import RequestLimits, is_loopback, read_keys
+    """Serve recommendations over HTTP; every rating adapts its user's adapter. Logs go to standard output."""
+    _check_extra()
+    from metarec.serve.guard import RequestLimits
 
-    _ = fastapi, prometheus_client
-    if api_key_file is None and not is_loopback(host):
-        raise ConfigError(
-            f"--host {host} can be reached by others",
-            "Give --api-key-file (see: metarec api-key), or leave it out",
-        )
-    keys = read_keys(api_key_file) if api_key_file else ()
-    import logging.config
-
-    from metarec.cli.runs import load_run
-    from metarec.serve.app import create_app
-    from metarec.serve.engine import Engine, side_by_side
-    from metarec.serve.service import ServeSettings
-    from metarec.serve.store import AdapterStore
-
-    workers = side_by_side(threads)
-    recommender = load_run(checkpoint)
-    opened = AdapterStore(store or checkpoint / "store", adapters)
-    opened.gc()
-    engine = Engine(
-        recommender,
-        opened,
+    limits = RequestLimits(_read_api_keys(api_key_file, host), rate, max(1, round(2 * rate)), body)
+    engine = _open_engine(
+        checkpoint,
+        store,
+        adapters,
+        threads,
         hot_bytes=hot_megabytes << 20,
         candidates=candidates,
-        workers=workers,
-        tangent_bytes=item_megabytes << 20,
+        linearized_bytes=item_megabytes << 20,
     )
-    engine.prepare()
-    limits = RequestLimits(keys, rate, max(1, round(2 * rate)), body)
+    import logging.config
+
+    import uvicorn
+
+    from metarec.serve.app import create_app
+    from metarec.serve.service import ServeSettings
+
     application = create_app(engine, ServeSettings(limits, waiting, ui=ui))
     logging.config.dictConfig(_LOGGING)
-    # Together with what the worker takes to finish, a stop stays within ten seconds.
+    # Together with the time that the worker takes to finish, a stop stays within ten seconds.
     uvicorn.run(
         application,
         host=host,
@@ -100,10 +89,48 @@ def serve(
     )
 
 
+def _check_extra() -> None:
+    try:
+        import fastapi
+        import prometheus_client
+        import uvicorn
+    except ImportError as error:
+        raise ConfigError(f"serving needs '{error.name}'", "Run: pip install 'metarec[serve]'") from None
+    _ = fastapi, prometheus_client, uvicorn
+
+
+def _read_api_keys(path: Path | None, host: str) -> tuple[ApiKey, ...]:
+    """Reads the key file; without one, the host must be this machine's own."""
+    from metarec.serve.guard import is_loopback, read_keys
+
+    if path is None and not is_loopback(host):
+        raise ConfigError(
+            f"--host {host} can be reached by others",
+            "Give --api-key-file (see: metarec api-key), or leave it out",
+        )
+    return read_keys(path) if path else ()
+
+
+def _open_engine(checkpoint: Path, store: str | None, adapters: Path | None, threads: int, **sizes: int) -> Engine:
+    """Opens a recommender and its store, ready to rank; `sizes` are the engine's."""
+    from metarec.cli.runs import load_run
+    from metarec.serve.batching import use_one_thread_per_batch
+    from metarec.serve.engine import Engine
+    from metarec.serve.store import AdapterStore
+
+    workers = use_one_thread_per_batch(threads)
+    recommender = load_run(checkpoint)
+    opened = AdapterStore(store or checkpoint / "store", adapters)
+    opened.gc()
+    engine = Engine(recommender, opened, workers=workers, **sizes)
+    engine.prepare()
+    return engine
+
+
 @app.command("api-key", epilog="Example: metarec api-key keys.txt --name shop")
 def api_key(
     file: Annotated[Path, typer.Argument(help="Key file to add to; it keeps a hash, not the key.")],
-    name: Annotated[str, typer.Option(help="Whose key it is; it stands in the log.")],
+    name: Annotated[str, typer.Option(help="Whose key it is; it appears in the log.")],
     json: JsonOption = False,
 ) -> None:
     """Make an API key, print it once, and add its hash to a key file."""

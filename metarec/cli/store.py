@@ -1,6 +1,6 @@
-"""The verbs of a store: ``store ls | verify | gc | export | erase-user`` and ``export --vllm``.
+"""The commands of a store: ``store ls | verify | gc | export | erase-user`` and ``export --vllm``.
 
-Also what ``adapt --users`` and ``recommend --store`` do.
+It also runs ``adapt --users`` and ``recommend --store``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ StoreOption = Annotated[
     typer.Option("--store", help="Directory of a store, or postgresql://... .", show_default=False),
 ]
 AdaptersOption = Annotated[
-    Path | None, typer.Option("--adapters", help="Where adapters lie, with PostgreSQL.", show_default=False)
+    Path | None, typer.Option("--adapters", help="Directory of the adapters, with PostgreSQL.", show_default=False)
 ]
 
 
@@ -44,7 +44,7 @@ def ls(
     users: Annotated[bool, typer.Option("--users", help="List every user.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Say what a store holds."""
+    """Print the number of users, ratings, adapters and added items in a store."""
     opened = _open(store, adapters)
     facts: dict[str, Any] = {"store": opened.location, **opened.sizes()}
     if not users:
@@ -68,7 +68,7 @@ def ls(
 
 @store_app.command(epilog="Example: metarec store verify runs/mine/store")
 def verify(store: StoreArgument, adapters: AdaptersOption = None, json: JsonOption = False) -> None:
-    """Check every byte of every adapter; status 1 if one is damaged. A server computes damaged ones again."""
+    """Check every byte of every adapter; exit with status 1 if one is damaged. A server computes it again."""
     from metarec.progress import progress
 
     opened = _open(store, adapters)
@@ -96,7 +96,7 @@ def gc(
     keep: Annotated[int, typer.Option(min=1, help="Newest versions of each user that stay.")] = 2,
     json: JsonOption = False,
 ) -> None:
-    """Remove old versions and what crashes left behind. Safe beside a running server."""
+    """Remove old versions and half-written directories. Safe while a server runs."""
     show({"removed": _open(store, adapters).gc(keep=keep)}, json)
 
 
@@ -109,7 +109,7 @@ def export_user(
         Path | None, typer.Option(help="Also copy the newest adapter here, as a PEFT directory.", show_default=False)
     ] = None,
 ) -> None:
-    """Print everything a store holds of a user, as JSON."""
+    """Print everything that a store holds about a user, as JSON."""
     import shutil
 
     from metarec.artifacts import MANIFEST, replace_dir
@@ -137,7 +137,7 @@ def erase_user(
     adapters: AdaptersOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Erase a user: ratings, index, adapters, write-ahead log. A running server forgets them with the next request."""
+    """Erase a user: ratings, index, adapters, write-ahead log. A running server notices with the next request."""
     if not _open(store, adapters).erase(user):
         raise StoreError(f"'{store}' has no user '{user}'", "See: metarec store ls STORE --users")
     show({"erased": True}, json)
@@ -147,18 +147,18 @@ def erase_user(
 def export(
     store: StoreArgument,
     out: Annotated[Path, typer.Option(help="Directory that vLLM's LoRA resolver reads.")],
-    vllm: Annotated[bool, typer.Option("--vllm", help="In the form that vLLM takes; there is no other yet.")] = False,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Write what vLLM reads; there is no other format yet.")] = False,
     adapters: AdaptersOption = None,
     user: Annotated[list[str] | None, typer.Option(help="Only this user; may be repeated.", show_default=False)] = None,
     base_model: Annotated[
         str | None,
-        typer.Option(help="What 'vllm serve' is called with (default: the adapter's own).", show_default=False),
+        typer.Option(help="Model that 'vllm serve' is called with (default: the adapter's own).", show_default=False),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Write the newest adapters for another server; prints which name is whose."""
+    """Write the newest adapters for another server, and print the name of each user's."""
     if not vllm:
-        raise ConfigError("no form is named", "Add --vllm")
+        raise ConfigError("no format is chosen", "Add --vllm")
     from metarec.serve.vllm import export_adapters
 
     opened = _open(store, adapters)
@@ -174,11 +174,12 @@ def adapt_bulk(recommender: MetaRecommender, feedback: Path, store: str, adapter
     """Adapts every user of a CSV file; ``metarec adapt RUN --users FILE --store DIR``."""
     import time
 
+    from metarec.serve.batching import BULK_USERS_AT_ONCE, use_one_thread_per_batch
     from metarec.serve.bulk import adapt_users, read_feedback
-    from metarec.serve.engine import BULK_USERS_AT_ONCE, Engine, side_by_side
+    from metarec.serve.engine import Engine
 
     opened = _open(store, adapters, create=True)
-    workers = side_by_side()
+    workers = use_one_thread_per_batch()
     engine = Engine(recommender, opened, hot_bytes=0, users_at_once=BULK_USERS_AT_ONCE, workers=workers)
     users = read_feedback(feedback, engine)
     began = time.perf_counter()
@@ -210,7 +211,7 @@ def recommend_stored(
     opened = _open(store, adapters)
     if opened.profile(user) is None:
         raise StoreError(f"'{store}' has no user '{user}'", "See: metarec store ls STORE --users")
-    # One ranking: scoring everything takes less time than reading what would make many rankings fast.
+    # For one ranking, scoring all items takes less time than preparing the first stage.
     engine = Engine(recommender, opened, candidates=sys.maxsize)
     person, ranked = engine.recommend(engine.people([user])[user], k, explain=explain)
     return {

@@ -1,4 +1,4 @@
-"""The routes: HTTP in, jobs for the worker, JSON out. Knows nothing of tensors."""
+"""The routes: each turns an HTTP request into a job for the worker, and its result into JSON."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 from metarec.errors import ConfigError, ConflictError, MetarecError, StoreError
-from metarec.serve.engine import Engine, Person
+from metarec.serve.engine import Engine
 from metarec.serve.guard import Guard, error_body
+from metarec.serve.person import Person
+from metarec.serve.records import MAX_ID_CHARACTERS, Accepted, check_id
 from metarec.serve.schema import (
     MOST_EXPLAINED,
     MOST_RECOMMENDED,
@@ -41,7 +43,6 @@ from metarec.serve.schema import (
     UserId,
 )
 from metarec.serve.service import ServeSettings, Service, adapter_facts
-from metarec.serve.store import MAX_ID_CHARACTERS, Accepted, check_id
 from metarec.serve.worker import BusyError, Job
 
 _LOG = logging.getLogger(__name__)
@@ -51,8 +52,8 @@ def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI
     """Returns the ASGI application.
 
     Args:
-        engine: What it serves; the application's worker is the only one to use it from now on.
-        settings: How it runs.
+        engine: The engine to serve; from now on only the application's worker may use it.
+        settings: Limits, queue length and timeouts.
     """
     settings = settings or ServeSettings()
     service = Service(engine, settings)
@@ -76,6 +77,7 @@ def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI
     app.state.service = service
     _add_errors(app)
     _add_user_routes(app, service)
+    _add_privacy_routes(app, service)
     _add_catalog_routes(app, service)
     _add_operator_routes(app, service)
     if settings.ui:
@@ -93,10 +95,11 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
         user: UserId,
         said: RatingsBody | Rating,
         idempotency_key: Annotated[
-            str | None, Header(max_length=MAX_ID_CHARACTERS, description="The same key again changes nothing.")
+            str | None,
+            Header(max_length=MAX_ID_CHARACTERS, description="A second request with the same key changes nothing."),
         ] = None,
     ) -> FeedbackAnswer:
-        """Say what a user thinks of one item or several. Durable and adapted to when the answer comes."""
+        """Rate one item or several. When the answer comes, the ratings are durable and the adapter uses them."""
         ratings = said.ratings if isinstance(said, RatingsBody) else [said]
         pairs = [(entry.item, entry.rating) for entry in ratings]
         accepted, person = await service.feedback(user, pairs, idempotency_key)
@@ -112,9 +115,9 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
         user: UserId,
         k: Annotated[int, Query(ge=1, le=MOST_RECOMMENDED, description="How many items.")] = 10,
         exclude_seen: Annotated[bool, Query(description="Leave out what the user has rated.")] = True,
-        explain: Annotated[bool, Query(description="Add the ratings that moved each score most.")] = False,
+        explain: Annotated[bool, Query(description="Add the ratings that changed each score most.")] = False,
     ) -> Recommendations:
-        """Rank the whole catalog for a user; for one without ratings, as for anybody."""
+        """Rank the whole catalog for a user; one without ratings gets the ranking before adaptation."""
         if explain and k > MOST_EXPLAINED:
             raise ConfigError(f"k is {k} with explain", f"Ask for {MOST_EXPLAINED} or fewer")
 
@@ -144,9 +147,13 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
         scored: ScoresAnswer = await service.person(user, answer)
         return scored
 
+
+def _add_privacy_routes(app: FastAPI, service: Service) -> None:
+    engine = service.engine
+
     @app.get("/v1/users/{user}", tags=["users"])
     async def export(user: UserId) -> UserAnswer:
-        """Hand out everything that is held of a user."""
+        """Return everything that is stored about a user."""
         held = await service.ask(Job(lambda *_: engine.store.export(check_id(user, "user id"))))
         if held is None:
             raise HTTPException(404, "there is no such user")
@@ -154,7 +161,7 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
 
     @app.delete("/v1/users/{user}", tags=["users"])
     async def erase(user: UserId) -> Erased:
-        """Erase a user: ratings, adapters, index, caches. Nothing is left."""
+        """Erase a user: ratings, adapters, index entries and caches."""
         if not await service.erase(check_id(user, "user id")):
             raise HTTPException(404, "there is no such user")
         return Erased(erased=True)
@@ -179,7 +186,8 @@ def _add_catalog_routes(app: FastAPI, service: Service) -> None:
         q: Annotated[str, Query(min_length=1, max_length=200, description="Words of a title, or a description.")],
         k: Annotated[int, Query(ge=1, le=100)] = 10,
         user: Annotated[
-            str | None, Query(min_length=1, max_length=MAX_ID_CHARACTERS, description="Whose taste counts too.")
+            str | None,
+            Query(min_length=1, max_length=MAX_ID_CHARACTERS, description="Also order by this user's scores."),
         ] = None,
     ) -> SearchAnswer:
         """Find items by text."""
@@ -203,7 +211,7 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/readyz", tags=["operators"])
     async def readyz() -> dict[str, str]:
-        """Say whether requests would be answered now."""
+        """Say whether the service answers requests now."""
         await asyncio.to_thread(engine.store.ping)
         if not worker.alive:
             raise StoreError("the worker does not run", "Start the service again")
@@ -211,7 +219,7 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/version", tags=["operators"])
     async def versions() -> dict[str, str]:
-        """Say what is served."""
+        """Return the versions of metarec, the API, the recommender, its language model and its task."""
         fitted = engine.trained.fitted
         return {
             "metarec": version("metarec"),
@@ -223,7 +231,7 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", tags=["operators"], response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
-        """Hand out metrics in Prometheus' format."""
+        """Return metrics in Prometheus' format."""
         return PlainTextResponse(generate_latest(service.registry), media_type="text/plain; version=0.0.4")
 
 
@@ -244,7 +252,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        # Where and what, but not the value: it is somebody's, and may not even be text.
+        # The place and the problem, without the value: it is private, and may not even be text.
         places = [".".join(map(str, entry["loc"])) + ": " + str(entry["msg"]) for entry in error.errors()[:5]]
         return problem(422, "; ".join(place.encode("utf-8", "replace").decode() for place in places))
 

@@ -18,7 +18,7 @@ from metarec.data.interactions import Catalog, RatingScale
 from metarec.errors import DataError, MetarecError
 from metarec.progress import progress
 from metarec.serve.engine import Engine
-from metarec.serve.store import Feedback, NewAdapter, check_id
+from metarec.serve.records import Feedback, NewAdapter, check_id
 
 _USERS_AT_ONCE = 256
 _WRITERS = 4

@@ -1,11 +1,9 @@
-"""What an adapter does to every item of a catalog, to first order: enough to say which are worth an exact score.
+"""Chooses the items of a catalog that are worth an exact score, from approximate scores of all.
 
-Under an adapter near the initialization an item's log-odds move along their gradient there. Gradients of different
-items are much alike, so that few principal directions hold most of them, and an item is kept as its coordinates along
-these. A head that is fitted in closed form is linear in the item's features: there they are the coordinates, and
-nothing is lost.
-
-Knows nothing of ratings, of what users of like taste say, or of HTTP.
+The score's other terms are exact; the adapter's is approximated to first order. Near the initialization an item's
+log-odds move along their gradient. Gradients of different items are much alike, so that few principal directions hold
+most of them, and an item is kept as its coordinates along these. A head that is fitted in closed form is linear in the
+item's features: there the features are the coordinates, and the effect is exact.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from metarec.data.interactions import Codes
 from metarec.lm.answer_model import AnswerModel
 from metarec.meta.inner_loop import MetaState
 from metarec.progress import progress
+from metarec.recommender import AdaptedUser, MetaRecommender
 from metarec.scorers.language.adapted import InnerLoop
 from metarec.scorers.language.linearized import Linearized, linearize
 from metarec.scorers.language.score import ADAPTER_WEIGHT, HEAD, adapter_tensors
@@ -35,11 +34,11 @@ _SMALLEST = 1e-7
 
 @dataclass(frozen=True)
 class Effects:
-    """Items' coordinates, and how an adapter becomes a point in the same space.
+    """The effect of an adapter on every item's score, linear in the adapter.
 
     Args:
         names: Tensors that differ between users, one after another.
-        directions: Shape (numbers in those tensors, coordinates); None where they are the coordinates themselves.
+        directions: Shape (numbers in those tensors, coordinates); None where the tensors are used as they are.
         coordinates: Shape (items, coordinates).
     """
 
@@ -55,7 +54,7 @@ class Effects:
 
         Args:
             state: A user's tensors, without a user dimension.
-            start: The tensors that everybody starts from.
+            start: A new user's tensors.
         """
         if not self.names:
             return np.zeros(len(self), np.float32)
@@ -67,7 +66,7 @@ class Effects:
 
 
 def fit_effects(answer_model: AnswerModel | None, meta: MetaState, inner: InnerLoop) -> Effects:
-    """Chooses the coordinates; no item has any yet.
+    """Fits the principal directions; no item has coordinates yet.
 
     Args:
         answer_model: The language model over the catalog that was trained on; None where the score has no adapter.
@@ -95,14 +94,14 @@ def fit_effects(answer_model: AnswerModel | None, meta: MetaState, inner: InnerL
 def extended(
     effects: Effects, answer_model: AnswerModel | None, meta: MetaState, items: int, linearized: Linearized | None
 ) -> Effects:
-    """Gives coordinates to the items that have none.
+    """Computes the coordinates of the items that have none.
 
     Args:
-        effects: What is known of the first items.
+        effects: Effects on the first items of the catalog.
         answer_model: The language model.
         meta: The meta-parameters.
         items: How many items there are.
-        linearized: Spares reading the items that it covers.
+        linearized: Holds gradients of some items, which are not computed again.
     """
     fresh = np.arange(len(effects), items)
     coordinates = np.zeros((len(fresh), effects.coordinates.shape[1]), np.float32)
@@ -132,3 +131,58 @@ def _read(effects: Effects, answer_model: AnswerModel, meta: MetaState, items: C
         found = answer_model.features(answer_model.last_states(item_batch, expand_users(adapter, 1)))[0]
     coordinates: NDArray[np.float32] = found.float().cpu().numpy()
     return coordinates
+
+
+class CandidateRetrieval:
+    """Approximate scores of a whole catalog, and the choice of candidates by them.
+
+    Args:
+        trained: The recommender, without items that were added later.
+        linearized: Gradients of some items at the initialization, where they are there already.
+    """
+
+    def __init__(self, trained: MetaRecommender, linearized: Linearized | None) -> None:
+        self._trained = trained
+        self._linearized = linearized
+        self._effects: Effects | None = None
+        self.new_user_scores: NDArray[np.float32] = np.zeros(0, np.float32)
+
+    def update(self, new_user: AdaptedUser) -> None:
+        """Scores the items that were added to the catalog, for a user without ratings; other scores stay as they are.
+
+        Args:
+            new_user: A user without ratings, of the recommender over the current catalog.
+        """
+        self._new_user = new_user
+        items = len(new_user.recommender.fitted.catalog)
+        fresh = new_user.scores(np.arange(len(self.new_user_scores), items)).numpy()
+        self.new_user_scores = np.concatenate([self.new_user_scores, fresh])
+        self._new_user_terms = new_user.term_scores()
+
+    def prepare(self) -> Effects:
+        """Returns the effect of an adapter on every item, computed for the items that do not have it yet."""
+        meta = self._trained.fitted.meta
+        if self._effects is None:
+            self._effects = fit_effects(self._trained.adapted_model, meta, self._trained.scorer().inner)
+        recommender = self._new_user.recommender
+        items = len(recommender.fitted.catalog)
+        if len(self._effects) < items:
+            self._effects = extended(self._effects, recommender.adapted_model, meta, items, self._linearized)
+        return self._effects
+
+    def choose(self, adapted: AdaptedUser, codes: Codes, count: int) -> Codes:
+        """Returns the items of `codes` with the best approximate scores, in order of code.
+
+        Args:
+            adapted: The user.
+            codes: The items to choose from.
+            count: How many; where there are fewer, all are returned and nothing is computed.
+        """
+        state, start = adapted.state, self._new_user.state
+        scores = self.new_user_scores
+        if len(codes) > count and state is not start:
+            moved = adapted.term_scores() - self._new_user_terms + self.prepare()(state, start)
+            scores = scores + np.nan_to_num(moved)
+        best = np.argsort(-scores[codes], kind="stable")[:count]
+        chosen: Codes = np.sort(codes[best])
+        return chosen

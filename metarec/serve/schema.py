@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field
 
-from metarec.serve.store import MAX_ID_CHARACTERS
+from metarec.serve.records import MAX_ID_CHARACTERS
 
 MOST_RECOMMENDED = 1000
 MOST_EXPLAINED = 50

@@ -12,10 +12,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 
-from metarec.serve.engine import Engine, Person
+from metarec.serve.engine import Engine
 from metarec.serve.guard import RequestLimits
+from metarec.serve.person import Person
+from metarec.serve.records import Accepted, Feedback, check_id
 from metarec.serve.schema import Adapter
-from metarec.serve.store import Accepted, Feedback, check_id
 from metarec.serve.worker import Job, Worker
 
 

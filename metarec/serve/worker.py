@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metarec.errors import ConflictError, MetarecError
-from metarec.serve.engine import Engine, Person
-from metarec.serve.store import Accepted, Feedback, NewAdapter
+from metarec.serve.engine import Engine
+from metarec.serve.person import Person
+from metarec.serve.records import Accepted, Feedback, NewAdapter
 
 _BATCH = 16
 # How many adapters may wait to be written; a killed process computes them again from the log.

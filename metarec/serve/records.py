@@ -1,0 +1,113 @@
+"""The store's records: feedback, users, adapters; and the checks and choices that need nothing else."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from metarec.errors import ConfigError
+
+MAX_ID_CHARACTERS = 256
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """One request's ratings of one user.
+
+    Args:
+        user: The user's id.
+        ratings: ``(item id, rating)`` pairs, oldest first.
+        idempotency_key: Names the request; a second request of that name changes nothing. None where it has no name.
+    """
+
+    user: str
+    ratings: tuple[tuple[str, float], ...]
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The user's version after some feedback, and whether that feedback had been accepted before."""
+
+    version: int
+    replayed: bool
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A user's random key, the number of their ratings, and when they were first seen (seconds since the epoch)."""
+
+    key: str
+    version: int
+    created: float
+
+
+@dataclass(frozen=True)
+class FeedbackEvent:
+    """One line of the feedback log."""
+
+    version: int
+    item: str
+    rating: float
+    at: float
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """An adapter's row in the index.
+
+    Args:
+        key: The user's random key.
+        version: How many of the user's ratings it was adapted to.
+        recommender: Digest of the recommender that made it.
+        manifest: SHA-256 of its manifest file.
+        bytes: Size of its files.
+        created: Seconds since the epoch.
+    """
+
+    key: str
+    version: int
+    recommender: str
+    manifest: str
+    bytes: int
+    created: float
+
+
+@dataclass(frozen=True)
+class NewAdapter:
+    """An adapter to keep: the user's key, its version and recommender, and a function that writes it to a directory."""
+
+    key: str
+    version: int
+    recommender: str
+    write: Callable[[Path], object]
+
+
+def check_id(name: str, what: str) -> str:
+    """Returns an id unchanged, if it can be stored and printed.
+
+    Raises:
+        ConfigError: It is empty, too long, or holds control characters or half a surrogate pair.
+    """
+    if not 1 <= len(name) <= MAX_ID_CHARACTERS:
+        raise ConfigError(f"the {what} has {len(name)} characters", f"Use 1 to {MAX_ID_CHARACTERS}")
+    if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
+        raise ConfigError(f"the {what} holds control characters", "Use printable characters")
+    return name
+
+
+def latest_ratings(events: Sequence[FeedbackEvent], limit: int) -> list[tuple[str, float]]:
+    """Returns the last rating of each of the `limit` items rated last, in order of item id.
+
+    Two logs that end in the same ratings give the same list, and so the same adapter.
+    """
+    last: dict[str, float] = {}
+    for event in reversed(events):
+        if len(last) == limit:
+            break
+        last.setdefault(event.item, event.rating)
+    assert all(map(math.isfinite, last.values()))
+    return sorted(last.items())
