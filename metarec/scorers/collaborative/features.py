@@ -103,7 +103,7 @@ def item_features(catalog: Catalog) -> dict[str, Floats]:
 
 
 def _indicators(column: tuple[str, ...]) -> Floats:
-    """Returns a 0/1 column per value; values are split at commas and bars, or at spaces if no row has any, as in RecBole."""
+    """Returns a 0/1 column per token; tokens end at commas and bars, or at spaces if there are none, as in RecBole."""
     pattern = r"[,|]" if any(mark in value for value in column for mark in ",|") else r"\s"
     tokens = [{token.strip() for token in re.split(pattern, value)} - {""} for value in column]
     count = Counter(token for row in tokens for token in row)

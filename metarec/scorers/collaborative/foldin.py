@@ -235,7 +235,7 @@ def fit_item_knn(
 
 
 def similarity(left: csr_array, right: csr_array, shrinkage: float) -> Floats:
-    """Returns cosines over the columns that both rows have, shrunk by the number of these, shape (left rows, right rows)."""
+    """Returns cosines over the columns that both rows have, shrunk by their number, shape (left rows, right rows)."""
 
     def over(rows: csr_array, entries: Floats) -> csr_array:
         return csr_array((entries, rows.indices, rows.indptr), rows.shape)

@@ -337,9 +337,7 @@ def _fit_weights(
         _examples(interactions, users, part, settings.pairs, threshold, seed)
         for users, part in zip(out_of_fold, parts, strict=True)
     ]
-    found = [
-        _weights([pair for part in examples for pair in part[count]], members, settings) for count in _SHOTS[1:]
-    ]
+    found = [_weights([pair for part in examples for pair in part[count]], members, settings) for count in _SHOTS[1:]]
     # Without ratings every member predicts an item mean; the first member's is the best one.
     return _SHOTS, np.stack([np.eye(members)[0], *found])
 
