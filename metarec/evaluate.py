@@ -1,6 +1,6 @@
-"""Scorers meet episodes: per-user values first, and every mean, interval and paired difference from them.
+"""Evaluation of scorers on episodes: per-user values, and means, intervals and paired differences computed from them.
 
-All methods and all K share the same users and the same query of each. Knows nothing of how a scorer was made.
+All methods and all K share the same users and the same query of each.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 from metarec.artifacts import SCHEMA_VERSION
 from metarec.data.episodes import Episode
-from metarec.data.interactions import Catalog, Flags, Ratings
+from metarec.data.interactions import Catalog, Flags
 from metarec.errors import EvaluationError
 from metarec.metrics import ERRORS, METRICS, RECBOLE, at_cutoff, auc, bootstrap_interval, check_scores, recbole_ndcg
 from metarec.scorer import Request, Scorer
 
 # The row that gains are measured from, in every table.
 BASELINE = "item mean"
-# How many ratings the mean residual of a support counts as, when scores are turned into ratings.
-_LEVEL_STRENGTH = 1.0
+# Damping: pseudo-ratings that shrink a user's mean rating to the overall mean, when scores are turned into ratings.
+_USER_MEAN_DAMPING = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ShotSummary:
         gain: Mean paired difference in AUC to the baseline.
         interval: 95% paired bootstrap interval of `gain`.
         seconds_per_user: Wall-clock time of scoring, adaptation included.
-        bytes_per_user: What has to be kept for a user between two requests.
+        bytes_per_user: Bytes that are kept for a user between two requests.
     """
 
     method: str
@@ -54,7 +54,7 @@ class ShotSummary:
 
 @dataclass(frozen=True)
 class Report:
-    """What an evaluation measured.
+    """The results of an evaluation.
 
     Args:
         per_user: One row per method, K and user: columns ``method``, ``shots``, ``user`` and the metrics.
@@ -64,9 +64,9 @@ class Report:
         baseline: The method that paired differences are taken to.
         seed: Seed of tie-breaking and bootstrap.
         left_out: How many users were left out, by reason.
-        metrics: The metrics there are, the first of which differences and intervals are taken of.
-        hashes: Content hashes of what was evaluated on: data, split, prompt.
-        people: Whose episode each user is, where one person has several, as over split seeds; empty: each their own.
+        metrics: The metrics; differences and intervals are of the first.
+        hashes: Content hashes of data, split and prompt.
+        people: The person of each user, where one person has several episodes, as over split seeds; else empty.
     """
 
     per_user: pd.DataFrame
@@ -93,11 +93,11 @@ class Report:
         return float(paired.mean()), bootstrap_interval(paired.to_numpy(), self.seed, people)
 
     def paired(self, method: str, shots: int, other: str, other_shots: int, metric: str = "auc") -> pd.Series:
-        """Returns the difference between two cells by user, of the users that both have."""
+        """Returns the difference between two cells by user, for the users that both have."""
         return (self.values(method, shots, metric) - self.values(other, other_shots, metric)).dropna()
 
     def cells(self) -> Iterator[ShotSummary]:
-        """Summarizes method by method, K by K, in the order they were evaluated in."""
+        """Yields a summary of every method at every K, in the order of evaluation."""
         for row in self.costs.to_dict("records"):
             method, shots = str(row["method"]), int(row["shots"])
             gain, interval = self.difference(method, shots, self.baseline, shots)
@@ -158,69 +158,35 @@ def evaluate(
     Args:
         scorers: The methods; their names are distinct.
         episodes: The users.
-        shots: The support sizes K; each support is the first K ratings of the episode's.
+        shots: The support sizes K; a support is the first K ratings of the episode's.
         catalog: For item ids, which break ties.
         threshold: Ratings from here on are likes, in episodes that carry no labels.
         seed: Seed of tie-breaking and bootstrap.
         baseline: Name of the scorer that paired differences are taken to.
         left_out: Users already left out, by reason; those whose query holds one class only are added.
-        metrics: What is measured; `METRICS` come first in any case. ``mae`` and ``rmse`` are a user's mean error, in
-            the rating's units; they and ``recbole-*`` are defined for users of one class too.
+        metrics: What is measured; `METRICS` always come first. ``mae`` and ``rmse`` are a user's mean error, in the
+            rating's units; they and ``recbole-*`` are defined for users of one class too.
         calibration: Validation users, on whom the line from score to rating is fitted that ``mae`` and ``rmse`` need.
-        short_supports: Users with fewer than K ratings give what they have.
+        short_supports: Users with fewer than K ratings are evaluated with all of theirs.
         hashes: Content hashes that the report carries.
 
     Raises:
         EvaluationError: A scorer returns something that cannot be ranked, no user has both classes, a support is
             smaller than K, the baseline is not among the scorers, or errors are asked for without validation users.
     """
-    names = [scorer.name for scorer in scorers]
-    if len(set(names)) != len(names) or baseline not in names:
-        raise EvaluationError(f"scorers are named {names}, the baseline '{baseline}'")
     metrics = tuple(dict.fromkeys((*METRICS, *metrics)))
-    if set(metrics) & set(ERRORS) and not calibration:
-        raise EvaluationError("mae and rmse need validation users", "Scores become ratings on them")
-    labels = {episode.user: episode.query.likes(threshold) for episode in episodes}
-    both = [episode for episode in episodes if 0 < labels[episode.user].sum() < len(episode.query)]
-    kept = list(episodes) if set(metrics) & {*ERRORS, *_names(metrics, RECBOLE)} else both
-    if not both:
-        raise EvaluationError(f"none of {len(episodes)} users both likes and dislikes something in the query")
-    if not short_supports and max(shots) > min(len(episode.support) for episode in kept):
+    _check_request(scorers, baseline, metrics, calibration)
+    queries = [_LabelledEpisode.of(episode, catalog, threshold) for episode in episodes]
+    both = _with_both_classes(queries)
+    kept = queries if set(metrics) & {*ERRORS, *_names(metrics, RECBOLE)} else both
+    if not short_supports and max(shots) > min(len(query.episode.support) for query in kept):
         raise EvaluationError(f"K = {max(shots)} asks for more ratings than some support has")
     one_class = len(episodes) - len(both)
-    rows: list[dict[str, Any]] = []
-    costs: list[dict[str, Any]] = []
-    predictions: list[pd.DataFrame] = []
-    for scorer in scorers:
-        for count in shots:
-            requests = [request(episode, count) for episode in kept]
-            started = time.perf_counter()
-            scored = scorer.score(requests)
-            seconds = (time.perf_counter() - started) / len(requests)
-            costs.append(
-                {
-                    "method": scorer.name,
-                    "shots": count,
-                    "seconds_per_user": seconds,
-                    "bytes_per_user": scorer.bytes_per_user if count else 0,
-                }
-            )
-            to_rating = _line(scorer, calibration, count) if set(metrics) & set(ERRORS) else None
-            for episode, scores in zip(kept, scored, strict=True):
-                values = scores.detach().numpy()
-                check_scores(values, f"method '{scorer.name}', K = {count}")
-                items = [catalog.ids[code] for code in episode.query.items]
-                liked = labels[episode.user]
-                predictions.append(_predictions(scorer.name, count, episode, items, liked, values))
-                error = None if to_rating is None else to_rating(episode, values) - episode.query.values
-                measured = {
-                    metric: _measure(metric, values, episode.query, liked, items, error, seed) for metric in metrics
-                }
-                rows.append({"method": scorer.name, "shots": count, "user": episode.user, **measured})
+    measured = [_measure_at(scorer, count, kept, metrics, calibration, seed) for scorer in scorers for count in shots]
     return Report(
-        per_user=pd.DataFrame(rows).astype(dict.fromkeys(metrics, float)),
-        costs=pd.DataFrame(costs),
-        predictions=pd.concat(predictions, ignore_index=True),
+        per_user=pd.DataFrame([row for cell in measured for row in cell.rows]).astype(dict.fromkeys(metrics, float)),
+        costs=pd.DataFrame([cell.cost for cell in measured]),
+        predictions=pd.concat([part for cell in measured for part in cell.predictions], ignore_index=True),
         baseline=baseline,
         seed=seed,
         left_out={**left_out, **({"query of one class": one_class} if one_class else {})},
@@ -229,17 +195,112 @@ def evaluate(
     )
 
 
-def _predictions(
-    method: str, shots: int, episode: Episode, items: Sequence[str], liked: Flags, scores: NDArray[np.floating]
-) -> pd.DataFrame:
+def validation_auc(scorer: Scorer, episodes: Sequence[Episode], shots: Sequence[int], threshold: float) -> float:
+    """Returns a scorer's mean AUC over users with both classes, averaged over some K.
+
+    Args:
+        scorer: The method.
+        episodes: The validation users; those with fewer than K ratings are evaluated with all of theirs.
+        shots: The support sizes K.
+        threshold: Ratings from here on are likes, in episodes that carry no labels.
+
+    Raises:
+        EvaluationError: A score is not finite, or no user has both classes.
+    """
+    kept = _with_both_classes([_LabelledEpisode.of(episode, None, threshold) for episode in episodes])
+    means = []
+    for count in shots:
+        scored = scorer.score([request(query.episode, count) for query in kept])
+        values: list[tuple[str, float | None]] = []
+        for query, scores in zip(kept, scored, strict=True):
+            found = scores.detach().numpy()
+            check_scores(found, f"method '{scorer.name}', K = {count}")
+            values.append((query.episode.user, auc(found, query.liked)))
+        # In the order of user ids, as in a report: a sum depends on its order in the last bit.
+        means.append(np.array([value for _, value in sorted(values)], np.float64).mean())
+    return float(np.mean(means))
+
+
+@dataclass(frozen=True)
+class _LabelledEpisode:
+    """An episode, whether each item of its query is a like, and the items' ids where they are needed."""
+
+    episode: Episode
+    liked: Flags
+    items: Sequence[str]
+
+    @classmethod
+    def of(cls, episode: Episode, catalog: Catalog | None, threshold: float) -> _LabelledEpisode:
+        items = [] if catalog is None else [catalog.ids[code] for code in episode.query.items]
+        return cls(episode, episode.query.likes(threshold), items)
+
+
+def _with_both_classes(queries: Sequence[_LabelledEpisode]) -> list[_LabelledEpisode]:
+    both = [query for query in queries if 0 < query.liked.sum() < len(query.liked)]
+    if not both:
+        raise EvaluationError(f"none of {len(queries)} users both likes and dislikes something in the query")
+    return both
+
+
+def _check_request(
+    scorers: Sequence[Scorer], baseline: str, metrics: Sequence[str], calibration: Sequence[Episode]
+) -> None:
+    names = [scorer.name for scorer in scorers]
+    if len(set(names)) != len(names) or baseline not in names:
+        raise EvaluationError(f"scorers are named {names}, the baseline '{baseline}'")
+    if set(metrics) & set(ERRORS) and not calibration:
+        raise EvaluationError("mae and rmse need validation users", "Scores become ratings on them")
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One method at one K: a row of metrics per user, the row of costs, and every user's predictions."""
+
+    rows: list[dict[str, Any]]
+    cost: dict[str, Any]
+    predictions: list[pd.DataFrame]
+
+
+def _measure_at(
+    scorer: Scorer,
+    shots: int,
+    queries: Sequence[_LabelledEpisode],
+    metrics: Sequence[str],
+    calibration: Sequence[Episode],
+    seed: int,
+) -> _Measured:
+    """Scores all queries with one method at one K, and measures each."""
+    requests = [request(query.episode, shots) for query in queries]
+    started = time.perf_counter()
+    scored = scorer.score(requests)
+    seconds = (time.perf_counter() - started) / len(requests)
+    cost = {
+        "method": scorer.name,
+        "shots": shots,
+        "seconds_per_user": seconds,
+        "bytes_per_user": scorer.bytes_per_user if shots else 0,
+    }
+    to_rating = _line(scorer, calibration, shots) if set(metrics) & set(ERRORS) else None
+    rows, predictions = [], []
+    for query, scores in zip(queries, scored, strict=True):
+        episode, values = query.episode, scores.detach().numpy()
+        check_scores(values, f"method '{scorer.name}', K = {shots}")
+        predictions.append(_predictions(scorer.name, shots, query, values))
+        error = None if to_rating is None else to_rating(episode, values) - episode.query.values
+        found = {metric: _measure(metric, values, query, error, seed) for metric in metrics}
+        rows.append({"method": scorer.name, "shots": shots, "user": episode.user, **found})
+    return _Measured(rows, cost, predictions)
+
+
+def _predictions(method: str, shots: int, query: _LabelledEpisode, scores: NDArray[np.floating]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "method": method,
             "shots": shots,
-            "user": episode.user,
-            "item": items,
-            "rating": episode.query.values,
-            "liked": liked,
+            "user": query.episode.user,
+            "item": query.items,
+            "rating": query.episode.query.values,
+            "liked": query.liked,
             "score": scores.astype(np.float32),
         }
     )
@@ -252,21 +313,21 @@ def _names(metrics: Sequence[str], measures: Sequence[str]) -> set[str]:
 def _measure(
     metric: str,
     scores: NDArray[np.floating],
-    query: Ratings,
-    liked: Flags,
-    items: Sequence[str],
+    query: _LabelledEpisode,
     error: NDArray[np.floating] | None,
     seed: int,
 ) -> float | None:
+    """Returns one metric of one user; None where it is not defined."""
     measure, _, cutoff = metric.partition("@")
     if metric == "auc":
-        return auc(scores, liked)
+        return auc(scores, query.liked)
     if error is not None and metric in ERRORS:
         return float(np.abs(error).mean() if metric == "mae" else np.sqrt((error**2).mean()))
     if measure in RECBOLE:
         clicks = measure != RECBOLE[0]
-        return recbole_ndcg(scores, liked.astype(np.float32) if clicks else query.values, int(cutoff), clicks=clicks)
-    return at_cutoff(measure, scores, liked, items, int(cutoff), seed)
+        relevance = query.liked.astype(np.float32) if clicks else query.episode.query.values
+        return recbole_ndcg(scores, relevance, int(cutoff), clicks=clicks)
+    return at_cutoff(measure, scores, query.liked, query.items, int(cutoff), seed)
 
 
 def _line(
@@ -274,15 +335,16 @@ def _line(
 ) -> Callable[[Episode, NDArray[np.floating]], NDArray[np.floating]]:
     """Fits rating = a + b score + c (mean of the support's ratings, shrunk to the overall mean) on validation users.
 
-    A score is only an order within one user; the same line for every method and K makes errors comparable.
+    A score is only an order within one user; a line fitted in the same way for every method and K makes errors
+    comparable.
     """
     scored = scorer.score([request(episode, shots) for episode in calibration])
     overall = float(np.concatenate([episode.query.values for episode in calibration]).mean())
 
     def features(episode: Episode, scores: NDArray[np.floating]) -> NDArray[np.float64]:
         given = episode.support.head(shots).values
-        level = float((given - overall).sum()) / (len(given) + _LEVEL_STRENGTH)
-        return np.stack([np.ones(len(scores)), scores, np.full(len(scores), level)], axis=1).astype(np.float64)
+        user_mean = float((given - overall).sum()) / (len(given) + _USER_MEAN_DAMPING)
+        return np.stack([np.ones(len(scores)), scores, np.full(len(scores), user_mean)], axis=1).astype(np.float64)
 
     rows = [features(episode, scores.detach().numpy()) for episode, scores in zip(calibration, scored, strict=True)]
     target = np.concatenate([episode.query.values for episode in calibration]).astype(np.float64)
@@ -292,10 +354,5 @@ def _line(
 
 
 def request(episode: Episode, shots: int) -> Request:
-    """Returns what a scorer may see of an episode: K ratings, and the query without its labels."""
+    """Returns an episode as a request: K ratings without labels, and the query's items."""
     return Request(episode.user, episode.support.head(shots).unlabelled(), episode.query.items)
-
-
-def mean_auc(report: Report, method: str, shots: Sequence[int]) -> float:
-    """Returns the mean AUC of a method over users and over some K."""
-    return float(np.mean([report.values(method, count).mean() for count in shots]))

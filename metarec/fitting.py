@@ -17,7 +17,7 @@ from metarec.data.task import Task
 from metarec.data.task_data import TaskData
 from metarec.data.templates import PromptTemplate
 from metarec.errors import ConfigError
-from metarec.evaluate import evaluate, mean_auc
+from metarec.evaluate import validation_auc
 from metarec.lm.answer_model import AnswerModel, open_answer_model
 from metarec.lm.backbone import Backbone, load_backbone
 from metarec.lm.placement import default_placement
@@ -248,20 +248,9 @@ def _out_of_fold_batch(prepared: Prepared, batch: Sequence[Episode], config: Run
 
 
 def _validation_auc(data: TaskData, fitted: Fitted, config: RunConfig) -> float:
-    scorer = meta_scorer(fitted, config)
+    episodes = data.episodes("validation")[0][: config.train.validation_users]
     shots = [count for count in data.task.shots if count > 0] or list(data.task.shots)
-    report = evaluate(
-        [scorer],
-        data.episodes("validation")[0][: config.train.validation_users],
-        shots,
-        data.interactions.catalog,
-        threshold=data.task.like_threshold,
-        seed=config.seed,
-        baseline=scorer.name,
-        left_out={},
-        short_supports=data.task.short_supports,
-    )
-    return mean_auc(report, scorer.name, shots)
+    return validation_auc(meta_scorer(fitted, config), episodes, shots, data.task.like_threshold)
 
 
 def meta_scorer(

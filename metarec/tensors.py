@@ -1,10 +1,13 @@
-"""Tensors by name, with or without a leading user dimension, and their safetensors files."""
+"""Tensors by name, with or without a leading user dimension, their safetensors files, and rows padded to one batch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +25,24 @@ def expand_users(state: Mapping[str, Tensor], users: int) -> AdapterState:
 def select_user(state: Mapping[str, Tensor], user: int) -> AdapterState:
     """Returns one user's slice, without the user dimension."""
     return {name: tensor[user] for name, tensor in state.items()}
+
+
+def pad_rows(rows: Sequence[NDArray[np.generic]], dtype: DTypeLike, width: int | None = None) -> Tensor:
+    """Returns one array per user as one tensor, each row filled with zeros at its end.
+
+    Args:
+        rows: Arrays of shape (entries,), of different lengths.
+        dtype: Type of the tensor.
+        width: Length of the padded rows; None takes the longest row's.
+
+    Returns:
+        Shape (rows, width), on the CPU.
+    """
+    width = max(map(len, rows), default=0) if width is None else width
+    padded = np.zeros((len(rows), width), dtype)
+    for row, entries in zip(padded, rows, strict=True):
+        row[: len(entries)] = entries
+    return torch.from_numpy(padded)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -26,8 +26,10 @@ from metarec.lm.backbone import Backbone
 from metarec.meta.losses import pairwise_logistic
 from metarec.scorer import Request, Scorer
 from metarec.scorers.collaborative.item_mean import fit_item_mean
-from metarec.scorers.language.finetuned import FULL, NAMES, FineTuned, Recipe, _loss, fine_tune, then_per_user_lora
+from metarec.scorers.language.fine_tuning import FULL, _loss, fine_tune
+from metarec.scorers.language.finetuned import NAMES, FineTuned, then_per_user_lora
 from metarec.scorers.language.in_context import History, InContext
+from metarec.scorers.language.trainable_copy import Recipe
 from metarec.scorers.serialization import load_scorer, save_scorer
 
 Backbones = Callable[..., Backbone]
@@ -205,7 +207,7 @@ def test_the_same_seed_gives_the_same_model_and_another_one_another(trainable: s
 def test_an_interrupted_training_resumed_ends_with_the_same_model(
     trainable: str, backbone: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from metarec.scorers.language import finetuned
+    from metarec.scorers.language import fine_tuning
 
     model = backbone("llama")
     whole = tune(model, trainable, SHORT)
@@ -216,11 +218,11 @@ def test_an_interrupted_training_resumed_ends_with_the_same_model(
             raise KeyboardInterrupt
         return draw(*arguments, **settings)  # type: ignore[arg-type]
 
-    draw = finetuned.training_batch
-    monkeypatch.setattr(finetuned, "training_batch", interrupted)
+    draw = fine_tuning.training_batch
+    monkeypatch.setattr(fine_tuning, "training_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tune(model, trainable, SHORT, checkpoint=tmp_path / "run")
-    monkeypatch.setattr(finetuned, "training_batch", draw)
+    monkeypatch.setattr(fine_tuning, "training_batch", draw)
     assert same(whole, tune(model, trainable, SHORT, checkpoint=tmp_path / "run", resume=True))
     with pytest.raises(ArtifactError, match="another run"):
         tune(model, trainable, SHORT, checkpoint=tmp_path / "run", resume=True, seed=1)

@@ -17,6 +17,7 @@ from metarec.scorers.collaborative.gp import GaussianProcess, fit_gp
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.kernel_learning import (
     KernelUpdate,
+    StepSchedule,
     _scores,
     _tensors,
     aligned,
@@ -37,7 +38,7 @@ def process(half: int) -> GaussianProcess:
 @cache
 def learned(steps: int) -> KernelUpdate:
     processes = [aligned(process(half), process(0), FACTORS) for half in (0, 1)]
-    return learn_kernel_update(WORLD, processes, HALVES, threshold=THRESHOLD, steps=steps, lr=1e-3, users=8)
+    return learn_kernel_update(WORLD, processes, HALVES, StepSchedule(8, steps, 1e-3), threshold=THRESHOLD)
 
 
 def nowhere() -> dict[str, torch.Tensor]:
@@ -118,7 +119,7 @@ def test_moving_a_weak_process_makes_new_users_rankings_better() -> None:
     weak = replace(process(0), loadings=0.3 * process(0).loadings, name="weak")
     other = replace(aligned(process(1), process(0), FACTORS))
     other = replace(other, loadings=0.3 * other.loadings)
-    moved = learn_kernel_update(WORLD, [weak, other], HALVES, threshold=THRESHOLD, steps=150, lr=0.01, users=16)
+    moved = learn_kernel_update(WORLD, [weak, other], HALVES, StepSchedule(16, 150, 0.01), threshold=THRESHOLD)
     report = evaluate(
         [ItemMean(fit_item_mean(WORLD, TRAIN)), weak, replace(moved.apply(weak), name="moved")],
         episodes(WORLD, TEST),
@@ -135,8 +136,8 @@ def test_moving_a_weak_process_makes_new_users_rankings_better() -> None:
 
 def test_more_users_make_more_and_smaller_steps_of_the_same_length_together() -> None:
     few, many = (step_schedule([np.arange(count), np.arange(count + 100)], KernelConfig()) for count in (179, 1600))
-    assert few == {"users": 64, "steps": 400, "lr": 1e-3}
-    assert many == {"users": 256, "steps": 800, "lr": 5e-4}
+    assert few == StepSchedule(users=64, steps=400, lr=1e-3)
+    assert many == StepSchedule(users=256, steps=800, lr=5e-4)
     between = step_schedule([np.arange(576)], KernelConfig())
-    assert between["users"] == 144
-    assert between["steps"] * between["lr"] == pytest.approx(0.4)
+    assert between.users == 144
+    assert between.steps * between.lr == pytest.approx(0.4)

@@ -119,7 +119,7 @@ def test_without_means_only_taste_is_left() -> None:
     silent = stack.with_zero_mean()
     np.testing.assert_array_equal(silent.posterior_mean(Ratings.empty(), np.arange(ITEMS)), np.zeros(ITEMS))
     assert np.abs(silent.posterior_mean(SUPPORT, CANDIDATES)).max() > 0.05
-    assert all(fold.prior.silent for fold in crossed.with_zero_mean().folds)
+    assert all(fold.prior.zero_mean for fold in crossed.with_zero_mean().folds)
 
 
 def test_new_items_get_their_prior_and_change_no_other_score() -> None:

@@ -1,9 +1,8 @@
-"""Users become episodes: a disjoint split of users, then a support and a query set for each.
+"""Episodes: a disjoint split of users, then a support and a query for each user.
 
-Domains are episodes in the same way, once `metarec.data.transforms` has put them in the place of users. Everything is a
-pure function of a seed and of names: a user's split does not depend on which other users there are, and a training
-batch depends on the seed and the step alone, which is what makes a run resumable bit for bit.
-Knows nothing of label rules, prompts or models.
+A domain is an episode in the same way, once `metarec.data.transforms` has put it in the place of a user. Everything is
+a pure function of a seed and of names: a user's episode does not depend on the other users, and a training batch
+depends on the seed and the step alone, so that a run can be resumed bit for bit.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ class Episode:
 
     Args:
         user: The user's id.
-        support: What may be adapted to; a K-shot support is its first K ratings, so smaller ones are nested in
-            larger ones.
-        query: What is held out; the same for every K.
+        support: The ratings to adapt to; a K-shot support is its first K ratings, so smaller ones are nested in larger
+            ones.
+        query: The held-out ratings; the same for every K.
     """
 
     user: str
@@ -73,7 +72,7 @@ def _no_part_is_empty(parts: Mapping[SplitPart, Codes], users: int) -> None:
 
 
 def split_items(interactions: Interactions, unseen: float, seed: int) -> Flags:
-    """Divides items into those that meta-training may see and those it may not.
+    """Divides items into those that meta-training uses and those that are held out.
 
     Args:
         interactions: The dataset.
@@ -81,7 +80,7 @@ def split_items(interactions: Interactions, unseen: float, seed: int) -> Flags:
         seed: Another seed gives another division.
 
     Returns:
-        True for items that are seen, shape (items,).
+        True for items that meta-training uses, shape (items,).
 
     Raises:
         ConfigError: The share leaves no item on one side.
@@ -98,10 +97,10 @@ def split_items(interactions: Interactions, unseen: float, seed: int) -> Flags:
 def split_by_time(
     interactions: Interactions, fractions: tuple[float, float, float]
 ) -> tuple[Mapping[SplitPart, Codes], Flags]:
-    """Divides users by when they came, and keeps every part from knowing what a later part's users did.
+    """Divides users by the time of their first rating, and cuts each part's ratings off where the next part begins.
 
-    Users are ordered by their first rating: the earliest train, the latest are tested. A part's rows end where the
-    next part's first user begins, so that neither a rating nor an item mean comes from the future.
+    The earliest users train, the latest are tested. A part's rows end at the first rating of the next part, so that
+    neither a rating nor an item mean comes from the future.
 
     Args:
         interactions: The dataset, with timestamps.
@@ -158,13 +157,13 @@ def evaluation_episodes(
         seed: Seed of the random order, and of sampled candidates.
         support_from: Items that a support may hold, shape (items,); None for all.
         query_from: Items that a query may hold, shape (items,); None for all.
-        short_supports: Users with fewer than `max_support` ratings beside their query give what they have.
-        candidates: ``rated`` asks about held-out ratings alone; ``sampled`` adds items that the user never rated,
-            ``full`` all of them. Those count as rated lowest and as not liked.
-        sampled: How many unrated items ``sampled`` adds.
+        short_supports: Keeps users with fewer than `max_support` ratings beside their query, with a shorter support.
+        candidates: ``rated`` queries held-out ratings alone; ``sampled`` adds items that the user never rated, ``full``
+            all of them. These have the lowest rating and are not liked.
+        sampled: Number of unrated items that ``sampled`` adds.
 
     Returns:
-        The episodes in the order of `users`, and how many users had too few ratings.
+        The episodes in the order of `users`, and the number of users with too few ratings.
 
     Raises:
         DataError: Order by time is asked for but the dataset has none.
@@ -172,56 +171,60 @@ def evaluation_episodes(
     everything = np.ones(len(interactions.catalog), bool)
     support_from = everything if support_from is None else support_from
     query_from = everything if query_from is None else query_from
-    # Where both are cut from the same ratings, a short support must leave the query its share.
+    # If both are cut from the same ratings, a short support must leave enough for the query.
     reserved = min_query if (support_from & query_from).any() else 0
     episodes = []
     for user in users:
-        rows = interactions.rows_of_user[user]
         name = interactions.users[user]
-        if order == "time":
-            if interactions.timestamp is None:
-                raise DataError("the dataset has no timestamps", "Set split.order to 'random'")
-            rows = rows[np.argsort(interactions.timestamp[rows], kind="stable")]
-        else:
-            rows = seeded(seed, name).permutation(rows)
-        rows = _first_of_each_item(interactions, rows)
+        rows = _first_of_each_item(interactions, _ordered_rows(interactions, user, order, seed))
         usable = rows[support_from[interactions.item[rows]]]
         size = min(max_support, len(usable) - reserved) if short_supports else max_support
         support = usable[: max(size, 0)]
         rest = rows[~np.isin(rows, support)]
-        query = rest[query_from[interactions.item[rest]]][:max_query]
+        query = interactions.ratings(rest[query_from[interactions.item[rest]]][:max_query])
         if (len(support) < max_support and not short_supports) or len(query) < min_query:
             continue
-        asked = interactions.ratings(query)
         if candidates != "rated":
-            strangers = query_from.copy()
-            strangers[interactions.item[interactions.rows_of_user[user]]] = False
-            asked = _with_unrated(asked, np.flatnonzero(strangers), interactions, candidates, sampled, seed, name)
-        episodes.append(Episode(name, interactions.ratings(support), asked))
+            unrated = query_from.copy()
+            unrated[interactions.item[interactions.rows_of_user[user]]] = False
+            query = _with_unrated(query, np.flatnonzero(unrated), interactions, candidates, sampled, seed, name)
+        episodes.append(Episode(name, interactions.ratings(support), query))
     return episodes, len(users) - len(episodes)
 
 
+def _ordered_rows(interactions: Interactions, user: int, order: Order, seed: int) -> Codes:
+    """Returns a user's rows in the order in which they are cut."""
+    rows = interactions.rows_of_user[user]
+    if order == "random":
+        return seeded(seed, interactions.users[user]).permutation(rows)
+    if interactions.timestamp is None:
+        raise DataError("the dataset has no timestamps", "Set split.order to 'random'")
+    return rows[np.argsort(interactions.timestamp[rows], kind="stable")]
+
+
 def _first_of_each_item(interactions: Interactions, rows: Codes) -> Codes:
+    """Drops later ratings of an item that a user rated more than once."""
     _, first = np.unique(interactions.item[rows], return_index=True)
     return rows if len(first) == len(rows) else rows[np.sort(first)]
 
 
 def _with_unrated(
-    query: Ratings, strangers: Codes, data: Interactions, candidates: Candidates, sampled: int, seed: int, name: str
+    query: Ratings, unrated: Codes, data: Interactions, candidates: Candidates, sampled: int, seed: int, name: str
 ) -> Ratings:
+    """Returns a query with unrated items, which have the lowest rating and are not liked."""
     if candidates == "sampled":
-        strangers = seeded(seed, f"{name}\0candidates").choice(strangers, min(sampled, len(strangers)), replace=False)
+        unrated = seeded(seed, f"{name}\0candidates").choice(unrated, min(sampled, len(unrated)), replace=False)
     if query.liked is None:
         raise ConfigError("unrated candidates need labelled ratings", "Load the data through its task")
     return Ratings(
-        np.concatenate([query.items, strangers]),
-        np.concatenate([query.values, np.full(len(strangers), data.scale.low, np.float32)]),
-        np.concatenate([query.liked, np.zeros(len(strangers), bool)]),
+        np.concatenate([query.items, unrated]),
+        np.concatenate([query.values, np.full(len(unrated), data.scale.low, np.float32)]),
+        np.concatenate([query.liked, np.zeros(len(unrated), bool)]),
     )
 
 
 def seeded(seed: int, name: str) -> np.random.Generator:
-    """Returns a generator of a seed and a name, the same whoever else there is."""
+    """Returns a random generator that depends on a seed and a name alone."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
     return np.random.default_rng([seed, *np.frombuffer(digest[:16], np.uint32).tolist()])
 
@@ -245,13 +248,13 @@ def training_batch(
     Args:
         interactions: The dataset.
         users: Meta-training users.
-        batch_users: How many different users to draw.
+        batch_users: Number of different users.
         shots: The support sizes to draw K from.
         max_query: Size of a query at most.
         min_query: Users need at least K + `min_query` ratings.
         seed: Seed of the run.
         step: Number of the outer step.
-        hidden: Items that count as never rated for a user, by id: a query holds them alone, a support none of them.
+        hidden: Returns the hidden items of a user id, shape (items,): a query holds hidden items alone, a support none.
 
     Raises:
         DataError: No user has enough ratings.
@@ -266,11 +269,11 @@ def training_batch(
     episodes = []
     for user in generator.permutation(eligible):
         rows = _first_of_each_item(interactions, generator.permutation(interactions.rows_of_user[user]))
-        cold = np.zeros(len(rows), bool)
+        is_hidden = np.zeros(len(rows), bool)
         if hidden is not None:
-            cold = hidden(interactions.users[user])[interactions.item[rows]]
-        support = rows[~cold][:support_size]
-        query = (rows[~cold][support_size:] if hidden is None else rows[cold])[:max_query]
+            is_hidden = hidden(interactions.users[user])[interactions.item[rows]]
+        support = rows[~is_hidden][:support_size]
+        query = (rows[~is_hidden][support_size:] if hidden is None else rows[is_hidden])[:max_query]
         if len(support) == support_size and len(query) >= min_query:
             parts = interactions.ratings(support), interactions.ratings(query)
             episodes.append(Episode(interactions.users[user], *parts))

@@ -1,8 +1,7 @@
-"""The outer loop: meta-trains on episodes, validates, stops early, keeps the best, and resumes exactly.
+"""The outer loop: meta-training on episodes with validation, early stopping and exact resumption.
 
-A step depends on the seed, its number and the state before it, on nothing else; the state is written whole. So a run
-that was killed and resumed ends with the same weights, bit for bit, as one that was not. Knows nothing of the command
-line, nor of what the meta-parameters mean.
+A step depends only on the seed, its number and the state before it, and checkpoints hold the whole state. A run that
+was killed and resumed therefore ends with the same weights, bit for bit, as one that was not.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ _STATE = "state.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """What an outer loop ends with.
+    """The result of an outer loop.
 
     Args:
         best: The meta-parameters with the best validation value.
-        best_step: After how many steps they were reached; 0 is the untrained state.
+        best_step: The number of steps after which they were reached; 0 is the untrained state.
         best_value: Their validation value, higher is better.
-        steps: How many steps were taken.
-        diverged: How many inner loops met a non-finite loss.
+        steps: Number of steps taken.
+        diverged: Number of inner loops with a non-finite loss.
         history: ``(step, mean query loss since the last validation, validation value)``.
     """
 
@@ -65,6 +64,22 @@ class _Progress:
     loss_count: int = 0
     history: tuple[tuple[int, float, float], ...] = ()
 
+    def count(self, gradient: MetaGradient) -> None:
+        """Counts a step, with the losses of the users that did not diverge."""
+        self.step += 1
+        self.diverged += int(gradient.diverged.sum())
+        self.loss_sum += float(gradient.loss[~gradient.diverged].sum())
+        self.loss_count += int((~gradient.diverged).sum())
+
+    def record(self, value: float) -> bool:
+        """Records a validation value, and returns whether it is the best so far."""
+        self.history = (*self.history, (self.step, self.loss_sum / max(self.loss_count, 1), value))
+        self.loss_sum, self.loss_count = 0.0, 0
+        improved = value > self.best_value
+        if improved:
+            self.best_value, self.best_step = value, self.step
+        return improved
+
 
 def train(
     initial: MetaState,
@@ -87,9 +102,9 @@ def train(
         validate: A value to maximize.
         config: The outer loop's settings.
         checkpoint: Directory of the checkpoint.
-        identity: What the run is a function of; a checkpoint of another run is refused.
-        resume: Goes on from the checkpoint if there is one.
-        description: What the progress bar says is being done.
+        identity: Everything that the result of the run depends on; a checkpoint of another run is refused.
+        resume: Continues from the checkpoint if there is one.
+        description: Text of the progress bar.
 
     Raises:
         ArtifactError: The checkpoint is damaged or of another run.
@@ -103,19 +118,11 @@ def train(
         at, best = _load(checkpoint, tensors, optimizer, identity)
     meta = MetaState.from_tensors(tensors)
 
-    def save() -> None:
-        _save(checkpoint, tensors, best, optimizer, at, identity)
-
     def check() -> None:
         nonlocal best
-        value = validate(meta)
-        loss = at.loss_sum / max(at.loss_count, 1)
-        at.history = (*at.history, (at.step, loss, value))
-        at.loss_sum, at.loss_count = 0.0, 0
-        if value > at.best_value:
-            at.best_value, at.best_step = value, at.step
+        if at.record(validate(meta)):
             best = {name: tensor.clone() for name, tensor in tensors.items()}
-        save()
+        _save(checkpoint, tensors, best, optimizer, at, identity)
 
     with _deferred_interrupt() as interrupted, progress(description, config.steps) as advance:
         if not at.history:
@@ -123,24 +130,21 @@ def train(
         while at.step < config.steps and not _stale(at, config):
             gradient = gradient_at(meta, at.step)
             _step(tensors, gradient, optimizer, schedule(at.step), config.clip)
-            at.step += 1
-            at.diverged += int(gradient.diverged.sum())
-            at.loss_sum += float(gradient.loss[~gradient.diverged].sum())
-            at.loss_count += int((~gradient.diverged).sum())
+            at.count(gradient)
             if at.step % config.validate_every == 0 or at.step == config.steps:
                 check()
             advance(at.step, f"validation AUC {at.history[-1][2]:.4f} (best {at.best_value:.4f})")
             if interrupted():
-                save()
+                _save(checkpoint, tensors, best, optimizer, at, identity)
                 raise KeyboardInterrupt
     return Trained(MetaState.from_tensors(best), at.best_step, at.best_value, at.step, at.diverged, at.history)
 
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Lets a step finish before Ctrl-C takes effect, for a state between two steps is none to resume from.
+    """Defers Ctrl-C until a step is done, because a run can only be resumed from a state between two steps.
 
-    A second Ctrl-C interrupts at once. Off the main thread signals stay as they are.
+    A second Ctrl-C interrupts at once. Outside the main thread signals are not changed.
     """
     pressed = False
     if threading.current_thread() is not threading.main_thread():
@@ -161,6 +165,7 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def _stale(at: _Progress, config: TrainConfig) -> bool:
+    """Says whether validation has not improved for `patience` times."""
     return sum(step > at.best_step for step, _, _ in at.history) >= config.patience
 
 

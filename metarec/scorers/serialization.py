@@ -39,9 +39,10 @@ from metarec.scorers.collaborative.text import TextLogistic, TextRidge, TwoTower
 from metarec.scorers.collaborative.trivial import Constant, ItemMean, Popularity, Random
 from metarec.scorers.language.adapted import InnerLoop, MetaScorer
 from metarec.scorers.language.expected_rating import ExpectedRating
-from metarec.scorers.language.finetuned import FineTuned, Recipe
+from metarec.scorers.language.finetuned import FineTuned
 from metarec.scorers.language.in_context import History, InContext, Listwise
 from metarec.scorers.language.prompt_term import PromptTerm
+from metarec.scorers.language.trainable_copy import Recipe
 from metarec.scorers.language.zero_shot import ZeroShot
 from metarec.scorers.term import ItemValues
 from metarec.tensors import read_tensors, write_tensors

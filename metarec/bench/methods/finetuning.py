@@ -10,7 +10,9 @@ from metarec.bench.context import ENCODER, LANGUAGE_MODEL, Method, MethodContext
 from metarec.bench.methods.prompts import prompted
 from metarec.bench.methods.recommenders import NO_STACK, answer_model_of, item_prompt, tokens_read
 from metarec.recommender import MetaRecommender
-from metarec.scorers.language.finetuned import FINE_TUNING, FineTuned, Recipe, Trainable, fine_tune, then_per_user_lora
+from metarec.scorers.language.fine_tuning import FINE_TUNING, fine_tune
+from metarec.scorers.language.finetuned import FineTuned, then_per_user_lora
+from metarec.scorers.language.trainable_copy import Recipe, Trainable
 from metarec.scorers.serialization import load_scorer, save_scorer
 
 

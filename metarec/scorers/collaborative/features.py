@@ -1,6 +1,6 @@
-"""Item features from catalog fields: what an item is, as numbers, for the methods that read more than ratings.
+"""Item features from catalog fields and text vectors, for the methods that read more than ratings.
 
-Knows the usual field names; a catalog without them simply gives fewer blocks.
+Genres, authors and year are read from catalog fields of these names; a catalog without them gives fewer blocks.
 """
 
 from __future__ import annotations
@@ -24,30 +24,31 @@ from metarec.scorers.collaborative.text import unit_vectors
 _COMPONENTS = 128
 _NARROW = 48
 _LANDMARKS = 1000
-_GAMMA = 0.3
+# Width of the kernel that `kernel_features` approximates.
+_LANDMARK_KERNEL_GAMMA = 0.3
 _MIN_ITEMS = 5
 _TOKEN_FIELDS = ("genres", "authors")
 _YEAR = re.compile(r"-?\d{1,4}")
 
 
 def state_vectors(states: Tensor) -> Floats:
-    """Returns principal components of what a language model's states say of every item, shape (items, features).
+    """Returns principal components of the scaled states of every item, shape (items, features).
 
     Args:
-        states: Shape (items, hidden).
+        states: A language model's states, shape (items, hidden).
     """
     unit = unit_vectors(StandardScaler().fit_transform(states.cpu().numpy()).astype(np.float64))
     return principal_components(unit, _COMPONENTS)
 
 
 def unrated_features(read: Mapping[str, Floats], fields: Mapping[str, Floats]) -> Features:
-    """Returns what methods read of items where they are asked about ones that nobody rated.
+    """Returns the features of items for tasks that query unrated items.
 
-    Text and fields together, each of length one, as they are and as a Gaussian kernel sees them.
+    Text and fields are scaled to length one each; features of a Gaussian kernel over both together are added.
 
     Args:
-        read: Vectors of the items' text by who read it, each of shape (items, features).
-        fields: What `item_features` gives.
+        read: Vectors of the items' text by the name of the model that read it, each of shape (items, features).
+        fields: The blocks of `item_features`.
     """
     together = [np.concatenate(list(fields.values()), 1)] if fields else []
     unit = np.concatenate([unit_vectors(block) for block in (*read.values(), *together)], 1)
@@ -58,18 +59,18 @@ def unrated_features(read: Mapping[str, Floats], fields: Mapping[str, Floats]) -
 def kernel_features(vectors: Floats) -> Floats:
     """Returns features whose inner products are a Gaussian kernel of the items' vectors.
 
-    A linear method over them is a kernel method over the vectors: what a genre says may depend on the year.
+    A linear method over them is a kernel method over the vectors: the effect of a genre may depend on the year.
 
     Args:
         vectors: Shape (items, width).
 
     Returns:
-        Shape (items, landmarks), landmarks being items drawn by a fixed seed, a thousand at most.
+        Shape (items, landmarks); the landmarks are items drawn by a fixed seed, at most a thousand.
 
     Source: Williams and Seeger 2001, "Using the Nyström method to speed up kernel machines".
     """
     landmarks = min(_LANDMARKS, len(vectors))
-    nystroem = Nystroem(kernel="rbf", gamma=_GAMMA, n_components=landmarks, random_state=0)
+    nystroem = Nystroem(kernel="rbf", gamma=_LANDMARK_KERNEL_GAMMA, n_components=landmarks, random_state=0)
     features: Floats = nystroem.fit_transform(vectors)
     return features
 
@@ -83,8 +84,8 @@ def principal_components(features: Floats, components: int) -> Floats:
 def item_features(catalog: Catalog) -> dict[str, Floats]:
     """Returns one block of features per known field that the catalog has.
 
-    Genres and authors become indicators, for those that at least five items carry; the year becomes smooth steps
-    between the catalog's own quantiles.
+    Genres and authors become indicators, if at least five items carry them; the year becomes smooth steps between
+    quantiles of the catalog's years.
 
     Args:
         catalog: The items.
@@ -102,7 +103,7 @@ def item_features(catalog: Catalog) -> dict[str, Floats]:
 
 
 def _indicators(column: tuple[str, ...]) -> Floats:
-    """Splits at commas and bars; a column without any is split at spaces, as RecBole writes lists."""
+    """Returns a 0/1 column per token; tokens end at commas and bars, or at spaces if there are none, as in RecBole."""
     pattern = r"[,|]" if any(mark in value for value in column for mark in ",|") else r"\s"
     tokens = [{token.strip() for token in re.split(pattern, value)} - {""} for value in column]
     count = Counter(token for row in tokens for token in row)
@@ -114,7 +115,7 @@ def _indicators(column: tuple[str, ...]) -> Floats:
 
 
 def _steps(column: tuple[str, ...]) -> Floats:
-    """Ramps from -1 to 1 around seven quantiles of the year; items without a year get the median."""
+    """Returns ramps from -1 to 1 around seven quantiles of the year; items without a year get the median."""
     found = [_YEAR.search(value) for value in column]
     year = np.array([float(match.group()) if match else np.nan for match in found])
     if np.isnan(year).all():
@@ -128,13 +129,13 @@ def _steps(column: tuple[str, ...]) -> Floats:
 
 @dataclass(frozen=True)
 class Features:
-    """What is known of items beside ratings.
+    """The features of all items.
 
     Args:
         blocks: Features for the Gaussian processes, each of shape (items, width).
         text: Vectors for the ridge regression, shape (items, features).
-        unrated: Where asked items are ones that nobody rated, a vector of each item's text and fields, shape (items,
-            features): their means are predicted from these. None elsewhere.
+        unrated: A vector of each item's text and fields, shape (items, features), from which the means of unrated items
+            are predicted; None where no unrated items are queried.
     """
 
     blocks: Mapping[str, Floats]
@@ -142,6 +143,6 @@ class Features:
     unrated: Floats | None = None
 
     def smoothed(self, prior: ItemPrior, seed: int) -> ItemPrior:
-        """Returns item means shrunk towards what the features say."""
+        """Returns item means shrunk towards their prediction from the features."""
         smooth = smooth_by_text(prior, self.text, seed)
         return smooth if self.unrated is None else predict_unrated(smooth, self.unrated)

@@ -1,7 +1,7 @@
 """Collaborative filtering that folds a new user in by closed form: ALS, EASE, item-kNN and user-kNN.
 
-Each learns from the residuals of the meta-training users' ratings around the item prior, and adds to the prior what
-the support's residuals tell; without a support the score is the prior. Knows nothing of item text.
+Each is fitted to the residuals of the meta-training users' ratings from the item prior. A score is the prior plus a
+prediction from the residuals of the user's support; without a support it is the prior.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ALS:
         prior: The item prior.
         factors: Item factors, shape (items, factors).
         penalty: Ridge penalty of the user's factors.
-        user_bias_damping: Ratings that a user's level of zero counts for.
+        user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
         name: How the method is called in tables.
     """
 
@@ -50,8 +50,8 @@ class ALS:
     def _values(self, request: Request) -> ScoreArray:
         residual = centred_residuals(self.prior, request.support, self.user_bias_damping)
         rated = self.factors[request.support.items]
-        taste = np.linalg.solve(rated.T @ rated + self.penalty * np.eye(rated.shape[1]), rated.T @ residual)
-        return self.prior.values(request.candidates) + self.factors[request.candidates] @ taste
+        user_factors = np.linalg.solve(rated.T @ rated + self.penalty * np.eye(rated.shape[1]), rated.T @ residual)
+        return self.prior.values(request.candidates) + self.factors[request.candidates] @ user_factors
 
 
 def fit_als(
@@ -72,11 +72,11 @@ def fit_als(
         interactions: The dataset.
         users: The meta-training users.
         prior: The item prior, fitted on the same users.
-        factors: How many factors.
+        factors: Number of factors.
         item_penalty: Ridge penalty of items' factors.
         user_penalty: Ridge penalty of users' factors.
-        user_bias_damping: Ratings that a user's level of zero counts for.
-        sweeps: How often users and items are solved for.
+        user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
+        sweeps: Rounds of solving for users and items.
         seed: Seed of the first item factors.
 
     Source: Zhou et al. 2008, "Large-scale parallel collaborative filtering for the Netflix prize", section 3, with
@@ -109,9 +109,9 @@ class EASE:
         prior: The item prior.
         weights: Weight of the row's residual in the column's score, over kept items, shape (kept, kept).
         place: Each item's row in `weights`, -1 where it is not kept, shape (items,).
-        user_bias_damping: Ratings that a user's level of zero counts for.
+        user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
         name: How the method is called in tables.
-        bytes_per_user: Nothing is kept beyond the ratings.
+        bytes_per_user: 0, since only the ratings are kept.
     """
 
     prior: ItemPrior
@@ -148,10 +148,10 @@ def fit_ease(
         interactions: The dataset.
         users: The meta-training users.
         prior: The item prior, fitted on the same users.
-        min_ratings: Items with fewer are left to the prior.
+        min_ratings: Items with fewer are scored by the prior alone.
         max_items: At most so many items are kept, those with most ratings; memory grows with its square.
         penalty: Ridge penalty.
-        user_bias_damping: Ratings that a user's level of zero counts for.
+        user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
 
     Raises:
         DataError: No item has `min_ratings` ratings.
@@ -175,16 +175,16 @@ def fit_ease(
 
 @dataclass(frozen=True)
 class ItemKNN:
-    """A candidate's score moves with the residuals of rated items that meta-training users rated alike.
+    """Predicts a candidate's residual from those of rated items, weighted by similarity of the items' ratings.
 
     Args:
         prior: The item prior.
         ratings: Centred residuals, shape (items, users).
-        shrinkage: Common raters that a similarity of zero counts for.
-        strength: Total similarity that the prior counts for.
-        user_bias_damping: Ratings that a user's level of zero counts for.
+        shrinkage: Damping: common raters of similarity 0 that shrink a similarity to 0.
+        strength: Damping: total similarity that shrinks the score to the prior.
+        user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
         name: How the method is called in tables.
-        bytes_per_user: Nothing is kept beyond the ratings.
+        bytes_per_user: 0, since only the ratings are kept.
     """
 
     prior: ItemPrior
@@ -218,15 +218,15 @@ def fit_item_knn(
     strength: float = 1.0,
     user_bias_damping: float = 2.0,
 ) -> ItemKNN:
-    """Keeps what item similarities are computed from; every rated item is a neighbour.
+    """Prepares the ratings that item similarities are computed from; every rated item is a neighbour.
 
     Args:
         interactions: The dataset.
         users: The meta-training users.
         prior: The item prior, fitted on the same users.
-        shrinkage: Common raters that a similarity of zero counts for.
-        strength: Total similarity that the prior counts for.
-        user_bias_damping: Ratings that a user's level of zero counts for.
+        shrinkage: Damping: common raters of similarity 0 that shrink a similarity to 0.
+        strength: Damping: total similarity that shrinks the score to the prior.
+        user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
 
     Source: Koren 2010, "Factor in the neighbors", eq. 3 and 4.
     """
@@ -235,7 +235,7 @@ def fit_item_knn(
 
 
 def similarity(left: csr_array, right: csr_array, shrinkage: float) -> Floats:
-    """Cosine over the columns that both rows have, shrunk by how few those are, shape (left rows, right rows)."""
+    """Returns cosines over the columns that both rows have, shrunk by their number, shape (left rows, right rows)."""
 
     def over(rows: csr_array, entries: Floats) -> csr_array:
         return csr_array((entries, rows.indices, rows.indptr), rows.shape)
@@ -251,17 +251,17 @@ def similarity(left: csr_array, right: csr_array, shrinkage: float) -> Floats:
 
 @dataclass(frozen=True)
 class UserKNN:
-    """A candidate's score moves with its residuals from meta-training users who rate like the new one.
+    """Predicts a candidate's residual from those of meta-training users, weighted by similarity to the new user.
 
     Args:
         prior: The item prior.
         ratings: Centred residuals, shape (users, items).
-        neighbours: How many of the most similar users count.
-        shrinkage: Common items that a similarity of zero counts for.
-        strength: Total similarity that the prior counts for.
-        user_bias_damping: Ratings that a user's level of zero counts for.
+        neighbours: Number of most similar users that are used.
+        shrinkage: Damping: common items of similarity 0 that shrink a similarity to 0.
+        strength: Damping: total similarity that shrinks the score to the prior.
+        user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
         name: How the method is called in tables.
-        bytes_per_user: Nothing is kept beyond the ratings.
+        bytes_per_user: 0, since only the ratings are kept.
     """
 
     prior: ItemPrior
@@ -302,16 +302,16 @@ def fit_user_knn(
     strength: float = 1.0,
     user_bias_damping: float = 2.0,
 ) -> UserKNN:
-    """Keeps what user similarities are computed from.
+    """Prepares the ratings that user similarities are computed from.
 
     Args:
         interactions: The dataset.
         users: The meta-training users.
         prior: The item prior, fitted on the same users.
-        neighbours: How many of the most similar users count.
-        shrinkage: Common items that a similarity of zero counts for.
-        strength: Total similarity that the prior counts for.
-        user_bias_damping: Ratings that a user's level of zero counts for.
+        neighbours: Number of most similar users that are used.
+        shrinkage: Damping: common items of similarity 0 that shrink a similarity to 0.
+        strength: Damping: total similarity that shrinks the score to the prior.
+        user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
 
     Source: Herlocker et al. 1999, "An algorithmic framework for performing collaborative filtering", sections 3 to 5.
     """

@@ -1,14 +1,15 @@
-"""Gaussian process regression of a user's taste, with a covariance of items learned from the meta-training users.
+"""Gaussian process regression of a user's ratings, with a covariance of items learned from the meta-training users.
 
-A rating is the item's mean, plus the user's level, plus the user's taste for the item's features and for factors that
-are learned with their uncertainty, plus noise. A new user's taste is the posterior given the support: closed form, one
-small solve. Empirical Bayes throughout; knows nothing of where item features come from.
+A rating is the item's mean, plus the user's bias, plus the product of the user's weights with the item's features and
+with factors that are learned with their uncertainty, plus noise. A new user's weights are the posterior given the
+support, in closed form by one small linear system. All variances are learned by empirical Bayes or are settings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,9 +24,9 @@ from metarec.scorers.collaborative.features import Features
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean, smooth_by_text
 from metarec.scorers.collaborative.residuals import Floats, Residuals
 
-_LEVEL_SWEEPS = 6
-_LEVEL_STRENGTH = 3.0
-_SPREAD_STRENGTH = 5.0
+_BIAS_SWEEPS = 6
+_BIAS_DAMPING = 3.0
+_SPREAD_DAMPING = 5.0
 _FIRST_VARIANCE = 0.05
 
 
@@ -36,12 +37,13 @@ class GaussianProcess:
     Args:
         mean_rating: Global mean rating.
         scale: Standard deviation of ratings; everything else is in its units around `mean_rating`.
-        mean: What an unknown user is expected to give each item, shape (items,).
-        loadings: Each item's loadings, the last one the user's level, shape (items, loadings).
-        noise: Variance of a rating around taste: the noise itself and what is not known of the loadings, (items,).
+        mean: Expected rating of each item by an unknown user, shape (items,).
+        loadings: Each item's loadings, the last one constant for the user bias, shape (items, loadings).
+        noise: Variance of a rating around its prediction: the noise and the loadings' uncertainty, shape (items,).
         centre: The loadings of an average rating, shape (loadings,).
-        selection_effect: How far having rated an item, whatever the rating, moves taste towards it, shape (loadings,).
-        selection_damping: Ratings that no choice at all counts for.
+        selection_effect: How far having rated an item, whatever the rating, moves the user's weights towards the item's
+            loadings, shape (loadings,).
+        selection_damping: Damping: pseudo-ratings that shrink the selection effect to 0.
         name: How the method is called in tables.
     """
 
@@ -57,11 +59,11 @@ class GaussianProcess:
 
     @property
     def bytes_per_user(self) -> int:
-        """The posterior mean of the user's taste in float32."""
+        """The posterior mean of the user's weights in float32."""
         return 4 * int(self.loadings.shape[1])
 
-    def taste(self, support: Ratings) -> Floats:
-        """Returns the posterior mean of a user's weights of the loadings, shape (loadings,)."""
+    def user_weights(self, support: Ratings) -> Floats:
+        """Returns the posterior mean of a user's weights, shape (loadings,)."""
         if len(support) == 0:
             return np.zeros(self.loadings.shape[1])
         rated = self.loadings[support.items]
@@ -70,7 +72,10 @@ class GaussianProcess:
         return posterior
 
     def _conditions(self, support: Ratings) -> tuple[Floats, Floats, Floats]:
-        """Taste before any rating is looked at, what the ratings say beyond it, and the ratings' covariance."""
+        """Returns the weights' prior mean, the ratings' residuals from its prediction, and the ratings' covariance.
+
+        The prior mean depends on which items were rated, not on the ratings: that is the selection effect.
+        """
         rated, count = self.loadings[support.items], len(support)
         expected = self.selection_effect * (rated.mean(0) - self.centre) * count / (count + self.selection_damping)
         residual = self._standardize(support) - self.mean[support.items] - rated @ expected
@@ -80,7 +85,7 @@ class GaussianProcess:
         return (support.values.astype(np.float64) - self.mean_rating) / self.scale
 
     def posterior_mean(self, support: Ratings, candidates: Codes) -> Values:
-        """Predicts ratings in the units of `ItemPrior`, the user's level included.
+        """Predicts ratings in the units of `ItemPrior`, the user bias included.
 
         Args:
             support: What is known of the user; may be empty.
@@ -89,7 +94,7 @@ class GaussianProcess:
         Returns:
             Expected ratings, shape (candidates,).
         """
-        values = self.mean[candidates] + self.loadings[candidates] @ self.taste(support)
+        values = self.mean[candidates] + self.loadings[candidates] @ self.user_weights(support)
         return values.astype(np.float32)
 
     def leave_one_out(self, support: Ratings) -> Values:
@@ -105,14 +110,14 @@ class GaussianProcess:
         return predicted
 
     def with_zero_mean(self) -> GaussianProcess:
-        """Returns the same covariance around a mean of zero for every item."""
+        """Returns the process with every item's mean set to 0."""
         return replace(self, mean=np.zeros_like(self.mean))
 
     def extended(self, mean: Values) -> GaussianProcess:
-        """Returns the same process with new items of which only the expected rating is known.
+        """Returns the process with new items, whose loadings are 0.
 
         Args:
-            mean: What an unknown user is expected to give each new item, shape (new items,).
+            mean: Expected rating of each new item by an unknown user, shape (new items,).
         """
         zeros = np.zeros((len(mean), self.loadings.shape[1]))
         noise = np.full(len(mean), self.noise.max())
@@ -151,17 +156,17 @@ def fit_gp(
 
     Args:
         interactions: The dataset.
-        users: The meta-training users; nobody else's ratings are looked at.
+        users: The meta-training users; only their ratings are used.
         features: Blocks of item features, each of shape (items, width), e.g. text vectors, genres, year.
-        smooth: What shrinks item means towards what is known of the items. None regresses them on the blocks and on how
-            often an item is rated; where nobody rated what is asked about, that takes from what text says.
+        smooth: Shrinks item means towards a prediction. None predicts them from the blocks and from the number of an
+            item's ratings, which is of no use where unrated items are queried.
         factors: How many factors are learned beside the features.
-        noise: Variance of a rating around a user's taste.
-        level_variance: Variance of users' levels.
-        factor_variance: Where the variance of the loadings of each learned factor starts; it is then learned.
+        noise: Variance of a rating around its prediction.
+        level_variance: Variance of user biases.
+        factor_variance: Initial variance of the loadings of each learned factor.
         components: Wider blocks of features are reduced to so many principal components.
         sweeps: Rounds of expectation and maximization; few, for early stopping regularizes.
-        selection_effect: See `GaussianProcess`; the same for all loadings but the level.
+        selection_effect: See `GaussianProcess`; the same for all loadings but the bias.
         selection_damping: See `GaussianProcess`.
         mean_damping: Damping: pseudo-ratings that shrink an item's mean to its prediction.
         seed: Seed of the first loadings and of the folds that predict item means.
@@ -173,17 +178,13 @@ def fit_gp(
     with automatic relevance of factors), used as a Gaussian process after Rasmussen and Williams 2006, section 2.2.
     """
     baseline = fit_item_mean(interactions, users)
-
-    def by_blocks(prior: ItemPrior) -> ItemPrior:
-        log_count = np.log1p(prior.count.astype(np.float64))[:, None]
-        return smooth_by_text(prior, np.concatenate([*features.values(), log_count, log_count**2], 1), seed)
-
-    residuals, mean = _centred_means(interactions, users, baseline, smooth or by_blocks, mean_damping)
+    smooth = smooth or partial(_smooth_by_blocks, features, seed)
+    residuals, mean = _centred_means(interactions, users, baseline, smooth, mean_damping)
     count = residuals.count
     blocks = [*_feature_loadings(features, count, components), np.full((len(count), 1), np.sqrt(level_variance))]
     loadings, spread = _factor_analysis(residuals, blocks, factors, noise, factor_variance, sweeps, seed)
-    chosen = np.full(loadings.shape[1], selection_effect)
-    chosen[-1] = 0.0
+    effects = np.full(loadings.shape[1], selection_effect)
+    effects[-1] = 0.0
     return GaussianProcess(
         mean_rating=baseline.mean,
         scale=baseline.scale,
@@ -191,9 +192,15 @@ def fit_gp(
         loadings=loadings,
         noise=noise + spread,
         centre=count @ loadings / count.sum(),
-        selection_effect=chosen,
+        selection_effect=effects,
         selection_damping=selection_damping,
     )
+
+
+def _smooth_by_blocks(features: Mapping[str, Floats], seed: int, prior: ItemPrior) -> ItemPrior:
+    """Returns item means shrunk towards a regression on the blocks and on the number of an item's ratings."""
+    log_count = np.log1p(prior.count.astype(np.float64))[:, None]
+    return smooth_by_text(prior, np.concatenate([*features.values(), log_count, log_count**2], 1), seed)
 
 
 def _centred_means(
@@ -203,22 +210,23 @@ def _centred_means(
     smooth: Callable[[ItemPrior], ItemPrior],
     strength: float,
 ) -> tuple[Residuals, Floats]:
-    """Returns what users say beyond their own level and the item's mean without them, and the item means.
+    """Returns residuals of ratings from user bias and item mean, each without that rating, and the item means.
 
-    Who rates generously, or little apart, would otherwise move the means of the items that happen to be theirs.
+    Ratings are scaled by each user's damped spread first. Without this and the biases, the mean of an item would depend
+    on whether generous or strict users happened to rate it.
     """
     kept = np.isin(interactions.user, users)
     user = np.searchsorted(np.sort(users), interactions.user[kept])
     item = interactions.item[kept]
     rating = baseline.standardize(interactions.rating[kept]).astype(np.float64)
     count, length = np.bincount(item, minlength=len(baseline.count)), np.bincount(user, minlength=len(users))
-    level = np.zeros(len(users))
-    for _ in range(_LEVEL_SWEEPS):
-        means = np.bincount(item, rating - level[user], len(count)) / (count + strength)
-        level = np.bincount(user, rating - means[item], len(users)) / (length + _LEVEL_STRENGTH)
-    centred = rating - level[user]
+    bias = np.zeros(len(users))
+    for _ in range(_BIAS_SWEEPS):
+        means = np.bincount(item, rating - bias[user], len(count)) / (count + strength)
+        bias = np.bincount(user, rating - means[item], len(users)) / (length + _BIAS_DAMPING)
+    centred = rating - bias[user]
     squares = np.bincount(user, centred**2, len(users))
-    centred /= np.sqrt((squares + _SPREAD_STRENGTH) / (length + _SPREAD_STRENGTH))[user]
+    centred /= np.sqrt((squares + _SPREAD_DAMPING) / (length + _SPREAD_DAMPING))[user]
     total = np.bincount(item, centred, len(count)).astype(np.float32)
     prior = smooth(replace(baseline, total=total, strength=strength))
     without = (total[item] - centred + strength * prior.centre[item]) / (count[item] - 1 + strength)
@@ -227,7 +235,7 @@ def _centred_means(
 
 
 def _feature_loadings(features: Mapping[str, Floats], count: Codes, components: int) -> list[Floats]:
-    """Returns every block at `_FIRST_VARIANCE`, and how much an item is rated at all as one more."""
+    """Returns every block scaled to `_FIRST_VARIANCE`, and the log number of an item's ratings as one more block."""
     blocks = []
     for block in (*features.values(), np.log1p(count)[:, None] - np.log1p(count).mean()):
         narrow = np.asarray(block, np.float64)
@@ -247,9 +255,9 @@ def _factor_analysis(
     sweeps: int,
     seed: int,
 ) -> tuple[Floats, Floats]:
-    """Learns loadings beside blocks of given ones; users' weights of all are standard normal.
+    """Learns loadings beside blocks of given ones; the users' weights are standard normal.
 
-    Of a given block only the scale is learned; the last block, the user's level, keeps its own.
+    Of a given block only the scale is learned; the last block, the user bias, keeps its scale.
 
     Returns:
         All loadings, the learned ones first, and the trace of the learned ones' covariance, shape (items,).
@@ -267,7 +275,7 @@ def _factor_analysis(
     for _ in range(sweeps):
         loadings = np.concatenate([learned, fixed], 1)
         width = loadings.shape[1]
-        # Users: the posterior of their weights, given loadings that are themselves uncertain.
+        # Users: the posterior of their weights, given the loadings and their uncertainty.
         precision = np.broadcast_to(np.eye(width), (users, width, width)).copy()
         for user, (start, end) in enumerate(zip(ratings.indptr[:-1], ratings.indptr[1:], strict=True)):
             theirs = loadings[ratings.indices[start:end]]
@@ -285,7 +293,7 @@ def _factor_analysis(
         learned = np.einsum("iab,ib->ia", covariance, left / noise)
         spread = np.diagonal(covariance, axis1=1, axis2=2)
         variances = (learned[known] ** 2 + spread[known]).mean(0)
-        # Blocks: the variance of users' weights, which are standard normal again once it is in the loadings.
+        # Blocks: their loadings take the variance of users' weights, which are standard normal again.
         squares = (np.diagonal(posterior, axis1=1, axis2=2) + weights**2).mean(0)[factors:]
         for start, end in pairwise(bounds[:-1].tolist()):
             fixed[:, start:end] *= np.sqrt(squares[start:end].mean())
@@ -301,7 +309,7 @@ def _inverse(matrices: Floats) -> Floats:
 def fit_process(
     interactions: Interactions, users: Codes, features: Features, *, seed: int, **options: Any
 ) -> GaussianProcess:
-    """Fits a Gaussian process on features, for the items that are asked about; `options` are `fit_gp`'s."""
+    """Fits a Gaussian process on features; `options` are `fit_gp`'s."""
     if features.unrated is not None:
         options = {"smooth": lambda prior: features.smoothed(prior, seed), **options}
     return fit_gp(interactions, users, features.blocks, seed=seed, **options)

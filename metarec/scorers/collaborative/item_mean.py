@@ -1,8 +1,8 @@
-"""What is known of an item before anything is known of the user.
+"""Item means: a prediction of an item's rating that does not depend on the user.
 
-The shrunk mean of the meta-training users' ratings is a strong predictor that item text alone does not reach, so it
-enters the score as an input. Where an item has few ratings or none, the mean is shrunk towards a prediction from its
-text. Knows nothing of test users; and for a meta-training user, leaves that user's own rating out.
+The shrunk mean of the meta-training users' ratings predicts better than item text alone, so it enters the score as an
+input. The mean of an item with few ratings or none is shrunk towards a prediction from its text. Only ratings of
+meta-training users are used; the item mean for such a user leaves out that user's own rating.
 
 Source: empirical Bayes shrinkage, Efron and Morris 1975; variances by the method of moments.
 """
@@ -22,10 +22,12 @@ from metarec.errors import DataError
 
 _RIDGE_PENALTIES = np.logspace(2, 6, 9)
 _FOLDS = 5
-# Chosen on splits that no table reports; `features.kernel_features` has another, for a thousand landmarks see less.
-_GAMMA = 0.4
-# Of what items differ by, how much text does not tell, for every part that it tells.
-_UNTOLD = 0.5
+# Width of the kernel in `predict_unrated`, tuned on splits that no table reports. The kernel of `features` has another
+# width, since it is approximated by a thousand landmarks.
+_UNRATED_MEAN_GAMMA = 0.4
+# Variance of item means that text does not explain, relative to the variance that it explains.
+_UNEXPLAINED_VARIANCE = 0.5
+# `predict_unrated` fits the items with most ratings, at most so many.
 _MOST_RATED = 12_000
 
 
@@ -39,8 +41,8 @@ class ItemPrior:
         total: Sum of each item's standardized ratings, shape (items,).
         count: Number of each item's ratings, shape (items,).
         centre: What each item's mean is shrunk towards, standardized, shape (items,).
-        strength: How many ratings the centre counts for.
-        silent: Whether every item's prior is zero instead.
+        strength: Damping: pseudo-ratings that shrink a mean to its centre.
+        zero_mean: Whether every item's prior is 0 instead.
     """
 
     mean: float
@@ -49,31 +51,31 @@ class ItemPrior:
     count: Values
     centre: Values
     strength: float
-    silent: bool = False
+    zero_mean: bool = False
 
     def without_text(self) -> ItemPrior:
-        """Returns the same means shrunk towards the global mean: the baseline."""
-        return replace(self, centre=np.zeros_like(self.centre), silent=False)
+        """Returns the means shrunk towards the global mean: the baseline."""
+        return replace(self, centre=np.zeros_like(self.centre), zero_mean=False)
 
     def with_zero_mean(self) -> ItemPrior:
-        """Returns the same scale with a prior of zero for every item; `without_text` still gives the means."""
-        return replace(self, silent=True)
+        """Returns the same scale with a prior of 0 for every item; `without_text` still gives the means."""
+        return replace(self, zero_mean=True)
 
     def standardize(self, ratings: Values) -> Values:
         """Returns ratings in the prior's units."""
         return ((ratings - self.mean) / self.scale).astype(np.float32)
 
     def values(self, items: Codes) -> Values:
-        """Returns the prior of some items for a user it has not seen, shape (items,)."""
+        """Returns the prior of some items for a user whose ratings are not in it, shape (items,)."""
         return self._shrunk(items, self.total[items], self.count[items])
 
     def values_without(self, own: Ratings) -> Values:
-        """Returns the prior of items as it were had the user who gave these ratings not been seen."""
+        """Returns the prior of rated items, fitted without these ratings, shape (ratings,)."""
         return self._shrunk(own.items, self.total[own.items] - self.standardize(own.values), self.count[own.items] - 1)
 
     def _shrunk(self, items: Codes, total: Values, count: Values) -> Values:
         shrunk: Values = (total + self.strength * self.centre[items]) / (count + self.strength)
-        return np.zeros(len(items), np.float32) if self.silent else shrunk.astype(np.float32)
+        return np.zeros(len(items), np.float32) if self.zero_mean else shrunk.astype(np.float32)
 
 
 def fit_item_mean(interactions: Interactions, users: Codes) -> ItemPrior:
@@ -81,7 +83,7 @@ def fit_item_mean(interactions: Interactions, users: Codes) -> ItemPrior:
 
     Args:
         interactions: The dataset.
-        users: The meta-training users; nobody else's ratings are looked at.
+        users: The meta-training users; only their ratings are used.
 
     Raises:
         DataError: The users have no ratings, or all the same one.
@@ -107,7 +109,7 @@ def fit_item_mean(interactions: Interactions, users: Codes) -> ItemPrior:
 
 
 def _strength(ratings: np.ndarray, items: np.ndarray, count: np.ndarray, centre: np.ndarray) -> float:
-    """Ratio of the variance within items to the variance of true item means around their centres."""
+    """Returns the ratio of the variance within items to the variance of true item means around their centres."""
     rated = count >= 2
     mean = np.divide(
         np.bincount(items, ratings, minlength=len(count)), count, where=count > 0, out=np.zeros_like(count)
@@ -145,10 +147,10 @@ def smooth_by_text(prior: ItemPrior, states: np.ndarray, seed: int) -> ItemPrior
 
 
 def predict_unrated(prior: ItemPrior, vectors: np.ndarray) -> ItemPrior:
-    """Predicts the means of items that nobody rated by Gaussian process regression, and leaves those of the others.
+    """Predicts the means of unrated items by Gaussian process regression; those of rated items do not change.
 
-    What text says of an item is a function whose covariance is a Gaussian kernel's; around it lies what text does not
-    say, and around that an item's ratings, whose noise the prior's `strength` is the measure of.
+    An item's mean is a function of its vector with a Gaussian kernel, plus independent variance that the vector does
+    not explain. The noise of a rating is the prior's `strength`, relative to the variance of the function.
 
     Args:
         prior: The fitted item means.
@@ -163,7 +165,7 @@ def predict_unrated(prior: ItemPrior, vectors: np.ndarray) -> ItemPrior:
     count = torch.from_numpy(prior.count[rated])
     read = torch.from_numpy(np.asarray(vectors, np.float32))
     known = read[rated]
-    covariance = _gaussian_kernel(known, known) + torch.diag(_UNTOLD + prior.strength / count)
+    covariance = _gaussian_kernel(known, known) + torch.diag(_UNEXPLAINED_VARIANCE + prior.strength / count)
     means = torch.from_numpy(prior.total[rated]) / count
     ones = torch.ones_like(means)
     factor = torch.linalg.cholesky(covariance)
@@ -175,15 +177,16 @@ def predict_unrated(prior: ItemPrior, vectors: np.ndarray) -> ItemPrior:
 
 
 def _gaussian_kernel(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Returns the kernel of all pairs, shape (rows of one, rows of other)."""
     squares = one.square().sum(1)[:, None] + other.square().sum(1) - 2 * one @ other.T
-    return torch.exp(-_GAMMA * squares.clamp(min=0))
+    return torch.exp(-_UNRATED_MEAN_GAMMA * squares.clamp(min=0))
 
 
 def extend_by_text(prior: ItemPrior, states: np.ndarray, new: np.ndarray) -> ItemPrior:
-    """Adds items that nobody has rated: their prior is what `smooth_by_text` says of such items.
+    """Adds unrated items; their prior is the prediction of `smooth_by_text`.
 
     Args:
-        prior: The prior of the items it was fitted on; their values stay as they are.
+        prior: The prior of the items it was fitted on; their values do not change.
         states: A vector of each of those items' text, shape (items, features).
         new: A vector of each new item's text, shape (new items, features).
     """
@@ -201,12 +204,14 @@ def extend_by_text(prior: ItemPrior, states: np.ndarray, new: np.ndarray) -> Ite
 
 
 def _rated_means(prior: ItemPrior) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the rated items, their means shrunk to the global mean, and the regression weights of these."""
     rated = np.flatnonzero(prior.count > 0)
     shrunk = prior.total[rated] / (prior.count[rated] + prior.strength)
     return rated, shrunk, np.sqrt(prior.count[rated] / (prior.count[rated] + prior.strength))
 
 
 def _text_regression(prior: ItemPrior, states: np.ndarray) -> tuple[StandardScaler, Ridge]:
+    """Fits a ridge regression of item means on scaled text vectors."""
     rated, shrunk, weight = _rated_means(prior)
     scaler = StandardScaler().fit(states)
     features = scaler.transform(states[rated])

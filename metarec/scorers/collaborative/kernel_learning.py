@@ -1,18 +1,15 @@
-"""Meta-learning the kernel of a Gaussian process: moved to where new users' rankings become better.
+"""Meta-learning of a Gaussian process's kernel, by the ranking loss of users that the process was not fitted on.
 
-Expectation maximization explains ratings; what is wanted are rankings by people whom the process has never seen. So an
-outer loop moves means, loadings and noise against the ranking loss of episodes, through the posterior given the
-support, which is the inner loop in closed form. Every user is scored by a process that was fitted without them, all
-processes moved by the same displacement: what is learned is what helps new users, not what these users said.
-
-Knows nothing of language models, nor of where the processes come from.
+Expectation maximization fits the ratings of known users; the goal is to rank items for new ones. An outer loop
+therefore changes means, loadings and noise by gradient steps on the ranking loss of episodes. The inner loop is the
+posterior given the support, in closed form. Every user is scored by a process that was fitted without them, and all
+processes get the same update, so that it fits new users and not the ratings of these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +17,12 @@ from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
 from metarec.config import KernelConfig
-from metarec.data.episodes import training_batch
+from metarec.data.episodes import Episode, training_batch
 from metarec.data.interactions import Codes, Interactions
 from metarec.meta.losses import pairwise_logistic
 from metarec.scorers.collaborative.gp import GaussianProcess
 from metarec.scorers.collaborative.residuals import Floats
+from metarec.tensors import pad_rows
 
 _SHOTS = (0, 2, 5, 10, 20)
 _MAX_QUERY, _MIN_QUERY = 40, 6
@@ -32,13 +30,13 @@ _MAX_QUERY, _MIN_QUERY = 40, 6
 
 @dataclass(frozen=True)
 class KernelUpdate:
-    """How far a process is moved.
+    """What is added to the parameters of a process.
 
     Args:
         mean: Added to the items' means, shape (items,).
         loadings: Added to their loadings, shape (items, loadings).
         log_noise: Added to the logarithm of their noise, shape (items,).
-        selection_effect: Added to what having rated an item says, shape (loadings,).
+        selection_effect: Added to the selection effect, shape (loadings,).
     """
 
     mean: Floats
@@ -47,7 +45,7 @@ class KernelUpdate:
     selection_effect: Floats
 
     def apply(self, process: GaussianProcess) -> GaussianProcess:
-        """Returns the process, moved."""
+        """Returns the process with the update added."""
         return replace(
             process,
             mean=process.mean + self.mean,
@@ -58,119 +56,147 @@ class KernelUpdate:
 
 
 def aligned(process: GaussianProcess, onto: GaussianProcess, factors: int) -> GaussianProcess:
-    """Turns a process's learned factors to where another's are; its kernel, and so every score, stays what it was.
+    """Rotates a process's learned factors towards another's; its kernel, and so every score, stays the same.
 
     Args:
-        process: The process to turn.
+        process: The process to rotate.
         onto: A process with the same features, fitted on other users.
-        factors: How many loadings, the first ones, are learned factors, whose order and sign mean nothing.
+        factors: How many loadings, the first ones, are learned factors, whose order and sign are arbitrary.
 
     Source: Schönemann 1966, "A generalized solution of the orthogonal Procrustes problem".
     """
-    turn, _ = orthogonal_procrustes(process.loadings[:, :factors], onto.loadings[:, :factors])
+    rotation, _ = orthogonal_procrustes(process.loadings[:, :factors], onto.loadings[:, :factors])
 
-    def turned(loadings: Floats) -> Floats:
-        return np.concatenate([loadings[..., :factors] @ turn, loadings[..., factors:]], -1)
+    def rotated(loadings: Floats) -> Floats:
+        return np.concatenate([loadings[..., :factors] @ rotation, loadings[..., factors:]], -1)
 
-    return replace(process, loadings=turned(process.loadings), centre=turned(process.centre))
+    return replace(process, loadings=rotated(process.loadings), centre=rotated(process.centre))
 
 
-def step_schedule(out_of_fold: Sequence[Codes], settings: KernelConfig) -> dict[str, Any]:
-    """Returns how many users a step takes, how many steps, and at what rate, for `learn_kernel_update`.
+@dataclass(frozen=True)
+class StepSchedule:
+    """How an update is learned by gradient steps.
 
-    A quarter of the users that a process has not seen, within bounds. With more users a gradient says more, so steps
-    become smaller and more numerous by the square root, and the way they go, which early stopping limits, is as long.
+    Args:
+        users: Users per step.
+        steps: Steps of Adam, the rate decaying to zero along a cosine; few, for early stopping regularizes.
+        lr: Rate; `selection_effect`, whose numbers are a hundred times larger, gets ten times it.
+    """
+
+    users: int
+    steps: int
+    lr: float
+
+
+def step_schedule(out_of_fold: Sequence[Codes], settings: KernelConfig) -> StepSchedule:
+    """Returns how many users a step takes, how many steps there are, and their rate.
+
+    A step takes a quarter of the smallest fold's users, between the limits of the settings. With more users a gradient
+    is less noisy: steps become more numerous by the square root of the number and smaller by the same factor, so that
+    the total length of all steps, which early stopping limits, stays the same.
 
     Args:
         out_of_fold: As in `learn_kernel_update`.
-        settings: Bounds, and steps and rate at the lower one.
+        settings: The limits, and steps and rate at the lower one.
     """
     users = int(np.clip(min(len(some) for some in out_of_fold) // 4, settings.min_users, settings.max_users))
     more = float(np.sqrt(users / settings.min_users))
-    return {"users": users, "steps": round(settings.steps * more), "lr": settings.lr / more}
+    return StepSchedule(users, steps=round(settings.steps * more), lr=settings.lr / more)
 
 
 def learn_kernel_update(
     interactions: Interactions,
     processes: Sequence[GaussianProcess],
     out_of_fold: Sequence[Codes],
+    schedule: StepSchedule,
     *,
     threshold: float,
-    steps: int,
-    lr: float,
-    users: int,
     sharpness: float = 2.0,
     seed: int = 0,
 ) -> KernelUpdate:
-    """Learns one displacement for several processes, from the users that each of them has not seen.
+    """Learns one update for several processes, each from meta-training users that it was not fitted on.
 
     Args:
         interactions: The dataset.
         processes: Aligned processes.
-        out_of_fold: For every process, meta-training users whom it has not seen; they take turns.
+        out_of_fold: For every process, the meta-training users that it was not fitted on; the processes take turns.
+        schedule: Users, number and rate of the steps.
         threshold: Ratings from here on are likes.
-        steps: Steps of Adam, the rate decaying to zero along a cosine; few, for early stopping regularizes.
-        lr: Rate; for `selection_effect`, whose numbers are a hundred times larger, ten times it.
-        users: Users per step.
         sharpness: Factor on differences of scores in the loss.
         seed: Seed of the episodes.
 
     Returns:
-        The displacement; nothing moves where nobody has enough ratings for an episode.
+        The update; zero where no user has enough ratings for an episode.
 
-    Source: the kernel is shared and the posterior is the adaptation as in Patacchiola et al. 2020, "Bayesian
-    meta-learning for the few-shot setting via deep kernels", but the outer loss is a ranking's, on a query.
+    Source: as in Patacchiola et al. 2020, "Bayesian meta-learning for the few-shot setting via deep kernels", the
+    kernel is shared and the posterior is the adaptation; here the outer loss is a ranking loss on a query.
     """
-    first = processes[0]
-    start = {
-        name: torch.zeros(getattr(first, name).shape) for name in ("mean", "loadings", "noise", "selection_effect")
-    }
-    moved = {name: value.requires_grad_() for name, value in start.items()}
+    moved = _zero_update(processes[0])
     optimizer = torch.optim.Adam(
-        [{"params": [value], "lr": 10 * lr if name == "selection_effect" else lr} for name, value in moved.items()]
+        [
+            {"params": [value], "lr": 10 * schedule.lr if name == "selection_effect" else schedule.lr}
+            for name, value in moved.items()
+        ]
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(schedule.steps, 1))
     fixed = [_tensors(process) for process in processes]
     longest = min(int(interactions.items_of_user[some].max(initial=0)) for some in out_of_fold)
     shots = [count for count in _SHOTS if count + _MIN_QUERY <= longest]
-    for step in range(steps if shots else 0):
+    for step in range(schedule.steps if shots else 0):
         turn = step % len(processes)
-        batch = training_batch(
+        episodes = training_batch(
             interactions,
             out_of_fold[turn],
-            batch_users=users,
+            batch_users=schedule.users,
             shots=shots,
             max_query=_MAX_QUERY,
             min_query=_MIN_QUERY,
             seed=seed,
             step=step,
         )
-        support = np.stack([episode.support.items for episode in batch])
-        rating = np.stack([episode.support.values for episode in batch])
-        rating = (rating - processes[turn].mean_rating) / processes[turn].scale
-        query = np.zeros((len(batch), _MAX_QUERY), np.int64)
-        liked, real = np.zeros(query.shape, bool), np.zeros(query.shape, bool)
-        for row, held_out in enumerate(episode.query for episode in batch):
-            query[row, : len(held_out)], liked[row, : len(held_out)] = held_out.items, held_out.likes(threshold)
-            real[row, : len(held_out)] = True
-        scores = _scores(
-            fixed[turn],
-            moved,
-            torch.from_numpy(support),
-            torch.from_numpy(rating).float(),
-            torch.from_numpy(query),
-            processes[turn].selection_damping,
-        )
-        loss = pairwise_logistic(scores, torch.from_numpy(liked), torch.from_numpy(real), sharpness).mean()
+        loss = _query_loss(processes[turn], fixed[turn], moved, episodes, threshold, sharpness)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
+        decay.step()
     learned = {name: value.detach().numpy().astype(np.float64) for name, value in moved.items()}
     return KernelUpdate(learned["mean"], learned["loadings"], learned["noise"], learned["selection_effect"])
 
 
+def _zero_update(process: GaussianProcess) -> dict[str, Tensor]:
+    """Returns the tensors that are learned, all zero and with gradients."""
+    names = ("mean", "loadings", "noise", "selection_effect")
+    return {name: torch.zeros(getattr(process, name).shape, requires_grad=True) for name in names}
+
+
+def _query_loss(
+    process: GaussianProcess,
+    fixed: Mapping[str, Tensor],
+    moved: Mapping[str, Tensor],
+    episodes: Sequence[Episode],
+    threshold: float,
+    sharpness: float,
+) -> Tensor:
+    """Returns the mean ranking loss of some episodes, whose supports are of one length."""
+    support = np.stack([episode.support.items for episode in episodes])
+    rating = np.stack([episode.support.values for episode in episodes])
+    rating = (rating - process.mean_rating) / process.scale
+    queries = [episode.query for episode in episodes]
+    scores = _scores(
+        fixed,
+        moved,
+        torch.from_numpy(support),
+        torch.from_numpy(rating).float(),
+        pad_rows([query.items for query in queries], np.int64, _MAX_QUERY),
+        process.selection_damping,
+    )
+    liked = pad_rows([query.likes(threshold) for query in queries], bool, _MAX_QUERY)
+    real = pad_rows([np.ones(len(query), bool) for query in queries], bool, _MAX_QUERY)
+    return pairwise_logistic(scores, liked, real, sharpness).mean()
+
+
 def _tensors(process: GaussianProcess) -> dict[str, Tensor]:
+    """Returns a process's parameters as tensors, noise as its logarithm."""
     columns = {
         "mean": process.mean,
         "loadings": process.loadings,
@@ -189,11 +215,11 @@ def _scores(
     query: Tensor,
     selection_damping: float,
 ) -> Tensor:
-    """`GaussianProcess.posterior_mean` of several users at once, as a function of how far the process is moved.
+    """Returns `GaussianProcess.posterior_mean` of several users, differentiable in the update.
 
     Args:
-        process: The process's numbers, noise as its logarithm.
-        moved: What is added to them.
+        process: The process's parameters, noise as its logarithm.
+        moved: The update, added to them.
         support: Item codes, shape (users, K).
         rating: Standardized ratings, shape (users, K).
         query: Item codes, shape (users, candidates).
@@ -211,8 +237,8 @@ def _scores(
     expected = selection_effect * (rated.mean(1) - process["centre"]) * count / (count + selection_damping)
     residual = rating - of("mean", support) - _times(rated, expected)
     covariance = rated @ rated.mT + torch.diag_embed(of("noise", support).exp())
-    taste = expected + _times(rated.mT, torch.linalg.solve(covariance, residual.unsqueeze(-1)).squeeze(-1))
-    return mean + _times(of("loadings", query), taste)
+    weights = expected + _times(rated.mT, torch.linalg.solve(covariance, residual.unsqueeze(-1)).squeeze(-1))
+    return mean + _times(of("loadings", query), weights)
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

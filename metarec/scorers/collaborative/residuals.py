@@ -1,7 +1,4 @@
-"""What ratings say beyond the item prior: the common ground of the methods that fold a user in.
-
-Knows nothing of how a method turns residuals into scores.
-"""
+"""Residuals of ratings from the item prior, which the fold-in methods are fitted to."""
 
 from __future__ import annotations
 
@@ -33,28 +30,28 @@ class Residuals:
     value: Floats
     shape: tuple[int, int]
 
-    def centred(self, strength: float) -> Residuals:
-        """Returns the residuals around each user's own level, see `level`."""
+    def centred(self, damping: float) -> Residuals:
+        """Returns the residuals around each user's bias, see `user_bias`."""
         count = np.bincount(self.user, minlength=self.shape[0])
-        levels = np.bincount(self.user, self.value, self.shape[0]) / (count + strength)
-        return Residuals(self.user, self.item, self.value - levels[self.user], self.shape)
+        bias = np.bincount(self.user, self.value, self.shape[0]) / (count + damping)
+        return Residuals(self.user, self.item, self.value - bias[self.user], self.shape)
 
     @property
     def count(self) -> Codes:
-        """How many residuals each item has, shape (items,)."""
+        """Number of residuals of each item, shape (items,)."""
         return np.bincount(self.item, minlength=self.shape[1]).astype(np.int64)
 
     def matrix(self) -> csr_array:
-        """Returns them as a sparse matrix, shape (users, items)."""
+        """Returns the residuals as a sparse matrix, shape (users, items)."""
         return csr_array((self.value, (self.user, self.item)), self.shape)
 
 
 def training_residuals(interactions: Interactions, users: Codes, prior: ItemPrior) -> Residuals:
-    """Returns the residuals of the meta-training users, each against the prior without that very rating.
+    """Returns the residuals of the meta-training users, each from the prior without that rating.
 
     Args:
         interactions: The dataset.
-        users: The meta-training users that `prior` was fitted on; nobody else's ratings are looked at.
+        users: The meta-training users that `prior` was fitted on; only their ratings are used.
         prior: The item prior.
     """
     kept = np.isin(interactions.user, users)
@@ -69,12 +66,12 @@ def support_residuals(prior: ItemPrior, support: Ratings) -> Floats:
     return prior.standardize(support.values).astype(np.float64) - prior.values(support.items)
 
 
-def level(residuals: Floats, strength: float) -> float:
-    """Returns a user's own level: the mean residual, shrunk as if `strength` more had been zero."""
-    return float(residuals.sum() / (len(residuals) + strength)) if len(residuals) else 0.0
+def user_bias(residuals: Floats, damping: float) -> float:
+    """Returns a user's bias: the mean residual, shrunk as if there were `damping` more residuals of 0."""
+    return float(residuals.sum() / (len(residuals) + damping)) if len(residuals) else 0.0
 
 
-def centred_residuals(prior: ItemPrior, support: Ratings, strength: float) -> Floats:
-    """Returns a new user's residuals around their own level, see `level`."""
+def centred_residuals(prior: ItemPrior, support: Ratings, damping: float) -> Floats:
+    """Returns a new user's residuals around the user's bias, see `user_bias`."""
     residuals = support_residuals(prior, support)
-    return residuals - level(residuals, strength)
+    return residuals - user_bias(residuals, damping)

@@ -1,10 +1,9 @@
-"""Several methods' opinions as one: a weighted sum, its weights learned on users whom none of the methods has seen.
+"""A stack of collaborative predictors: a weighted sum, its weights learned on users that no predictor was fitted on.
 
-A Gaussian process with a meta-learned kernel, one over hardly any factors and a ridge regression on text err in
-different ways. What each adds to the item prior enters with a weight that depends on how many ratings there are. None
-keeps anybody's ratings.
-Cross-fitting gives every meta-training user what they would get as a new one: for the weights, and for the outer loop.
-Knows nothing of language models; text is vectors.
+The members are a Gaussian process with a meta-learned kernel, one with a single factor, and a ridge regression on text
+vectors; their errors differ. The weight of a member's difference to the item prior depends on the number of ratings in
+the support. Each meta-training user is also predicted out of fold, by members that were fitted without that user, as a
+new user would be: the weights and the outer loop are learned from these predictions.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ class Stacked:
     """The item prior plus a weighted sum of what the members add to it.
 
     Args:
-        prior: The item prior that the members' scores are taken around.
-        members: The methods; the first is a Gaussian process. Their scores are in the prior's units.
-        shots: Numbers of ratings that weights were learned for, ascending; between them weights are interpolated.
+        prior: The item prior that the members' scores are compared with.
+        members: The predictors; the first is a Gaussian process. Their scores are in the prior's units.
+        shots: Support sizes that weights were learned for, ascending; between them weights are interpolated.
         weights: Shape (shots, members).
         name: How the method is called in tables.
     """
@@ -53,7 +52,7 @@ class Stacked:
 
     @property
     def bytes_per_user(self) -> int:
-        """What all members keep."""
+        """The sum over all members."""
         return sum(member.bytes_per_user for member in self.members)
 
     def posterior_mean(self, support: Ratings, candidates: Codes) -> Values:
@@ -67,16 +66,17 @@ class Stacked:
             Expected ratings, shape (candidates,).
         """
         base = self.prior.values(candidates)
-        asked = [Request("", support, candidates)]
+        requests = [Request("", support, candidates)]
         total = base.astype(np.float64)
         for weight, member in zip(self._weights(len(support)), self.members, strict=True):
-            total += weight * (member.score(asked)[0].numpy() - base)
+            total += weight * (member.score(requests)[0].numpy() - base)
         return total.astype(np.float32)
 
     def leave_one_out(self, support: Ratings) -> Values:
         """Predicts each rating of a support from the others, in the units of `ItemPrior`, shape (ratings,).
 
-        By the Gaussian processes alone, with the weights of all: only theirs has a closed form.
+        Only the Gaussian processes take part, with their weights: the other members have no such prediction in closed
+        form.
         """
         base = self.prior.values(support.items)
         total = base.astype(np.float64)
@@ -86,20 +86,21 @@ class Stacked:
         return total.astype(np.float32)
 
     def _weights(self, ratings: int) -> Floats:
+        """Interpolates every member's weight along the logarithm of the number of ratings, shape (members,)."""
         at = np.log1p(np.asarray(self.shots, np.float64))
         return np.array([np.interp(np.log1p(ratings), at, column) for column in self.weights.T])
 
     def with_zero_mean(self) -> Stacked:
-        """Returns the same methods around a mean of zero for every item."""
-        silent = self.prior.with_zero_mean()
+        """Returns the stack with every item's mean set to 0."""
+        prior = self.prior.with_zero_mean()
         members = tuple(
-            member.with_zero_mean() if isinstance(member, GaussianProcess) else replace(member, prior=silent)
+            member.with_zero_mean() if isinstance(member, GaussianProcess) else replace(member, prior=prior)
             for member in self.members
         )
-        return replace(self, prior=silent, members=members)
+        return replace(self, prior=prior, members=members)
 
     def extended(self, prior: ItemPrior) -> Stacked:
-        """Returns the same methods with new items of which only the prior is known.
+        """Returns the stack with new items, whose predictions equal their prior.
 
         Args:
             prior: The prior of all items, the new ones last.
@@ -109,20 +110,20 @@ class Stacked:
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
         return score_each(
-            requests, len(self.prior.count), lambda asked: self.posterior_mean(asked.support, asked.candidates)
+            requests, len(self.prior.count), lambda request: self.posterior_mean(request.support, request.candidates)
         )
 
 
 def _extended(member: Member, prior: ItemPrior) -> Member:
-    """Gives a method items that nobody rated: it adds nothing to their prior."""
+    """Returns a member with new items, for which it predicts their prior."""
     if isinstance(member, GaussianProcess):
         return member.extended(prior.values(np.arange(len(member.mean), len(prior.count))))
-    silent = np.zeros((len(prior.count) - len(member.vectors), member.vectors.shape[1]))
-    return replace(member, prior=prior, vectors=np.concatenate([member.vectors, silent]))
+    zeros = np.zeros((len(prior.count) - len(member.vectors), member.vectors.shape[1]))
+    return replace(member, prior=prior, vectors=np.concatenate([member.vectors, zeros]))
 
 
 def item_mean_alone(prior: ItemPrior) -> Stacked:
-    """Returns what says of every item what the prior says."""
+    """Returns a stack without members, which equals the item prior."""
     return Stacked(prior, (), (0,), np.ones((1, 0)))
 
 
@@ -136,7 +137,7 @@ def fit_members(
 ) -> tuple[Member, ...]:
     """Fits the predictors that the settings name, a Gaussian process first.
 
-    Where items are unrated there is no second process: learned factors do not reach such items.
+    Where unrated items are queried there is no second process: its learned factor is 0 for such items.
     """
     if settings.members == "none":
         return ()
@@ -154,12 +155,12 @@ def fit_members(
 
 @dataclass(frozen=True)
 class Fold:
-    """What was fitted without some of the meta-training users, and without some of the items.
+    """Fits without one fold of the meta-training users, and without some of the items.
 
     Args:
         prior: The item prior.
         stack: The collaborative predictors.
-        hidden: Items whose ratings nothing here has seen, shape (items,); none where no item is cold.
+        hidden: Items whose ratings were left out too, shape (items,); none where no unrated items are queried.
     """
 
     prior: ItemPrior
@@ -169,7 +170,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """Fits that each have not seen a fold of the meta-training users: what those users look like when new.
+    """Fits without each fold of the meta-training users, which predict these users as new ones.
 
     Args:
         folds: The fits.
@@ -180,23 +181,23 @@ class OutOfFold:
     fold: Mapping[str, int]
 
     def without(self, user: str) -> Fold:
-        """Returns the fit that has not seen a user."""
+        """Returns the fit without a user's fold."""
         return self.folds[self.fold[user]]
 
     def with_zero_mean(self) -> OutOfFold:
-        """Returns the same fits around a mean of zero for every item."""
-        silent = (Fold(fold.prior.with_zero_mean(), fold.stack.with_zero_mean(), fold.hidden) for fold in self.folds)
-        return replace(self, folds=tuple(silent))
+        """Returns the fits with every item's mean set to 0."""
+        folds = (Fold(fold.prior.with_zero_mean(), fold.stack.with_zero_mean(), fold.hidden) for fold in self.folds)
+        return replace(self, folds=tuple(folds))
 
 
 @dataclass(frozen=True)
 class FittedStack:
-    """What `fit_stack` fits: for new users, and for each meta-training user without them.
+    """What `fit_stack` fits: a stack for new users, and one without each fold of the meta-training users.
 
     Args:
-        prior: Item means of all meta-training users, smoothed by text.
-        stack: The collaborative predictors of all meta-training users.
-        out_of_fold: The same without each fold of them.
+        prior: Item means from all meta-training users, smoothed by text.
+        stack: The predictors fitted on all meta-training users.
+        out_of_fold: The predictors fitted without each fold of them.
     """
 
     prior: ItemPrior
@@ -204,7 +205,7 @@ class FittedStack:
     out_of_fold: OutOfFold
 
     def with_zero_mean(self) -> FittedStack:
-        """Returns the same fits around a mean of zero for every item."""
+        """Returns the fits with every item's mean set to 0."""
         return FittedStack(self.prior.with_zero_mean(), self.stack.with_zero_mean(), self.out_of_fold.with_zero_mean())
 
 
@@ -222,123 +223,139 @@ def fit_stack(
 
     Args:
         interactions: The dataset.
-        users: The meta-training users; nobody else's ratings are looked at.
-        features: What is known of items.
-        settings: Which predictors, and how they are fitted; with one there is nothing to weigh.
+        users: The meta-training users; only their ratings are used.
+        features: The features of all items.
+        settings: Which predictors, and how they are fitted; a single one has weight 1.
         threshold: Ratings from here on are likes.
-        hide: Share of items that are hidden from every fold too, where the task asks about items that nobody rated.
+        hide: Share of items whose ratings are left out of every fold too, where unrated items are queried.
         seed: Seed of the folds and of the fits.
 
     Source: Wolpert 1992, "Stacked generalization"; weights by the pairwise logistic loss of Rendle et al. 2009, eq. 4.
     """
     generator, folds = np.random.default_rng(seed), settings.stack.folds
     order = generator.permutation(len(users)) % folds
+    out_of_fold = [users[order == fold] for fold in range(folds)]
     rated = np.bincount(interactions.item, minlength=len(interactions.catalog)) > 0
 
-    def fit(part: Interactions, some: Codes) -> tuple[ItemPrior, tuple[Member, ...]]:
+    def fit(part: Interactions, some: Codes, hidden: Flags) -> _Fit:
         prior = features.smoothed(fit_item_mean(part, some), seed)
-        return prior, fit_members(part, some, prior, features, settings, seed)
+        return _Fit(prior, fit_members(part, some, prior, features, settings, seed), hidden)
 
-    parts: list[tuple[ItemPrior, tuple[Member, ...], Flags]] = []
+    parts = []
     with progress("fitting collaborative predictors", folds + 1, after=2.0) as advance:
         for fold in range(folds):
             hidden = rated & (generator.random(len(rated)) < hide)
-            seen = interactions.subset(~hidden[interactions.item]) if hide else interactions
-            parts.append((*fit(seen, users[order != fold]), hidden))
+            kept = interactions.subset(~hidden[interactions.item]) if hide else interactions
+            parts.append(fit(kept, users[order != fold], hidden))
             advance(fold + 1)
-        prior, everybody = fit(interactions, users)
+        whole = fit(interactions, users, np.zeros(len(rated), bool))
         advance(folds + 1)
     if settings.members == "stack" and not hide:
-        # Where items are cold, the kernel update would move no item that is queried.
-        out_of_fold = [users[order == fold] for fold in range(folds)]
-        everybody, learned = _meta_learned(
-            interactions, out_of_fold, everybody, [some for _, some, _ in parts], settings, threshold, seed
-        )
-        parts = [(own, some, hidden) for (own, _, hidden), some in zip(parts, learned, strict=True)]
-    shots = _SHOTS if len(everybody) > 1 else (0,)
-    weights = np.ones((1, len(everybody)))
-    if len(everybody) > 1:
-        examples = [
-            _examples(interactions, users[order == fold], *parts[fold], settings.stack.pairs, threshold, seed)
-            for fold in range(folds)
-        ]
-        # Without ratings predictors know only the items, and the first one alone knows these well.
-        found = [
-            _weights([pair for part in examples for pair in part[count]], len(everybody), settings.stack)
-            for count in shots[1:]
-        ]
-        weights = np.stack([np.eye(len(everybody))[0], *found])
-    fitted = [Fold(own, Stacked(own, some, shots, weights), hidden) for own, some, hidden in parts]
+        # The kernel update is 0 for items that a fold has no ratings of, so it would not help where those are queried.
+        whole, parts = _with_kernel_update(interactions, out_of_fold, whole, parts, settings, threshold, seed)
+    shots, weights = _fit_weights(interactions, out_of_fold, whole, parts, settings.stack, threshold, seed)
+    fitted = [Fold(part.prior, Stacked(part.prior, part.members, shots, weights), part.hidden) for part in parts]
     fold_of = {interactions.users[code]: int(fold) for code, fold in zip(users, order, strict=True)}
-    return FittedStack(prior, Stacked(prior, everybody, shots, weights), OutOfFold(tuple(fitted), fold_of))
+    stack = Stacked(whole.prior, whole.members, shots, weights)
+    return FittedStack(whole.prior, stack, OutOfFold(tuple(fitted), fold_of))
 
 
-def _meta_learned(
+@dataclass(frozen=True)
+class _Fit:
+    """Predictors before they are weighted; see `Fold`."""
+
+    prior: ItemPrior
+    members: tuple[Member, ...]
+    hidden: Flags
+
+
+def _with_kernel_update(
     interactions: Interactions,
     out_of_fold: Sequence[Codes],
-    everybody: tuple[Member, ...],
-    parts: Sequence[tuple[Member, ...]],
+    whole: _Fit,
+    parts: Sequence[_Fit],
     settings: CollaborativeConfig,
     threshold: float,
     seed: int,
-) -> tuple[tuple[Member, ...], list[tuple[Member, ...]]]:
-    """Meta-learns the first member's kernel, for everybody, and for every fold from the users of the other ones.
+) -> tuple[_Fit, list[_Fit]]:
+    """Meta-learns the first member's kernel: for the whole fit from all folds, for each fold from the other folds.
 
-    A fold then knows of its own users no more than what the other folds' processes passed on through the gradient.
+    The users of a fold then influence its kernel only through the fits of the other folds, which include them.
 
     Args:
         interactions: The dataset.
-        out_of_fold: Each fold's users, whom its own members have not seen.
-        everybody: The members fitted on all users; the first is a Gaussian process.
+        out_of_fold: Each fold's users, on whom its own members were not fitted.
+        whole: The members fitted on all users; the first is a Gaussian process.
         parts: The members of every fold.
         settings: How the kernel is learned.
         threshold: Ratings from here on are likes.
         seed: Seed of the episodes.
     """
-    whole = everybody[0]
-    assert isinstance(whole, GaussianProcess)
-    factors = settings.gp.factors
-    processes = [aligned(some[0], whole, factors) for some in parts if isinstance(some[0], GaussianProcess)]
+    process = whole.members[0]
+    assert isinstance(process, GaussianProcess)
+    firsts = [part.members[0] for part in parts]
+    processes = [aligned(first, process, settings.gp.factors) for first in firsts if isinstance(first, GaussianProcess)]
 
-    def moved(process: GaussianProcess, without: int | None) -> GaussianProcess:
+    def updated(fit: _Fit, first: GaussianProcess, without: int | None) -> _Fit:
         kept = [fold for fold in range(len(processes)) if fold != without]
-        theirs = [out_of_fold[fold] for fold in kept]
+        users = [out_of_fold[fold] for fold in kept]
         update = learn_kernel_update(
             interactions,
             [processes[fold] for fold in kept],
-            theirs,
+            users,
+            step_schedule(users, settings.kernel),
             threshold=threshold,
             seed=seed,
             sharpness=settings.kernel.sharpness,
-            **step_schedule(theirs, settings.kernel),
         )
-        return update.apply(process)
+        return replace(fit, members=(update.apply(first), *fit.members[1:]))
 
     learned = []
     with progress("meta-learning the kernel", len(parts) + 1, after=2.0) as advance:
-        for fold, (process, some) in enumerate(zip(processes, parts, strict=True)):
-            learned.append((moved(process, fold), *some[1:]))
+        for fold, (first, part) in enumerate(zip(processes, parts, strict=True)):
+            learned.append(updated(part, first, fold))
             advance(fold + 1)
-        first = moved(whole, None)
+        whole = updated(whole, process, None)
         advance(len(parts) + 1)
-    return (first, *everybody[1:]), learned
+    return whole, learned
+
+
+def _fit_weights(
+    interactions: Interactions,
+    out_of_fold: Sequence[Codes],
+    whole: _Fit,
+    parts: Sequence[_Fit],
+    settings: StackConfig,
+    threshold: float,
+    seed: int,
+) -> tuple[tuple[int, ...], Floats]:
+    """Returns the support sizes that weights are learned for, and the weights, shape (shots, members)."""
+    members = len(whole.members)
+    if members <= 1:
+        return (0,), np.ones((1, members))
+    examples = [
+        _examples(interactions, users, part, settings.pairs, threshold, seed)
+        for users, part in zip(out_of_fold, parts, strict=True)
+    ]
+    found = [_weights([pair for part in examples for pair in part[count]], members, settings) for count in _SHOTS[1:]]
+    # Without ratings every member predicts an item mean; the first member's is the best one.
+    return _SHOTS, np.stack([np.eye(members)[0], *found])
 
 
 def _examples(
     interactions: Interactions,
     users: Codes,
-    prior: ItemPrior,
-    members: tuple[Member, ...],
-    hidden: Flags,
+    part: _Fit,
     pairs: int,
     threshold: float,
     seed: int,
 ) -> dict[int, list[tuple[Floats, Floats]]]:
-    """Returns, by K, pairs of a liked and a disliked item of users that are new to the members.
+    """Returns, by K, pairs of a liked and a disliked item of users that the members were not fitted on.
 
-    Each pair is the difference in the prior, shape (pairs,), and in what every member adds, shape (pairs, members).
+    An entry holds a user's differences between the two items: of the prior, shape (pairs,), and of every member's
+    contribution, shape (pairs, members).
     """
-    cold = hidden if hidden.any() else None
+    hidden = part.hidden if part.hidden.any() else None
     episodes, _ = evaluation_episodes(
         interactions,
         users,
@@ -347,8 +364,8 @@ def _examples(
         min_query=_MIN_QUERY,
         order="random",
         seed=seed,
-        support_from=None if cold is None else ~cold,
-        query_from=cold,
+        support_from=None if hidden is None else ~hidden,
+        query_from=hidden,
         short_supports=True,
     )
     generator = np.random.default_rng(seed)
@@ -357,12 +374,12 @@ def _examples(
         liked = episode.query.likes(threshold)
         if liked.all() or not liked.any():
             continue
-        chosen = [generator.choice(np.flatnonzero(side), pairs) for side in (liked, ~liked)]
-        base = prior.values(episode.query.items).astype(np.float64)
+        likes, dislikes = (generator.choice(np.flatnonzero(side), pairs) for side in (liked, ~liked))
+        base = part.prior.values(episode.query.items).astype(np.float64)
         for count in _SHOTS[1:]:
-            asked = [Request("", episode.support.head(count).unlabelled(), episode.query.items)]
-            contribution = np.stack([member.score(asked)[0].numpy() - base for member in members], 1)
-            found[count].append((base[chosen[0]] - base[chosen[1]], contribution[chosen[0]] - contribution[chosen[1]]))
+            requests = [Request("", episode.support.head(count).unlabelled(), episode.query.items)]
+            contribution = np.stack([member.score(requests)[0].numpy() - base for member in part.members], 1)
+            found[count].append((base[likes] - base[dislikes], contribution[likes] - contribution[dislikes]))
     return found
 
 

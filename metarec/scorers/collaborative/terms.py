@@ -1,4 +1,4 @@
-"""The score terms that read no language model: item means, and what a stack of collaborative predictors adds."""
+"""The score terms without a language model: item means, and the difference of the stack's prediction to them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ItemMeanTerm:
         return [self.prior.values(codes) for codes in items]
 
     def leave_one_out(self, supports: Sequence[Ratings]) -> list[Values]:
-        """See `Term.leave_one_out`; the ratings of a user that the means have not seen are not in them."""
+        """See `Term.leave_one_out`; the item means were fitted without the users' ratings."""
         return [self.prior.values(support.items) for support in supports]
 
     def extended(self, added: AddedItems) -> ItemMeanTerm:
@@ -32,7 +32,7 @@ class ItemMeanTerm:
 
 @dataclass(frozen=True)
 class CollaborativeTerm:
-    """What the stack expects of a user beyond the item means.
+    """The stack's prediction minus the item mean; 0 for a stack without members.
 
     Args:
         stack: The collaborative predictors.

@@ -1,7 +1,7 @@
-"""Methods that know an item by a vector of its text: ridge, logistic regression, two-tower cosine.
+"""Methods that represent an item by a vector of its text: ridge, logistic regression, two-tower cosine.
 
-The vectors are an argument: a sentence encoder's, or a language model's own states. Each user's regression is solved
-over the support alone, in closed form or by Newton's method. Knows nothing of who made the vectors.
+The vectors come from a sentence encoder or are a language model's states. Each user's regression is solved over the
+support alone, in closed form or by Newton's method.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 from metarec.data.interactions import Codes, Interactions, Ratings
 from metarec.scorer import Request, ScoreArray, score_each
 from metarec.scorers.collaborative.item_mean import ItemPrior
-from metarec.scorers.collaborative.residuals import Floats, level, support_residuals
+from metarec.scorers.collaborative.residuals import Floats, support_residuals, user_bias
 
 _NEWTON_STEPS = 30
 
 
 def unit_vectors(vectors: Floats) -> Floats:
-    """Returns vectors around their mean, scaled to length one; where nothing is left, zero."""
+    """Returns vectors around their mean, scaled to length one; a vector that equals the mean becomes zero."""
     centred = vectors - vectors.mean(0)
     length = np.linalg.norm(centred, axis=1, keepdims=True)
     unit: Floats = np.divide(centred, length, out=np.zeros_like(centred), where=length > 1e-9)
@@ -39,8 +39,8 @@ class TextRidge:
         prior: The item prior.
         vectors: Unit vectors of the items, shape (items, features).
         penalty: Ridge penalty.
-        user_bias_damping: Ratings that a user's level of zero counts for.
-        offset: Regresses what the prior leaves, and adds it to the prior; otherwise the support stands alone.
+        user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
+        offset: Regresses the residuals from the prior and adds the prediction to it; otherwise the prior is not used.
         name: How the method is called in tables.
     """
 
@@ -68,7 +68,7 @@ class TextRidge:
             target = target + self.prior.values(support.items)
         rated = self.vectors[support.items]
         gram: Floats = rated @ rated.T + self.penalty * np.eye(len(support))
-        dual = np.linalg.solve(gram, target - level(target, self.user_bias_damping))
+        dual = np.linalg.solve(gram, target - user_bias(target, self.user_bias_damping))
         return base + self.vectors[request.candidates] @ (rated.T @ dual)
 
 
@@ -81,8 +81,8 @@ def fit_text_ridge(
         prior: The item prior.
         vectors: A vector of each item's text, shape (items, features).
         offset: See `TextRidge`.
-        penalty: Ridge penalty; ratings count in the prior's units.
-        user_bias_damping: Ratings that a user's level of zero counts for.
+        penalty: Ridge penalty, for ratings in the prior's units.
+        user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
     """
     name = "text ridge" if offset else "text ridge, no prior"
     return TextRidge(prior, unit_vectors(vectors), penalty, user_bias_damping, offset, name)
@@ -96,7 +96,7 @@ class TextLogistic:
         prior: The item prior.
         vectors: Unit vectors of the items, shape (items, features).
         penalty: Ridge penalty of the coefficients.
-        slope: Log-odds of a like for one unit of the prior; 0 leaves the prior out.
+        slope: Log-odds of a like per unit of the prior; 0 leaves the prior out.
         intercept: Log-odds of a like where the prior is zero.
         threshold: See `Ratings.likes`.
         name: How the method is called in tables.
@@ -123,7 +123,7 @@ class TextLogistic:
         support = request.support
         rated = self.vectors[support.items]
         dual = logistic_dual(
-            rated @ rated.T + 1.0,  # the added one is the user's own intercept
+            rated @ rated.T + 1.0,  # the added one is the user's intercept
             support.likes(self.threshold),
             self.slope * self.prior.values(support.items) + self.intercept,
             self.penalty,
@@ -138,7 +138,7 @@ def logistic_dual(kernel: Floats, liked: NDArray[np.bool_], offset: ScoreArray, 
     Args:
         kernel: Inner products of the examples' features, shape (examples, examples).
         liked: Truth, shape (examples,).
-        offset: Log-odds before anything is learned, shape (examples,).
+        offset: Log-odds without the regression, shape (examples,).
         penalty: Ridge penalty.
 
     Returns:
@@ -156,7 +156,7 @@ def logistic_dual(kernel: Floats, liked: NDArray[np.bool_], offset: ScoreArray, 
         root = np.sqrt(curvature)
         inner = np.eye(len(kernel)) + root[:, None] * kernel * root
         moved = target - root * np.linalg.solve(inner, root * (kernel @ target))
-        # Half a step where Newton's would jump; the objective is convex, so small steps do arrive.
+        # Half a step where Newton's step is large; the objective is convex, so it still converges.
         dual, before = (moved if np.abs(kernel @ (moved - dual)).max(initial=0) < 5 else (moved + dual) / 2), dual
         if np.abs(dual - before).max(initial=0) < 1e-9:
             break
@@ -173,7 +173,7 @@ def fit_text_logistic(
     offset: bool = True,
     penalty: float = 3.0,
 ) -> TextLogistic:
-    """Prepares a logistic regression per user; with the prior as offset, fits how much the prior says.
+    """Prepares a logistic regression per user; with the prior as offset, fits the prior's slope.
 
     Args:
         interactions: The dataset.
@@ -181,7 +181,7 @@ def fit_text_logistic(
         prior: The item prior.
         vectors: A vector of each item's text, shape (items, features).
         threshold: See `Ratings.likes`.
-        offset: Uses the prior; otherwise the support stands alone.
+        offset: Uses the prior as offset; otherwise the prior is not used.
         penalty: Ridge penalty of the coefficients.
     """
     slope = intercept = 0.0
@@ -196,9 +196,9 @@ def fit_text_logistic(
 
 @dataclass(frozen=True)
 class TwoTower:
-    """Cosine between an item's vector and the user's: the mean of what was liked minus the mean of what was not.
+    """Scores by the cosine of an item's vector and the user's: the mean of liked items minus the mean of the others.
 
-    Without a support, and where only one side is known and nothing is left of it, all scores are zero.
+    All scores are 0 without a support, or if the user's vector is zero.
 
     Args:
         vectors: Unit vectors of the items, shape (items, features).
@@ -221,16 +221,16 @@ class TwoTower:
 
     def _values(self, request: Request) -> ScoreArray:
         liked = request.support.likes(self.threshold)
-        taste = np.zeros(self.vectors.shape[1])
+        user = np.zeros(self.vectors.shape[1])
         for side, sign in ((liked, 1.0), (~liked, -1.0)):
             if side.any():
-                taste += sign * self.vectors[request.support.items[side]].mean(0)
-        length = np.linalg.norm(taste)
-        return self.vectors[request.candidates] @ (taste / length if length > 1e-9 else taste)
+                user += sign * self.vectors[request.support.items[side]].mean(0)
+        length = np.linalg.norm(user)
+        return self.vectors[request.candidates] @ (user / length if length > 1e-9 else user)
 
 
 def fit_two_tower(vectors: Floats, *, threshold: float, name: str = "two-tower cosine") -> TwoTower:
-    """Prepares the item tower.
+    """Prepares the item vectors.
 
     Args:
         vectors: A vector of each item's text, shape (items, features).

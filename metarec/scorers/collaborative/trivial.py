@@ -1,4 +1,4 @@
-"""Methods that learn nothing about the user: the floor that everything else has to clear."""
+"""Baselines that ignore the user's ratings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from metarec.scorers.collaborative.item_mean import ItemPrior
 
 @dataclass(frozen=True)
 class ItemMean:
-    """Scores an item by its shrunk mean over the meta-training users, whoever asks."""
+    """Scores an item by its shrunk mean over the meta-training users, for every user alike."""
 
     prior: ItemPrior
     name: str = "item mean"
@@ -29,7 +29,7 @@ class ItemMean:
 
 @dataclass(frozen=True)
 class Popularity:
-    """Scores an item by how many meta-training users rated it, whatever they said."""
+    """Scores an item by the number of meta-training users who rated it."""
 
     prior: ItemPrior
     name: str = "popularity"
@@ -42,7 +42,7 @@ class Popularity:
 
 @dataclass(frozen=True)
 class Constant:
-    """Scores everything the same; what it gets is what ties are worth."""
+    """Scores all items the same; its metrics are those of ties."""
 
     catalog: Catalog
     name: str = "constant"
@@ -55,7 +55,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Random:
-    """Scores by a hash of seed, user and item, so that neither position nor company changes a score."""
+    """Scores by a hash of seed, user and item, so that a score does not depend on position or other candidates."""
 
     catalog: Catalog
     seed: int

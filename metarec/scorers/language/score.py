@@ -29,7 +29,7 @@ from metarec.meta.losses import Labels, QueryLoss
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.language.linearized import Linearized
 from metarec.scorers.term import ADAPTER_TERM, ScoreTerm, Term, weight_name, weighted_sum
-from metarec.tensors import AdapterState
+from metarec.tensors import AdapterState, pad_rows
 
 ADAPTER = ScoreTerm(None, needs_model=True)
 ADAPTER_WEIGHT = weight_name(ADAPTER_TERM)
@@ -82,23 +82,16 @@ def collate(
         threshold: Ratings from here on are likes.
         device: Where the batch goes.
     """
-    width = max((len(rating) for rating in ratings), default=0)
-
-    def pad(rows: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
-        padded = torch.zeros(len(rows), width, dtype=dtype)
-        for row, entries in enumerate(rows):
-            padded[row, : len(entries)] = torch.from_numpy(entries)
-        return padded.to(device)
-
-    items = pad([rating.items for rating in ratings], torch.long)
+    codes = pad_rows([rating.items for rating in ratings], np.int64)
+    items = codes.to(device)
     return Batch(
         items=items,
-        terms={name: pad(rows, torch.float32) for name, rows in values.items()},
-        item_batch=None if adapted is None else adapted.gather(items.cpu()),
+        terms={name: pad_rows(rows, np.float32).to(device) for name, rows in values.items()},
+        item_batch=None if adapted is None else adapted.gather(codes),
         frozen=None if adapted is None else adapted.frozen_log_odds[items],
-        target=pad([prior.standardize(rating.values) for rating in ratings], torch.float32),
-        liked=pad([rating.likes(threshold) for rating in ratings], torch.bool),
-        real=pad([np.ones(len(rating), bool) for rating in ratings], torch.bool),
+        target=pad_rows([prior.standardize(rating.values) for rating in ratings], np.float32).to(device),
+        liked=pad_rows([rating.likes(threshold) for rating in ratings], bool).to(device),
+        real=pad_rows([np.ones(len(rating), bool) for rating in ratings], bool).to(device),
     )
 
 

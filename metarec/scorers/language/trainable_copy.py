@@ -1,0 +1,114 @@
+"""A copy of a language model of which a LoRA, or every parameter, can be trained.
+
+Source: Hu et al. 2021, "LoRA".
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from metarec.errors import ConfigError
+from metarec.lm.backbone import Backbone
+
+Trainable = Literal["lora", "all"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which parameters of a model are trained.
+
+    Args:
+        trainable: ``lora``: one low-rank update for all users; ``all``: every parameter.
+        rank: Of the LoRA.
+        alpha: The LoRA is scaled by ``alpha / rank``.
+        targets: Linear layers that carry the LoRA; None takes those that PEFT knows for the architecture, which are
+            queries and values of a Llama.
+        seed: Of the LoRA's A.
+    """
+
+    trainable: Trainable
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainableCopy:
+    """A copy of a model that shares its frozen parameters and owns the trained ones.
+
+    Args:
+        backbone: The copy.
+        parameters: The trained parameters by name.
+        wrapped: The PEFT model around the copy; None where all parameters are trained.
+    """
+
+    backbone: Backbone
+    parameters: Mapping[str, torch.nn.Parameter]
+    wrapped: Any
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Sets the trained parameters, without copying the tensors."""
+        for name, parameter in self.parameters.items():
+            parameter.data = tensors[name]
+
+    def finish(self) -> None:
+        """Merges a LoRA into copies of the weights that it changes, and freezes everything."""
+        if self.wrapped is not None:
+            for module in self.wrapped.modules():
+                if hasattr(module, "lora_A"):
+                    base = module.get_base_layer()
+                    base.weight = torch.nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+            self.wrapped.merge_and_unload()
+        self.backbone.model.requires_grad_(False)
+
+
+def trainable_copy(backbone: Backbone, recipe: Recipe) -> TrainableCopy:
+    """Copies a model and makes the parameters of a recipe trainable.
+
+    Raises:
+        ConfigError: The model is of low precision and all of it is to be trained, or no LoRA fits it.
+    """
+    full = recipe.trainable == "all"
+    if full and backbone.dtype.itemsize < torch.float32.itemsize:
+        raise ConfigError(
+            f"'{backbone.name}' is loaded as {backbone.dtype}, too coarse for small steps", "Load it as float32"
+        )
+    # Modules are copied; parameters share their memory, which nothing below writes to.
+    shared: dict[int, Any] = {
+        id(parameter): torch.nn.Parameter(parameter.data, requires_grad=True) if full else parameter
+        for parameter in backbone.model.parameters()
+    }
+    model = copy.deepcopy(backbone.model, shared)
+    wrapped = None if full else _with_lora(model, recipe, backbone)
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    model.eval()
+    return TrainableCopy(replace(backbone, model=model), parameters, wrapped)
+
+
+def _with_lora(model: Any, recipe: Recipe, backbone: Backbone) -> Any:
+    """Returns the PEFT model that adds a LoRA to a model."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # the factor is a quotient; any number does
+        target_modules=None if recipe.targets is None else list(recipe.targets),
+        # GPT-2 keeps its weights as (in, out).
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+        task_type=backbone.task_type,
+    )
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            return get_peft_model(model, settings)
+    except ValueError as error:
+        raise ConfigError(
+            f"no LoRA fits '{backbone.name}': {str(error).splitlines()[0]}", "Name its linear layers as 'targets'"
+        ) from None
