@@ -15,8 +15,10 @@ from metarec import registries
 from metarec.registry import _ALLOWED
 
 GUIDE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+REGISTRIES = [value for value in vars(registries).values() if isinstance(value, registries.Registry)]
 SECTIONS = dict(re.findall(r"^### (?:A|An) ([^\n]+)\n(.*?)(?=^### |^## |\Z)", GUIDE, re.S | re.M))
 FILE = re.compile(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", re.S)
+SCRIPT = re.compile(r"```python\n(?!# )(.*?)```", re.S)
 COMMANDS = re.compile(r"```bash\n(.*?)```", re.S)
 
 
@@ -29,7 +31,7 @@ def workplace(
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.split(".")[0] == "my_parts"]:
         monkeypatch.delitem(sys.modules, name)
-    for registry in (registries.TERMS, registries.ALGORITHMS, registries.LOSSES):
+    for registry in REGISTRIES:
         monkeypatch.setattr(registry, "_registered", {})
     monkeypatch.setattr("metarec.registry._ALLOWED", set())
 
@@ -48,7 +50,10 @@ def test_the_guide_can_be_followed_to_the_letter(
     section: str, workplace: Callable[[str], list[str]], metarec: Callable[..., Any]
 ) -> None:
     commands = workplace(section)
-    assert commands
+    scripts = SCRIPT.findall(SECTIONS[section])
+    assert commands or scripts
+    for script in scripts:
+        exec(script, {})
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "metarec"
@@ -58,7 +63,7 @@ def test_the_guide_can_be_followed_to_the_letter(
 
 def test_the_guide_covers_everything_that_is_looked_up_by_name() -> None:
     groups = set(re.findall(r"[Ee]ntry points(?: of|:)\s+`(metarec\.[\w_]+)`", GUIDE))
-    known = {value.group for value in vars(registries).values() if isinstance(value, registries.Registry)}
+    known = {registry.group for registry in REGISTRIES}
     assert known | {"metarec.sources", "metarec.methods"} <= groups
 
 
