@@ -10,8 +10,8 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -277,25 +277,13 @@ def test_a_terminated_server_has_everything_it_accepted_and_logs_nobody(checkpoi
     assert store.newest(profile.key, store.records(profile.key)[0].recommender)[0].version == 5  # type: ignore[union-attr]
 
 
-@contextmanager
-def stopped_at_the_end(process: subprocess.Popen[str]) -> Iterator[list[str]]:
-    """Terminates a server, and then knows what it logged."""
-    log: list[str] = []
+def test_two_servers_over_postgresql_serve_the_same_users(checkpoint: Path, postgres: str, tmp_path: Path) -> None:
+    """What one is told the other knows at once, exports and erases."""
+    options = ("--adapters", str(tmp_path / "adapters"), "--threads", "1")
+    with ThreadPoolExecutor() as starting:
+        servers = list(starting.map(lambda _: start(checkpoint, postgres, *options), range(2)))
     try:
-        yield log
-    finally:
-        process.terminate()
-        log += process.communicate(timeout=20)[0].splitlines()
-
-
-def test_two_servers_over_postgresql_serve_the_same_users(
-    recommender: MetaRecommender, checkpoint: Path, postgres: str, tmp_path: Path
-) -> None:
-    """What one is told the other knows at once, exports and erases; one is a process, the other lives in this one."""
-    adapters = tmp_path / "adapters"
-    process, one = start(checkpoint, postgres, "--adapters", str(adapters), "--threads", "1")
-    engine = Engine(recommender, AdapterStore(postgres, adapters))
-    with stopped_at_the_end(process) as log, listening(create_app(engine, ServeSettings())) as two:
+        one, two = (url for _, url in servers)
         key = {"Idempotency-Key": "first"}
         for user, said in (("ann", LOVES_DRAMA), ("bob", LOVES_HORROR)):
             ratings = [{"item": item, "rating": rating} for item, rating in said]
@@ -317,7 +305,11 @@ def test_two_servers_over_postgresql_serve_the_same_users(
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 ask(f"{url}/v1/users/ann")
         assert ask(f"{two}/v1/users/bob/recommendations")["adapter"]["version"] == 5
-    assert not any(user in line for line in log for user in ("ann", "bob"))
+    finally:
+        for process, _ in servers:
+            process.terminate()
+        logs = [process.communicate(timeout=20)[0] for process, _ in servers]
+    assert not any(user in log for log in logs for user in ("ann", "bob"))
 
 
 def test_schemathesis_finds_no_5xx(recommender: MetaRecommender, tmp_path: Path) -> None:
