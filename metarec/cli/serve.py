@@ -49,9 +49,7 @@ def serve(
         int, typer.Option(min=0, help="Memory for item gradients, which make the first step fast, in MiB.")
     ] = 256,
     candidates: Annotated[int, typer.Option(min=32, help="Items scored exactly in a ranking.")] = 32,
-    threads: Annotated[
-        int, typer.Option(min=0, help="Batches of users adapted at the same time; 0: one per core.")
-    ] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Batches of users adapted at once; 0: one per core.")] = 0,
     ui: Annotated[bool, typer.Option("--ui", help="Also serve a page to try it on.")] = False,
 ) -> None:
     """Serve recommendations over HTTP; every rating adapts its user's adapter. Logs go to standard output."""

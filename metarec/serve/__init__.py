@@ -1,5 +1,5 @@
-"""The HTTP service: feedback comes in, an adapter goes to work, a new ranking goes out.
+"""The HTTP service: a rating arrives, the user's adapter is computed again, and the next ranking uses it.
 
-``engine`` knows the recommender and the store, ``worker`` the queue, ``app`` the routes, ``guard`` who may ask and how
-often, ``page`` the HTML. None of them knows how a recommender was trained.
+From HTTP to the model: `guard` checks who may ask and how often, `app` has the routes and `page` the HTML, `service`
+and `worker` queue requests, `engine` adapts and ranks, `store` keeps feedback and adapters.
 """

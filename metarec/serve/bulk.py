@@ -1,7 +1,7 @@
-"""Adapts many users from one file, as the service would have adapted them one by one.
+"""Adapts many users from one file.
 
-Can be interrupted anywhere: feedback that is in the log is not written again, adapters that are there are not computed
-again. Knows nothing of HTTP.
+It can be interrupted anywhere: feedback that is in the log is not written again, and adapters that are in the store are
+not computed again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _COLUMNS = ("user", "item", "rating")
 
 @dataclass(frozen=True)
 class Bulk:
-    """What became of a file: users in it, ratings new to the log, adapters computed, inner loops that diverged."""
+    """Counts for a file: its users, ratings new to the log, adapters computed, inner loops that diverged."""
 
     users: int
     ratings: int
@@ -42,7 +42,7 @@ def read_feedback(path: Path, engine: Engine) -> dict[str, list[tuple[str, float
         Each user's ``(item id, rating)`` pairs in the file's order.
 
     Raises:
-        DataError: The file or a row is not what it has to be; the row is named.
+        DataError: The file or a row is not of that form; the message names the row.
     """
     users: dict[str, list[tuple[str, float]]] = {}
     catalog, scale = engine.catalog, engine.trained.fitted.scale
@@ -98,7 +98,7 @@ def adapt_users(engine: Engine, users: dict[str, list[tuple[str, float]]]) -> Bu
 
 
 def _request(ratings: Sequence[tuple[str, float]]) -> str:
-    """Names a user's ratings by what they are, so that a file that is read again is not written again."""
+    """Returns an idempotency key made from a user's ratings, so that the same file again writes nothing."""
     return "bulk " + hashlib.sha256(repr(list(ratings)).encode()).hexdigest()
 
 

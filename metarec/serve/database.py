@@ -1,4 +1,4 @@
-"""The index and the log in SQLite or PostgreSQL behind one small interface."""
+"""SQLite and PostgreSQL behind one interface: statements, transactions, and the tables of a store."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Sqlite:
     """The index in one file, shared by all threads and safe beside other processes."""
 
     serial = "INTEGER PRIMARY KEY AUTOINCREMENT"
-    # What makes other servers that set the store up wait: here every transaction does.
+    # Locks the set-up against other servers; in SQLite every transaction does so by itself.
     set_up_alone = "SELECT 1"
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +52,7 @@ class Sqlite:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Makes what runs inside happen whole or not at all."""
+        """Makes the statements inside take effect together or not at all."""
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -63,7 +63,7 @@ class Sqlite:
             raise
 
     def forget(self) -> None:
-        """Empties the write-ahead log, which still holds what has been deleted."""
+        """Empties the write-ahead log, which still holds deleted rows."""
         deadline = time.monotonic() + _BUSY_SECONDS
         while self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             if time.monotonic() > deadline:
@@ -112,7 +112,7 @@ class Postgres:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Makes what runs inside happen whole or not at all."""
+        """Makes the statements inside take effect together or not at all."""
         with self._open().transaction():
             yield
 
@@ -122,7 +122,7 @@ class Postgres:
         return self._connection
 
     def forget(self) -> None:
-        """Has deleted rows leave the files."""
+        """Removes deleted rows from the files of the tables."""
         for table in ("requests", "feedback", "adapters", "users"):
             self._open().execute(f"VACUUM {table}")
 

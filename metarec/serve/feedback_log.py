@@ -14,7 +14,7 @@ from metarec.serve.records import Accepted, Feedback, FeedbackEvent, Profile
 
 
 class FeedbackLog:
-    """The log in an index. A user's version is the number of ratings they have given."""
+    """Users, ratings and added items in an index; a user's version is the number of ratings they have given."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
@@ -23,17 +23,17 @@ class FeedbackLog:
         """Writes feedback to the log, all of it in one transaction; on return it survives a crash.
 
         Args:
-            batch: Requests, in the order in which they count.
+            batch: Requests, oldest first.
 
         Returns:
-            One entry per request: the user's version after it, or why it alone was refused.
+            One entry per request: the user's version after it, or the error that refused it alone.
 
         Raises:
             StoreError: Nothing was written.
         """
         now = time.time()
         with self._index.transaction():
-            # Everybody locks users in one order, so that two servers never wait for each other.
+            # All servers lock users in the same order, so that two never wait for each other.
             ids = {name: self._user_id(name, now) for name in sorted({feedback.user for feedback in batch})}
             return [self._append(ids[feedback.user], feedback, now) for feedback in batch]
 
@@ -77,7 +77,7 @@ class FeedbackLog:
         return int(rows[0][0])
 
     def profile(self, user: str) -> Profile | None:
-        """Returns what is known of a user, or None."""
+        """Returns a user's key and version, or None where there is no such user."""
         rows = self._index.execute(
             "SELECT key, created, (SELECT COALESCE(MAX(version), 0) FROM feedback WHERE user_id = users.id)"
             " FROM users WHERE name = ?",
@@ -113,7 +113,7 @@ class FeedbackLog:
     # Items that the recommender was not trained with.
 
     def add_items(self, items: Sequence[tuple[str, Mapping[str, str]]]) -> int:
-        """Keeps new items; those that are there with the same fields are left as they are.
+        """Stores new items; those that are there with the same fields stay as they are.
 
         Returns:
             How many were new.

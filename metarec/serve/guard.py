@@ -1,7 +1,6 @@
-"""Who may ask, how often, how much; and what is written down about it, which is nobody's name and no title.
+"""Checks requests and logs them: API keys, origin, rate and size, in an ASGI middleware around the application.
 
-A plain ASGI middleware around the whole application, the API keys it checks, and the format of the log.
-Knows nothing of recommenders.
+The log holds neither user ids nor titles.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ _OPEN = ("/healthz", "/readyz")
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 _BODY_SECONDS = 10.0
 _MAKE_KEYS = "Run: metarec api-key FILE --name NAME"
-# Facts that a log line may carry; whatever else somebody logs is dropped.
+# Facts that a log line may carry; all others are dropped.
 _FACTS = ("method", "route", "status", "ms", "request", "key", "failure", "count")
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
-    # Where nothing at all is sent, a form without scripts says `Origin: null`, as another site's would.
+    # With `no-referrer` a form without scripts sends `Origin: null`, as another site's form does.
     (b"referrer-policy", b"same-origin"),
     (b"cache-control", b"no-store"),
     (
@@ -50,17 +49,17 @@ Messages = Callable[..., Any]
 
 @dataclass(frozen=True)
 class ApiKey:
-    """A key's name and the SHA-256 of the key; the key itself is kept by its owner alone."""
+    """A key's name and the SHA-256 of the key; only its owner has the key itself."""
 
     name: str
     digest: str
 
 
 def new_key(name: str) -> tuple[str, ApiKey]:
-    """Returns a fresh key of 256 random bits, and what the key file keeps of it.
+    """Returns a new key of 256 random bits, and its entry for the key file.
 
     Raises:
-        ConfigError: The name is not plain.
+        ConfigError: The name has other characters than letters, digits, '.', '_' and '-', or is too long.
     """
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
         raise ConfigError(f"the key's name {name!r} is not plain", "Use letters, digits, '.', '_' and '-'")
@@ -94,12 +93,12 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one client may do.
+    """Limits for one client.
 
     Args:
-        keys: Who may ask; with none, everybody on this machine may, and nobody else.
-        rate: Requests a second for each key, in the long run; 0 is any number.
-        burst: Requests at once.
+        keys: Keys to accept; with none, requests from this machine are served, and no others.
+        rate: Requests a second for each key, in the long run; 0 sets no limit.
+        burst: Requests that one key may send at once.
         body: Bytes of a request's body.
     """
 
@@ -122,7 +121,7 @@ class Guard:
     Args:
         app: The application.
         limits: See `RequestLimits`.
-        observe: Told of every answer: method, route, status, seconds.
+        observe: Called after every answer with method, route, status and seconds.
     """
 
     app: Messages
@@ -131,7 +130,7 @@ class Guard:
     _buckets: dict[str, _Bucket] = field(default_factory=dict)
 
     async def __call__(self, scope: dict[str, Any], receive: Messages, send: Messages) -> None:
-        """Serves one connection; anything but HTTP goes through as it is."""
+        """Serves one connection; all but HTTP passes unchanged."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -180,13 +179,13 @@ class Guard:
     def _who(self, headers: Mapping[str, str]) -> str | None:
         scheme, _, value = headers.get("authorization", "").partition(" ")
         given = value.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        if scheme.lower() == "basic":  # what a browser sends for the page; any name, the key as password
+        if scheme.lower() == "basic":  # sent by a browser for the page: any name, the key as password
             try:
                 given = base64.b64decode(value, validate=True).decode("utf-8").partition(":")[2]
             except (binascii.Error, UnicodeDecodeError):
                 given = ""
         digest = hashlib.sha256(given.encode()).hexdigest()
-        # Every key is compared, in constant time, whichever it is.
+        # Every key is compared in constant time, so that timing does not tell which one matches.
         found = [key.name for key in self.limits.keys if hmac.compare_digest(key.digest, digest)]
         return found[0] if found else None
 
@@ -254,7 +253,7 @@ def error_body(status: int, message: str, cure: str = "") -> dict[str, Any]:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line. Of an exception it says the type and the place, never the message, which may quote."""
+    """Formats log records as JSON lines; of an exception only type and place, as its message may quote values."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter.format`."""

@@ -1,4 +1,4 @@
-"""Adapters of the users who were there last, in memory."""
+"""Keeps the adapters of the latest users in memory: a cache with a limit in bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ V = TypeVar("V")
 
 
 class HotAdapters(Generic[V]):
-    """The adapters last used, within a number of bytes; the least recently used goes first.
+    """A least-recently-used cache of adapters, limited in bytes.
 
     Args:
         limit: Bytes in all; an adapter that is larger than this is not kept.
@@ -39,7 +39,7 @@ class HotAdapters(Generic[V]):
             return found[1]
 
     def put(self, key: str, version: int, value: V, size: int) -> None:
-        """Keeps a user's adapter in place of their former one.
+        """Keeps a user's adapter, and drops their former one.
 
         Args:
             key: The user's key.
@@ -58,7 +58,7 @@ class HotAdapters(Generic[V]):
                 self.bytes -= oldest
 
     def drop(self, key: str) -> None:
-        """Forgets a user."""
+        """Removes a user's adapter."""
         with self._lock:
             self._drop(key)
 

@@ -1,7 +1,7 @@
-"""Items that came after training: a fitted recommender over a longer catalog.
+"""Adds items to a fitted recommender after training.
 
-What was there keeps its scores to the last bit. A new item is read by the same model through the same prompt; its prior
-is predicted from its text, as for every item that nobody has rated. Knows nothing of users, queues or HTTP.
+Other items keep their scores to the last bit. A new item is read by the same model through the same prompt; its mean is
+predicted from its text, as for every item without ratings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from metarec.scorers.term import AddedItems
 
 @dataclass(frozen=True)
 class Segment:
-    """Items added together: the code of the first, and a reader of their own."""
+    """Items added together: the code of the first, and an answer model of their own."""
 
     start: int
     answer_model: AnswerModel
@@ -40,11 +40,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class ExtendedAnswerModel(AnswerModel):
-    """A reader of a catalog and of what was added to it.
+    """An answer model of a catalog and of the items that were added to it.
 
     Args:
-        base: Reads the items it was trained with.
-        segments: Read the others, in the order of their codes.
+        base: Answers for the items that were trained with.
+        segments: Answer for the others, in the order of their codes.
     """
 
     base: AnswerModel
@@ -57,7 +57,7 @@ class ExtendedAnswerModel(AnswerModel):
         for segment in self.segments:
             inside = (items >= segment.start) & (items < segment.start + len(segment))
             if inside.any():
-                # The longest item stands in for strangers, so that what others ask never changes a shape.
+                # Items of other segments become the longest one, so that shapes do not depend on them.
                 local = torch.where(inside, items - segment.start, longest(segment.answer_model))
                 parts.append((segment.answer_model, segment.answer_model.gather(local), inside))
         base = self.base.gather(torch.where(items < known, items, longest(self.base)))
@@ -78,12 +78,12 @@ class ExtendedAnswerModel(AnswerModel):
 
     @cached_property
     def frozen_mean(self) -> Tensor:
-        """See `AnswerModel.frozen_mean`; scores are around the mean of the catalog that was trained on."""
+        """See `AnswerModel.frozen_mean`; log-odds are relative to the mean of the trained catalog."""
         return self.base.frozen_mean
 
     @cached_property
     def frozen_moments(self) -> tuple[Tensor, Tensor]:
-        """See `AnswerModel.frozen_moments`; features are around the mean of the catalog that was trained on."""
+        """See `AnswerModel.frozen_moments`; features are relative to the mean of the trained catalog."""
         return self.base.frozen_moments
 
 
@@ -94,7 +94,7 @@ def longest(answer_model: AnswerModel) -> int:
 
 
 def check_fields(catalog: Catalog, fields: Mapping[str, str]) -> dict[str, str]:
-    """Returns an item's fields, those left out empty.
+    """Returns an item's fields; those left out are empty.
 
     Raises:
         ConfigError: The title is missing, or a field is not one of the catalog's.
@@ -110,11 +110,11 @@ def check_fields(catalog: Catalog, fields: Mapping[str, str]) -> dict[str, str]:
 def extend(
     trained: MetaRecommender, current: MetaRecommender, items: Sequence[tuple[str, Mapping[str, str]]]
 ) -> MetaRecommender:
-    """Returns a recommender that also knows some new items; no score that there was changes.
+    """Returns a recommender over a catalog with some new items; the scores of the others stay the same.
 
     Args:
         trained: The recommender without any added item.
-        current: The recommender as it is.
+        current: The recommender with the items added so far.
         items: Ids and fields that `current` does not have.
     """
     added = [*_added(trained, current), *items]
@@ -124,7 +124,7 @@ def extend(
         return _over(trained, [], added)
     segments = list(answer_model.segments) if isinstance(answer_model, ExtendedAnswerModel) else []
     start = len(current.fitted.catalog)
-    # Segments of like size become one, so their number stays logarithmic and so does how often an item is read.
+    # Segments of similar size are merged, so their number, and how often an item is read, grow logarithmically.
     while segments and len(segments[-1]) <= known + len(added) - start:
         start = segments.pop().start
     segments.append(Segment(start, _read(trained, added[start - known :])))
@@ -145,7 +145,7 @@ def _read(trained: MetaRecommender, items: Sequence[tuple[str, Mapping[str, str]
 
 
 def _as_trained(prompts: CatalogPrompts, base: CatalogPrompts) -> CatalogPrompts:
-    """Divides prompts where the trained catalog's are divided, however few and alike the new ones are."""
+    """Splits prompts into prefix, item and suffix where the trained catalog's are split."""
     tail = base.tokens[0][len(base.tokens[0]) - base.suffix :]
     suffix = base.suffix
     while suffix and any(tokens[-suffix:] != tail[-suffix:] for tokens in prompts.tokens):
@@ -173,7 +173,7 @@ def _over(
     fields = {name: column + new.fields[name] for name, column in fitted.catalog.fields.items()}
     catalog = Catalog(fitted.catalog.ids + new.ids, fields)
     answer_model: ExtendedAnswerModel | None = None
-    # Without a language model nothing tells the means of new items apart: each gets the average one.
+    # Without a language model every new item gets the average mean.
     known, states = np.zeros((len(fitted.catalog), 1)), np.zeros((len(added), 1))
     if base is not None:
         parts = (base.backbone, base.prompts, base.placement, base.forward)

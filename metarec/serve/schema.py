@@ -1,4 +1,4 @@
-"""What the service's requests and answers look like."""
+"""Schemas of the service's requests and answers."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ class NewItems(_Strict):
 
 
 class Adapter(BaseModel):
-    """The adapter that an answer was made with."""
+    """The adapter that an answer was computed with."""
 
-    version: int = Field(description="How many ratings the user had given when it was adapted; 0: none, the prior.")
+    version: int = Field(description="How many ratings the user had given when it was adapted; 0: not adapted.")
     ratings: int = Field(description="How many items it was adapted to.")
     diverged: bool = Field(description="Adapting failed numerically: the ranking before adaptation is served.")
     stale: bool = Field(description="A newer version could not be computed; this is the last good one.")
 
 
 class FeedbackAnswer(BaseModel):
-    """What became of feedback; it is durable."""
+    """The result of feedback; the ratings are durable."""
 
     accepted: int
     replayed: bool = Field(description="The idempotency key had been accepted before; nothing changed.")
@@ -98,7 +98,7 @@ class Recommendations(BaseModel):
 
 
 class ScoresAnswer(BaseModel):
-    """ScoresAnswer in the order of the question; higher is better."""
+    """Scores in the order of the request's items; higher is better."""
 
     adapter: Adapter
     scores: list[float]
@@ -130,7 +130,7 @@ class EventAnswer(BaseModel):
 
 
 class UserAnswer(BaseModel):
-    """Everything that is held of a user."""
+    """Everything that is stored about a user."""
 
     user: str
     created: float
@@ -147,13 +147,13 @@ class Added(BaseModel):
 
 
 class Erased(BaseModel):
-    """The user is gone."""
+    """The user was erased."""
 
     erased: bool
 
 
 class ErrorBody(BaseModel):
-    """What was wrong, and what to do about it."""
+    """An error: what is wrong, and how to cure it."""
 
     status: int
     message: str
@@ -161,7 +161,7 @@ class ErrorBody(BaseModel):
 
 
 class Problem(BaseModel):
-    """Every answer that is not a success."""
+    """The answer to a request that failed."""
 
     error: ErrorBody
 

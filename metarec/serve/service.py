@@ -1,4 +1,4 @@
-"""Requests become jobs for the worker, and its results answers."""
+"""Turns requests into jobs for the worker, waits for their results, and counts both."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from metarec.serve.worker import Job, Worker
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """How the service runs.
+    """Settings of the service.
 
     Args:
-        limits: Keys, rates and sizes.
+        limits: API keys, rate and body size.
         waiting: Requests that may wait for the model.
-        seconds: After which a request is given up.
+        seconds: Seconds after which a request is given up.
         ui: Serves the page.
     """
 
@@ -38,7 +38,7 @@ class ServeSettings:
 
 
 class _State(Collector):
-    """Numbers that are read off the engine when somebody asks."""
+    """Metrics that are read from the engine and the worker when they are collected."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -70,7 +70,7 @@ class _State(Collector):
 
 
 class Service:
-    """The worker and the metrics of one application; `ask` is how routes reach the model."""
+    """The worker and the metrics of one application; routes reach the model through `ask`."""
 
     def __init__(self, engine: Engine, settings: ServeSettings) -> None:
         self.settings = settings
@@ -96,7 +96,7 @@ class Service:
 
         Raises:
             BusyError: The queue is full.
-            HTTPException: It did not come to an end in time.
+            HTTPException: It did not finish in time.
         """
         future = asyncio.wrap_future(self.worker.submit(job))
         try:
@@ -105,7 +105,7 @@ class Service:
             raise HTTPException(503, "the answer takes too long", {"Retry-After": "5"}) from None
 
     async def person(self, user: str, answer: Callable[[Person], Any]) -> Any:
-        """Does something with a user's adapter in the worker."""
+        """Calls a function with a user, in the worker, and returns its result."""
 
         def run(person: Person | None, _: Accepted | None) -> Any:
             assert person is not None
@@ -114,11 +114,11 @@ class Service:
         return await self.ask(Job(run, check_id(user, "user id")))
 
     async def alone(self, answer: Callable[[], Any]) -> Any:
-        """Does something between two batches."""
+        """Calls a function between two batches, in the worker, and returns its result."""
         return await self.ask(Job(lambda *_: answer(), alone=True))
 
     async def feedback(self, user: str, ratings: list[tuple[str, float]], key: str | None) -> tuple[Accepted, Person]:
-        """Writes ratings to the log and adapts.
+        """Writes a user's ratings to the log and adapts to them.
 
         Raises:
             MetarecError: An item is unknown, a rating off the scale, or the key contradicts an earlier one.
@@ -132,7 +132,7 @@ class Service:
         return both
 
     async def erase(self, user: str) -> bool:
-        """Removes a user everywhere; when it returns, nothing of them is left."""
+        """Removes a user from the store and from memory; returns whether there was one."""
 
         def run() -> bool:
             self.worker.settle()
@@ -142,5 +142,5 @@ class Service:
 
 
 def adapter_facts(person: Person) -> Adapter:
-    """Returns what an answer says of the adapter that it was made with."""
+    """Returns the facts about a user's adapter as a schema."""
     return Adapter.model_validate(person.facts())

@@ -100,14 +100,14 @@ class AdapterStore(FeedbackLog):
         return self._shard(record.key) / f"{record.key}-{record.version}"
 
     def put(self, adapters: Sequence[NewAdapter], *, keep: int = 2) -> int:
-        """Keeps adapters, each complete or not at all, and removes a user's older ones.
+        """Stores adapters, each complete or not at all, and removes their users' older ones.
 
         Args:
             adapters: The new ones; the user of one may have been erased in the meantime.
             keep: How many of a user's newest versions stay.
 
         Returns:
-            How many were kept; the others' users are gone.
+            How many were stored; the users of the others have been erased.
         """
         written = []
         for adapter in adapters:
@@ -116,7 +116,7 @@ class AdapterStore(FeedbackLog):
             size = sum(file.stat().st_size for file in path.iterdir())
             written.append((adapter, path, sha256_file(path / MANIFEST), size))
         kept = 0
-        # Erasing and indexing exclude each other: either the row goes in and is erased, or the directory goes.
+        # Erasing and indexing exclude each other: the adapter of an erased user has no row, and its directory goes.
         with self._index.locked():
             with self._index.transaction():
                 for adapter, path, digest, size in written:
@@ -175,7 +175,7 @@ class AdapterStore(FeedbackLog):
             raise ArtifactError(f"'{path / stray[0]}' does not belong there", "Remove it")
 
     def newest(self, key: str, recommender: str) -> tuple[AdapterRecord | None, list[AdapterRecord]]:
-        """Finds the last good version of a user's adapter.
+        """Returns the newest undamaged version of a user's adapter.
 
         Args:
             key: The user's key.
@@ -249,10 +249,10 @@ class AdapterStore(FeedbackLog):
         return dict(zip(("users", "ratings", "adapters", "bytes", "items"), map(int, row), strict=True))
 
     def ping(self) -> None:
-        """Asks the index a question.
+        """Checks that the index answers.
 
         Raises:
-            StoreError: It does not answer.
+            StoreError: It does not.
         """
         self._index.execute("SELECT 1")
 

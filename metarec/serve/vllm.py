@@ -1,7 +1,7 @@
-"""Adapters in the form that vLLM's file system LoRA resolver reads: a directory of PEFT directories by name.
+"""Exports adapters for vLLM's file system LoRA resolver: a directory of PEFT directories by name.
 
 A name is a user's random key and version, never an id, so that a server that caches by name never serves an old adapter
-for a new one. What the score adds to the language model (the item prior and its weights) is not part of it.
+for a new one. Only the language model's part of the score is exported, not its other terms and weights.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def export_adapters(
     """Writes the newest adapter of each user.
 
     Args:
-        store: Where they are.
-        out: ``VLLM_LORA_RESOLVER_CACHE_DIR``; adapters that are there under the same name are left alone.
-        users: Whose; None takes everybody.
+        store: The store with the adapters.
+        out: ``VLLM_LORA_RESOLVER_CACHE_DIR``; adapters that exist under the same name stay as they are.
+        users: Ids of the users to export; None exports all.
         base_model: The name under which vLLM serves the base model; None keeps the adapter's own.
 
     Returns:

@@ -1,7 +1,6 @@
-"""One thread that works for all: a bounded queue in front, requests of many users in one batch.
+"""Runs the engine in one thread behind a bounded queue, and answers requests of many users in one batch.
 
-Feedback of a batch is made durable in one transaction before anything is answered; users are then adapted together.
-Knows nothing of HTTP.
+A batch's feedback is made durable in one transaction before any request is answered; users are then adapted together.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class BusyError(MetarecError):
     """The queue is full.
 
     Args:
-        seconds: After which it is worth trying again.
+        seconds: Seconds after which to try again.
     """
 
     def __init__(self, seconds: int) -> None:
@@ -38,14 +37,14 @@ class BusyError(MetarecError):
 
 @dataclass(frozen=True)
 class Job:
-    """Something to do for one user, or for nobody.
+    """A function to call in the worker's thread, with a user or without.
 
     Args:
-        answer: Called with the user as the log has them after this batch's feedback, and with what became of the
-            job's own; None for both where there is no user or no feedback.
-        user: Whose adapter is needed.
-        feedback: What is written to the log first.
-        alone: Runs by itself, after everything that came before it and before everything that comes after.
+        answer: Called with the user as adapted to all ratings including this batch's, None without a user; and with
+            the result of the job's own feedback, None without any.
+        user: The id of the user whose adapter is needed.
+        feedback: Feedback to write to the log first.
+        alone: Runs in a batch of its own, after all jobs before it and before all jobs after it.
     """
 
     answer: Callable[[Person | None, Accepted | None], Any]
@@ -56,10 +55,10 @@ class Job:
 
 
 class Worker:
-    """The model's thread, and another that writes adapters while the model goes on.
+    """A thread that runs the engine, and another that writes adapters meanwhile.
 
     Args:
-        engine: Made by the caller; only this worker's thread may use it from now on.
+        engine: The engine; from now on only this worker's thread may use it.
         waiting: How many jobs may wait.
     """
 
@@ -125,7 +124,7 @@ class Worker:
 
     def _do(self, batch: Sequence[Job]) -> None:
         began = time.perf_counter()
-        # A client that went away before its turn is not waited upon; once running, a job runs to its end.
+        # A job whose client has gone is skipped; one that has started runs to its end.
         running = [job for job in batch if job.future.set_running_or_notify_cancel()]
         try:
             self._answer(running)
@@ -151,7 +150,7 @@ class Worker:
                 continue
             try:
                 job.future.set_result(job.answer(None if job.user is None else people[job.user], outcome))
-            except Exception as error:  # one user's failure is nobody else's
+            except Exception as error:  # one job's failure must not fail the others
                 job.future.set_exception(error)
 
     def _save(self) -> None:
@@ -164,10 +163,10 @@ class Worker:
         self._unsaved.join()
 
     def close(self, seconds: float = 5.0) -> None:
-        """Finishes what was accepted, within a time, and writes the adapters that wait.
+        """Finishes accepted jobs and writes waiting adapters, within a time limit.
 
         Args:
-            seconds: After which what is left is given up; it is in the log, and is computed again when asked for.
+            seconds: The limit; adapters not written by then are computed again from the log when they are needed.
         """
         if self._closed.is_set():
             return
