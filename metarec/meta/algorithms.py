@@ -98,9 +98,9 @@ def _backpropagate(
         before, gradients = adapted.path[step - 1]
         scaled = {name: meta.rate(name, step - 1).detach() * value for name, value in adjoint.items()}
         for name, gradient in gradients.items():
-            moved = torch.where(per_user(kept, gradient), scaled[name] * gradient, 0.0)
+            change = torch.where(per_user(kept, gradient), scaled[name] * gradient, 0.0)
             at = min(step - 1, len(rates[name]) - 1)
-            rates[name][at] -= moved.sum_to_size(1, *rates[name][at].shape).view(rates[name][at].shape)
+            rates[name][at] -= change.sum_to_size(1, *rates[name][at].shape).view(rates[name][at].shape)
         if second_order:
             product, product_shared = _hessian_product(support_loss, before, shared, scaled)
             adjoint = _sum(adjoint, product, -1.0)
@@ -287,9 +287,9 @@ def reptile(meta: MetaState, support_loss: Loss, query_loss: Loss, users: int, s
     kept = ~first_order.diverged
     gradients = dict(first_order.gradients)
     for name in meta.log_rate if steps else ():
-        moved = (meta.init[name] - adapted.state[name]) * per_user(kept, adapted.state[name])
+        change = (meta.init[name] - adapted.state[name]) * per_user(kept, adapted.state[name])
         rate = torch.stack([meta.rate(name, step) for step in range(steps)]).sum(0)
-        gradients[f"init/{name}"] = (moved.sum(0) / (kept.sum().clamp(min=1) * rate)).detach()
+        gradients[f"init/{name}"] = (change.sum(0) / (kept.sum().clamp(min=1) * rate)).detach()
     return MetaGradient(first_order.loss, gradients, first_order.diverged)
 
 

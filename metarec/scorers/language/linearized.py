@@ -25,7 +25,7 @@ class Linearized:
 
     Args:
         start: The initialization of the adapted tensors, without a user dimension.
-        place: Each item's row in `values` and `slopes`, -1 where it has none, up to the last item with a row, on the CPU.
+        place: Each item's row in `values` and `slopes`, -1 where it has none, up to the last such item, on the CPU.
         values: Log-odds under `start`, shape (rows,).
         slopes: Gradients of the log-odds, the tensors of `start` flattened and concatenated, shape (rows, numbers).
     """
