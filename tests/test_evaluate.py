@@ -18,7 +18,7 @@ from metarec.data import task_data
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.errors import EvaluationError
-from metarec.evaluate import Report, evaluate
+from metarec.evaluate import Report, evaluate, validation_auc
 from metarec.scorer import Request, Scorer
 
 DATA = known_interactions()
@@ -123,3 +123,15 @@ def test_unrated_candidates_are_ranked_with_the_rest(loaded: Callable[..., TaskD
     assert cells["known"]["auc"] == 1.0
     assert cells["known"]["hit@5"] == 1.0
     assert cells["constant"]["auc"] == 0.5
+
+
+def test_the_validation_auc_is_the_mean_of_a_report(loaded: Callable[..., TaskData]) -> None:
+    data = loaded()
+    noisy = Fixed("noisy", lambda asked: ORACLE.give(asked) + torch.tensor(asked.candidates % 5) / 3)
+    found = report(data, noisy)
+    means = [found.values("noisy", count).mean() for count in (0, 5)]
+    assert 0.5 < found.values("noisy", 5).mean() < 1.0
+    episodes = data.episodes("test")[0]
+    assert validation_auc(noisy, episodes, (0, 5), data.task.like_threshold) == np.mean(means)
+    with pytest.raises(EvaluationError, match="both likes and dislikes"):
+        validation_auc(noisy, [], (0, 5), data.task.like_threshold)

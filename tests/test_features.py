@@ -9,12 +9,13 @@ from known import WORLD
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF
 
+from metarec.config import CollaborativeConfig
 from metarec.data.interactions import Interactions
 from metarec.scorers.collaborative.features import Features, kernel_features, principal_components, unrated_features
 from metarec.scorers.collaborative.gp import GaussianProcess, fit_process
 from metarec.scorers.collaborative.item_mean import fit_item_mean, predict_unrated, smooth_by_text
 from metarec.scorers.collaborative.residuals import Floats
-from metarec.scorers.collaborative.stack import MEMBERS
+from metarec.scorers.collaborative.stack import fit_members
 from metarec.scorers.collaborative.text import TextRidge
 
 USERS = 80
@@ -104,8 +105,9 @@ def test_where_items_are_unrated_the_stack_has_one_process() -> None:
     data = rated(generator.normal(size=120), np.full(120, 12))
     features = unrated_features({"text": generator.normal(size=(120, 6))}, {})
     users, prior = np.arange(USERS), fit_item_mean(data, np.arange(USERS))
+    settings = CollaborativeConfig(members="stack")
     for known, kinds in (
         (features, [GaussianProcess, TextRidge]),
         (replace(features, unrated=None), [GaussianProcess, GaussianProcess, TextRidge]),
     ):
-        assert [type(member) for member in MEMBERS["stack"](data, users, prior, known, 0)] == kinds
+        assert [type(member) for member in fit_members(data, users, prior, known, settings, 0)] == kinds

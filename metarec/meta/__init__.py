@@ -1,1 +1,1 @@
-"""Inner and outer loops over plain tensors; nothing here knows text or ratings."""
+"""Meta-learning over plain tensors: inner and outer loops, algorithms, heads and losses."""

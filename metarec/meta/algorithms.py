@@ -4,10 +4,8 @@ An inner loop adapts every user's own copy of the initialization to the user's s
 the initialization and the inner rates. A loss maps a state with a leading user dimension to one number per user, so
 the gradient of their sum holds each user's own gradient and no loop over users is needed.
 
-The exact meta-gradient needs no unrolled graph: the adjoint walks back over the stored trajectory, one Hessian-vector
-product a step, so memory does not grow with the number of steps.
-
-Knows nothing of text, ratings or language models.
+The exact meta-gradient needs no unrolled graph: the adjoint is computed backwards over the stored trajectory, with one
+Hessian-vector product per step. One step's graph is in memory at a time.
 """
 
 from __future__ import annotations
@@ -24,12 +22,12 @@ from metarec.tensors import AdapterState, expand_users
 
 @dataclass(frozen=True)
 class MetaGradient:
-    """One outer step's worth of learning.
+    """The gradient of one outer step.
 
     Args:
         loss: Query loss of each user after adapting, shape (users,).
         gradients: Gradient of the mean over users that did not diverge, by flat meta-parameter name.
-        diverged: Which users' inner loop or query loss diverged; they add nothing to the gradient, shape (users,).
+        diverged: Users whose inner loop or query loss diverged; they are left out of the gradient, shape (users,).
     """
 
     loss: Tensor
@@ -50,28 +48,28 @@ def maml(
     second_order: bool = True,
     step_weights: Sequence[float] | None = None,
 ) -> MetaGradient:
-    """The exact meta-gradient of the query loss after adapting, by Hessian-vector products.
+    """Returns the exact meta-gradient of the query loss after adapting, by Hessian-vector products.
 
     With a = rate, g_t = grad of the support loss at state_t and u the gradient of the query loss at the last state,
-    the adjoint goes back by ``u <- u - H_t (a * u)``; the rates collect ``-a * g_t * u`` on the way.
+    each backward step is ``u <- u - H_t (a * u)``; the gradient of the log rates is the sum of ``-a * g_t * u``.
 
     Args:
         meta: The meta-parameters.
         support_loss: What the inner loop minimizes.
         query_loss: What the outer loop minimizes.
-        users: How many users the losses are about.
+        users: Number of users in the losses.
         steps: Inner steps.
         second_order: False leaves the Hessian out (first-order MAML).
-        step_weights: Weight of the query loss after 0, 1, ..., `steps` steps; None weighs the last alone.
+        step_weights: Weight of the query loss after 0, 1, ..., `steps` steps; None uses the last step alone.
 
     Source: Finn, Abbeel and Levine 2017, algorithm 1; the adjoint is reverse differentiation of their eq. 1 by hand.
     """
     adapted = adapt(meta, support_loss, users, steps, keep_path=True)
     weights = [*[0.0] * steps, 1.0] if step_weights is None else list(step_weights)
-    return _walk_back(meta, adapted, support_loss, query_loss, second_order, weights)
+    return _backpropagate(meta, adapted, support_loss, query_loss, second_order, weights)
 
 
-def _walk_back(
+def _backpropagate(
     meta: MetaState,
     adapted: Adapted,
     support_loss: Loss,
@@ -79,7 +77,7 @@ def _walk_back(
     second_order: bool,
     weights: Sequence[float],
 ) -> MetaGradient:
-    """Carries the query gradients of an inner loop that kept its path back to the meta-parameters."""
+    """Computes the meta-gradient backwards over the path of an inner loop."""
     steps = len(adapted.path)
     last, shared = _split(adapted.state, meta)
     states = [*(state for state, _ in adapted.path), last]
@@ -98,15 +96,15 @@ def _walk_back(
         if step == 0:
             break
         before, gradients = adapted.path[step - 1]
-        pulled = {name: meta.rate(name, step - 1).detach() * value for name, value in adjoint.items()}
+        scaled = {name: meta.rate(name, step - 1).detach() * value for name, value in adjoint.items()}
         for name, gradient in gradients.items():
-            moved = torch.where(per_user(kept, gradient), pulled[name] * gradient, 0.0)
+            change = torch.where(per_user(kept, gradient), scaled[name] * gradient, 0.0)
             at = min(step - 1, len(rates[name]) - 1)
-            rates[name][at] -= moved.sum_to_size(1, *rates[name][at].shape).view(rates[name][at].shape)
+            rates[name][at] -= change.sum_to_size(1, *rates[name][at].shape).view(rates[name][at].shape)
         if second_order:
-            bent, bent_shared = _hessian_product(support_loss, before, shared, pulled)
-            adjoint = _sum(adjoint, bent, -1.0)
-            outer = _sum(outer, bent_shared, -1.0)
+            product, product_shared = _hessian_product(support_loss, before, shared, scaled)
+            adjoint = _sum(adjoint, product, -1.0)
+            outer = _sum(outer, product_shared, -1.0)
     found = {f"init/{name}": value.sum(0) for name, value in {**outer, **adjoint}.items()}
     found |= {f"log_rate/{name}": value for name, value in rates.items()}
     return MetaGradient(loss, {name: found[name].detach() for name in meta.tensors()}, ~kept)
@@ -120,7 +118,7 @@ class _Query:
 
 
 def _query(query_loss: Loss, adapted: AdapterState, shared: AdapterState) -> _Query:
-    """The query loss and its gradients, each user's own."""
+    """Returns the query loss and its gradients, each user's own."""
     leaves = {name: value.detach().requires_grad_() for name, value in {**shared, **adapted}.items()}
     with torch.enable_grad():
         loss = query_loss(leaves)
@@ -130,13 +128,13 @@ def _query(query_loss: Loss, adapted: AdapterState, shared: AdapterState) -> _Qu
 
 
 def _split(state: AdapterState, meta: MetaState) -> tuple[AdapterState, AdapterState]:
-    """Divides a state into the tensors that the inner loop adapts and those that all users share."""
+    """Divides a state into the tensors that the inner loop adapts and those shared by all users."""
     adapted = {name: state[name] for name in meta.log_rate}
     return adapted, {name: value for name, value in state.items() if name not in meta.log_rate}
 
 
 def _mean_over(kept: Tensor, gradients: AdapterState) -> AdapterState:
-    """Weighs every user's gradient for a mean over the users that are kept; the others' become zero."""
+    """Divides gradients by the number of kept users; those of the other users become zero."""
     count = kept.sum().clamp(min=1)
     return {
         name: torch.where(per_user(kept, value), value / count, torch.zeros_like(value))
@@ -147,22 +145,23 @@ def _mean_over(kept: Tensor, gradients: AdapterState) -> AdapterState:
 def _hessian_product(
     loss: Loss, adapted: AdapterState, shared: AdapterState, direction: AdapterState
 ) -> tuple[AdapterState, AdapterState]:
-    """Products of `direction` with the support loss's second derivatives: adapted-adapted, and adapted-shared.
+    """Returns products of `direction` with the support loss's second derivatives: adapted-adapted, adapted-shared.
 
-    Users whose products are not finite get zero; they are the ones that diverged and count for nothing.
+    Products that are not finite become zero; their users diverged and are left out of the gradient.
     """
     leaves = {name: value.detach().requires_grad_() for name, value in {**shared, **adapted}.items()}
     with torch.enable_grad():
         inner = [leaves[name] for name in adapted]
         gradients = torch.autograd.grad(loss(leaves).sum(), inner, create_graph=True)
         total = sum((gradient * direction[name]).sum() for name, gradient in zip(adapted, gradients, strict=True))
-        # A support loss that is linear in the adapted tensors has no second derivative to follow.
+        # The second derivative of a support loss that is linear in the adapted tensors is 0.
         products = _gradients(total, leaves) if isinstance(total, Tensor) and total.requires_grad else {}
     clean = {name: value.nan_to_num(0.0, 0.0, 0.0) for name, value in products.items()}
     return {name: clean[name] for name in adapted if clean}, {name: clean[name] for name in shared if clean}
 
 
 def _gradients(total: Tensor, leaves: AdapterState) -> AdapterState:
+    """Returns the gradient of every leaf, zero where the total does not depend on it."""
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {
         name: torch.zeros_like(leaf) if gradient is None else gradient.detach()
@@ -171,11 +170,12 @@ def _gradients(total: Tensor, leaves: AdapterState) -> AdapterState:
 
 
 def _sum(left: AdapterState, right: AdapterState, factor: float = 1.0) -> AdapterState:
+    """Returns ``left + factor * right``, for the names of `left`."""
     return {name: value + factor * right[name] if name in right else value for name, value in left.items()}
 
 
 def fomaml(meta: MetaState, support_loss: Loss, query_loss: Loss, users: int, steps: int) -> MetaGradient:
-    """First-order MAML with learned inner rates.
+    """Returns the gradient of first-order MAML with learned inner rates.
 
     Source: Finn, Abbeel and Levine 2017, section 5.2: the query gradient at the adapted parameters, taken as the
     gradient at the initialization.
@@ -184,10 +184,12 @@ def fomaml(meta: MetaState, support_loss: Loss, query_loss: Loss, users: int, st
 
 
 def maml_plus_plus(meta: MetaState, support_loss: Loss, query_loss: Loss, users: int, steps: int) -> MetaGradient:
-    """MAML++: the query loss counts after every step, later steps more; rates are learned per tensor and per step.
+    """Returns the gradient of MAML++: the query loss after every step, later steps with larger weights.
 
-    Source: Antoniou et al. 2019, eq. 4. Their weights move to the last step while training goes on; here they stay in
-    the proportion 1 : 2 : ... : `steps`.
+    Rates are learned per tensor and per step.
+
+    Source: Antoniou et al. 2019, eq. 4. Their weights shift to the last step during training; here they stay in the
+    proportion 1 : 2 : ... : `steps`.
     """
     total = steps * (steps + 1) / 2
     weights = [step / total for step in range(steps + 1)] if steps else [1.0]
@@ -204,18 +206,18 @@ def imaml(
     prox_strength: float = 1.0,
     solver_steps: int = 5,
 ) -> MetaGradient:
-    """iMAML: the gradient through the minimum of ``support_loss + pull / 2 * |state - init|^2``, not through the path.
+    """Returns the gradient of iMAML: through the minimum of ``support_loss + prox_strength / 2 * |state - init|^2``.
 
-    ``(H + pull)^-1`` is applied by conjugate gradient, all users at once. Inner rates shape the path only, so their
-    gradient is zero.
+    ``(H + prox_strength)^-1`` is applied by conjugate gradient, for all users at once. The minimum does not depend on
+    the inner rates, so their gradient is zero.
 
     Args:
         meta: The meta-parameters.
-        support_loss: What the inner loop minimizes, beside the pull.
+        support_loss: What the inner loop minimizes, beside the proximal term.
         query_loss: What the outer loop minimizes.
-        users: How many users the losses are about.
+        users: Number of users in the losses.
         steps: Inner steps; the gradient is exact where they reach the minimum.
-        prox_strength: Strength of the pull to the initialization.
+        prox_strength: Strength of the proximal term.
         solver_steps: Conjugate gradient steps.
 
     Source: Rajeswaran et al. 2019, "Meta-Learning with Implicit Gradients", eq. 6 and algorithm 2.
@@ -226,15 +228,15 @@ def imaml(
     kept = ~adapted.diverged & query.loss.isfinite()
 
     def operator(direction: AdapterState) -> AdapterState:
-        bent, _ = _hessian_product(support_loss, last, shared, direction)
-        return _sum({name: prox_strength * value for name, value in direction.items()}, bent)
+        product, _ = _hessian_product(support_loss, last, shared, direction)
+        return _sum({name: prox_strength * value for name, value in direction.items()}, product)
 
     target = _mean_over(kept, query.adapted)
     solution = _conjugate_gradient(operator, target, solver_steps)
-    _, bent_shared = _hessian_product(support_loss, last, shared, solution)
+    _, product_shared = _hessian_product(support_loss, last, shared, solution)
     outer = _mean_over(kept, query.shared)
     found = {f"init/{name}": prox_strength * value.sum(0) for name, value in solution.items()}
-    found |= {f"init/{name}": value.sum(0) for name, value in _sum(outer, bent_shared, -1.0).items()}
+    found |= {f"init/{name}": value.sum(0) for name, value in _sum(outer, product_shared, -1.0).items()}
     found |= {f"log_rate/{name}": torch.zeros_like(value) for name, value in meta.log_rate.items()}
     return MetaGradient(query.loss, {name: found[name].detach() for name in meta.tensors()}, ~kept)
 
@@ -242,13 +244,13 @@ def imaml(
 def _conjugate_gradient(
     operator: Callable[[AdapterState], AdapterState], target: AdapterState, steps: int
 ) -> AdapterState:
-    """Solves ``operator(x) = target`` for every user on their own (Hestenes and Stiefel 1952)."""
+    """Solves ``operator(x) = target`` separately for every user (Hestenes and Stiefel 1952)."""
 
     def dot(left: AdapterState, right: AdapterState) -> Tensor:
         return torch.stack([(left[name] * right[name]).reshape(len(left[name]), -1).sum(1) for name in left]).sum(0)
 
-    def move(start: AdapterState, factor: Tensor, way: AdapterState) -> AdapterState:
-        return {name: value + per_user(factor, value) * way[name] for name, value in start.items()}
+    def move(start: AdapterState, factor: Tensor, direction: AdapterState) -> AdapterState:
+        return {name: value + per_user(factor, value) * direction[name] for name, value in start.items()}
 
     solution = {name: torch.zeros_like(value) for name, value in target.items()}
     residual = direction = target
@@ -256,7 +258,7 @@ def _conjugate_gradient(
     for _ in range(steps):
         image = operator(direction)
         curvature = dot(direction, image)
-        # Users who are done, and directions of no or negative curvature, stand still.
+        # The step is 0 for users whose residual is 0 and in directions without positive curvature.
         size = torch.where(curvature > 0, norm / curvature.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
         solution = move(solution, size, direction)
         residual = move(residual, -size, image)
@@ -268,9 +270,9 @@ def _conjugate_gradient(
 
 
 def reptile(meta: MetaState, support_loss: Loss, query_loss: Loss, users: int, steps: int) -> MetaGradient:
-    """Reptile: the outer gradient is the way from the adapted parameters back to the initialization.
+    """Returns the gradient of Reptile: the initialization minus the adapted parameters.
 
-    As in the paper the inner loop sees all of a user's data: support and query loss are averaged. Tensors that the
+    As in the paper the inner loop uses all of a user's data: support and query loss are averaged. Tensors that the
     inner loop does not adapt, and the inner rates, follow the first-order gradient of the same loss.
 
     Source: Nichol, Achiam and Schulman 2018, "On First-Order Meta-Learning Algorithms", algorithm 1; the difference
@@ -281,24 +283,24 @@ def reptile(meta: MetaState, support_loss: Loss, query_loss: Loss, users: int, s
         return (support_loss(state) + query_loss(state)) / 2
 
     adapted = adapt(meta, joint, users, steps, keep_path=True)
-    first_order = _walk_back(meta, adapted, joint, joint, False, [*[0.0] * steps, 1.0])
+    first_order = _backpropagate(meta, adapted, joint, joint, False, [*[0.0] * steps, 1.0])
     kept = ~first_order.diverged
     gradients = dict(first_order.gradients)
     for name in meta.log_rate if steps else ():
-        moved = (meta.init[name] - adapted.state[name]) * per_user(kept, adapted.state[name])
+        change = (meta.init[name] - adapted.state[name]) * per_user(kept, adapted.state[name])
         rate = torch.stack([meta.rate(name, step) for step in range(steps)]).sum(0)
-        gradients[f"init/{name}"] = (moved.sum(0) / (kept.sum().clamp(min=1) * rate)).detach()
+        gradients[f"init/{name}"] = (change.sum(0) / (kept.sum().clamp(min=1) * rate)).detach()
     return MetaGradient(first_order.loss, gradients, first_order.diverged)
 
 
 def closed_form(meta: MetaState, solve: Solve, query_loss: Loss, users: int) -> MetaGradient:
-    """The exact meta-gradient where the inner problem has a solution in closed form, such as a ridge regression head.
+    """Returns the exact meta-gradient for an inner problem solved in closed form, such as a ridge regression head.
 
     Args:
         meta: The meta-parameters; there are no inner rates.
-        solve: Maps the shared state of all users to every user's adapted state; differentiable.
+        solve: Maps the state shared by all users to every user's adapted state; differentiable.
         query_loss: What the outer loop minimizes.
-        users: How many users the losses are about.
+        users: Number of users in the losses.
 
     Source: Bertinetto et al. 2019, "Meta-learning with differentiable closed-form solvers", algorithm 1.
     """

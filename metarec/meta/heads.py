@@ -1,7 +1,7 @@
-"""Heads that fit a user in closed form: the cheap end of adaptation, one small linear system or two means per user.
+"""Heads that fit a user in closed form, by one small linear system or two means per user.
 
-Both give a vector whose product with an item's features is added to the item's score. Differentiable, batched over
-users. Knows nothing of language models or of where features come from.
+A head is a vector whose product with an item's features is added to the item's score. Both are differentiable and
+batched over users.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Support:
-    """What a head is fitted to.
+    """The support sets that heads are fitted to.
 
     Args:
         features: Support items, shape (users, items, features).
-        residual: What the score leaves of the ratings around the user's level, shape (users, items).
+        residual: Ratings minus score and user bias, shape (users, items).
         liked: Which items were liked, shape (users, items).
         real: False at padding, shape (users, items).
     """
@@ -32,11 +32,11 @@ class Support:
 
 @dataclass(frozen=True)
 class ClosedFormHead:
-    """A head that takes the place of gradient steps; the outer loop learns its one parameter.
+    """A head that is fitted instead of taking gradient steps; the outer loop learns its one parameter.
 
     Args:
         parameter: Name of that parameter, kept as a logarithm.
-        start: Where the logarithm starts.
+        start: Initial value of the logarithm.
         fit: Maps a support and the parameter, shape (users,), to heads, shape (users, features).
     """
 
@@ -46,13 +46,13 @@ class ClosedFormHead:
 
 
 def ridge_head(features: Tensor, targets: Tensor, real: Tensor, penalty: Tensor) -> Tensor:
-    """Ridge regression of a few targets on many features, solved in the space of the ratings.
+    """Fits a ridge regression of a few targets on many features, by a linear system of the number of ratings.
 
     Args:
         features: Support items, shape (users, items, features).
-        targets: What the head should predict, shape (users, items).
+        targets: Numbers to predict, shape (users, items).
         real: False at padding, shape (users, items).
-        penalty: Strength of the pull to zero, positive, shape (users,).
+        penalty: L2 penalty, positive, shape (users,).
 
     Returns:
         Shape (users, features); zero for a user without ratings.
@@ -67,18 +67,19 @@ def ridge_head(features: Tensor, targets: Tensor, real: Tensor, penalty: Tensor)
 
 
 def prototype_head(features: Tensor, liked: Tensor, real: Tensor, scale: Tensor) -> Tensor:
-    """The difference of the two classes' mean features: nearer to what was liked is better.
+    """Returns the difference of the mean features of liked and disliked items, times a scale.
 
-    With squared Euclidean distances a prototype classifier is linear, and its constant does not change an order.
+    A prototype classifier with squared Euclidean distances is linear; its constant, which changes no order, is left
+    out.
 
     Args:
         features: Support items, shape (users, items, features).
         liked: Which items were liked, shape (users, items).
         real: False at padding, shape (users, items).
-        scale: How much of the difference counts, shape (users,).
+        scale: Factor on the difference, shape (users,).
 
     Returns:
-        Shape (users, features); zero for a user who does not know both classes.
+        Shape (users, features); zero for a user whose support has one class only.
 
     Source: Snell et al. 2017, "Prototypical Networks", eq. 1 and 8.
     """

@@ -1,4 +1,4 @@
-"""The inner loop: every user's own copy of the initialization takes a few gradient steps, all users at once.
+"""The inner loop: a few gradient steps per user from the initialization, for all users at once.
 
 A loss maps a state with a leading user dimension to one number per user, so the gradient of their sum holds each
 user's own gradient and no loop over users is needed.
@@ -21,7 +21,7 @@ Solve = Callable[[AdapterState], AdapterState]
 
 @dataclass(frozen=True)
 class MetaState:
-    """The meta-parameters: what the outer loop learns.
+    """The meta-parameters, which the outer loop learns.
 
     Args:
         init: The initialization, without a user dimension.
@@ -81,14 +81,13 @@ def initial_meta_state(
 
 @dataclass(frozen=True)
 class Adapted:
-    """What an inner loop gives back.
+    """The result of an inner loop.
 
     Args:
         state: Every user's adapted tensors, with a user dimension.
         losses: Support loss before each step, shape (steps, users).
-        diverged: True for users whose inner loop met a non-finite loss or gradient and who therefore keep the
-            initialization, shape (users,).
-        path: The adapted tensors and the support gradients before each step, where they were asked for.
+        diverged: True for users with a non-finite loss or gradient, who keep the initialization, shape (users,).
+        path: The adapted tensors and the support gradients before each step; empty unless `keep_path` is set.
     """
 
     state: AdapterState
@@ -113,15 +112,15 @@ def adapt(
     Args:
         meta: Initialization and inner rates.
         support_loss: Loss on the users' support sets, one number per user.
-        users: How many users `support_loss` is about.
+        users: Number of users in `support_loss`.
         steps: Gradient steps; 0 returns the initialization.
         rate_scale: Multiplies every inner rate; 0 returns the initialization exactly.
-        prox_strength: Strength of a proximal term ``pull / 2 * |state - init|^2`` (iMAML).
-        keep_path: Keeps the tensors and gradients of every step, which an outer gradient needs.
+        prox_strength: Strength of a proximal term ``prox_strength / 2 * |state - init|^2`` (iMAML).
+        keep_path: Keeps the tensors and gradients of every step, for an outer gradient.
         first: A cheaper loss for the first step, of the same value and gradient at the initialization.
 
     Returns:
-        The adapted states, the support losses and which users diverged; nothing in it carries a graph.
+        The adapted states, the support losses and which users diverged; none of them has an autograd graph.
 
     Source: Finn, Abbeel and Levine 2017, "Model-Agnostic Meta-Learning", eq. 1; learned rates per tensor after
     Antoniou et al. 2019, "How to train your MAML", section 4.
@@ -143,8 +142,8 @@ def adapt(
             gradients = {name: gradient.nan_to_num(0.0, 0.0, 0.0) for name, gradient in gradients.items()}
         moved = {}
         for name, gradient in gradients.items():
-            drawn = gradient + prox_strength * (current[name] - start[name]) if prox_strength else gradient
-            moved[name] = current[name] - rate_scale * meta.rate(name, step).detach() * drawn
+            total = gradient + prox_strength * (current[name] - start[name]) if prox_strength else gradient
+            moved[name] = current[name] - rate_scale * meta.rate(name, step).detach() * total
         current = moved
     if steps:
         diverged = diverged | ~finite_users(current)
@@ -155,6 +154,7 @@ def adapt(
 
 
 def _support_gradient(loss: Loss, adapted: AdapterState, shared: AdapterState) -> tuple[Tensor, AdapterState]:
+    """Returns every user's loss, and its gradient by the adapted tensors."""
     leaves = {name: value.detach().requires_grad_() for name, value in adapted.items()}
     with torch.enable_grad():
         value = loss({**shared, **leaves})
@@ -163,11 +163,11 @@ def _support_gradient(loss: Loss, adapted: AdapterState, shared: AdapterState) -
 
 
 def finite_users(state: Mapping[str, Tensor]) -> Tensor:
-    """Says which users' tensors are all finite, shape (users,); a norm beyond the type's range counts as not."""
+    """Says which users' tensors are all finite, shape (users,); a norm beyond the type's range is not finite."""
     norms = [torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1) for value in state.values()]
     return torch.stack(norms).isfinite().all(0)
 
 
 def per_user(flags: Tensor, like: Tensor) -> Tensor:
-    """Gives one flag per user as many dimensions as a tensor that it masks."""
+    """Returns one flag per user with as many dimensions as a tensor, for masking it."""
     return flags.view(-1, *[1] * (like.ndim - 1))

@@ -1,7 +1,6 @@
-"""The same meta-gradient by learn2learn, one user after another: the reference in tests, the baseline in benchmarks.
+"""The meta-gradient by the library learn2learn, one user after another: a reference for tests and benchmarks.
 
-Its users recognise their own code here: a module that is cloned, adapted and backpropagated through. Knows nothing of
-text, ratings or language models, and is no faster than a loop.
+It is written as the library's users would write it: a module is cloned, adapted, and backpropagated through.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from metarec.tensors import AdapterState
 def meta_gradient(
     meta: MetaState, losses: Sequence[tuple[Loss, Loss]], steps: int, *, second_order: bool
 ) -> MetaGradient:
-    """MAML or first-order MAML through ``learn2learn.algorithms.MetaSGD``.
+    """Returns the gradient of MAML or first-order MAML by ``learn2learn.algorithms.MetaSGD``.
 
-    learn2learn's MetaSGD with rates that are functions of ours is MAML with learned rates of any granularity; its MAML
-    knows a single constant rate.
+    The library's MetaSGD takes rates that are functions of the meta-parameters' rates, so it computes MAML with learned
+    rates of any granularity; its MAML has a single constant rate.
 
     Args:
         meta: The meta-parameters; rates must not differ between steps.
-        losses: One support and one query loss per user, each about that user alone.
+        losses: One support and one query loss per user.
         steps: Inner steps.
-        second_order: Whether the Hessian takes part.
+        second_order: Whether to use the Hessian.
 
     Returns:
         What `metarec.meta.algorithms.maml` returns for the same users together.
@@ -78,7 +77,7 @@ def meta_gradient(
 
 
 class _Tensors(nn.Module):
-    """The adapted tensors as a module, for learn2learn to clone and update."""
+    """The adapted tensors as a module, which learn2learn clones and updates."""
 
     def __init__(self, tensors: AdapterState) -> None:
         super().__init__()
@@ -100,7 +99,7 @@ def _as_one_user(state: AdapterState) -> dict[str, Tensor]:
 
 
 def load_module(name: str) -> Any:
-    """Imports one module of learn2learn without its package's own imports, which want torchvision and gym."""
+    """Imports one module of learn2learn without its package's own imports, which need torchvision and gym."""
     spec = importlib.util.find_spec("learn2learn")
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError("learn2learn is not installed", "Run: make learn2learn")

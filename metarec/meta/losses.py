@@ -14,7 +14,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known of the items that are scored.
+    """Labels of the scored items.
 
     Args:
         liked: Whether the label rule calls the rating a like, shape (users, items).
@@ -31,7 +31,7 @@ QueryLoss = Callable[[Tensor, Labels, float], Tensor]
 
 
 def pairwise(scores: Tensor, labels: Labels, sharpness: float) -> Tensor:
-    """Returns the logistic loss of every pair of a liked and a disliked item: a smooth bound on 1 - AUC.
+    """Returns the logistic loss of every pair of a liked and a disliked item: a smooth surrogate of 1 - AUC.
 
     Args:
         scores: Shape (users, items).
@@ -47,7 +47,7 @@ def pairwise(scores: Tensor, labels: Labels, sharpness: float) -> Tensor:
 
 
 def pairwise_logistic(scores: Tensor, liked: Tensor, real: Tensor, sharpness: float) -> Tensor:
-    """Returns `pairwise`'s loss for callers that have no ratings beside likes.
+    """Returns the loss of `pairwise` for callers without ratings.
 
     Args:
         scores: Shape (users, items).

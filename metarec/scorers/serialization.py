@@ -1,11 +1,9 @@
-"""Scorers on disk: any of them, whatever it is made of, and the same scores when it comes back.
+"""Saving and loading of scorers; a loaded scorer gives the same scores.
 
 A scorer is a frozen dataclass; its fields are numbers, texts, arrays and further frozen dataclasses. Numbers and texts
-go to JSON, arrays to safetensors, bit by bit. A class is found by its name in `CLASSES` and nowhere else, so that a
-file can name nothing that was not meant to be made from one. A language model is not written: what is kept is which
-one was read, and it is handed in again; of a fine-tuned one, the tensors that were trained.
-
-Knows nothing of how a scorer was fitted, nor of the private state that one keeps to be fast.
+are written as JSON, arrays as safetensors without loss. Classes are looked up by name in `CLASSES` alone: a file cannot
+create other objects. A language model is not written: the file has its fingerprint, and the caller passes the
+model again; of a fine-tuned model the trained tensors are written too. Cached private state is not written.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ from metarec.scorers.term import ItemValues
 from metarec.tensors import read_tensors, write_tensors
 
 KIND = "scorer"
-# What files look like; scorers of another format are refused, as their parts had other names.
+# Version of the files' layout and names; scorers of another version are refused.
 _FORMAT = 2
 CLASSES: dict[str, type[Any]] = {
     "ALS": ALS,
@@ -89,7 +87,7 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def save_scorer(path: str | Path, scorer: Scorer) -> None:
-    """Writes a scorer as JSON and safetensors with a manifest; it appears complete or not at all.
+    """Writes a scorer as JSON and safetensors with a manifest; the directory appears complete or not at all.
 
     Args:
         path: The directory to create or replace.
@@ -103,11 +101,11 @@ def save_scorer(path: str | Path, scorer: Scorer) -> None:
 
 
 def write_scorer(directory: Path, name: str, scorer: Any, *, classes: Mapping[str, type[Any]] | None = None) -> None:
-    """Writes a scorer's, or its parts', two files into a directory that somebody else makes and guards.
+    """Writes the two files of a scorer, or of its parts, into a directory that the caller makes.
 
     Args:
-        directory: Where they go.
-        name: What they are called, without their endings.
+        directory: The directory.
+        name: Name of the files, without their endings.
         scorer: See `save_scorer`; or a mapping of its parts.
         classes: More classes than `CLASSES` has, by name.
 
@@ -124,19 +122,19 @@ def write_scorer(directory: Path, name: str, scorer: Any, *, classes: Mapping[st
 def load_scorer(
     path: str | Path, *, answer_model: AnswerModel | None = None, backbone: Backbone | None = None
 ) -> Scorer:
-    """Reads a scorer written by `save_scorer`; its scores are those it had, bit for bit.
+    """Reads a scorer written by `save_scorer`; its scores are the same, bit for bit.
 
     Args:
         path: The directory.
-        answer_model: The language model over the catalog's prompts, for a scorer that reads items. It may be on another
-            device than when the scorer was saved, or its adapted blocks of another precision; then the scores are as
-            near as that is.
-        backbone: The language model itself, for a scorer that reads histories; for a fine-tuned one, the model as it
-            was before. It may be on another device.
+        answer_model: The language model over the catalog's prompts, for a scorer that uses one. It may be on another
+            device than when the scorer was saved, or its adapted blocks of another precision; then the scores
+            differ by rounding.
+        backbone: The language model itself, for a scorer whose prompts are histories; for a fine-tuned one, the
+            model before fine-tuning. It may be on another device.
 
     Raises:
-        ArtifactError: The directory is missing, damaged or of another kind; or the scorer reads a language model that
-            is not given, or is given another backbone (one loaded in another precision is another), other prompts or
+        ArtifactError: The directory is missing, damaged or of another kind; or the scorer uses a language model that
+            is not passed, or another backbone is passed (one loaded in another precision is another), other prompts or
             another placement of adapters.
     """
     verify_dir(Path(path), KIND)
@@ -155,7 +153,7 @@ def read_scorer(
 
     Args:
         path: The directory.
-        name: What the files are called.
+        name: Name of the files, without their endings.
         answer_model: See `load_scorer`.
         backbone: See `load_scorer`.
         classes: More classes than `CLASSES` has, by name.
@@ -204,7 +202,7 @@ def _checked(path: Path, needed: Mapping[str, str], argument: str, model: _Model
 
 @dataclass(frozen=True)
 class _Packer:
-    """Turns values into JSON; collects their tensors, and the language models it meets."""
+    """Turns values into JSON; collects their tensors and language models."""
 
     tensors: dict[str, Tensor]
     models: list[AnswerModel | Backbone]
@@ -230,7 +228,7 @@ class _Packer:
         if isinstance(value, tuple):
             return {"tuple": [self.pack(part, f"{where}.{at}") for at, part in enumerate(value)]}
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-            # As pairs: the order of a state's tensors is part of what it computes.
+            # As pairs: the order of a state's tensors changes sums in the last bit.
             return {"map": [[key, self.pack(part, f"{where}.{key}")] for key, part in value.items()]}
         if isinstance(value, AnswerModel | Backbone):
             if any(other is not value for other in self.models):
@@ -250,7 +248,7 @@ class _Packer:
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             raise ArtifactError(f"{where} is an array of {array.dtype}, which cannot be saved", "Make it numbers")
-        # Linear algebra rounds differently over the two layouts, so the layout is kept.
+        # Linear algebra rounds differently for the two memory layouts, so the layout is written too.
         columns_first = array.flags.f_contiguous and not array.flags.c_contiguous
         name = self._keep(where, torch.tensor(array.T if columns_first else array))
         return {"scalar": name} if isinstance(value, np.generic) else {"array": name, "columns_first": columns_first}
@@ -277,7 +275,7 @@ class _Unpacker:
         kinds: dict[str, Callable[[Any], Any]] = {
             "float": lambda value: _NON_FINITE[value],
             "dtype": lambda value: _DTYPES[value],
-            # Copies, because a file's own memory is not aligned as fresh memory is.
+            # Copies, because the memory of a file is aligned differently from new memory.
             "tensor": lambda value: self.tensors[value].clone().to(self.device),
             "scalar": lambda value: self.tensors[value].numpy()[()],
             "array": lambda value: self._array(value, columns_first=packed["columns_first"]),

@@ -1,8 +1,8 @@
-"""Terms of the score: what is summed, each times a weight, to say how much a user will like an item.
+"""Terms of the score, which is a weighted sum of them.
 
-A term gives numbers for supports and items and knows nothing of adapters. The outer loop learns its weight. A term that
-learned from meta-training users is cross-fitted: each of these users sees it as a new user would, from a fit without
-them. One term is one `ScoreTerm` and one name in `metarec.registries.TERMS`.
+A term maps supports and items to numbers. The outer loop learns its weight. A term that is fitted on meta-training
+users is cross-fitted: its values for one of these users come from a fit without that user. A term is one `ScoreTerm`
+and one name in `metarec.registries.TERMS`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from metarec.data.interactions import Catalog, Codes, Flags, Interactions, Ratin
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.stack import FittedStack
 
-# The name of the term whose values depend on a user's adapter; see `metarec.scorers.language.score`.
+# The term whose values depend on a user's adapter; see `metarec.scorers.language.score`.
 ADAPTER_TERM = "adapter"
 
 
@@ -30,7 +30,7 @@ class AddedItems:
     Args:
         catalog: All items.
         prior: The item means of all items.
-        answer_model: The language model over all items; None where no term reads one.
+        answer_model: The language model over all items; None where no term uses one.
     """
 
     catalog: Catalog
@@ -42,10 +42,10 @@ class Term(Protocol):
     """One part of a score, in standard deviations of the rating."""
 
     def values(self, supports: Sequence[Ratings], items: Sequence[Codes]) -> list[Values]:
-        """Returns each user's value of each item that is asked about.
+        """Returns each user's value of each queried item.
 
         Args:
-            supports: What is known of each user; may be empty.
+            supports: Each user's ratings; may be empty.
             items: Item codes, one array per user.
 
         Returns:
@@ -54,17 +54,17 @@ class Term(Protocol):
         ...
 
     def leave_one_out(self, supports: Sequence[Ratings]) -> list[Values]:
-        """Returns each user's value of each rated item, as it is without that rating."""
+        """Returns each user's value of each rated item, computed without that rating."""
         ...
 
     def extended(self, added: AddedItems) -> Term:
-        """Returns the term for a catalog that has grown; values of the items that it knew do not change."""
+        """Returns the term for a catalog that has grown; values of the old items do not change."""
         ...
 
 
 @dataclass(frozen=True)
 class ItemValues:
-    """A term that gives an item the same value whoever asks; items added later get 0.
+    """A term that does not depend on the user; items added later get 0.
 
     Args:
         table: Value of every item, shape (items,).
@@ -88,12 +88,12 @@ class ItemValues:
 
 @dataclass(frozen=True)
 class CrossFitted:
-    """A term for new users, and for each meta-training user one that was fitted without them.
+    """A term for new users, and one fitted without each fold of the meta-training users.
 
     Args:
-        term: For users that no fit has seen.
-        folds: Fits without each fold of the meta-training users; none where the term learned from nobody.
-        fold: Which fold each meta-training user is in, by user id.
+        term: Fitted on all meta-training users, for new users.
+        folds: Fitted without each fold; none where the term is not fitted on users.
+        fold: The fold of each meta-training user, by user id.
     """
 
     term: Term
@@ -101,22 +101,22 @@ class CrossFitted:
     fold: Mapping[str, int] = field(default_factory=dict)
 
     def without(self, user: str) -> Term:
-        """Returns the term as a meta-training user may see it."""
+        """Returns the term that was fitted without a meta-training user."""
         return self.folds[self.fold[user]] if self.folds else self.term
 
 
 @dataclass(frozen=True)
 class TermContext:
-    """What a term is fitted from.
+    """The inputs of fitting a term.
 
     Args:
-        interactions: The dataset; only the ratings of `users` may be looked at.
+        interactions: The dataset; only the ratings of `users` may be used.
         users: Codes of the meta-training users.
         threshold: Ratings from here on are likes, see `Ratings.likes`.
-        seed: Seed of everything a fit draws.
+        seed: Seed of all random numbers.
         score: Names of all terms of the score.
-        stack: Item means and collaborative predictors, of all meta-training users and without each fold of them.
-        answer_model: The language model over the catalog; None where the score reads none.
+        stack: Item means and collaborative predictors, fitted on all meta-training users and without each fold of them.
+        answer_model: The language model over the catalog; None where the score has none.
     """
 
     interactions: Interactions
@@ -129,20 +129,20 @@ class TermContext:
 
     @property
     def hidden(self) -> Callable[[str], Flags] | None:
-        """What says of a meta-training user which items their fold has not seen; None where all have been."""
+        """Returns the items hidden from a user id's fold, shape (items,); None where no fold hides items."""
         folds = self.stack.out_of_fold
         return (lambda user: folds.without(user).hidden) if any(fold.hidden.any() for fold in folds.folds) else None
 
 
 @dataclass(frozen=True)
 class ScoreTerm:
-    """How a term comes about.
+    """How a term is fitted and used.
 
     Args:
         fit: Fits it; None for the adapter, whose values depend on a user's state.
         start: Its weight before meta-training.
         adapted: Whether the inner loop moves its weight for each user.
-        needs_model: Whether it reads the language model.
+        needs_model: Whether it uses the language model.
         classes: Classes of the fitted term and its parts, where `metarec.scorers.serialization` does not list them.
     """
 

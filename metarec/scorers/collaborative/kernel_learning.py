@@ -131,11 +131,11 @@ def learn_kernel_update(
     Source: as in Patacchiola et al. 2020, "Bayesian meta-learning for the few-shot setting via deep kernels", the
     kernel is shared and the posterior is the adaptation; here the outer loss is a ranking loss on a query.
     """
-    moved = _zero_update(processes[0])
+    update = _zero_update(processes[0])
     optimizer = torch.optim.Adam(
         [
             {"params": [value], "lr": 10 * schedule.lr if name == "selection_effect" else schedule.lr}
-            for name, value in moved.items()
+            for name, value in update.items()
         ]
     )
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(schedule.steps, 1))
@@ -154,12 +154,12 @@ def learn_kernel_update(
             seed=seed,
             step=step,
         )
-        loss = _query_loss(processes[turn], fixed[turn], moved, episodes, threshold, sharpness)
+        loss = _query_loss(processes[turn], fixed[turn], update, episodes, threshold, sharpness)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         decay.step()
-    learned = {name: value.detach().numpy().astype(np.float64) for name, value in moved.items()}
+    learned = {name: value.detach().numpy().astype(np.float64) for name, value in update.items()}
     return KernelUpdate(learned["mean"], learned["loadings"], learned["noise"], learned["selection_effect"])
 
 
@@ -172,7 +172,7 @@ def _zero_update(process: GaussianProcess) -> dict[str, Tensor]:
 def _query_loss(
     process: GaussianProcess,
     fixed: Mapping[str, Tensor],
-    moved: Mapping[str, Tensor],
+    update: Mapping[str, Tensor],
     episodes: Sequence[Episode],
     threshold: float,
     sharpness: float,
@@ -184,7 +184,7 @@ def _query_loss(
     queries = [episode.query for episode in episodes]
     scores = _scores(
         fixed,
-        moved,
+        update,
         torch.from_numpy(support),
         torch.from_numpy(rating).float(),
         pad_rows([query.items for query in queries], np.int64, _MAX_QUERY),
@@ -209,7 +209,7 @@ def _tensors(process: GaussianProcess) -> dict[str, Tensor]:
 
 def _scores(
     process: Mapping[str, Tensor],
-    moved: Mapping[str, Tensor],
+    update: Mapping[str, Tensor],
     support: Tensor,
     rating: Tensor,
     query: Tensor,
@@ -219,7 +219,7 @@ def _scores(
 
     Args:
         process: The process's parameters, noise as its logarithm.
-        moved: The update, added to them.
+        update: The update, added to them.
         support: Item codes, shape (users, K).
         rating: Standardized ratings, shape (users, K).
         query: Item codes, shape (users, candidates).
@@ -227,13 +227,13 @@ def _scores(
     """
 
     def of(name: str, items: Tensor) -> Tensor:
-        return process[name][items] + moved[name][items]
+        return process[name][items] + update[name][items]
 
     mean, count = of("mean", query), support.shape[1]
     if count == 0:
         return mean
     rated = of("loadings", support)
-    selection_effect = process["selection_effect"] + moved["selection_effect"]
+    selection_effect = process["selection_effect"] + update["selection_effect"]
     expected = selection_effect * (rated.mean(1) - process["centre"]) * count / (count + selection_damping)
     residual = rating - of("mean", support) - _times(rated, expected)
     covariance = rated @ rated.mT + torch.diag_embed(of("noise", support).exp())

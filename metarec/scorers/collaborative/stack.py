@@ -12,11 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import minimize
 from torch import Tensor
 
-from metarec.config import CollaborativeConfig, StackConfig
-from metarec.data.episodes import evaluation_episodes
+from metarec.config import CollaborativeConfig
 from metarec.data.interactions import Codes, Flags, Interactions, Ratings, Values
 from metarec.progress import progress
 from metarec.scorer import Request, score_each
@@ -25,11 +23,8 @@ from metarec.scorers.collaborative.gp import GaussianProcess, fit_process
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
 from metarec.scorers.collaborative.kernel_learning import aligned, learn_kernel_update, step_schedule
 from metarec.scorers.collaborative.residuals import Floats
-from metarec.scorers.collaborative.text import TextRidge, fit_text_ridge
-
-Member = GaussianProcess | TextRidge
-_SHOTS = (0, 5, 10, 20)
-_MAX_QUERY, _MIN_QUERY = 50, 5
+from metarec.scorers.collaborative.stack_weights import Fit, Member, fit_weights
+from metarec.scorers.collaborative.text import fit_text_ridge
 
 
 @dataclass(frozen=True)
@@ -237,9 +232,9 @@ def fit_stack(
     out_of_fold = [users[order == fold] for fold in range(folds)]
     rated = np.bincount(interactions.item, minlength=len(interactions.catalog)) > 0
 
-    def fit(part: Interactions, some: Codes, hidden: Flags) -> _Fit:
+    def fit(part: Interactions, some: Codes, hidden: Flags) -> Fit:
         prior = features.smoothed(fit_item_mean(part, some), seed)
-        return _Fit(prior, fit_members(part, some, prior, features, settings, seed), hidden)
+        return Fit(prior, fit_members(part, some, prior, features, settings, seed), hidden)
 
     parts = []
     with progress("fitting collaborative predictors", folds + 1, after=2.0) as advance:
@@ -251,33 +246,24 @@ def fit_stack(
         whole = fit(interactions, users, np.zeros(len(rated), bool))
         advance(folds + 1)
     if settings.members == "stack" and not hide:
-        # The kernel update is 0 for items that a fold has no ratings of, so it would not help where those are queried.
+        # The kernel update changes rated items alone, so it has no effect where unrated items are queried.
         whole, parts = _with_kernel_update(interactions, out_of_fold, whole, parts, settings, threshold, seed)
-    shots, weights = _fit_weights(interactions, out_of_fold, whole, parts, settings.stack, threshold, seed)
+    shots, weights = fit_weights(interactions, out_of_fold, whole, parts, settings.stack, threshold, seed)
     fitted = [Fold(part.prior, Stacked(part.prior, part.members, shots, weights), part.hidden) for part in parts]
     fold_of = {interactions.users[code]: int(fold) for code, fold in zip(users, order, strict=True)}
     stack = Stacked(whole.prior, whole.members, shots, weights)
     return FittedStack(whole.prior, stack, OutOfFold(tuple(fitted), fold_of))
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """Predictors before they are weighted; see `Fold`."""
-
-    prior: ItemPrior
-    members: tuple[Member, ...]
-    hidden: Flags
-
-
 def _with_kernel_update(
     interactions: Interactions,
     out_of_fold: Sequence[Codes],
-    whole: _Fit,
-    parts: Sequence[_Fit],
+    whole: Fit,
+    parts: Sequence[Fit],
     settings: CollaborativeConfig,
     threshold: float,
     seed: int,
-) -> tuple[_Fit, list[_Fit]]:
+) -> tuple[Fit, list[Fit]]:
     """Meta-learns the first member's kernel: for the whole fit from all folds, for each fold from the other folds.
 
     The users of a fold then influence its kernel only through the fits of the other folds, which include them.
@@ -296,7 +282,7 @@ def _with_kernel_update(
     firsts = [part.members[0] for part in parts]
     processes = [aligned(first, process, settings.gp.factors) for first in firsts if isinstance(first, GaussianProcess)]
 
-    def updated(fit: _Fit, first: GaussianProcess, without: int | None) -> _Fit:
+    def updated(fit: Fit, first: GaussianProcess, without: int | None) -> Fit:
         kept = [fold for fold in range(len(processes)) if fold != without]
         users = [out_of_fold[fold] for fold in kept]
         update = learn_kernel_update(
@@ -318,87 +304,3 @@ def _with_kernel_update(
         whole = updated(whole, process, None)
         advance(len(parts) + 1)
     return whole, learned
-
-
-def _fit_weights(
-    interactions: Interactions,
-    out_of_fold: Sequence[Codes],
-    whole: _Fit,
-    parts: Sequence[_Fit],
-    settings: StackConfig,
-    threshold: float,
-    seed: int,
-) -> tuple[tuple[int, ...], Floats]:
-    """Returns the support sizes that weights are learned for, and the weights, shape (shots, members)."""
-    members = len(whole.members)
-    if members <= 1:
-        return (0,), np.ones((1, members))
-    examples = [
-        _examples(interactions, users, part, settings.pairs, threshold, seed)
-        for users, part in zip(out_of_fold, parts, strict=True)
-    ]
-    found = [_weights([pair for part in examples for pair in part[count]], members, settings) for count in _SHOTS[1:]]
-    # Without ratings every member predicts an item mean; the first member's is the best one.
-    return _SHOTS, np.stack([np.eye(members)[0], *found])
-
-
-def _examples(
-    interactions: Interactions,
-    users: Codes,
-    part: _Fit,
-    pairs: int,
-    threshold: float,
-    seed: int,
-) -> dict[int, list[tuple[Floats, Floats]]]:
-    """Returns, by K, pairs of a liked and a disliked item of users that the members were not fitted on.
-
-    An entry holds a user's differences between the two items: of the prior, shape (pairs,), and of every member's
-    contribution, shape (pairs, members).
-    """
-    hidden = part.hidden if part.hidden.any() else None
-    episodes, _ = evaluation_episodes(
-        interactions,
-        users,
-        max_support=max(_SHOTS),
-        max_query=_MAX_QUERY,
-        min_query=_MIN_QUERY,
-        order="random",
-        seed=seed,
-        support_from=None if hidden is None else ~hidden,
-        query_from=hidden,
-        short_supports=True,
-    )
-    generator = np.random.default_rng(seed)
-    found: dict[int, list[tuple[Floats, Floats]]] = {count: [] for count in _SHOTS[1:]}
-    for episode in episodes:
-        liked = episode.query.likes(threshold)
-        if liked.all() or not liked.any():
-            continue
-        likes, dislikes = (generator.choice(np.flatnonzero(side), pairs) for side in (liked, ~liked))
-        base = part.prior.values(episode.query.items).astype(np.float64)
-        for count in _SHOTS[1:]:
-            requests = [Request("", episode.support.head(count).unlabelled(), episode.query.items)]
-            contribution = np.stack([member.score(requests)[0].numpy() - base for member in part.members], 1)
-            found[count].append((base[likes] - base[dislikes], contribution[likes] - contribution[dislikes]))
-    return found
-
-
-def _weights(pairs: Sequence[tuple[Floats, Floats]], members: int, settings: StackConfig) -> Floats:
-    """Fits stacking weights with an L2 penalty toward their default."""
-    start: Floats = np.array([settings.first_weight] + [settings.other_weight] * (members - 1))
-    if not pairs:
-        return start
-    penalty = settings.weight_damping / len(pairs)
-    offset = np.concatenate([base for base, _ in pairs])
-    contribution = np.concatenate([one for _, one in pairs])
-
-    def objective(weights: Floats) -> tuple[float, Floats]:
-        margin = settings.sharpness * (offset + contribution @ weights)
-        loss = np.logaddexp(0, -margin).mean() + penalty * ((weights - start) ** 2).sum()
-        slope = -settings.sharpness * (contribution / (1 + np.exp(margin))[:, None]).mean(0) + 2 * penalty * (
-            weights - start
-        )
-        return float(loss), slope
-
-    found: Floats = np.asarray(minimize(objective, start, jac=True, method="L-BFGS-B").x, np.float64)
-    return found

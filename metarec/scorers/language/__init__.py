@@ -1,1 +1,1 @@
-"""Scorers that read a language model."""
+"""Scorers that use a language model."""

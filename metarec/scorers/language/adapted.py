@@ -1,4 +1,4 @@
-"""The fitted score as a `Scorer`: adapts to each user's support set, many users at a time."""
+"""The fitted score as a `Scorer`, which adapts to each user's support set, many users at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from metarec.scorers.language.score import HEAD, Batch, head_solver, rated_batch
 from metarec.scorers.term import Term
 from metarec.tensors import expand_users
 
-# Larger batches only cost memory: the work per user is the same.
+# Larger batches need more memory and are not faster per user.
 USERS_AT_ONCE = 16
 
 
@@ -34,9 +34,9 @@ class InnerLoop:
         steps: Gradient steps.
         shrinkage: Pseudo-count in the support loss's denominator.
         user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
-        algorithm: The meta-algorithm; one with a head in closed form fits it instead of taking steps, and 0 steps still
-            mean no adaptation.
-        storage: Type that adapters are kept in; scores are those of the rounded adapter.
+        algorithm: The meta-algorithm; one with a head in closed form fits it instead of taking steps, and with 0 steps
+            does not adapt.
+        storage: Type that adapters are rounded to before scoring.
     """
 
     steps: int
@@ -58,7 +58,7 @@ class MetaScorer:
 
     Args:
         meta: The meta-learned parameters.
-        terms: The score's terms by name, but for the adapter.
+        terms: The score's terms by name, without the adapter.
         prior: Item means; standardizes ratings.
         answer_model: The language model that carries the adapters; None where the score has no adapter.
         inner: How users are adapted.
@@ -78,7 +78,7 @@ class MetaScorer:
 
     @property
     def bytes_per_user(self) -> int:
-        """The adapted tensors' bytes as they are kept; none where nothing is adapted."""
+        """Bytes of the adapted tensors as they are stored; 0 without adaptation."""
         if not self._adapts:
             return 0
         if self.inner.head is not None:
@@ -98,7 +98,7 @@ class MetaScorer:
 
     @property
     def device(self) -> torch.device:
-        """Where the states are."""
+        """The device of the states."""
         return next(iter(self.meta.init.values())).device
 
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
@@ -125,7 +125,7 @@ class MetaScorer:
 
         Args:
             supports: One entry per user; an empty one keeps the initialization.
-            linearized: All the items, linearized at the initialization: the first step then needs no language model.
+            linearized: All items, linearized at the initialization; the first step then needs no language model.
 
         Returns:
             Every user's state.

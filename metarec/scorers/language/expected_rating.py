@@ -1,4 +1,4 @@
-"""The rating itself by the frozen language model: the expected value over one answer word per rating."""
+"""The rating that the frozen language model expects, over one answer word per rating."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from metarec.scorer import Request, check_codes
 
 @dataclass(frozen=True)
 class ExpectedRating:
-    """Scores an item by the rating that the frozen model expects, whoever asks.
+    """Scores an item by the rating that the frozen model expects, for every user alike.
 
     Args:
         expected: Every item's expected rating, shape (catalog,).
@@ -39,13 +39,13 @@ class ExpectedRating:
 def expected_rating(
     answer_model: AnswerModel, template: PromptTemplate, catalog: Catalog, words: Sequence[str], scale: RatingScale
 ) -> ExpectedRating:
-    """Reads the probabilities of the answer words after every item's prompt and takes their mean rating.
+    """Returns the mean rating under the probabilities of the answer words after every item's prompt.
 
     Args:
         answer_model: The language model over the catalog's prompts.
-        template: The prompt, for the boundary at which the words stand.
+        template: The prompt, after which the words are tokenized.
         catalog: The items.
-        words: Answer words, spread evenly from the lowest rating that is asked for to the highest.
+        words: Answer words for evenly spaced ratings, ascending.
         scale: The rating scale; the words run from 1, or its lowest rating where that is higher, to its highest.
 
     Raises:

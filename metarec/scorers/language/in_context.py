@@ -1,8 +1,7 @@
-"""In-context recommendation: the user's history stands in the prompt as solved examples, nothing is trained.
+"""In-context recommendation: the prompt contains the user's history as solved examples, and nothing is trained.
 
-`InContext` asks about one candidate after another, `Listwise` which one of a list is liked best. What all prompts of a
-user begin with, the history above all, goes through the language model once. Needs a causal LM; knows nothing of item
-means or of other users.
+`InContext` has one prompt per candidate, `Listwise` one per list of candidates. The common start of a user's prompts,
+which includes the history, goes through the language model once. The model must be a causal LM.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ _ANSWER = "Answer:"
 
 @dataclass(frozen=True)
 class History:
-    """Tells the language model what a user rated: the task's own prompt for each item, followed by its answer word.
+    """Writes a user's ratings as text: the task's prompt for each rated item, followed by its answer word.
 
     Args:
         template: The task's prompt.
         catalog: The items.
         threshold: Ratings from here on are likes; NaN where likes are ratings above the mean of the user's.
-        limit: Examples at most.
-        seed: Which examples those are, and their order: a hash of seed and item, whatever the order of the ratings.
+        limit: Number of examples at most.
+        seed: Examples are chosen and ordered by a hash of seed and item, independent of the order of the ratings.
     """
 
     template: PromptTemplate
@@ -54,7 +53,7 @@ class History:
             )
 
     def examples(self, support: Ratings) -> tuple[Codes, Sequence[bool]]:
-        """Chooses the items that are shown; both likes and dislikes, where there are both.
+        """Chooses the items that are shown, with at least one like and one dislike if there are both.
 
         Returns:
             Item codes in the order of the prompt, and whether each is a like.
@@ -75,7 +74,7 @@ class History:
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
     def text(self, support: Ratings, special_tokens: Sequence[str]) -> str:
-        """Returns what stands before the question; nothing where nothing was rated."""
+        """Returns the text before the question; empty for a user without ratings."""
         items, likes = self.examples(support)
         words = {True: self.template.positive, False: self.template.negative}
         return "".join(
@@ -90,9 +89,9 @@ class InContext:
 
     Args:
         backbone: A causal LM.
-        history: How a user is told.
-        calibrated: Takes off the log-odds of a candidate without content under the same history (Zhao et al. 2021);
-            the order of one user's candidates stays what it is.
+        history: Writes a user's ratings into the prompt.
+        calibrated: Subtracts the log-odds of a candidate without content under the same history (Zhao et al. 2021);
+            the order of one user's candidates does not change.
         name: How the method is called in tables.
         bytes_per_user: See `Scorer`.
 
@@ -130,11 +129,11 @@ class InContext:
         return self._texts(request.support, np.array([candidate]))[0]
 
     def tokens_read(self, request: Request) -> int:
-        """Returns how many tokens scoring a request reads, what its prompts share counted once."""
+        """Returns the number of tokens that scoring a request reads; tokens that its prompts share count once."""
         return _count(self.backbone, self._texts(request.support, np.unique(request.candidates)))
 
     def _texts(self, support: Ratings, items: Codes) -> list[str]:
-        """Returns the prompt of every item, and where they are calibrated one without content behind them."""
+        """Returns the prompt of every item; if calibrated, the last one is a prompt without content."""
         history = self.history.text(support, self.backbone.special_tokens)
         questions = [self._question(int(code)) for code in items]
         if self.calibrated and questions:
@@ -157,18 +156,18 @@ class InContext:
 
 @dataclass(frozen=True)
 class Listwise:
-    """Shows candidates in lettered lists and asks which one the user likes best.
+    """Scores candidates by prompts that list some of them by letter and ask which one the user likes best.
 
     A score is the log-probability of the candidate's letter among the letters of its list, relative to chance, averaged
-    over several shuffles into lists: a model prefers some letters and some places whatever stands there (Zheng et al.
-    2024). A candidate's score depends on the others it is shown with. Candidates of one title, which the model could
-    not tell apart, are one line and have one score.
+    over several shuffles into lists, because a model prefers some letters and some positions (Zheng et al. 2024). A
+    candidate's score depends on the other candidates in its lists. Candidates of one title are one line and have one
+    score.
 
     Args:
         backbone: A causal LM.
-        history: How a user is told.
+        history: Writes a user's ratings into the prompt.
         rounds: Shuffles to average over; a shuffle is a function of the seed and of the candidates' ids.
-        labels: What the places of a list are called; as many as a list is long at most.
+        labels: Letters of a list's lines; their number is the greatest length of a list.
         name: How the method is called in tables.
         bytes_per_user: See `Scorer`.
 
@@ -196,10 +195,10 @@ class Listwise:
         return score_one_by_one(self.name, requests, len(self.history.catalog), self._score)
 
     def prompt_text(self, request: Request, candidate: int) -> str:
-        """Returns the text of the first round in which a candidate is asked about.
+        """Returns the text of the first list that contains a candidate.
 
         Raises:
-            UnknownItemError: It is not one of the request's candidates, and so in none of its lists.
+            UnknownItemError: The item is not one of the request's candidates.
         """
         if candidate not in request.candidates:
             raise UnknownItemError(
@@ -211,7 +210,7 @@ class Listwise:
         return self._text(self.history.text(request.support, self.backbone.special_tokens), shown)
 
     def tokens_read(self, request: Request) -> int:
-        """Returns how many tokens scoring a request reads, what its prompts share counted once."""
+        """Returns the number of tokens that scoring a request reads; tokens that its prompts share count once."""
         history = self.history.text(request.support, self.backbone.special_tokens)
         lists = self._lists(self._lines(request.candidates)[0])
         return _count(self.backbone, [self._text(history, shown) for shown in lists])
@@ -228,7 +227,7 @@ class Listwise:
         return total[torch.from_numpy(place)]
 
     def _lines(self, candidates: Codes) -> tuple[Codes, Codes]:
-        """Returns the first item of every title, in the order of codes, and which of these each candidate is."""
+        """Returns the first item of every title, in the order of codes, and the index of each candidate's title."""
         first: dict[str, int] = {}
         for code in np.unique(candidates):
             first.setdefault(self._title(code), int(code))
@@ -239,7 +238,7 @@ class Listwise:
         return clean_field(self.history.catalog.title(int(code)), self.backbone.special_tokens)
 
     def _lists(self, items: Codes) -> list[Codes]:
-        """Returns the lists of all rounds; those of a round are as equally long as can be."""
+        """Returns the lists of all rounds; lengths within a round differ by one at most."""
         count = -(-len(items) // len(self.labels))
         lists: list[Codes] = []
         for number in range(self.rounds if count else 0):
@@ -266,7 +265,7 @@ def _need_causal(backbone: Backbone) -> None:
 
 
 def _tokens(backbone: Backbone, texts: Sequence[str]) -> tuple[list[list[int]], int]:
-    """Returns texts' tokens and how many leading ones they share; every text keeps one of its own."""
+    """Returns texts' tokens and the number of leading tokens that they share, less than the shortest text has."""
     tokens = backbone.tokenize(texts) if texts else []
     return tokens, min(common_start([*map(tuple, tokens)]), min(map(len, tokens)) - 1) if tokens else 0
 
@@ -283,12 +282,12 @@ def _count(backbone: Backbone, texts: Sequence[str]) -> int:
 def score_one_by_one(
     name: str, requests: Sequence[Request], items: int, values: Callable[[Request], Tensor]
 ) -> list[Tensor]:
-    """Scores requests one after another, with a progress bar where it takes long.
+    """Scores requests one after another, with a progress bar if it takes long.
 
     Args:
-        name: What the bar says.
+        name: Text of the progress bar.
         requests: The requests.
-        items: How many items the method knows.
+        items: Number of items that the method was fitted on.
         values: Scores of one request's candidates.
 
     Raises:

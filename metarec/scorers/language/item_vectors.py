@@ -1,4 +1,4 @@
-"""Item vectors that a frozen model reads off the catalog's text."""
+"""Item vectors that a frozen model computes from the catalog's text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TEXT = PromptTemplate("{{ title }}" + FIELDS_AFTER_TITLE, "good", "bad")
 
 
 def text_vectors(catalog: Catalog, encoder: str = MINILM) -> Floats:
-    """Reads every item with a sentence encoder; kept on disk from then on.
+    """Returns a sentence encoder's vector of every item; the vectors are cached on disk.
 
     Args:
         catalog: The items.
@@ -31,7 +31,7 @@ def text_vectors(catalog: Catalog, encoder: str = MINILM) -> Floats:
         Shape (items, features).
 
     Raises:
-        BackboneError: The encoder is not there.
+        BackboneError: The encoder is missing.
     """
     backbone = load_backbone(encoder)
     prompts = tokenize_catalog(backbone, _TEXT, described(catalog))
@@ -40,12 +40,12 @@ def text_vectors(catalog: Catalog, encoder: str = MINILM) -> Floats:
 
 
 def hidden_state_vectors(backbone: Backbone, catalog: Catalog, sentences: Sequence[str] = (REVIEW,)) -> Floats:
-    """Returns what a causal language model recalls of every item, shape (items, features).
+    """Returns features of a causal language model's hidden states of every item, shape (items, features).
 
     Args:
         backbone: The model.
         catalog: The items.
-        sentences: What it reads, one after the other, see `metarec.data.templates.hidden_state_texts`.
+        sentences: Templates of the texts that the model reads, see `metarec.data.templates.hidden_state_texts`.
 
     Raises:
         ConfigError: A sentence does not fit the catalog.

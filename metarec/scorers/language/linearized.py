@@ -1,4 +1,4 @@
-"""Log-odds of items to first order around the adapter that all users start from."""
+"""Log-odds of items, linearized in the adapter around the meta-learned initialization."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ _ITEMS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Linearized:
-    """Log-odds of some items to first order around an adapter that all users start from.
+    """Log-odds of some items, linearized in the adapter around the initialization.
 
-    At that adapter they and their gradient are the language model's own, so a gradient step from there needs no
-    language model.
+    At the initialization the log-odds and their gradient are exact, so the first gradient step needs no language model.
 
     Args:
-        start: The adapted tensors of the language model, without a user dimension.
-        place: Each item's row below, -1 where it has none, up to the last item that has one, on the CPU.
+        start: The initialization of the adapted tensors, without a user dimension.
+        place: Each item's row in `values` and `slopes`, -1 where it has none, up to the last such item, on the CPU.
         values: Log-odds under `start`, shape (rows,).
-        slopes: Their gradient, all tensors of `start` one after another, shape (rows, numbers).
+        slopes: Gradients of the log-odds, the tensors of `start` flattened and concatenated, shape (rows, numbers).
     """
 
     start: AdapterState
@@ -37,23 +36,23 @@ class Linearized:
     slopes: Tensor
 
     def covers(self, items: Codes) -> bool:
-        """Says whether all of some items have a row."""
+        """Says whether all items have a row."""
         return bool((items < len(self.place)).all()) and bool((self.place[torch.from_numpy(items)] >= 0).all())
 
     def log_odds(self, items: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Returns log-odds of items, shape (users, items), to first order; those without a row get any number."""
+        """Returns linearized log-odds, shape (users, items); those of items without a row are undefined."""
         rows = self.place[items.clamp(max=len(self.place) - 1)].clamp(min=0).to(self.values.device)
         moved = torch.cat([(state[name] - value).flatten(1) for name, value in self.start.items()], 1)
         return self.values[rows] + (self.slopes[rows] @ moved.unsqueeze(-1)).squeeze(-1)
 
 
 def linearize(answer_model: AnswerModel, meta: MetaState, items: Codes) -> Linearized:
-    """Reads items and their gradients at the meta-initialization, once for all users.
+    """Computes log-odds and gradients of items at the meta-initialization, once for all users.
 
     Args:
         answer_model: The language model.
         meta: The meta-parameters; gradients are with respect to the language model's tensors that have an inner rate.
-        items: The items, each once.
+        items: Different item codes.
     """
     adapter = {name: value.detach() for name, value in meta.init.items() if not name.startswith("score.")}
     start = {name: value for name, value in adapter.items() if name in meta.log_rate}
@@ -64,7 +63,7 @@ def linearize(answer_model: AnswerModel, meta: MetaState, items: Codes) -> Linea
         for begin in range(0, len(items), _ITEMS_AT_ONCE):
             block = torch.from_numpy(items[begin : begin + _ITEMS_AT_ONCE])
             rows = slice(begin, begin + len(block))
-            # One item per user: the gradient of the sum then holds each item's own.
+            # One item per user, so that the gradient of the sum holds each item's gradient.
             leaves = {name: value.clone().requires_grad_() for name, value in expand_users(start, len(block)).items()}
             with torch.enable_grad():
                 state = {**expand_users(adapter, len(block)), **leaves}

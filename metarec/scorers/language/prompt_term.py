@@ -1,4 +1,4 @@
-"""The score term of the frozen prompt: the language model's answer about an item, whoever asks."""
+"""The score term of the frozen language model's answer about an item, the same for every user."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metarec.scorers.term import AddedItems, CrossFitted, ScoreTerm, TermContext
 
 @dataclass(frozen=True)
 class PromptTerm:
-    """The frozen model's log-odds of the positive answer, around the mean of the catalog that was trained on."""
+    """The frozen model's log-odds of the positive answer, minus their mean over the training catalog."""
 
     answer_model: AnswerModel
 

@@ -5,9 +5,9 @@ The score of user u for item i is a weighted sum of named terms,
     score(u, i) = sum over terms t of  weight_t  t(support of u, i)
                   + weight_adapter (log_odds(i; adapter of u) - log_odds(i; frozen model))
 
-in standard deviations of the rating. `metarec.scorers.term` lists the terms; the last one, the adapter, depends on the
-user's state and is exactly 0 for a fresh adapter. A head that is fitted in closed form (`metarec.meta.heads`) adds its
-product with the item's features. Meta-training, evaluation, adaptation and the service all score by `score`.
+in standard deviations of the rating. `metarec.registries.TERMS` lists the terms; the last one, the adapter, depends on
+the user's state and is exactly 0 for a fresh adapter. A head that is fitted in closed form (`metarec.meta.heads`) adds
+its product with the item's features. Meta-training, evaluation, adaptation and the service all use `score`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Batch:
     Args:
         items: Item codes, shape (users, items).
         terms: Values of every term that does not depend on a user's state, by name, shape (users, items).
-        item_batch: The items, ready for the adapted language model; None where the score has no adapter.
+        item_batch: The items as input of the adapted language model; None where the score has no adapter.
         frozen: Log-odds of the items under the frozen model, shape (users, items); None where the score has no adapter.
         target: Standardized ratings, shape (users, items).
         liked: Whether the label rule calls the rating a like, shape (users, items).
@@ -60,7 +60,7 @@ class Batch:
 
     @property
     def labels(self) -> Labels:
-        """What the query loss may know of the items."""
+        """The labels for the query loss."""
         return Labels(self.liked, self.target, self.real)
 
 
@@ -80,7 +80,7 @@ def collate(
         prior: Standardizes ratings.
         adapted: The language model that carries the users' adapters; None where the score has no adapter.
         threshold: Ratings from here on are likes.
-        device: Where the batch goes.
+        device: The batch's device.
     """
     codes = pad_rows([rating.items for rating in ratings], np.int64)
     items = codes.to(device)
@@ -103,7 +103,7 @@ def rated_batch(
     threshold: float,
     device: torch.device | str = "cpu",
 ) -> Batch:
-    """Pads several users' own ratings; every term's value of a rating is the one without that rating."""
+    """Pads several users' ratings; every term's value of a rating is computed without that rating."""
     values = {name: term.leave_one_out(supports) for name, term in terms.items()}
     return collate(supports, values, prior, adapted, threshold, device)
 
@@ -116,7 +116,7 @@ def candidate_batch(
     adapted: AnswerModel | None,
     device: torch.device | str = "cpu",
 ) -> Batch:
-    """Pads several users' unlabelled candidates; targets are zero and mean nothing."""
+    """Pads several users' unlabelled candidates; targets and likes are undefined."""
     values = {name: term.values(supports, items) for name, term in terms.items()}
     unrated = [Ratings(codes, np.zeros(len(codes), np.float32)) for codes in items]
     return collate(unrated, values, prior, adapted, np.inf, device)
@@ -136,12 +136,12 @@ def score_adapted(
 
     Args:
         state: The users' tensors, with a user dimension.
-        supports: What the users were adapted to.
+        supports: The ratings that the users were adapted to.
         items: Candidates, one array of codes per user.
         terms: The score's terms by name.
         prior: Standardizes ratings.
         adapted: The language model that carries the adapters; None where the score has no adapter.
-        device: Where the state is.
+        device: The state's device.
 
     Returns:
         One tensor per user, of the shape of its candidates, on the CPU.
@@ -163,21 +163,21 @@ def initial_state(
     head: ClosedFormHead | None = None,
     device: torch.device | str = "cpu",
 ) -> MetaState:
-    """Returns the meta-parameters before any training: a fresh adapter and the score's weights.
+    """Returns the meta-parameters before training: a fresh adapter and the score's weights.
 
     Args:
         terms: The score's terms by name.
-        answer_model: Says which adapters there are; None where the score has no adapter.
-        inner_lr: Inner rate that every adapted tensor starts with.
-        adapter_weight: Weight of the adapter's log-odds at the start.
+        answer_model: The language model with adapters; None where the score has no adapter.
+        inner_lr: Initial inner rate of every adapted tensor.
+        adapter_weight: Initial weight of the adapter's log-odds.
         seed: Seed of the adapter's A.
-        top_only: The inner loop adapts the topmost block alone; the others learn in the outer loop (ANIL, Raghu et
+        top_only: The inner loop adapts the topmost block alone; only the outer loop changes the others (ANIL, Raghu et
             al. 2020).
         steps_with_rates: Learn inner rates for each of so many steps.
         elementwise_rates: Learn an inner rate for every number (Meta-SGD, Li et al. 2017, eq. 2; there a rate may be
             negative, here it is positive).
-        head: Fit users by such a head in closed form, and nothing by gradient steps.
-        device: Where the tensors go.
+        head: Fit users by this head in closed form instead of gradient steps.
+        device: The tensors' device.
     """
     adapter: AdapterState = {}
     top = ""
@@ -199,7 +199,7 @@ def initial_state(
 
 
 def adapter_tensors(state: Mapping[str, Tensor]) -> AdapterState:
-    """Returns a state's tensors that are the language model's, not the score's."""
+    """Returns a state's tensors that belong to the language model's adapter."""
     return {name: value for name, value in state.items() if not name.startswith("score.")}
 
 
@@ -228,11 +228,11 @@ def _sum_with_adapter(state: Mapping[str, Tensor], batch: Batch, log_odds: Tenso
 
 
 def head_solver(batch: Batch, adapted: AnswerModel, head: ClosedFormHead, *, user_bias_damping: float) -> Solve:
-    """Returns what fits every user's head to their ratings, given a state that all share.
+    """Returns a function that fits every user's head, given a state shared by all users.
 
     Args:
         batch: The support sets.
-        adapted: The language model; its features move with the shared adapter, so the outer loop can shape them.
+        adapted: The language model; its features depend on the shared adapter, which the outer loop learns.
         head: Which head.
         user_bias_damping: See `support_loss`.
     """
@@ -263,15 +263,15 @@ def support_loss(
 ) -> Loss:
     """Returns the squared error on a user's ratings around the user's bias.
 
-    The bias is fitted in closed form. Dividing by the number of ratings plus a pseudo-count lets more ratings take
-    longer steps, as a posterior would.
+    The bias is fitted in closed form. The sum is divided by the number of ratings plus a pseudo-count, so that gradient
+    steps are longer for users with more ratings, like the change of a posterior mean.
 
     Args:
         batch: The support sets.
         adapted: The language model; None where the score has no adapter.
         shrinkage: Pseudo-count in the loss's denominator.
         user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
-        linearized: Reads the items to first order around the initialization; there loss and gradient are the same.
+        linearized: Replaces the language model by its linearization; at the initialization loss and gradient are equal.
 
     Returns:
         A loss with one number per user; zero for a user without ratings.

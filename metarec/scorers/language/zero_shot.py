@@ -1,4 +1,4 @@
-"""Methods that only ask the frozen language model about an item, whoever asks."""
+"""Methods that use the frozen language model's answer about an item and ignore the user."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from metarec.scorer import Request, check_codes
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Scores an item by the frozen model's log-odds of the yes word, whoever asks.
+    """Scores an item by the frozen model's log-odds of the yes word, for every user alike.
 
     Args:
         answer_model: The language model over the catalog's prompts.
         name: How the method is called in tables.
         bytes_per_user: See `Scorer`.
-        bias: Log-odds that are taken off every item's.
+        bias: Log-odds that are subtracted from every item's.
     """
 
     answer_model: AnswerModel
@@ -49,7 +49,7 @@ class ZeroShot:
         return self.answer_model.prompts.texts[candidate]
 
     def tokens_read(self, request: Request) -> int:
-        """Returns how many tokens scoring a request reads without caches; what all prompts begin with counts once."""
+        """Returns the number of tokens that scoring a request reads without caches; a common prefix counts once."""
         prompts = self.answer_model.prompts
         shared = prompts.prefix if self.answer_model.backbone.kind == "causal" and len(request.candidates) else 0
         return shared + sum(len(prompts.tokens[code]) - shared for code in request.candidates)
@@ -57,14 +57,14 @@ class ZeroShot:
 
 @torch.no_grad()
 def calibrated_zero_shot(answer_model: AnswerModel, template: PromptTemplate, catalog: Catalog) -> ZeroShot:
-    """Takes off what the model answers to a prompt without content, where every field says ``N/A``.
+    """Returns a zero-shot scorer minus the log-odds after a prompt without content, in which every field is ``N/A``.
 
-    Every item loses the same number: the order of a user's items stays what it is without calibration, and only how
-    well the scores are calibrated as log-odds of a like changes.
+    The same number is subtracted from every item: the order of a user's items does not change, only the calibration of
+    the scores as log-odds of a like.
 
     Args:
         answer_model: The language model over the catalog's prompts.
-        template: The prompt that the reader's prompts were rendered from.
+        template: The template of the answer model's prompts.
         catalog: The items, for the names of their fields.
 
     Source: Zhao et al. 2021, "Calibrate Before Use", section 5; with two answer words their diagonal W is a shift of
