@@ -103,22 +103,23 @@ def check(
         write_tables(mended, fix)
     over = verdict.broken(findings, thresholds)
     if json:
-        print_json(
-            verdict.to_json(findings, done, over, {"where": tables.where, "fixed_copy": str(fix) if fix else None})
-        )
+        where = {"where": tables.where, "fixed_copy": str(fix) if fix else None}
+        print_json(verdict.to_json(findings, done, over, where))
     else:
-        for finding in findings:
-            typer.echo(_line(finding))
-        if not findings:
-            typer.echo(f"nothing found in {tables.where}")
-        for sentence in done:
-            typer.echo(f"fixed: {sentence}")
-        if fix:
-            typer.echo(f"written: {fix}")
+        _print_findings(findings, tables.where)
+        for sentence in [*(f"fixed: {sentence}" for sentence in done), *([f"written: {fix}"] if fix else [])]:
+            typer.echo(sentence)
         for sentence in over:
             typer.echo(f"over the limit: {sentence}", err=True)
     if over:
         raise typer.Exit(1)
+
+
+def _print_findings(findings: list[DataFinding], where: str) -> None:
+    for finding in findings:
+        typer.echo(_line(finding))
+    if not findings:
+        typer.echo(f"nothing found in {where}")
 
 
 def _line(finding: DataFinding) -> str:

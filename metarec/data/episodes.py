@@ -176,15 +176,8 @@ def evaluation_episodes(
     reserved = min_query if (support_from & query_from).any() else 0
     episodes = []
     for user in users:
-        rows = interactions.rows_of_user[user]
         name = interactions.users[user]
-        if order == "time":
-            if interactions.timestamp is None:
-                raise DataError("the dataset has no timestamps", "Set split.order to 'random'")
-            rows = rows[np.argsort(interactions.timestamp[rows], kind="stable")]
-        else:
-            rows = seeded(seed, name).permutation(rows)
-        rows = _first_of_each_item(interactions, rows)
+        rows = _first_of_each_item(interactions, _in_order(interactions, user, order, seed))
         usable = rows[support_from[interactions.item[rows]]]
         size = min(max_support, len(usable) - reserved) if short_supports else max_support
         support = usable[: max(size, 0)]
@@ -194,11 +187,20 @@ def evaluation_episodes(
             continue
         asked = interactions.ratings(query)
         if candidates != "rated":
-            strangers = query_from.copy()
-            strangers[interactions.item[interactions.rows_of_user[user]]] = False
+            strangers = query_from & ~np.isin(np.arange(len(query_from)), interactions.item[rows])
             asked = _with_unrated(asked, np.flatnonzero(strangers), interactions, candidates, sampled, seed, name)
         episodes.append(Episode(name, interactions.ratings(support), asked))
     return episodes, len(users) - len(episodes)
+
+
+def _in_order(interactions: Interactions, user: int, order: Order, seed: int) -> Codes:
+    """Returns a user's rows, shuffled by seed and name, or as they came."""
+    rows = interactions.rows_of_user[user]
+    if order == "random":
+        return seeded(seed, interactions.users[user]).permutation(rows)
+    if interactions.timestamp is None:
+        raise DataError("the dataset has no timestamps", "Set split.order to 'random'")
+    return rows[np.argsort(interactions.timestamp[rows], kind="stable")]
 
 
 def _first_of_each_item(interactions: Interactions, rows: Codes) -> Codes:
