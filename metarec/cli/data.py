@@ -211,13 +211,15 @@ def convert(
     _, tables = _tables(what, path, _options(ratings_file, items_file, items_id, column, separator, encoding, scale))
     write_tables(tables, out)
     facts: dict[str, Any] = {"written": str(out), "ratings": len(tables.ratings), "items": len(tables.items)}
-    facts["dropped"] = dict(tables.dropped)
+    facts |= {"dropped": dict(tables.dropped), "notes": [str(note) for note in tables.notes]}
     if json:
         print_json(facts)
     else:
         typer.echo(f"{len(tables.ratings):,} ratings and {len(tables.items):,} items written to {out}")
         for reason, count in tables.dropped.items():
             typer.echo(f"left out: {count:,}, {reason}")
+        for note in tables.notes:
+            typer.echo(f"note: {note}")
 
 
 def _options(
@@ -255,7 +257,7 @@ def _tables(what: str, path: Path | None, options: SourceOptions) -> tuple[Task 
     from metarec.data.sources import SOURCES, read_tables
     from metarec.data.task_files import load_task, task_names
 
-    if ":" in what or what in SOURCES.names():
+    if what in SOURCES.names() or (":" in what and not Path(what).exists()):
         return None, read_tables(what, path, _with_separator(what, path, options))
     file = Path(what)
     if file.suffix in _TABLES or (file.is_dir() and what not in task_names()):
