@@ -245,6 +245,27 @@ def test_what_a_prompt_cuts_is_counted_wherever_it_is_shown(metarec: Callable[..
     assert said not in metarec("tasks", "validate", task).out
 
 
+SMALL = {
+    "one row": ["u,a,5,A"],
+    "one item": [f"u{row},a,{1 + row % 5},A" for row in range(50)],
+    "one user": [f"u,a{row},{1 + row % 5},A{row}" for row in range(50)],
+    "one rating": [f"u{row % 30},a{row // 30},4,A{row // 30}" for row in range(600)],
+    "no user": [",a,5,A"],
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_smallest_tasks_end_in_a_line(name: str, metarec: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "ratings.csv").write_text("user,item,rating,title\n" + "\n".join(SMALL[name]) + "\n")
+    dataset = {"source": "table", "path": str(tmp_path)}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump({**BASE, "dataset": dataset, "label": "rating > user mean"}))
+    ran = metarec("tasks", "validate", tmp_path / "task.yaml")
+    assert ran.status == 1
+    assert ran.out.startswith("BROKEN")
+    assert metarec("tasks", "preview", tmp_path / "task.yaml").status in (0, 2)
+    assert metarec("data", "check", tmp_path / "task.yaml").status == 0
+
+
 def test_an_implicit_task_without_negatives_is_one_short_line(metarec: Callable[..., Ran], tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text(yaml.safe_dump({**BASE, "label": "implicit"}))
     ran = metarec("tasks", "show", tmp_path / "task.yaml")

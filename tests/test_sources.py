@@ -535,6 +535,19 @@ def test_a_table_that_cannot_be_meant_is_an_error_with_its_cure(
     assert caught.value.cure
 
 
+def test_a_json_array_says_how_to_write_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is one JSON array.*one object a line"):
+        read_source("table", write(tmp_path, ratings__json='[{"user": "u", "item": "a", "rating": 5}]'))
+
+
+def test_a_misspelt_time_of_recbole_is_said(tmp_path: Path) -> None:
+    inter = "user_id:token\titem_id:token\trating:float\ttimestmap:float\nu\ta\t5\t1\n"
+    (tmp_path / "x.inter").write_text(inter)
+    (tmp_path / "x.item").write_text("item_id:token\ttitle:token\na\tA\n")
+    (note,) = read_source("recbole", tmp_path).notes
+    assert "'timestmap' (did you mean 'timestamp'?)" in note
+
+
 # What a converted copy keeps.
 
 
@@ -580,7 +593,7 @@ GOOD = "user,item,rating\nu,a,4\nv,b,2\n"
         ("user,item,rating\n,a,4\n", GOOD_ITEMS, "row 2: the user id is empty"),
         ("user,item,rating\nu,z,4\n", GOOD_ITEMS, "item 'z' has no row in the catalog"),
         ("user,item,rating\n", GOOD_ITEMS, "holds no ratings"),
-        ("", GOOD_ITEMS, "no column 'user'"),
+        ("", GOOD_ITEMS, "is empty"),
         (b"user,item,rating\nu,a\xff,4\n", GOOD_ITEMS, "is not UTF-8.*Set 'encoding'"),
         (GOOD.encode("utf-16")[:-1], GOOD_ITEMS, "is not UTF-16"),
         (GOOD.encode("utf-16-le"), GOOD_ITEMS, "Set 'encoding' to 'utf-16-le'"),

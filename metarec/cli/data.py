@@ -103,22 +103,23 @@ def check(
         write_tables(mended, fix)
     over = verdict.broken(findings, thresholds)
     if json:
-        print_json(
-            verdict.to_json(findings, done, over, {"where": tables.where, "fixed_copy": str(fix) if fix else None})
-        )
+        where = {"where": tables.where, "fixed_copy": str(fix) if fix else None}
+        print_json(verdict.to_json(findings, done, over, where))
     else:
-        for finding in findings:
-            typer.echo(_line(finding))
-        if not findings:
-            typer.echo(f"nothing found in {tables.where}")
-        for sentence in done:
-            typer.echo(f"fixed: {sentence}")
-        if fix:
-            typer.echo(f"written: {fix}")
+        _print_findings(findings, tables.where)
+        for sentence in [*(f"fixed: {sentence}" for sentence in done), *([f"written: {fix}"] if fix else [])]:
+            typer.echo(sentence)
         for sentence in over:
             typer.echo(f"over the limit: {sentence}", err=True)
     if over:
         raise typer.Exit(1)
+
+
+def _print_findings(findings: list[DataFinding], where: str) -> None:
+    for finding in findings:
+        typer.echo(_line(finding))
+    if not findings:
+        typer.echo(f"nothing found in {where}")
 
 
 def _line(finding: DataFinding) -> str:
@@ -210,13 +211,15 @@ def convert(
     _, tables = _tables(what, path, _options(ratings_file, items_file, items_id, column, separator, encoding, scale))
     write_tables(tables, out)
     facts: dict[str, Any] = {"written": str(out), "ratings": len(tables.ratings), "items": len(tables.items)}
-    facts["dropped"] = dict(tables.dropped)
+    facts |= {"dropped": dict(tables.dropped), "notes": [str(note) for note in tables.notes]}
     if json:
         print_json(facts)
     else:
         typer.echo(f"{len(tables.ratings):,} ratings and {len(tables.items):,} items written to {out}")
         for reason, count in tables.dropped.items():
             typer.echo(f"left out: {count:,}, {reason}")
+        for note in tables.notes:
+            typer.echo(f"note: {note}")
 
 
 def _options(
@@ -254,7 +257,7 @@ def _tables(what: str, path: Path | None, options: SourceOptions) -> tuple[Task 
     from metarec.data.sources import SOURCES, read_tables
     from metarec.data.task_files import load_task, task_names
 
-    if ":" in what or what in SOURCES.names():
+    if what in SOURCES.names() or (":" in what and not Path(what).exists()):
         return None, read_tables(what, path, _with_separator(what, path, options))
     file = Path(what)
     if file.suffix in _TABLES or (file.is_dir() and what not in task_names()):

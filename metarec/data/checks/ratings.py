@@ -12,6 +12,14 @@ import pandas as pd
 from metarec.data.checks.findings import Check, Checked, CheckLimits, Fault
 
 _MOST_COMPARED = 50  # users who share a hash: a bound on what a made-up set can cost
+_FACTORS = (  # odd numbers without a pattern: each orders hashes anew
+    0x9E3779B97F4A7C15,
+    0xC2B2AE3D27D4EB4F,
+    0x165667B19E3779F9,
+    0xD6E8FEB86659FD93,
+    0xA0761D6478BD642F,
+    0xE7037ED1A0B428DB,
+)
 _EARLIEST = 631_152_000  # 1990-01-01: no recommender data is older
 
 
@@ -111,26 +119,30 @@ def _twins(names: list[str]) -> np.ndarray:
 
 
 def _alike(data: Checked, limits: CheckLimits) -> Fault:
-    """Users whose rated items and ratings are nearly the same, found by three minima of hashes (MinHash)."""
+    """Users whose rated items and ratings are nearly the same, found by three pairs of minima of hashes (MinHash)."""
     pairs = pd.DataFrame({"user": data.user, "item": data.item, "rating": data.rating}).drop_duplicates()
     size = np.bincount(pairs["user"], minlength=len(data.users))
     pairs = pairs[size[pairs["user"]] >= limits.user_ratings]
-    flags = np.zeros(len(data.users), bool)
     hashed = pd.util.hash_pandas_object(pairs[["item", "rating"]], index=False).to_numpy(np.uint64)
-    sets: dict[int, set[int]] = {}
-    for factor in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9):
-        minimum = pd.Series(hashed * np.uint64(factor)).groupby(pairs["user"].to_numpy()).min()
-        shared = minimum[minimum.duplicated(keep=False)]
-        missing = np.isin(pairs["user"], [user for user in shared.index if user not in sets])
-        sets |= {
-            int(user): set(values)
-            for user, values in pd.Series(hashed[missing]).groupby(pairs["user"].to_numpy()[missing])
-        }
-        for users in shared.groupby(shared).groups.values():
-            for one, two in combinations(list(users)[:_MOST_COMPARED], 2):
-                both = len(sets[one] & sets[two])
-                if both >= limits.alike * len(sets[one] | sets[two]):
-                    flags[[one, two]] = True
+    order = np.argsort(pairs["user"].to_numpy(), kind="stable")
+    users, starts = np.unique(pairs["user"].to_numpy()[order], return_index=True)
+    flags = np.zeros(len(data.users), bool)
+    if not len(users):
+        return Fault(flags[data.user], "users")
+    ordered = hashed[order]
+    sets = np.split(ordered, starts[1:])
+    compared: set[tuple[int, int]] = set()
+    for factors in zip(_FACTORS[::2], _FACTORS[1::2], strict=True):
+        minima = [np.minimum.reduceat(ordered * np.uint64(factor), starts) for factor in factors]
+        key = pd.Series(minima[0] ^ (minima[1] << np.uint64(1)))
+        shared = key[key.duplicated(keep=False)]
+        for places in shared.groupby(shared).indices.values():
+            some = shared.index.to_numpy()[places][:_MOST_COMPARED].tolist()
+            for one, two in set(combinations(some, 2)) - compared:
+                compared.add((one, two))
+                both = len(np.intersect1d(sets[one], sets[two]))
+                if both >= limits.alike * (len(sets[one]) + len(sets[two]) - both):
+                    flags[users[[one, two]]] = True
     return Fault(flags[data.user], "users")
 
 

@@ -165,7 +165,7 @@ def _item_codes(ratings: pd.DataFrame, items: pd.DataFrame, sieve: _Sieve) -> np
 
 def _clock(time: np.ndarray) -> np.ndarray:
     """Returns whole seconds as integers, as most datasets have them; fractions stay."""
-    whole = time.astype(np.int64)
+    whole: np.ndarray = time.astype(np.int64)
     return whole if (whole == time).all() else time
 
 

@@ -10,6 +10,8 @@ import pandas as pd
 from metarec.data.sources.assembly import Tables
 from metarec.data.sources.delimited import delimited
 from metarec.data.sources.files import File, members, need
+from metarec.data.sources.layout import Layout
+from metarec.data.sources.names import OWN
 from metarec.data.sources.options import SourceOptions, options_scale
 from metarec.data.sources.shared import malformed
 from metarec.errors import DataError, suggest
@@ -31,7 +33,9 @@ def recbole(path: Path | None, options: SourceOptions) -> Tables:
         raise DataError(
             f"the .item file beside {found[0]} has no title column", "Name one 'movie_title:token_seq' or 'title'"
         )
-    return Tables(ratings, items, str(found[0]), options_scale(options), 2, malformed(ratings, items))
+    layout = Layout(list(map(str, ratings.columns)), {name: name for name in OWN if name in ratings}, {})
+    notes = [note for note in layout.notes(found[0], set(OWN) - set(layout.columns)) if note.severity == "warning"]
+    return Tables(ratings, items, str(found[0]), options_scale(options), 2, malformed(ratings, items), tuple(notes))
 
 
 def _atomic(file: File, needed: Mapping[str, str], options: SourceOptions) -> pd.DataFrame:

@@ -146,6 +146,9 @@ def column_names(file: File, options: SourceOptions) -> list[str]:
     kind = _kind(file)
     if kind in ("jsonl", "json", "ndjson"):
         names = keys_of(file)
+        with file.open() as stream:
+            if not names and stream.read(64).lstrip().startswith(b"["):
+                raise DataError(f"{file} is one JSON array", "Write one object a line, as jq -c '.[]' does")
     elif kind == "parquet":
         names = list(_parquet(file).column_names)
     elif kind in ("csv", "tsv", "txt", "dat"):
@@ -153,7 +156,7 @@ def column_names(file: File, options: SourceOptions) -> list[str]:
     else:
         raise DataError(f"{file} is of no kind that is read", "Give a .csv, .tsv, .jsonl or .parquet file")
     if not any(name.strip() for name in names):
-        raise DataError(f"{file} is empty", "Give a file with a header and rows: no column 'user' is there")
+        raise DataError(f"{file} is empty", "Give a file with a header and rows")
     if any("\0" in name for name in names):
         raise DataError(f"{file} holds zero bytes, as UTF-16 without a mark does", "Set 'encoding' to 'utf-16-le'")
     repeated = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
