@@ -153,7 +153,7 @@ def _item_codes(ratings: pd.DataFrame, items: pd.DataFrame, sieve: _Sieve) -> np
     """Returns each rating's row of the catalog; ratings of items that it does not hold are refused."""
     item_ids, codes = ids(ratings["item"])
     code_of_id = {item: code for code, item in enumerate(items["item"])}
-    found = np.array([code_of_id.get(item, -1) for item in item_ids], np.int64)[codes]
+    found: np.ndarray = np.array([code_of_id.get(item, -1) for item in item_ids], np.int64)[codes]
     sieve.refuse(
         found < 0,
         lambda row: f"item '{ratings['item'].iloc[row]}' has no row in the catalog",
@@ -165,8 +165,8 @@ def _item_codes(ratings: pd.DataFrame, items: pd.DataFrame, sieve: _Sieve) -> np
 
 def _clock(time: np.ndarray) -> np.ndarray:
     """Returns whole seconds as integers, as most datasets have them; fractions stay."""
-    whole: np.ndarray = time.astype(np.int64)
-    return whole if (whole == time).all() else time
+    whole = np.asarray(time, np.int64)
+    return whole if np.array_equal(whole, time) else time
 
 
 class _Sieve:
