@@ -167,7 +167,7 @@ def findings(report: Report, adapted: str, unadapted: str) -> list[str]:
     lines = []
     for label, other, shots in against:
         gain, (low, high) = report.difference(adapted, most, other, shots)
-        verdict = "better" if low > 0 else "worse" if high < 0 else "not told apart"
+        verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
         lines.append(f"{adapted} at K = {most} against {label}: {gain:+.4f} AUC [{low:+.4f} {high:+.4f}], {verdict}")
     hurt = report.values(adapted, most) < report.values(adapted, 0)
     lines.append(f"adapting to {most} ratings lowered the AUC of {hurt.mean():.0%} of users")

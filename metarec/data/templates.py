@@ -33,7 +33,7 @@ class PromptTemplate:
 
     Args:
         text: Jinja2 template over the catalog's fields, and ``mask`` where the model fills in a blank.
-        positive: The answer word that counts for the item.
+        positive: The answer word of a like.
         negative: The answer word that counts against it.
     """
 

@@ -70,7 +70,7 @@ def default_placement(
         active_tokens: See `Placement`; ``auto`` is the last token of a causal LM, and all tokens of other models.
         kind: See `Placement`.
         rslora: See `Placement`.
-        virtual_tokens: See `Placement`; counts for prefixes alone.
+        virtual_tokens: See `Placement`; only for prefixes.
 
     Raises:
         ConfigError: The kind is not known, or the architecture has no usual targets.

@@ -52,7 +52,7 @@ def read_source(name: str, path: Path | None = None, options: SourceOptions | No
         name: One of `SOURCES`, or ``module:attribute`` of a function like them.
         path: The dataset's folder or zip, for sources that are not embedded. What `write_tables` wrote there is read
             whatever the source.
-        options: What the source needs to be told.
+        options: The source's options.
 
     Raises:
         ConfigError: There is no such source.

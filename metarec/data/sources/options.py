@@ -20,7 +20,7 @@ class ItemsTable(Section):
 
 
 class SourceOptions(Section):
-    """What a source may need to be told; most need nothing."""
+    """Options of a source; most sources need none."""
 
     ratings: str | None = Field(None, description="of 'table': the file with the ratings")
     items: str | ItemsTable | None = Field(

@@ -168,7 +168,7 @@ def column_names(file: File, options: SourceOptions) -> list[str]:
 
 
 def read_table(file: File, wanted: Mapping[str, str], options: SourceOptions) -> pd.DataFrame:
-    """Reads columns of a CSV, TSV, JSON lines or Parquet file, told apart by its name.
+    """Reads columns of a CSV, TSV, JSON lines or Parquet file, by the ending of its name.
 
     Raises:
         DataError: The kind is none of these, or the file is not what its name says.
