@@ -6,11 +6,10 @@ done by the layers below. Knows nothing of the command line.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
 from metarec.config import Dtype, RunConfig
 from metarec.data.interactions import Codes, Ratings, Values, read_ratings
 from metarec.data.sources import SOURCES
@@ -36,22 +34,18 @@ from metarec.fitting import (
     needs_model,
     open_backbone,
     prepare,
+    unadapted_rows,
 )
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
-from metarec.lm.peft_files import load_adapter, save_adapter
 from metarec.metrics import rank_order
 from metarec.progress import progress
-from metarec.recommender_files import FACTS, read_recommender, write_recommender
+from metarec.recommender_files import FACTS, digest_of, read_recommender, read_user, write_recommender, write_user
 from metarec.scorer import Scorer
-from metarec.scorers.collaborative.terms import CollaborativeTerm
-from metarec.scorers.collaborative.trivial import ItemMean
 from metarec.scorers.language.adapted import MetaScorer
-from metarec.scorers.language.expected_rating import expected_rating
 from metarec.scorers.language.score import score_adapted
-from metarec.scorers.language.zero_shot import ZeroShot
 from metarec.scorers.term import weighted_sum
-from metarec.tensors import AdapterState, expand_users, read_tensors, select_user, write_tensors
+from metarec.tensors import AdapterState, expand_users, select_user
 
 BASELINE = "item mean"
 _ITEMS_AT_ONCE = 512
@@ -177,17 +171,7 @@ class MetaRecommender:
         return prepare(data, self.config, self.backbone if needs_model(self.config) else None)
 
     def _fit(self, data: TaskData, prepared: Prepared, checkpoint: Path, resume: bool) -> MetaRecommender:
-        trained = meta_train(data, prepared, self.config, self._identity(data), checkpoint, resume)
-        training = {
-            "best_step": trained.best_step,
-            "best_validation_auc": trained.best_value,
-            "steps": trained.steps,
-            "diverged_inner_loops": trained.diverged,
-            "history": [
-                {"step": step, "query_loss": loss, "validation_auc": value} for step, loss, value in trained.history
-            ],
-        }
-        self._fitted = replace(prepared.fitted, meta=trained.best, training=training)
+        self._fitted = meta_train(data, prepared, self.config, self._identity(data), checkpoint, resume)
         return self
 
     def task_data(self, task: str | Task | TaskData | None = None) -> TaskData:
@@ -228,17 +212,7 @@ class MetaRecommender:
         parts that the score leaves out are left out; a task whose prompt names an answer word per rating gets the
         expected rating as well.
         """
-        fitted = self.fitted
-        collaborative = fitted.terms.get("collaborative")
-        rows: list[Scorer] = [ItemMean(fitted.prior.without_text(), name=BASELINE)]
-        if isinstance(collaborative, CollaborativeTerm) and collaborative.stack.members:
-            rows.append(collaborative.stack)
-        model = fitted.answer_model
-        if model is not None:
-            rows.append(ZeroShot(model))
-            words = fitted.task.prompt.ratings
-            if words:
-                rows.append(expected_rating(model, fitted.task.template, fitted.catalog, words, fitted.scale))
+        rows = unadapted_rows(self.fitted, BASELINE)
         return [*rows, self.scorer(steps=0, name="metarec, before adaptation"), self.scorer()]
 
     def evaluate(self, task: str | Task | TaskData | None = None, scorers: Sequence[Scorer] | None = None) -> Report:
@@ -295,11 +269,7 @@ class MetaRecommender:
         Raises:
             ArtifactError: The files are damaged, or belong to another recommender.
         """
-        model = self.adapted_model
-        if model is None:
-            state, user = _load_weights(Path(path), self.config.device)
-        else:
-            state, user = load_adapter(Path(path), model.spec, self.config.device)
+        state, user = read_user(Path(path), self.fitted, self.config)
         if user["recommender"] != self.digest:
             raise ArtifactError(f"'{path}' was adapted from another recommender", "Load it with the one that made it")
         support = read_ratings(
@@ -315,11 +285,7 @@ class MetaRecommender:
     @property
     def digest(self) -> str:
         """Names the recommender by the content of its meta-parameters and its backbone."""
-        model = self.fitted.answer_model
-        digest = hashlib.sha256(b"" if model is None else model.backbone.fingerprint.encode())
-        for name, tensor in sorted(self.fitted.meta.tensors().items()):
-            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return digest_of(self.fitted)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes everything that recommending needs, but neither the backbone's weights nor anybody's ratings.
@@ -403,28 +369,15 @@ class AdaptedUser:
             ArtifactError: The directory exists and holds something else.
         """
         recommender = self.recommender
-        catalog = recommender.fitted.catalog
+        fitted = recommender.fitted
         rated = zip(self.support.items.tolist(), self.support.values.tolist(), strict=True)
-        user = {
+        facts = {
             "recommender": recommender.digest,
-            "ratings": [[catalog.ids[code], rating] for code, rating in rated],
+            "ratings": [[fitted.catalog.ids[code], rating] for code, rating in rated],
             "diverged": self.diverged,
             "seconds": self.seconds,
         }
-        model = recommender.adapted_model
-        if model is None:
-            _save_weights(Path(path), self.state, user)
-            return
-        save_adapter(
-            Path(path),
-            self.state,
-            model.spec,
-            base_model=model.backbone.location,
-            task_type=model.backbone.task_type,
-            invocation_tokens=model.invocation_tokens,
-            user=user,
-            dtype=getattr(torch, recommender.config.adapter.storage),
-        )
+        write_user(Path(path), self.state, facts, fitted, recommender.config)
 
     def scores(self, codes: Codes) -> Tensor:
         """Scores items by code, shape (items,); higher is better."""
@@ -446,18 +399,3 @@ class AdaptedUser:
                 )
                 advance(done)
         return torch.cat(values)
-
-
-# A score without an adapter leaves nothing that PEFT knows: the score's own weights are kept beside the ratings.
-_WEIGHTS, _USER = "score.safetensors", "user.json"
-
-
-def _save_weights(path: Path, state: AdapterState, user: dict[str, Any]) -> None:
-    with replace_dir(path, "adapter", private=True) as directory:
-        write_tensors(directory / _WEIGHTS, {name: value.cpu().contiguous() for name, value in state.items()})
-        (directory / _USER).write_text(dump_json(user), encoding="utf-8")
-
-
-def _load_weights(path: Path, device: str) -> tuple[AdapterState, dict[str, Any]]:
-    verify_dir(path, "adapter")
-    return read_tensors(path / _WEIGHTS, device), load_json(path / _USER)
