@@ -181,9 +181,10 @@ class MetaRecommender:
         if task is None:
             task = self._fitted.task if self._fitted else self.config.task
             if self._from_file and isinstance(task, Task):
-                for dataset in (task.dataset, *task.dataset.parts.values()):
-                    if ":" in dataset.source:
-                        SOURCES.get(dataset.source, from_file=True)
+                for name in {
+                    part.source for part in (task.dataset, *task.dataset.parts.values()) if ":" in part.source
+                }:
+                    SOURCES.get(name, from_file=True)
         return load_task_data(load_task(task) if isinstance(task, str) else task, self.config.seed)
 
     def _identity(self, data: TaskData) -> dict[str, Any]:
