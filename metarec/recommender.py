@@ -150,10 +150,10 @@ class MetaRecommender:
         """
         data = self.task_data(task)
         prepared = self._prepare(data)
-        if checkpoint is None:
-            with tempfile.TemporaryDirectory() as scratch:
-                return self._fit(data, prepared, Path(scratch) / "checkpoint", resume)
-        return self._fit(data, prepared, Path(checkpoint), resume)
+        with tempfile.TemporaryDirectory() as scratch:
+            where = Path(checkpoint or Path(scratch) / "checkpoint")
+            self._fitted = meta_train(data, prepared, self.config, self._identity(data), where, resume)
+        return self
 
     def prepare(self, task: str | Task | TaskData | None = None) -> MetaRecommender:
         """Fits everything but the meta-parameters, which stay as they start: nothing is meta-trained.
@@ -169,10 +169,6 @@ class MetaRecommender:
 
     def _prepare(self, data: TaskData) -> Prepared:
         return prepare(data, self.config, self.backbone if needs_model(self.config) else None)
-
-    def _fit(self, data: TaskData, prepared: Prepared, checkpoint: Path, resume: bool) -> MetaRecommender:
-        self._fitted = meta_train(data, prepared, self.config, self._identity(data), checkpoint, resume)
-        return self
 
     def task_data(self, task: str | Task | TaskData | None = None) -> TaskData:
         """Loads a task's data, split by the configuration's seed; None takes the fitted or configured task."""
