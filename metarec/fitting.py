@@ -28,6 +28,7 @@ from metarec.meta.heads import ClosedFormHead
 from metarec.meta.inner_loop import Loss, MetaState
 from metarec.meta.outer_loop import Trained, train
 from metarec.registries import ADAPTER_KINDS, ALGORITHMS, LOSSES, TERMS
+from metarec.scorer import Scorer
 from metarec.scorers.collaborative.features import (
     Features,
     item_features,
@@ -37,10 +38,14 @@ from metarec.scorers.collaborative.features import (
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.stack import fit_stack
+from metarec.scorers.collaborative.terms import CollaborativeTerm
 from metarec.scorers.collaborative.text import unit_vectors
+from metarec.scorers.collaborative.trivial import ItemMean
 from metarec.scorers.language.adapted import InnerLoop, MetaScorer
+from metarec.scorers.language.expected_rating import expected_rating
 from metarec.scorers.language.item_vectors import hidden_state_vectors, text_vectors
 from metarec.scorers.language.score import Batch, collate, head_solver, initial_state, query_loss, support_loss
+from metarec.scorers.language.zero_shot import ZeroShot
 from metarec.scorers.term import ADAPTER_TERM, CrossFitted, ScoreTerm, Term, TermContext
 
 
@@ -161,32 +166,17 @@ def meta_train(
     identity: dict[str, Any],
     checkpoint: Path,
     resume: bool,
-) -> Trained:
-    """Meta-trains on a task's meta-training users; see `metarec.meta.outer_loop.train`."""
+) -> Fitted:
+    """Meta-trains on a task's meta-training users; see `metarec.meta.outer_loop.train`.
+
+    Returns:
+        What was prepared, with the meta-parameters of the best validation and a summary of the training.
+    """
     fitted = prepared.fitted
-    adapted = adapted_model(config, fitted.answer_model)
-    head = closed_form_head(config)
-    loss = LOSSES.get(config.train.loss)
-    one_by_one = config.meta.engine == "learn2learn"
-    if one_by_one and config.meta.algorithm not in ("fomaml", "maml"):
+    if config.meta.engine == "learn2learn" and config.meta.algorithm not in ("fomaml", "maml"):
         raise ConfigError(
             f"meta.algorithm '{config.meta.algorithm}' is not one learn2learn has", "Set meta.engine to 'batched'"
         )
-
-    def support_of(batch: Sequence[Episode]) -> Batch:
-        return _out_of_fold_batch(prepared, batch, config, support=True)
-
-    def inner(batch: Sequence[Episode]) -> Loss:
-        return support_loss(
-            support_of(batch),
-            adapted,
-            shrinkage=config.meta.shrinkage,
-            user_bias_damping=config.meta.user_bias_damping,
-        )
-
-    def outer(batch: Sequence[Episode]) -> Loss:
-        query = _out_of_fold_batch(prepared, batch, config, support=False)
-        return query_loss(query, adapted, loss, sharpness=config.train.sharpness)
 
     def gradient_at(meta: MetaState, step: int) -> MetaGradient:
         batch = training_batch(
@@ -200,17 +190,9 @@ def meta_train(
             step=step,
             hidden=prepared.context.hidden,
         )
-        steps = config.meta.inner_steps if meta.log_rate else 0
-        if head is not None and adapted is not None:
-            solve = head_solver(support_of(batch), adapted, head, user_bias_damping=config.meta.user_bias_damping)
-            return closed_form(meta, solve, outer(batch), len(batch))
-        if one_by_one:
-            losses = [(inner([episode]), outer([episode])) for episode in batch]
-            return learn2learn.meta_gradient(meta, losses, steps, second_order=config.meta.algorithm == "maml")
-        found: MetaGradient = ALGORITHMS.get(config.meta.algorithm)(meta, inner(batch), outer(batch), len(batch), steps)
-        return found
+        return _meta_gradient(prepared, config, meta, batch)
 
-    return train(
+    trained = train(
         fitted.meta,
         gradient_at,
         lambda meta: _validation_auc(data, replace(fitted, meta=meta), config),
@@ -219,6 +201,46 @@ def meta_train(
         identity=identity,
         resume=resume,
     )
+    return replace(fitted, meta=trained.best, training=_training_summary(trained))
+
+
+def _meta_gradient(prepared: Prepared, config: RunConfig, meta: MetaState, batch: Sequence[Episode]) -> MetaGradient:
+    """Returns the meta-gradient of a batch of meta-training users, by the algorithm that the settings name."""
+    adapted = adapted_model(config, prepared.fitted.answer_model)
+    damping = config.meta.user_bias_damping
+    loss = LOSSES.get(config.train.loss)
+
+    def inner(some: Sequence[Episode]) -> Loss:
+        support = _out_of_fold_batch(prepared, some, config, support=True)
+        return support_loss(support, adapted, shrinkage=config.meta.shrinkage, user_bias_damping=damping)
+
+    def outer(some: Sequence[Episode]) -> Loss:
+        query = _out_of_fold_batch(prepared, some, config, support=False)
+        return query_loss(query, adapted, loss, sharpness=config.train.sharpness)
+
+    head = closed_form_head(config)
+    if head is not None and adapted is not None:
+        support = _out_of_fold_batch(prepared, batch, config, support=True)
+        solve = head_solver(support, adapted, head, user_bias_damping=damping)
+        return closed_form(meta, solve, outer(batch), len(batch))
+    steps = config.meta.inner_steps if meta.log_rate else 0
+    if config.meta.engine == "learn2learn":
+        losses = [(inner([episode]), outer([episode])) for episode in batch]
+        return learn2learn.meta_gradient(meta, losses, steps, second_order=config.meta.algorithm == "maml")
+    found: MetaGradient = ALGORITHMS.get(config.meta.algorithm)(meta, inner(batch), outer(batch), len(batch), steps)
+    return found
+
+
+def _training_summary(trained: Trained) -> dict[str, Any]:
+    return {
+        "best_step": trained.best_step,
+        "best_validation_auc": trained.best_value,
+        "steps": trained.steps,
+        "diverged_inner_loops": trained.diverged,
+        "history": [
+            {"step": step, "query_loss": loss, "validation_auc": value} for step, loss, value in trained.history
+        ],
+    }
 
 
 def _out_of_fold_batch(prepared: Prepared, batch: Sequence[Episode], config: RunConfig, *, support: bool) -> Batch:
@@ -355,3 +377,23 @@ def collaborative_features(
         return unrated_features(read, fields)
     side_by_side = [unit_vectors(vectors) for vectors in (read or fields).values()]
     return Features({**read, **fields}, np.concatenate(side_by_side, 1))
+
+
+def unadapted_rows(fitted: Fitted, baseline: str) -> list[Scorer]:
+    """Returns scorers of a fitted recommender's parts: item means, stack, zero-shot prompt, expected rating.
+
+    Args:
+        fitted: What was fitted; parts that it does not have are left out.
+        baseline: How the row of item means is called.
+    """
+    collaborative = fitted.terms.get("collaborative")
+    rows: list[Scorer] = [ItemMean(fitted.prior.without_text(), name=baseline)]
+    if isinstance(collaborative, CollaborativeTerm) and collaborative.stack.members:
+        rows.append(collaborative.stack)
+    model = fitted.answer_model
+    if model is not None:
+        rows.append(ZeroShot(model))
+        words = fitted.task.prompt.ratings
+        if words:
+            rows.append(expected_rating(model, fitted.task.template, fitted.catalog, words, fitted.scale))
+    return rows

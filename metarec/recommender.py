@@ -6,11 +6,10 @@ done by the layers below. Knows nothing of the command line.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
 from metarec.config import Dtype, RunConfig
 from metarec.data.interactions import Codes, Ratings, Values, read_ratings
 from metarec.data.sources import SOURCES
@@ -36,22 +34,18 @@ from metarec.fitting import (
     needs_model,
     open_backbone,
     prepare,
+    unadapted_rows,
 )
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
-from metarec.lm.peft_files import load_adapter, save_adapter
 from metarec.metrics import rank_order
 from metarec.progress import progress
-from metarec.recommender_files import FACTS, read_recommender, write_recommender
+from metarec.recommender_files import FACTS, digest_of, read_recommender, read_user, write_recommender, write_user
 from metarec.scorer import Scorer
-from metarec.scorers.collaborative.terms import CollaborativeTerm
-from metarec.scorers.collaborative.trivial import ItemMean
 from metarec.scorers.language.adapted import MetaScorer
-from metarec.scorers.language.expected_rating import expected_rating
 from metarec.scorers.language.score import score_adapted
-from metarec.scorers.language.zero_shot import ZeroShot
 from metarec.scorers.term import weighted_sum
-from metarec.tensors import AdapterState, expand_users, read_tensors, select_user, write_tensors
+from metarec.tensors import AdapterState, expand_users, select_user
 
 BASELINE = "item mean"
 _ITEMS_AT_ONCE = 512
@@ -156,10 +150,10 @@ class MetaRecommender:
         """
         data = self.task_data(task)
         prepared = self._prepare(data)
-        if checkpoint is None:
-            with tempfile.TemporaryDirectory() as scratch:
-                return self._fit(data, prepared, Path(scratch) / "checkpoint", resume)
-        return self._fit(data, prepared, Path(checkpoint), resume)
+        with tempfile.TemporaryDirectory() as scratch:
+            where = Path(checkpoint or Path(scratch) / "checkpoint")
+            self._fitted = meta_train(data, prepared, self.config, self._identity(data), where, resume)
+        return self
 
     def prepare(self, task: str | Task | TaskData | None = None) -> MetaRecommender:
         """Fits everything but the meta-parameters, which stay as they start: nothing is meta-trained.
@@ -176,20 +170,6 @@ class MetaRecommender:
     def _prepare(self, data: TaskData) -> Prepared:
         return prepare(data, self.config, self.backbone if needs_model(self.config) else None)
 
-    def _fit(self, data: TaskData, prepared: Prepared, checkpoint: Path, resume: bool) -> MetaRecommender:
-        trained = meta_train(data, prepared, self.config, self._identity(data), checkpoint, resume)
-        training = {
-            "best_step": trained.best_step,
-            "best_validation_auc": trained.best_value,
-            "steps": trained.steps,
-            "diverged_inner_loops": trained.diverged,
-            "history": [
-                {"step": step, "query_loss": loss, "validation_auc": value} for step, loss, value in trained.history
-            ],
-        }
-        self._fitted = replace(prepared.fitted, meta=trained.best, training=training)
-        return self
-
     def task_data(self, task: str | Task | TaskData | None = None) -> TaskData:
         """Loads a task's data, split by the configuration's seed; None takes the fitted or configured task."""
         if isinstance(task, TaskData):
@@ -197,9 +177,10 @@ class MetaRecommender:
         if task is None:
             task = self._fitted.task if self._fitted else self.config.task
             if self._from_file and isinstance(task, Task):
-                for dataset in (task.dataset, *task.dataset.parts.values()):
-                    if ":" in dataset.source:
-                        SOURCES.get(dataset.source, from_file=True)
+                for name in {
+                    part.source for part in (task.dataset, *task.dataset.parts.values()) if ":" in part.source
+                }:
+                    SOURCES.get(name, from_file=True)
         return load_task_data(load_task(task) if isinstance(task, str) else task, self.config.seed)
 
     def _identity(self, data: TaskData) -> dict[str, Any]:
@@ -228,17 +209,7 @@ class MetaRecommender:
         parts that the score leaves out are left out; a task whose prompt names an answer word per rating gets the
         expected rating as well.
         """
-        fitted = self.fitted
-        collaborative = fitted.terms.get("collaborative")
-        rows: list[Scorer] = [ItemMean(fitted.prior.without_text(), name=BASELINE)]
-        if isinstance(collaborative, CollaborativeTerm) and collaborative.stack.members:
-            rows.append(collaborative.stack)
-        model = fitted.answer_model
-        if model is not None:
-            rows.append(ZeroShot(model))
-            words = fitted.task.prompt.ratings
-            if words:
-                rows.append(expected_rating(model, fitted.task.template, fitted.catalog, words, fitted.scale))
+        rows = unadapted_rows(self.fitted, BASELINE)
         return [*rows, self.scorer(steps=0, name="metarec, before adaptation"), self.scorer()]
 
     def evaluate(self, task: str | Task | TaskData | None = None, scorers: Sequence[Scorer] | None = None) -> Report:
@@ -295,11 +266,7 @@ class MetaRecommender:
         Raises:
             ArtifactError: The files are damaged, or belong to another recommender.
         """
-        model = self.adapted_model
-        if model is None:
-            state, user = _load_weights(Path(path), self.config.device)
-        else:
-            state, user = load_adapter(Path(path), model.spec, self.config.device)
+        state, user = read_user(Path(path), self.fitted, self.config)
         if user["recommender"] != self.digest:
             raise ArtifactError(f"'{path}' was adapted from another recommender", "Load it with the one that made it")
         support = read_ratings(
@@ -315,11 +282,7 @@ class MetaRecommender:
     @property
     def digest(self) -> str:
         """Names the recommender by the content of its meta-parameters and its backbone."""
-        model = self.fitted.answer_model
-        digest = hashlib.sha256(b"" if model is None else model.backbone.fingerprint.encode())
-        for name, tensor in sorted(self.fitted.meta.tensors().items()):
-            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return digest_of(self.fitted)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes everything that recommending needs, but neither the backbone's weights nor anybody's ratings.
@@ -403,28 +366,15 @@ class AdaptedUser:
             ArtifactError: The directory exists and holds something else.
         """
         recommender = self.recommender
-        catalog = recommender.fitted.catalog
+        fitted = recommender.fitted
         rated = zip(self.support.items.tolist(), self.support.values.tolist(), strict=True)
-        user = {
+        facts = {
             "recommender": recommender.digest,
-            "ratings": [[catalog.ids[code], rating] for code, rating in rated],
+            "ratings": [[fitted.catalog.ids[code], rating] for code, rating in rated],
             "diverged": self.diverged,
             "seconds": self.seconds,
         }
-        model = recommender.adapted_model
-        if model is None:
-            _save_weights(Path(path), self.state, user)
-            return
-        save_adapter(
-            Path(path),
-            self.state,
-            model.spec,
-            base_model=model.backbone.location,
-            task_type=model.backbone.task_type,
-            invocation_tokens=model.invocation_tokens,
-            user=user,
-            dtype=getattr(torch, recommender.config.adapter.storage),
-        )
+        write_user(Path(path), self.state, facts, fitted, recommender.config)
 
     def scores(self, codes: Codes) -> Tensor:
         """Scores items by code, shape (items,); higher is better."""
@@ -446,18 +396,3 @@ class AdaptedUser:
                 )
                 advance(done)
         return torch.cat(values)
-
-
-# A score without an adapter leaves nothing that PEFT knows: the score's own weights are kept beside the ratings.
-_WEIGHTS, _USER = "score.safetensors", "user.json"
-
-
-def _save_weights(path: Path, state: AdapterState, user: dict[str, Any]) -> None:
-    with replace_dir(path, "adapter", private=True) as directory:
-        write_tensors(directory / _WEIGHTS, {name: value.cpu().contiguous() for name, value in state.items()})
-        (directory / _USER).write_text(dump_json(user), encoding="utf-8")
-
-
-def _load_weights(path: Path, device: str) -> tuple[AdapterState, dict[str, Any]]:
-    verify_dir(path, "adapter")
-    return read_tensors(path / _WEIGHTS, device), load_json(path / _USER)

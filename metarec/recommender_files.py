@@ -1,28 +1,33 @@
-"""A fitted recommender as a directory: all that recommending needs, but no backbone weights and nobody's ratings."""
+"""Recommenders and adapted users as directories; neither holds the backbone's weights."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
 from metarec.config import RunConfig, validated
 from metarec.data.interactions import Catalog, RatingScale
 from metarec.data.task import Task
 from metarec.errors import ArtifactError
-from metarec.fitting import Fitted, catalog_answer_model, open_backbone, score_terms
+from metarec.fitting import Fitted, adapted_model, catalog_answer_model, open_backbone, score_terms
 from metarec.lm.backbone import Backbone
+from metarec.lm.peft_files import load_adapter, save_adapter
 from metarec.meta.inner_loop import MetaState
 from metarec.registries import ADAPTER_KINDS, ALGORITHMS, LOSSES
 from metarec.scorers.serialization import read_scorer, write_scorer
-from metarec.tensors import read_tensors, write_tensors
+from metarec.tensors import AdapterState, read_tensors, write_tensors
 
 FACTS = "recommender.json"
 # Directories of another format are refused: their settings and tensors have other names.
 _FORMAT = 2
 _TERMS = "terms"
+_WEIGHTS, _USER = "score.safetensors", "user.json"
 
 
 def write_recommender(path: Path, fitted: Fitted, config: RunConfig) -> None:
@@ -111,3 +116,58 @@ def _classes(config: RunConfig) -> dict[str, type[Any]]:
     """Returns the classes that the settings' own terms bring, by the names that files know them by."""
     terms = score_terms(config, from_file=True)
     return {f"{name}/{cls.__name__}": cls for name, term in terms.items() for cls in term.classes}
+
+
+def digest_of(fitted: Fitted) -> str:
+    """Names a fitted recommender by the content of its meta-parameters and its backbone."""
+    model = fitted.answer_model
+    digest = hashlib.sha256(b"" if model is None else model.backbone.fingerprint.encode())
+    for name, tensor in sorted(fitted.meta.tensors().items()):
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_user(path: Path, state: AdapterState, facts: dict[str, Any], fitted: Fitted, config: RunConfig) -> None:
+    """Writes a user's adapter as a PEFT directory with the score's weights and the facts beside it.
+
+    A score without an adapter leaves nothing that PEFT knows; the directory then holds weights and facts alone.
+
+    Args:
+        path: Directory to create or replace; only its owner may read it.
+        state: The user's tensors, without a user dimension.
+        facts: JSON values to keep with the adapter: the user's ratings among them.
+        fitted: What the user was adapted from.
+        config: Its settings.
+
+    Raises:
+        ArtifactError: The directory exists and holds something else.
+    """
+    model = adapted_model(config, fitted.answer_model)
+    if model is None:
+        with replace_dir(path, "adapter", private=True) as directory:
+            write_tensors(directory / _WEIGHTS, {name: value.cpu().contiguous() for name, value in state.items()})
+            (directory / _USER).write_text(dump_json(facts), encoding="utf-8")
+        return
+    save_adapter(
+        path,
+        state,
+        model.spec,
+        base_model=model.backbone.location,
+        task_type=model.backbone.task_type,
+        invocation_tokens=model.invocation_tokens,
+        user=facts,
+        dtype=getattr(torch, config.adapter.storage),
+    )
+
+
+def read_user(path: Path, fitted: Fitted, config: RunConfig) -> tuple[AdapterState, dict[str, Any]]:
+    """Reads what `write_user` wrote: the user's tensors, without a user dimension, and the facts.
+
+    Raises:
+        ArtifactError: A file is missing or altered, or the adapter is of another kind or shape.
+    """
+    model = adapted_model(config, fitted.answer_model)
+    if model is not None:
+        return load_adapter(path, model.spec, config.device)
+    verify_dir(path, "adapter")
+    return read_tensors(path / _WEIGHTS, config.device), load_json(path / _USER)
