@@ -561,13 +561,12 @@ def test_a_context_opens_the_models_that_the_settings_name(monkeypatch: pytest.M
     monkeypatch.setattr(module, "open_backbone", asked.append)
     monkeypatch.setattr(module, "text_vectors", lambda _, encoder: asked.append(encoder))
     data = SimpleNamespace(seed=2, interactions=SimpleNamespace(catalog=None))
-    settings = {"backbone": "x", "device": "cuda", "dtype": "bfloat16", "encoder": "y"}
-    context = MethodContext(data, Path(), None, settings)  # type: ignore[arg-type]
+    settings = {"backbone": "x", "device": "cuda", "dtype": "bfloat16"}
+    encoder = {"collaborative.encoder": "y"}
+    context = MethodContext(data, Path(), None, settings | encoder)  # type: ignore[arg-type]
     assert (context.backbone, context.vectors) == (None, None)
     assert asked == [context.config, "y"]
     assert context.config.model_dump(include={*settings, "seed"}) == {**settings, "seed": 2}
-    with pytest.raises(ConfigError, match="'encoder' is null"):
-        _ = MethodContext(data, Path(), None, {"encoder": None}).vectors  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -354,6 +354,7 @@ def test_a_title_that_gives_orders_changes_no_other_items_score(model_dir: Calla
     from metarec.config import RunConfig, validated
     from metarec.recommender import MetaRecommender
     from metarec.scorer import Request
+    from metarec.scorers.collaborative.terms import ItemMeanTerm
 
     def scores(title: str | None) -> np.ndarray:
         data = known_task()
@@ -363,9 +364,10 @@ def test_a_title_that_gives_orders_changes_no_other_items_score(model_dir: Calla
             catalog = Catalog(catalog.ids, {**catalog.fields, "title": tuple(titles)})
         quick = validated(RunConfig, SETTINGS | {"train": {"steps": 1, "users": 2, "shots": [5]}}, "test")
         recommender = MetaRecommender.from_pretrained(model_dir("llama"), quick)
-        fitted = recommender._prepare(replace(data, interactions=replace(data.interactions, catalog=catalog)))[0]
+        fitted = recommender._prepare(replace(data, interactions=replace(data.interactions, catalog=catalog))).fitted
         # The prior is shrunk towards text, fitted over all items; what is asked here is what the model reads.
-        recommender._fitted = replace(fitted, prior=fitted.prior.without_text())
+        terms = {**fitted.terms, "item mean": ItemMeanTerm(fitted.prior.without_text())}
+        recommender._fitted = replace(fitted, terms=terms)
         support = data.interactions.ratings(data.interactions.rows_of_user[0])
         support = support.rows(np.flatnonzero(support.items != 3)[:6])
         return recommender.scorer().score([Request("u", support, np.arange(40))])[0].numpy()

@@ -477,12 +477,10 @@ def test_a_scorer_that_reads_histories_gets_the_backbone_it_was_saved_with_or_no
     for answer_model in (None, known.recommender().fitted.answer_model):
         with pytest.raises(ArtifactError, match=r"reads the language model \w+\. Pass it: .*backbone="):
             load_scorer(tmp_path / "scorer", answer_model=answer_model)
-    for other in (
-        load_backbone(str(known.model_dir("gpt2"))),
-        load_backbone(str(known.model_dir("llama")), dtype=torch.bfloat16),
-    ):
-        with pytest.raises(ArtifactError, match="was made with another backbone"):
-            load_scorer(tmp_path / "scorer", backbone=other)
+    with pytest.raises(ArtifactError, match="was made with another backbone"):
+        load_scorer(tmp_path / "scorer", backbone=load_backbone(str(known.model_dir("gpt2"))))
+    # The same weights in another precision are the same model; scores are as near as that is.
+    load_scorer(tmp_path / "scorer", backbone=load_backbone(str(known.model_dir("llama")), dtype=torch.bfloat16))
 
 
 def test_a_per_user_lora_is_opened_on_a_fine_tuned_model_that_was_saved_too(known: Given, tmp_path: Path) -> None:

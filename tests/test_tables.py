@@ -154,5 +154,7 @@ def test_the_committed_documents_are_what_the_results_say(capsys: pytest.Capture
 
 
 def test_the_readme_has_one_short_table() -> None:
-    (found,) = tables.BLOCK.finditer((ROOT / "README.md").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.encode()) <= 6 << 10
+    (found,) = [block for block in tables.BLOCK.finditer(readme) if block.group().startswith("<!-- table")]
     assert len(found["body"].strip().splitlines()) <= 2 + 6
