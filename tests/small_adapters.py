@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from metarec.lm.adapters import AdapterSpec
+from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
+from metarec.lm.cached_forward import CachedForward
 from metarec.lm.placement import Placement, check_placement, default_placement
+from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts
 from metarec.tensors import AdapterState
 
@@ -27,3 +30,9 @@ def random_state(spec: AdapterSpec, users: int, seed: int = 0) -> AdapterState:
 
 def some_items(users: int = 3, items: int = 5) -> Tensor:
     return torch.from_numpy(np.random.default_rng(1).integers(0, 40, (users, items)))
+
+
+def both(backbone: Backbone, prompts: CatalogPrompts, placed: Placement) -> tuple[AnswerModel, AnswerModel]:
+    fast = AnswerModel(backbone, prompts, placed, CachedForward(backbone, prompts, placed))
+    plain = AnswerModel(backbone, prompts, placed, ReferenceForward(backbone, prompts, placed))
+    return fast, plain

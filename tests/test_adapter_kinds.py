@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_forward import both, placement_of, random_state, some_items
+from small_adapters import both, placement_of, random_state, some_items
 from torch import Tensor
 
 from metarec.errors import ArtifactError, ConfigError

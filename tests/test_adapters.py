@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_forward import placement_of, random_state, some_items
+from small_adapters import placement_of, random_state, some_items
 
 from metarec.errors import ArtifactError
 from metarec.lm.adapter_kinds import Adapters, AdapterSpec

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import Ran
-from test_sources import TOY, ml_1m
-from test_task import BASE
+from small_tasks import BASE, TOY, ml_1m
 
 
 @pytest.fixture

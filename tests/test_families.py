@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TEMPLATES
-from test_forward import both, placement_of, random_state, some_items
+from small_adapters import both, placement_of, random_state, some_items
 
 from metarec.data.interactions import Catalog
 from metarec.lm.answer_model import open_answer_model

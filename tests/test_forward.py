@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from small_adapters import both, placement_of, random_state, some_items
 
 from metarec.errors import ConfigError
-from metarec.lm.adapter_kinds import AdapterSpec, Placement
-from metarec.lm.answer_model import AnswerModel, open_answer_model
+from metarec.lm.adapter_kinds import Placement
+from metarec.lm.answer_model import open_answer_model
 from metarec.lm.backbone import Backbone
 from metarec.lm.cached_forward import CachedForward
-from metarec.lm.placement import check_placement, default_placement
+from metarec.lm.placement import check_placement
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts
-from metarec.tensors import AdapterState, select_user
+from metarec.tensors import select_user
 
 FAMILIES = {
     "llama": [None, 1, 2],
@@ -31,28 +31,6 @@ FAMILIES = {
 CASES = [(family, active) for family, actives in FAMILIES.items() for active in actives]
 Backbones = Callable[..., Backbone]
 Prompts = Callable[[str], CatalogPrompts]
-
-
-def placement_of(backbone: Backbone, prompts: CatalogPrompts, active: int | None, layers: int = 2) -> Placement:
-    placed = default_placement(backbone, prompts, layers=layers, targets=None, rank=2, alpha=4.0, active_tokens=active)
-    check_placement(backbone, prompts, placed)
-    return placed
-
-
-def random_state(spec: AdapterSpec, users: int, seed: int = 0) -> AdapterState:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = spec.tensor_shapes.items()
-    return {name: torch.randn(users, *shape, generator=generator) * 0.3 for name, shape in shapes}
-
-
-def both(backbone: Backbone, prompts: CatalogPrompts, placed: Placement) -> tuple[AnswerModel, AnswerModel]:
-    fast = AnswerModel(backbone, prompts, placed, CachedForward(backbone, prompts, placed))
-    plain = AnswerModel(backbone, prompts, placed, ReferenceForward(backbone, prompts, placed))
-    return fast, plain
-
-
-def some_items(users: int = 3, items: int = 5) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(1).integers(0, 40, (users, items)))
 
 
 @pytest.mark.parametrize(("family", "active"), CASES)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_tasks import BASE, TOY, ml_1m, write
 
 from metarec.data.interactions import Interactions, read_title
 from metarec.data.sources import SOURCES, read_source, read_tables, write_tables
@@ -25,15 +26,6 @@ from metarec.errors import ArtifactError, ConfigError, DataError, MetarecError
 
 OWN = {name for name in SOURCES.names() if ":" not in name}
 QUARANTINE = SourceOptions(bad_rows="quarantine")
-
-
-def write(root: Path, **files: str | bytes) -> Path:
-    """Writes files; in their names ``__`` stands for a dot and ``ZZ`` for a dash."""
-    root.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        data = content if isinstance(content, bytes) else content.encode("utf-8")
-        (root / name.replace("__", ".").replace("ZZ", "-")).write_bytes(data)
-    return root
 
 
 def rows(data: Interactions) -> list[tuple[str, str, float]]:
@@ -50,14 +42,6 @@ def ml_100k(root: Path) -> Path:
         "2|Cit\xe9 des enfants perdus, La (1995)|01-Jan-1995||http://us.imdb.com/M|0|1|0|1\n"
     ).encode("latin-1")
     return write(root, u__data="196\t1\t3\t881250949\n186\t2\t5\t891717742\n", u__item=items, u__genre=genres)
-
-
-def ml_1m(root: Path) -> Path:
-    movies = "1::Toy Story (1995)::Animation|Children's|Comedy\n2653::2001: A Space Odyssey (1968)::Drama\n"
-    movies += "73::Mis\xe9rables, Les (1995)::Drama\n"
-    return write(
-        root, ratings__dat="1::2653::5::978300760\n01::1::4::978302109\n", movies__dat=movies.encode("latin-1")
-    )
 
 
 def ml_10m(root: Path) -> Path:
@@ -314,18 +298,6 @@ def test_a_task_of_each_family_loads_on_a_folder_beside_it(tmp_path: Path, monke
 
 # A source from outside.
 
-TOY = """
-import pandas as pd
-from metarec.data.sources import Tables
-
-def read(path, options):
-    ratings = pd.DataFrame({"user": ["u", "v"], "item": ["a", "b"], "rating": [1.0, 5.0]})
-    return Tables(ratings, pd.DataFrame({"item": ["a", "b"], "title": ["Alien", "Heat"]}), "the toy", None)
-
-def wrong(path, options):
-    return 7
-"""
-
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -354,8 +326,6 @@ def test_a_source_from_an_installed_package_has_a_name(toy: str, tmp_path: Path)
 
 
 def test_a_task_may_name_a_source_from_outside(toy: str, tmp_path: Path) -> None:
-    from test_task import BASE
-
     (tmp_path / "task.yaml").write_text(json.dumps({**BASE, "dataset": {"source": f"{toy}:read"}}))
     assert len(load_dataset(load_task(str(tmp_path / "task.yaml")).dataset)) == 2
 

@@ -12,6 +12,7 @@ import yaml
 from conftest import known_interactions
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_tasks import BASE
 
 from metarec.config import validated
 from metarec.data import task_data, task_files
@@ -27,18 +28,6 @@ from metarec.evaluate import request
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 
 DATA = known_interactions()
-BASE: dict[str, Any] = {
-    "name": "test/known",
-    "version": 1,
-    "description": "Two opposite tastes.",
-    "licence": "none",
-    "dataset": {"source": "embedded-movielens"},
-    "split": {"fractions": [0.6, 0.2, 0.2]},
-    "shots": [0, 5],
-    "query": {"max": 14, "min": 2},
-    "label": "rating >= 3.5",
-    "prompt": {"text": "{{ title }}", "positive": " Yes", "negative": " No"},
-}
 
 
 @pytest.fixture
