@@ -39,8 +39,24 @@ class Sqlite:
 
     def __init__(self, path: Path) -> None:
         self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON"):
+        self._use_write_ahead_log()
+        for pragma in ("synchronous=FULL", "secure_delete=ON", "foreign_keys=ON"):
             self._connection.execute(f"PRAGMA {pragma}")
+
+    def _use_write_ahead_log(self) -> None:
+        """Switches the log's mode; SQLite does not wait for another server that is switching it at the same moment."""
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while not self._switched(last_try=time.monotonic() > deadline):
+            time.sleep(0.05)
+
+    def _switched(self, *, last_try: bool) -> bool:
+        try:
+            self._connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if last_try or "locked" not in str(error):
+                raise
+            return False
+        return True
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         """Runs one statement and returns its rows."""
