@@ -217,7 +217,7 @@ class Backbone:
             if isinstance(module, torch.nn.ModuleList) and len(module) == self.model.config.num_hidden_layers
         ]
         if len(found) != 1:
-            raise BackboneError(f"the blocks of '{self.name}' cannot be told from its modules ({found})")
+            raise BackboneError(f"the blocks of '{self.name}' cannot be found among its modules ({found})")
         return str(found[0])
 
 
