@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from metarec.errors import ArtifactError
+from metarec.exchange import beside, exchange, put_back, room_for
 
+_LOG = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 
@@ -37,22 +38,22 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: The file to create or replace; its directory is made.
         write: Called with the path of a temporary file in the same directory.
+
+    Raises:
+        ArtifactError: The disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    temporary.touch(exist_ok=False)
-    try:
-        write(temporary)
-        _fsync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _fsync(path.parent)
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside(path, lambda fresh: fresh.touch(exist_ok=False)) as temporary:
+            write(temporary)
+            _fsync(temporary)
+            temporary.replace(path)
+        _fsync(path.parent)
 
 
 @contextmanager
 def replace_dir(path: Path, kind: str, *, private: bool = False) -> Iterator[Path]:
-    """Writes a directory of files with a manifest; it appears complete or not at all.
+    """Writes a directory of files with a manifest; whatever happens meanwhile, the old or the new one is whole.
 
     Args:
         path: The directory to create or replace.
@@ -63,32 +64,28 @@ def replace_dir(path: Path, kind: str, *, private: bool = False) -> Iterator[Pat
         A temporary directory to write into.
 
     Raises:
-        ArtifactError: `path` exists and was not written by this function.
+        ArtifactError: `path` exists and was not written by this function, or the disk is full.
     """
     if path.exists() and not (path / MANIFEST).exists() and (not path.is_dir() or any(path.iterdir())):
         raise ArtifactError(f"'{path}' exists and is not a metarec {kind}", "Choose another directory")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    temporary.mkdir(mode=0o700 if private else 0o777)
-    try:
-        yield temporary
-        for file in temporary.iterdir():  # safetensors lets nobody but the owner read what it writes
-            file.chmod(temporary.stat().st_mode & 0o666)
-        write_manifest(temporary, kind)
-        # A directory cannot be renamed over a full one: the old one steps aside first and is removed last.
-        aside = temporary.with_name(temporary.name + ".old")
-        if path.exists():
-            path.rename(aside)
-        temporary.rename(path)
-        shutil.rmtree(aside, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _fsync(path.parent)
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover_dir(path)
+        with beside(path, lambda fresh: fresh.mkdir(mode=0o700 if private else 0o777)) as temporary:
+            yield temporary
+            for file in temporary.iterdir():  # safetensors lets nobody but the owner read what it writes
+                file.chmod(temporary.stat().st_mode & 0o666)
+            write_manifest(temporary, kind)
+            exchange(temporary, path)
+            _fsync(path.parent)
 
 
-def _beside(path: Path) -> Path:
-    """Returns a free name beside a path. Made without `tempfile`, whose files nobody but their owner may read."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+def recover_dir(path: Path) -> bool:
+    """Puts a directory back that a process was killed while replacing; says whether there is one now."""
+    found = put_back(path, lambda left: _damage(left) is None)
+    if found is not None:
+        _LOG.warning("'%s' is put back: a process was killed while it replaced it", path)
+    return path.exists()
 
 
 def write_manifest(path: Path, kind: str) -> None:
@@ -110,23 +107,51 @@ def verify_dir(path: Path, kind: str) -> None:
     Raises:
         ArtifactError: The directory is missing, of another kind or schema, or a file is missing or changed.
     """
+    recover_dir(path)
+    if (damage := _damage(path, kind)) is not None:
+        raise damage
+
+
+def is_whole(path: Path, kind: str) -> bool:
+    """Says whether a directory that can be made again is there and as it was written; notes it where it is damaged."""
+    if not recover_dir(path):
+        return False
+    damage = _damage(path, kind)
+    if damage is not None and (path / MANIFEST).exists():
+        _LOG.warning("%s; it is made again", damage.problem)
+    return damage is None
+
+
+def _damage(path: Path, kind: str | None = None) -> ArtifactError | None:
+    """Returns what is wrong with a directory; None where nothing is.
+
+    Args:
+        path: The directory.
+        kind: What it has to be; None takes any.
+    """
+    named = kind or "directory"
     file = path / MANIFEST
     if not file.exists():
-        raise ArtifactError(f"'{path}' holds no metarec {kind} ('{MANIFEST}' is missing)", "Check the path")
-    manifest = load_json(file)
+        return ArtifactError(f"'{path}' holds no metarec {named} ('{MANIFEST}' is missing)", "Check the path")
+    again = f"Write the {named} again"
+    try:
+        manifest = load_json(file)
+    except ArtifactError as error:
+        return error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
-        raise ArtifactError(f"'{file}' is not a manifest", f"Write the {kind} again")
+        return ArtifactError(f"'{file}' is not a manifest", again)
     if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise ArtifactError(
+        return ArtifactError(
             f"'{path}' has schema version {manifest.get('schema_version')}, this metarec reads {SCHEMA_VERSION}",
-            f"Write the {kind} again, or install the metarec that wrote it",
+            f"{again}, or install the metarec that wrote it",
         )
-    if manifest.get("kind") != kind:
-        raise ArtifactError(f"'{path}' holds a metarec {manifest.get('kind')}, not a {kind}", "Check the path")
+    if kind is not None and manifest.get("kind") != kind:
+        return ArtifactError(f"'{path}' holds a metarec {manifest.get('kind')}, not a {kind}", "Check the path")
     for name, digest in manifest["sha256"].items():
         part = path / name
         if Path(name).name != name or not part.is_file() or sha256_file(part) != digest:
-            raise ArtifactError(f"'{part}' is missing, truncated or altered", f"Write the {kind} again")
+            return ArtifactError(f"'{part}' is missing, truncated or altered", again)
+    return None
 
 
 def sha256_file(path: Path) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metarec.artifacts import recover_dir
 from metarec.config import Dtype, RunConfig
 from metarec.data.interactions import Codes, Ratings, Values, read_ratings
 from metarec.data.sources import SOURCES
@@ -108,7 +109,7 @@ class MetaRecommender:
         """
         path = Path(name)
         place = {key: value for key, value in {"device": device, "dtype": dtype}.items() if value is not None}
-        if (path / FACTS).exists():
+        if recover_dir(path) and (path / FACTS).exists():
             if config is not None:
                 raise ConfigError(f"'{path}' brings its own settings", "Leave 'config' out")
             loaded = cls(*read_recommender(path, place))

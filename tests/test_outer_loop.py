@@ -94,6 +94,14 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert steps[0] == 10, "it went on from the last checkpoint"
 
 
+def test_resume_finds_a_checkpoint_that_a_killed_process_had_put_aside(tmp_path: Path) -> None:
+    whole = run(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / ".run.0123456789abcdef.old")
+    steps: list[int] = []
+    assert same(whole, run(tmp_path / "run", resume=True, at=steps.append))
+    assert steps == [], "it started anew"
+
+
 def test_resuming_a_finished_run_takes_no_step(tmp_path: Path) -> None:
     whole = run(tmp_path / "run")
     steps: list[int] = []

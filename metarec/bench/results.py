@@ -15,6 +15,7 @@ from metarec.bench.settings import label
 from metarec.bench.summary import MethodFacts, Summary, holm
 from metarec.errors import ArtifactError
 from metarec.evaluate import BASELINE, Report
+from metarec.exchange import is_temporary
 from metarec.metrics import bootstrap_interval, paired_p_value
 
 CELL_FACTS = "cell.json"
@@ -67,7 +68,8 @@ def _with_row_names(group: Sequence[_Measured]) -> list[_Measured]:
 
 def _cell_folders(root: Path) -> list[Path]:
     """Returns the cells below a folder in the order they were measured in, so that tables keep a plan's order."""
-    files = sorted(root.rglob(CELL_FACTS), key=lambda file: (file.stat().st_mtime, str(file)))
+    whole = (file for file in root.rglob(CELL_FACTS) if not is_temporary(file.parent))
+    files = sorted(whole, key=lambda file: (file.stat().st_mtime, str(file)))
     return [file.parent for file in files]
 
 

@@ -323,9 +323,10 @@ def run_dir(runs: Path, name: str) -> Path:
 
 def load_run(run: Path, *, dtype: Dtype | None = None) -> MetaRecommender:
     """Loads the recommender of a run's directory, in another precision if asked to."""
+    from metarec.artifacts import recover_dir
     from metarec.recommender import MetaRecommender
 
-    model = run / "model" if (run / "model").is_dir() else run
+    model = run / "model" if recover_dir(run / "model") else run
     if not (model / "recommender.json").exists():
         raise ConfigError(f"'{run}' holds no trained recommender", f"Run: metarec train --name {run.name}")
     return MetaRecommender.from_pretrained(model, dtype=dtype)

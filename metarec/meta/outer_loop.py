@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
+from metarec.artifacts import dump_json, load_json, recover_dir, replace_dir, verify_dir
 from metarec.config import TrainConfig
 from metarec.errors import ArtifactError
 from metarec.meta.algorithms import MetaGradient
@@ -114,7 +114,7 @@ def train(
     optimizer, schedule = _optimizer(tensors, config)
     best = {name: value.clone() for name, value in tensors.items()}
     at = _Progress()
-    if resume and checkpoint.exists():
+    if resume and recover_dir(checkpoint):
         at, best = _load(checkpoint, tensors, optimizer, identity)
     meta = MetaState.from_tensors(tensors)
 

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from metarec.artifacts import dump_json, load_json, replace_dir
+from metarec.artifacts import dump_json, load_json, recover_dir, replace_dir
 from metarec.errors import ArtifactError, StoreError
 from metarec.serve.store import AdapterStore
 
@@ -53,7 +53,7 @@ def export_adapters(
         if base_model is not None:
             config["base_model_name_or_path"] = base_model
         names[user] = source.name
-        if (out / source.name).exists():
+        if recover_dir(out / source.name):
             continue
         with replace_dir(out / source.name, "vllm adapter") as directory:
             shutil.copyfile(source / _WEIGHTS, directory / _WEIGHTS)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from typing import cast
 
+from metarec.artifacts import recover_dir
 from metarec.bench.context import ENCODER, LANGUAGE_MODEL, Method, MethodContext, MethodRow
 from metarec.bench.methods.prompts import prompted
 from metarec.bench.methods.recommenders import NO_STACK, answer_model_of, item_prompt, tokens_read
@@ -21,7 +22,7 @@ def _fine_tuned(
 ) -> Sequence[MethodRow]:
     """Returns one model for all users, after `longer` times the steps; a whole model also with a LoRA per user."""
     path = context.workspace / "model"
-    if path.exists():
+    if recover_dir(path):
         tuned = cast("FineTuned", load_scorer(path, backbone=context.backbone))
     else:
         tuned = _train(context, trainable, lr, longer)

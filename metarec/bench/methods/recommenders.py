@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from metarec.artifacts import recover_dir
 from metarec.bench.context import Method, MethodContext, MethodRow
 from metarec.errors import ConfigError
 from metarec.lm.answer_model import AnswerModel
@@ -17,7 +18,7 @@ from metarec.scorer import Request
 def _recommender(context: MethodContext, options: Mapping[str, Any]) -> MetaRecommender:
     """Returns a recommender trained on the context's data, or the one that was trained there before."""
     model = context.workspace / "model"
-    if (model / "recommender.json").exists():
+    if recover_dir(model):
         return MetaRecommender.from_pretrained(model)
     config = context.configured(options)
     recommender = MetaRecommender.from_pretrained(config.backbone, config)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from metarec.artifacts import load_json, replace_dir, verify_dir, write_json
+from metarec.artifacts import load_json, recover_dir, replace_dir, verify_dir, write_json
 from metarec.data.interactions import Interactions, RatingScale
 from metarec.data.sources.assembly import Note, Tables, assemble, assemble_tables
 from metarec.data.sources.options import SourceOptions, options_scale
@@ -69,7 +69,7 @@ def read_tables(name: str, path: Path | None = None, options: SourceOptions | No
     """Reads a dataset's raw tables, unchecked but for their format; see `read_source`."""
     SOURCES.check(name)
     options = options or SourceOptions()
-    if path is not None and (path / _CONVERTED).is_file():
+    if path is not None and recover_dir(path) and (path / _CONVERTED).is_file():
         return _read_converted(path)
     tables = SOURCES.get(name)(path, options)
     if not isinstance(tables, Tables):
