@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 from metarec.errors import MetarecError
 
 if TYPE_CHECKING:
+    from metarec.adapted_user import AdaptedUser, Recommendation
     from metarec.config import RunConfig
     from metarec.data.task import Task
     from metarec.data.task_files import load_task
-    from metarec.recommender import AdaptedUser, MetaRecommender, Recommendation
+    from metarec.recommender import MetaRecommender
 
 _HOMES = {
-    "AdaptedUser": "metarec.recommender",
+    "AdaptedUser": "metarec.adapted_user",
     "MetaRecommender": "metarec.recommender",
-    "Recommendation": "metarec.recommender",
+    "Recommendation": "metarec.adapted_user",
     "RunConfig": "metarec.config",
     "Task": "metarec.data.task",
-    "load_task": "metarec.data.task",
+    "load_task": "metarec.data.task_files",
 }
 
 __all__ = [

@@ -9,17 +9,13 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from metarec.adapted_user import AdaptedUser
 from metarec.artifacts import recover_dir
 from metarec.config import Dtype, RunConfig
-from metarec.data.interactions import Codes, Ratings, Values, read_ratings
+from metarec.data.interactions import Ratings, read_ratings
 from metarec.data.sources import SOURCES
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
@@ -39,26 +35,12 @@ from metarec.fitting import (
 )
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
-from metarec.metrics import rank_order
-from metarec.progress import progress
-from metarec.recommender_files import FACTS, digest_of, read_recommender, read_user, write_recommender, write_user
+from metarec.recommender_files import FACTS, digest_of, read_recommender, read_user, write_recommender
 from metarec.scorer import Scorer
 from metarec.scorers.language.adapted import MetaScorer
-from metarec.scorers.language.score import score_adapted
-from metarec.scorers.term import weighted_sum
-from metarec.tensors import AdapterState, expand_users, select_user
+from metarec.tensors import AdapterState, select_user
 
 BASELINE = "item mean"
-_ITEMS_AT_ONCE = 512
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """One recommended item: its id, its title and its score (higher is better, comparable within one user)."""
-
-    item: str
-    title: str
-    score: float
 
 
 class MetaRecommender:
@@ -259,7 +241,11 @@ class MetaRecommender:
         started = time.perf_counter()
         adapted = self.scorer().adapt([support])
         seconds = time.perf_counter() - started
-        return AdaptedUser(self, support, select_user(adapted.state, 0), bool(adapted.diverged[0]), seconds)
+        return self.adapted_user(support, select_user(adapted.state, 0), bool(adapted.diverged[0]), seconds)
+
+    def adapted_user(self, support: Ratings, state: AdapterState, diverged: bool, seconds: float) -> AdaptedUser:
+        """Returns a person whose adapter was computed elsewhere; see `AdaptedUser`."""
+        return AdaptedUser(self.fitted, self.config, support, state, diverged, seconds)
 
     def load_user(self, path: str | Path) -> AdaptedUser:
         """Loads a person saved with `AdaptedUser.save`; their scores are those they had.
@@ -273,7 +259,7 @@ class MetaRecommender:
         support = read_ratings(
             [(item, rating) for item, rating in user["ratings"]], self.fitted.catalog, self.fitted.scale
         )
-        return AdaptedUser(self, support, state, bool(user["diverged"]), float(user["seconds"]))
+        return self.adapted_user(support, state, bool(user["diverged"]), float(user["seconds"]))
 
     @property
     def adapted_model(self) -> AnswerModel | None:
@@ -293,107 +279,3 @@ class MetaRecommender:
             ArtifactError: The directory exists and holds something else.
         """
         write_recommender(Path(path), self.fitted, self.config)
-
-
-@dataclass(frozen=True)
-class AdaptedUser:
-    """One person's adapter over a recommender.
-
-    Args:
-        recommender: Where it came from.
-        support: What the person rated.
-        state: The person's tensors, without a user dimension.
-        diverged: Whether adapting met a non-finite number, so that the unadapted ranking is served.
-        seconds: How long adapting took.
-    """
-
-    recommender: MetaRecommender
-    support: Ratings
-    state: AdapterState
-    diverged: bool
-    seconds: float
-
-    def score(self, items: Sequence[str]) -> list[float]:
-        """Scores items by id or title; higher is better.
-
-        Raises:
-            UnknownItemError: An item is not in the catalog.
-        """
-        catalog = self.recommender.fitted.catalog
-        codes = np.array([catalog.find(item) for item in items], np.int64)
-        return [float(value) for value in self.scores(codes)]
-
-    def recommend(self, k: int = 10, *, exclude: Sequence[str] = ()) -> list[Recommendation]:
-        """Ranks the whole catalog and returns its best items that the person has not rated.
-
-        Args:
-            k: How many items.
-            exclude: More items to leave out, by id or title.
-
-        Raises:
-            ConfigError: `k` is not positive or exceeds what is left of the catalog.
-        """
-        catalog = self.recommender.fitted.catalog
-        left_out = {*self.support.items.tolist(), *(catalog.find(item) for item in exclude)}
-        codes = np.array([code for code in range(len(catalog)) if code not in left_out], np.int64)
-        if not 1 <= k <= len(codes):
-            raise ConfigError(f"k is {k}", f"There are {len(codes)} items to recommend: choose 1 to {len(codes)}")
-        scores = self.scores(codes).numpy()
-        order = rank_order(scores, [catalog.ids[code] for code in codes], self.recommender.config.seed)
-        return [
-            Recommendation(catalog.ids[codes[row]], catalog.title(int(codes[row])), float(scores[row]))
-            for row in order[:k]
-        ]
-
-    @torch.no_grad()
-    def term_scores(self) -> Values:
-        """Returns every item's score without the adapter's part: all other terms, each times its weight, (items,)."""
-        fitted = self.recommender.fitted
-        everything = np.arange(len(fitted.catalog))
-        if not fitted.terms:
-            return np.zeros(len(everything), np.float32)
-        values = {
-            name: torch.from_numpy(term.values([self.support], [everything])[0])[None]
-            for name, term in fitted.terms.items()
-        }
-        state = {name: value.cpu() for name, value in expand_users(self.state, 1).items()}
-        total: Values = weighted_sum(state, values)[0].numpy()
-        return total
-
-    def save(self, path: str | Path) -> None:
-        """Writes the adapter as a PEFT directory, with the person's ratings beside it.
-
-        Raises:
-            ArtifactError: The directory exists and holds something else.
-        """
-        recommender = self.recommender
-        fitted = recommender.fitted
-        rated = zip(self.support.items.tolist(), self.support.values.tolist(), strict=True)
-        facts = {
-            "recommender": recommender.digest,
-            "ratings": [[fitted.catalog.ids[code], rating] for code, rating in rated],
-            "diverged": self.diverged,
-            "seconds": self.seconds,
-        }
-        write_user(Path(path), self.state, facts, fitted, recommender.config)
-
-    def scores(self, codes: Codes) -> Tensor:
-        """Scores items by code, shape (items,); higher is better."""
-        recommender = self.recommender
-        fitted = recommender.fitted
-        state = expand_users(self.state, 1)
-        blocks = np.array_split(codes, max(1, -(-len(codes) // _ITEMS_AT_ONCE)))
-        values = []
-        with progress("ranking", len(blocks), after=2.0) as advance:
-            for done, block in enumerate(blocks, start=1):
-                values += score_adapted(
-                    state,
-                    [self.support],
-                    [block],
-                    fitted.terms,
-                    fitted.prior,
-                    recommender.adapted_model,
-                    recommender.config.device,
-                )
-                advance(done)
-        return torch.cat(values)

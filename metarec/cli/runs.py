@@ -27,8 +27,9 @@ from metarec.cli.store import AdaptersOption, StoreOption, adapt_bulk, recommend
 from metarec.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from metarec.adapted_user import AdaptedUser
     from metarec.config import Dtype
-    from metarec.recommender import AdaptedUser, MetaRecommender
+    from metarec.recommender import MetaRecommender
 
 app = typer.Typer()
 model_app = typer.Typer(help="Backbones.", no_args_is_help=True)

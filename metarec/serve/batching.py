@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from metarec.adapted_user import AdaptedUser
 from metarec.data.interactions import Codes, Ratings
-from metarec.recommender import AdaptedUser, MetaRecommender
+from metarec.recommender import MetaRecommender
 from metarec.scorers.language.linearized import Linearized, linearize
 from metarec.serve.items import longest
 
@@ -95,7 +96,7 @@ class BatchedModel:
         users = []
         for row, support in enumerate(supports):
             state = {name: value[row].clone() for name, value in adapted.state.items()}
-            user = AdaptedUser(recommender, support, state, bool(adapted.diverged[row]), seconds)
+            user = recommender.adapted_user(support, state, bool(adapted.diverged[row]), seconds)
             users.append((user, tuple(map(float, adapted.losses[:, row]))))
         return users
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from metarec.adapted_user import AdaptedUser, Recommendation
 from metarec.data.interactions import Catalog, Codes, Ratings
 from metarec.errors import ArtifactError, ConfigError, ConflictError, MetarecError, UnknownItemError
 from metarec.metrics import rank_order
-from metarec.recommender import AdaptedUser, MetaRecommender, Recommendation
+from metarec.recommender import MetaRecommender
 from metarec.serve.batching import BLOCK, USERS_AT_ONCE, BatchedModel, linearize_most_rated
 from metarec.serve.explanations import Reason, explain
 from metarec.serve.hot_adapters import HotAdapters
@@ -100,7 +101,7 @@ class Engine:
         """Takes a recommender over a longer catalog into service."""
         self.recommender = recommender
         self._code = {item: code for code, item in enumerate(recommender.fitted.catalog.ids)}
-        self.new_user = replace(self.new_user, recommender=recommender)
+        self.new_user = replace(self.new_user, fitted=recommender.fitted)
         self._retrieval.update(self.new_user)
         self._search.index(recommender)
 
@@ -166,7 +167,7 @@ class Engine:
             if profile is None or profile.version == 0:
                 found[user] = Person(self.new_user, 0, 0)
             elif (hot := self.hot.get(profile.key, profile.version)) is not None:
-                found[user] = replace(hot, adapted=replace(hot.adapted, recommender=self.recommender))
+                found[user] = replace(hot, adapted=replace(hot.adapted, fitted=self.recommender.fitted))
             elif (kept := self._from_store(profile)) is not None and kept.version == profile.version:
                 found[user] = kept
                 self.hot.put(profile.key, profile.version, kept, self._adapter_bytes)
@@ -260,7 +261,7 @@ class Engine:
             return person, scores
         self.counters.diverged += 1
         _LOG.error("an adapter's scores are not finite; the scores before adaptation are served")
-        unadapted = AdaptedUser(self.recommender, person.adapted.support, self.new_user.state, True, 0.0)
+        unadapted = replace(self.new_user, support=person.adapted.support, diverged=True, seconds=0.0)
         return replace(person, adapted=unadapted, losses=()), self._model.scores(unadapted, codes)
 
     def recommend(
@@ -295,7 +296,7 @@ class Engine:
 
     def explain(self, person: Person, codes: Codes, most: int = 3) -> list[list[Reason]]:
         """Returns the ratings that changed some items' scores most; see `explanations.explain`."""
-        return explain(self._model, person.adapted, codes, most)
+        return explain(self._model, self.recommender, person.adapted, codes, most)
 
     def search(self, text: str, k: int, person: Person | None = None) -> list[Found]:
         """Finds items by text, and with a user by their scores too; see `TextSearch.find`."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from metarec.adapted_user import AdaptedUser
 from metarec.data.interactions import Codes, Ratings
-from metarec.recommender import AdaptedUser
+from metarec.recommender import MetaRecommender
 from metarec.serve.batching import BatchedModel
 
 
@@ -21,11 +22,14 @@ class Reason:
     moved: float
 
 
-def explain(model: BatchedModel, adapted: AdaptedUser, codes: Codes, most: int = 3) -> list[list[Reason]]:
+def explain(
+    model: BatchedModel, recommender: MetaRecommender, adapted: AdaptedUser, codes: Codes, most: int = 3
+) -> list[list[Reason]]:
     """Returns the ratings that changed each item's score most.
 
     Args:
         model: Adapts and scores.
+        recommender: What the user was adapted from.
         adapted: The user.
         codes: The items to explain.
         most: How many ratings per item.
@@ -33,13 +37,13 @@ def explain(model: BatchedModel, adapted: AdaptedUser, codes: Codes, most: int =
     Returns:
         Up to `most` reasons per item, the largest change first; none for a user without ratings.
     """
-    support, recommender = adapted.support, adapted.recommender
+    support = adapted.support
     if not len(support) or adapted.diverged or not len(codes):
         return [[] for _ in codes]
     without = [Ratings(np.delete(support.items, row), np.delete(support.values, row)) for row in range(len(support))]
     full = model.scores(adapted, codes)
     moved = np.stack([full - model.scores(other, codes) for other, _ in model.adapt(recommender, without)])
-    catalog = recommender.fitted.catalog
+    catalog = adapted.fitted.catalog
     return [
         [
             Reason(

@@ -17,8 +17,8 @@ import jinja2
 from fastapi import Cookie, FastAPI, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 
+from metarec.adapted_user import Recommendation
 from metarec.errors import ConfigError
-from metarec.recommender import Recommendation
 from metarec.serve.explanations import Reason
 from metarec.serve.person import Person
 from metarec.serve.service import Service

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metarec.recommender import AdaptedUser
+from metarec.adapted_user import AdaptedUser
 
 
 @dataclass(frozen=True)

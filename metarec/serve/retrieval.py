@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from metarec.adapted_user import AdaptedUser
 from metarec.data.interactions import Codes
 from metarec.lm.answer_model import AnswerModel
 from metarec.meta.inner_loop import MetaState
 from metarec.progress import progress
-from metarec.recommender import AdaptedUser, MetaRecommender
+from metarec.recommender import MetaRecommender
 from metarec.scorers.language.adapted import InnerLoop
 from metarec.scorers.language.linearized import Linearized, linearize
 from metarec.scorers.language.score import ADAPTER_WEIGHT, HEAD, adapter_tensors
@@ -154,7 +155,7 @@ class CandidateRetrieval:
             new_user: A user without ratings, of the recommender over the current catalog.
         """
         self._new_user = new_user
-        items = len(new_user.recommender.fitted.catalog)
+        items = len(new_user.fitted.catalog)
         fresh = new_user.scores(np.arange(len(self.new_user_scores), items)).numpy()
         self.new_user_scores = np.concatenate([self.new_user_scores, fresh])
         self._new_user_terms = new_user.term_scores()
@@ -164,10 +165,10 @@ class CandidateRetrieval:
         meta = self._trained.fitted.meta
         if self._effects is None:
             self._effects = fit_effects(self._trained.adapted_model, meta, self._trained.scorer().inner)
-        recommender = self._new_user.recommender
-        items = len(recommender.fitted.catalog)
+        new_user = self._new_user
+        items = len(new_user.fitted.catalog)
         if len(self._effects) < items:
-            self._effects = extended(self._effects, recommender.adapted_model, meta, items, self._linearized)
+            self._effects = extended(self._effects, new_user.adapted_model, meta, items, self._linearized)
         return self._effects
 
     def choose(self, adapted: AdaptedUser, codes: Codes, count: int) -> Codes:
