@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from metarec.errors import ArtifactError
 from metarec.lm.cache import Arrays, fill_cache
 
 LENGTHS = np.random.default_rng(0).integers(1, 9, 40)
@@ -44,8 +48,8 @@ class Reading:
         np.testing.assert_array_equal(arrays["states"][:, 0], LENGTHS)
 
     def fill(self) -> np.ndarray:
-        shapes = {"states": (len(LENGTHS), 3), "nothing": (0, 2)}
-        fill_cache(self.path, "hidden-states", LENGTHS, shapes, torch.float32, self, self.finish)
+        arrays = {"states": (np.ones_like(LENGTHS), (3,)), "nothing": (np.zeros_like(LENGTHS), (2,))}
+        fill_cache(self.path, "hidden-states", LENGTHS, arrays, torch.float32, self, self.finish)
         states: np.ndarray = np.load(self.path / "states.npy")
         return states
 
@@ -98,6 +102,96 @@ Stuck(Path({str(tmp_path / "a")!r})).fill()
     reading = Reading(tmp_path / "a")
     reading.fill()
     assert sorted(reading.items) == list(range(40))
+
+
+def flipped(file: Path, place: int) -> bytes:
+    """Flips one bit of a file, and returns what it held before."""
+    before = file.read_bytes()
+    place %= len(before) * 8
+    after = bytearray(before)
+    after[place // 8] ^= 1 << place % 8
+    file.write_bytes(after)
+    return before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_flipped_bit_anywhere_is_noticed_or_means_nothing(
+    finished: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A finished cache is checked against its manifest, an unfinished one against the digests of its shares."""
+    places = np.random.default_rng(3).integers(0, 1 << 40, 40).tolist()
+    original = tmp_path / "original"
+    with suppress(KeyboardInterrupt):
+        Reading(original, stop_after=1000 if finished else 26).fill()
+    shutil.rmtree(original / "locks")
+    files = sorted(file.name for file in original.iterdir())
+    assert ("manifest.json" in files) == finished
+    noted = 0
+    for number, place in enumerate(places):
+        path = tmp_path / str(number)
+        shutil.copytree(original, path)
+        flipped(path / files[number % len(files)], place)
+        caplog.clear()
+        reading = Reading(path)
+        np.testing.assert_array_equal(reading.fill(), np.repeat(LENGTHS[:, None], 3, 1), err_msg=str((number, place)))
+        assert len(caplog.messages) <= 1
+        noted += len(caplog.messages)
+        again = Reading(path)
+        again.fill()
+        assert again.items == []
+    assert noted > 10
+
+
+@pytest.mark.parametrize("way", ["allocated", "written"])
+def test_a_full_disk_is_said_before_anything_is_mapped(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = 1
+
+    def full(*_: object) -> None:
+        nonlocal room
+        room -= 1
+        if room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if way == "allocated":
+        monkeypatch.setattr("metarec.lm.cache.os.posix_fallocate", full, raising=False)
+    else:
+        monkeypatch.setattr("metarec.lm.cache._allocate", full)
+    with pytest.raises(ArtifactError, match=r"no room for '.*/a', which needs 480 bytes: No space left"):
+        Reading(tmp_path / "a").fill()
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["locks"]
+    monkeypatch.undo()
+    Reading(tmp_path / "a").fill()
+
+
+def test_a_file_system_without_allocation_is_written_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr("metarec.lm.cache.os.posix_fallocate", unknown, raising=False)
+    monkeypatch.setattr("metarec.lm.cache._ZEROS", bytes(100))
+    np.testing.assert_array_equal(Reading(tmp_path / "a").fill()[:, 0], LENGTHS)
+
+
+def test_a_limit_on_files_kills_no_process(tmp_path: Path) -> None:
+    script = f"""
+import resource
+import numpy as np, torch
+from pathlib import Path
+from metarec.errors import ArtifactError
+from metarec.lm.cache import fill_cache
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+ones = np.ones(40, int)
+def read(items, into):
+    into["states"][items] = 1
+try:
+    fill_cache(Path({str(tmp_path / "a")!r}), "hidden-states", ones, {{"states": (ones, (1000,))}}, torch.float32, read)
+except ArtifactError as error:
+    print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "which needs 160,000 bytes" in ran.stdout
 
 
 def test_what_is_damaged_is_read_again(tmp_path: Path) -> None:

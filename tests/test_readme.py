@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from metarec.artifacts import replace_dir
 from metarec.data.sources import read_source
 
 ROOT = Path(__file__).parents[1]
@@ -23,13 +24,14 @@ def only_the_popular(cache: Path, named: list[str]) -> None:
 
     Reading thousands of titles with the language model takes a quarter of an hour and makes the README no truer.
     """
-    (kept,) = (cache / "data").glob("movielens-*.parquet")
+    (kept,) = (cache / "data").glob("movielens-*/table.parquet")
     ratings = pd.read_parquet(kept)
     popular = ratings["movieId"].value_counts().index
     mentioned = ratings["title"].fillna("").str.startswith(tuple(named)) & ratings["movieId"].isin(popular[:300])
     ratings = ratings[ratings["movieId"].isin(popular[:MOVIES]) | mentioned]
     ratings = ratings[ratings["userId"].isin(ratings["userId"].value_counts().index[:USERS])]
-    ratings.to_parquet(kept, index=False)
+    with replace_dir(kept.parent, "table") as directory:
+        ratings.to_parquet(directory / kept.name, index=False)
 
 
 @pytest.mark.slow

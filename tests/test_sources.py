@@ -277,6 +277,33 @@ def test_a_saved_hugging_face_dataset(splits: bool, tmp_path: Path) -> None:
         read_source("hf-datasets", tmp_path)
 
 
+def test_a_flipped_byte_of_the_cached_movielens_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = {"movieId": [1, 2, 3], "title": ["A", "B", None], "year": [1999.0, 2000.0, None]}
+    columns |= {"genres": ["Drama|War", "Action", "(no genres listed)"], "userId": [1, 1, 2]}
+    shipped = pd.DataFrame(columns | {"rating": [5.0, 0.5, 3.0], "timestamp": [7, 8, 9]})
+    monkeypatch.setattr("metarec.data.sources.movielens._shipped_frame", lambda: shipped)
+    monkeypatch.setattr("metarec.artifacts._fsync", lambda _: None)
+    monkeypatch.setenv("METAREC_CACHE", str(tmp_path))
+    digest = read_source("embedded-movielens").digest
+    (cached,) = (tmp_path / "data").iterdir()
+    for number, place in enumerate(np.random.default_rng(0).integers(0, 1 << 40, 100).tolist()):
+        file = cached / ("manifest.json" if number % 5 == 0 else "table.parquet")
+        flip(file, place)
+        caplog.clear()
+        assert read_source("embedded-movielens").digest == digest
+        assert len(caplog.messages) <= 1
+        assert number % 5 == 0 or "is missing, truncated or altered; it is made again" in caplog.text
+
+
+def flip(file: Path, place: int) -> None:
+    """Flips one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[place // 8 % len(content)] ^= 1 << place % 8
+    file.write_bytes(content)
+
+
 def test_every_source_has_a_task_and_every_task_a_source() -> None:
     from metarec.data.task_files import task_names
 

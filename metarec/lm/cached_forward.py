@@ -106,6 +106,11 @@ class CachedForward:
         return np.full(len(self._lengths), active) if active is not None else self._lengths - self._shared
 
     @property
+    def _frozen_lengths(self) -> np.ndarray:
+        lengths: np.ndarray = self._lengths - self._shared - self._active_lengths
+        return lengths
+
+    @property
     def _shared(self) -> int:
         # A bidirectional model's prefix sees the item, so nothing of it can be shared.
         return self.prompts.prefix if self._model.causal else 0
@@ -134,8 +139,7 @@ class CachedForward:
         return self._ragged({"active": active, "frozen": frozen})
 
     def _ragged(self, arrays: Arrays) -> tuple[_Ragged, _Ragged]:
-        frozen_lengths = self._lengths - self._shared - self._active_lengths
-        return _Ragged(arrays["active"], self._active_lengths), _Ragged(arrays["frozen"], frozen_lengths)
+        return _Ragged(arrays["active"], self._active_lengths), _Ragged(arrays["frozen"], self._frozen_lengths)
 
     def frozen_states(self) -> Tensor:
         """See `Forward.frozen_states`."""
@@ -145,15 +149,11 @@ class CachedForward:
     @torch.no_grad()
     def _build(self) -> None:
         """Computes the cache block by block, unless it is there; an interrupted build goes on where it stopped."""
-        active_rows, frozen_rows = int(self._active_lengths.sum()), 0
-        width = 0
-        if self._frozen_tail:
-            frozen_rows = int((self._lengths - self._shared).sum()) - active_rows
-            block = self._model.blocks[0]
-            width = block.kv_heads * block.head_dim
-        shapes = {
-            "active": (active_rows, self.backbone.hidden_size),
-            "frozen": (frozen_rows, self.placement.layers, 2, width),
+        block = self._model.blocks[0]
+        width = block.kv_heads * block.head_dim if self._frozen_tail else 0
+        arrays = {
+            "active": (self._active_lengths, (self.backbone.hidden_size,)),
+            "frozen": (self._frozen_lengths, (self.placement.layers, 2, width)),
         }
 
         def read(items: np.ndarray, into: Arrays) -> None:
@@ -164,7 +164,7 @@ class CachedForward:
             states = all_frozen_states(self, len(self._lengths)).cpu().numpy()
             np.save(self.path / "states.npy", states, allow_pickle=False)
 
-        fill_cache(self.path, _KIND, self._lengths - self._shared, shapes, self._dtype, read, finish)
+        fill_cache(self.path, _KIND, self._lengths - self._shared, arrays, self._dtype, read, finish)
 
     def _build_block(self, items: np.ndarray, active: _Ragged, frozen: _Ragged) -> None:
         tokens = [self.prompts.tokens[item][self._shared :] for item in items]

@@ -6,8 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from metarec.artifacts import cache_dir, content_hash, replace_dir, verify_dir
-from metarec.errors import ArtifactError, BackboneError
+from metarec.artifacts import cache_dir, content_hash, is_whole, replace_dir
+from metarec.errors import BackboneError
 
 SMOLLM2 = "smollm2-135m-instruct"
 MINILM = "minilm-l6-v2"
@@ -36,11 +36,7 @@ def smollm2_gguf() -> Path:
 def unpacked_smollm2(gguf: Path) -> Path | None:
     """Returns the directory of the dequantized SmolLM2, or None where the cache has no whole one."""
     path = _unpacked_dir(gguf)
-    try:
-        verify_dir(path, "model")
-    except ArtifactError:
-        return None
-    return path
+    return path if is_whole(path, "model") else None
 
 
 def unpack_smollm2(gguf: Path, transformers: Any) -> Path:

@@ -52,7 +52,8 @@ def mean_hidden_states(backbone: Backbone, texts: Sequence[str]) -> Tensor:
         into["states"][items] = _mean_states(backbone, [tokens[item] for item in items], blocks).numpy()
 
     lengths = np.array([len(ids) for ids in tokens])
-    fill_cache(path, _KIND, lengths, {"states": (len(tokens), backbone.hidden_size)}, backbone.dtype, read)
+    arrays = {"states": (np.ones(len(tokens), np.int64), (backbone.hidden_size,))}
+    fill_cache(path, _KIND, lengths, arrays, backbone.dtype, read)
     return torch.from_numpy(np.load(path / "states.npy", allow_pickle=False))
 
 

