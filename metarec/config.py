@@ -25,7 +25,7 @@ Model = TypeVar("Model", bound=BaseModel)
 class Section(BaseModel):
     """A frozen group of settings that refuses unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 def checked(registry: Registry[Any], name: str) -> str:

@@ -2,6 +2,7 @@
 
 AUC counts a tie as one half; nDCG breaks ties by a seeded hash of the item, so that a constant score gets what chance
 gets and no method gains from the order of its input. A score that is not a finite number is an error, never a rank.
+The libraries are imported where they are called: a task names metrics, and reading a task computes none.
 """
 
 from __future__ import annotations
@@ -9,14 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable, Sequence
 
-import ir_measures
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import GroupKFold, cross_val_predict
 
 from metarec.errors import EvaluationError, suggest
 
@@ -44,6 +39,8 @@ def auc(scores: NDArray[np.floating], labels: NDArray[np.bool_]) -> float | None
     """
     if labels.all() or not labels.any():
         return None
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(labels, scores))
 
 
@@ -54,13 +51,8 @@ def ndcg(
     return at_cutoff("ndcg", scores, labels, items, cutoff, seed)
 
 
-RANKING = {
-    "ndcg": ir_measures.nDCG,
-    "precision": ir_measures.P,
-    "recall": ir_measures.R,
-    "hit": ir_measures.Success,
-    "mrr": ir_measures.RR,
-}
+# Measures with a cutoff, and what ir_measures calls them.
+RANKING = {"ndcg": "nDCG", "precision": "P", "recall": "R", "hit": "Success", "mrr": "RR"}
 
 
 def at_cutoff(
@@ -86,12 +78,14 @@ def at_cutoff(
     """
     if labels.all() or not labels.any():
         return None
+    import ir_measures
+
     ranks = np.empty(len(scores), np.int64)
     ranks[rank_order(scores, items, seed)] = np.arange(len(scores), 0, -1)
     # Ranks, not scores, go to the library: it would break ties by document name.
     qrels = {"user": {str(code): int(label) for code, label in enumerate(labels)}}
     run = {"user": {str(code): float(rank) for code, rank in enumerate(ranks)}}
-    wanted = RANKING[measure] @ cutoff
+    wanted = getattr(ir_measures, RANKING[measure]) @ cutoff
     return float(ir_measures.calc_aggregate([wanted], qrels, run)[wanted])
 
 
@@ -148,6 +142,9 @@ def bootstrap_interval(
     if len(values) < 2 or np.ptp(values) == 0:
         mean = float(np.mean(values)) if len(values) else float("nan")
         return mean, mean
+    import pandas as pd
+    from scipy import stats
+
     grouped = pd.Series(values).groupby(list(range(len(values)) if clusters is None else clusters), sort=False)
     sums, counts = grouped.sum().to_numpy(), grouped.count().to_numpy()
     if len(sums) < 2:
@@ -171,6 +168,8 @@ def paired_p_value(differences: NDArray[np.floating]) -> float:
     """
     if not np.any(differences):
         return 1.0
+    from scipy import stats
+
     return float(stats.wilcoxon(differences).pvalue)
 
 
@@ -207,6 +206,10 @@ def calibrated(
 
     Source: Platt 1999, "Probabilistic outputs for support vector machines", without its target smoothing.
     """
+    import pandas as pd
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold, cross_val_predict
+
     folds = min(folds, len(set(people)))
     if folds < 2:
         raise EvaluationError("one person's scores cannot be calibrated on others", "Evaluate more users")

@@ -103,3 +103,37 @@ def test_importing_loads_nothing_heavy(code: str) -> None:
     check = f"import sys; {code}; print(*sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "tasks list",
+        "tasks show movielens/user-cold",
+        "tasks show movielens/user-cod",
+        "train --task movielens/user-cod",
+        "train --set meta.algorithm=fomam",
+        "recommend no-such-run",
+    ],
+)
+def test_a_verb_that_needs_no_model_loads_nothing_heavy(arguments: str, tmp_path: Path) -> None:
+    assert loaded("from metarec.cli import main; main()", arguments.split(), tmp_path) == set()
+
+
+def test_checking_a_table_loads_pandas_alone(tmp_path: Path) -> None:
+    (tmp_path / "ratings.csv").write_text("user,item,rating\n" + "".join(f"u{i},i{i % 3},{i % 5}\n" for i in range(9)))
+    assert loaded("from metarec.cli import main; main()", ["data", "check", "ratings.csv"], tmp_path) == {"pandas"}
+
+
+def test_a_recommender_is_imported_without_what_only_fitting_needs(tmp_path: Path) -> None:
+    assert not loaded("import metarec.recommender", [], tmp_path) & {"sklearn", "scipy.stats", "transformers", "peft"}
+
+
+def loaded(code: str, arguments: list[str], folder: Path) -> set[str]:
+    """Returns which heavy modules a process has loaded in the end."""
+    heavy = ["torch", "transformers", "pandas", "sklearn", "scipy", "scipy.stats", "peft"]
+    check = (
+        f"import atexit, sys; atexit.register(lambda: print('loaded', *({set(heavy)!r} & set(sys.modules)))); {code}"
+    )
+    done = subprocess.run([sys.executable, "-c", check, *arguments], cwd=folder, capture_output=True, text=True)
+    return set(done.stdout.splitlines()[-1].split()[1:])

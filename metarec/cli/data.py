@@ -12,8 +12,8 @@ from metarec.errors import ConfigError
 
 if TYPE_CHECKING:
     from metarec.data.checks.findings import DataFinding
+    from metarec.data.source_options import SourceOptions
     from metarec.data.sources.assembly import Tables
-    from metarec.data.sources.options import SourceOptions
     from metarec.data.task import Task
 
 data_app = typer.Typer(help="Datasets: what they are, what is wrong with them, a copy.", no_args_is_help=True)
@@ -232,7 +232,7 @@ def _options(
     scale: str | None,
 ) -> SourceOptions:
     from metarec.config import validated
-    from metarec.data.sources.options import SourceOptions
+    from metarec.data.source_options import SourceOptions
 
     named = {}
     for entry in columns or []:

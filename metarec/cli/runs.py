@@ -233,9 +233,11 @@ def _train(
     assignments = [*(overrides or []), *([f"meta.engine={engine}"] if engine else [])]
     settings = validated(RunConfig, override(values, assignments), str(config) if config else "settings")
     from metarec.data.task_files import load_task
+
+    # Before torch is imported: a name that is wrong is said at once.
+    chosen = load_task(settings.task)
     from metarec.recommender import MetaRecommender
 
-    chosen = load_task(settings.task)
     recommender = MetaRecommender.from_pretrained(settings.backbone, settings)
     text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
     try:
@@ -325,11 +327,12 @@ def run_dir(runs: Path, name: str) -> Path:
 def load_run(run: Path, *, dtype: Dtype | None = None) -> MetaRecommender:
     """Loads the recommender of a run's directory, in another precision if asked to."""
     from metarec.artifacts import recover_dir
-    from metarec.recommender import MetaRecommender
 
     model = run / "model" if recover_dir(run / "model") else run
     if not (model / "recommender.json").exists():
         raise ConfigError(f"'{run}' holds no trained recommender", f"Run: metarec train --name {run.name}")
+    from metarec.recommender import MetaRecommender
+
     return MetaRecommender.from_pretrained(model, dtype=dtype)
 
 

@@ -12,7 +12,7 @@ from metarec.artifacts import content_hash
 from metarec.config import Section, validated
 from metarec.data.episodes import Candidates, Order
 from metarec.data.labels import LabelRule, read_rule
-from metarec.data.sources.options import SourceOptions
+from metarec.data.source_options import SourceOptions
 from metarec.data.templates import REVIEW, PromptTemplate
 from metarec.errors import ConfigError
 from metarec.metrics import METRICS, check_metric

@@ -16,8 +16,8 @@ import pandas as pd
 
 from metarec.artifacts import load_json, recover_dir, replace_dir, verify_dir, write_json
 from metarec.data.interactions import Interactions, RatingScale
+from metarec.data.source_options import SourceOptions, options_scale
 from metarec.data.sources.assembly import Note, Tables, assemble, assemble_tables
-from metarec.data.sources.options import SourceOptions, options_scale
 from metarec.errors import DataError
 from metarec.registry import Registry
 

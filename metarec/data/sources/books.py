@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from metarec.data.interactions import RatingScale
+from metarec.data.source_options import SourceOptions
 from metarec.data.sources.assembly import Tables
 from metarec.data.sources.columns import numbers
 from metarec.data.sources.delimited import delimited
 from metarec.data.sources.files import need
-from metarec.data.sources.options import SourceOptions
 from metarec.data.sources.shared import STARS, malformed
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from metarec.data.source_options import SourceOptions
 from metarec.data.sources.assembly import Tables
 from metarec.data.sources.delimited import delimited
 from metarec.data.sources.files import need
-from metarec.data.sources.options import SourceOptions
 from metarec.data.sources.shared import CLICKS, malformed, seconds
 
 

@@ -16,9 +16,9 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
+from metarec.data.source_options import BadRows
 from metarec.data.sources.files import File
 from metarec.data.sources.lines import MAX_LINE, NUMERIC, bounded, encoding_of, not_decoded
-from metarec.data.sources.options import BadRows
 from metarec.errors import DataError, suggest
 
 _SEPARATORS = {",": "','", ";": "';'", "\t": "a tab", "|": "'|'", "::": "'::'"}

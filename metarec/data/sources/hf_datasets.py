@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from metarec.data.source_options import ItemsTable, SourceOptions, options_scale
 from metarec.data.sources.arrow import arrow_columns
 from metarec.data.sources.assembly import Tables, first_filled
 from metarec.data.sources.layout import Layout
 from metarec.data.sources.names import OWN, recognise
-from metarec.data.sources.options import ItemsTable, SourceOptions, options_scale
 from metarec.errors import DataError
 
 

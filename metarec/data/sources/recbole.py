@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from metarec.data.source_options import SourceOptions, options_scale
 from metarec.data.sources.assembly import Tables
 from metarec.data.sources.delimited import delimited
 from metarec.data.sources.files import File, members, need
 from metarec.data.sources.layout import Layout
 from metarec.data.sources.names import OWN
-from metarec.data.sources.options import SourceOptions, options_scale
 from metarec.data.sources.shared import malformed
 from metarec.errors import DataError, suggest
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from metarec.data.source_options import SourceOptions
 from metarec.data.sources.assembly import Tables, first_filled
 from metarec.data.sources.files import members, need
 from metarec.data.sources.json_lines import first_object, json_lines, objects
-from metarec.data.sources.options import SourceOptions
 from metarec.data.sources.shared import CLICKS, STARS, malformed
 from metarec.data.sources.texts import as_text
 from metarec.errors import DataError

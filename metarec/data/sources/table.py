@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from metarec.data.source_options import ItemsTable, SourceOptions, options_scale
 from metarec.data.sources.arrow import arrow_columns
 from metarec.data.sources.assembly import Note, Tables, first_filled
 from metarec.data.sources.columns import coded, text_column
@@ -19,7 +20,6 @@ from metarec.data.sources.files import File, find, need
 from metarec.data.sources.json_lines import json_lines, keys_of
 from metarec.data.sources.layout import Layout, theirs_to_ours
 from metarec.data.sources.names import OWN, recognise
-from metarec.data.sources.options import ItemsTable, SourceOptions, options_scale
 from metarec.data.sources.shared import malformed
 from metarec.data.sources.texts import list_as_text
 from metarec.errors import DataError

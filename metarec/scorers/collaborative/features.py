@@ -11,9 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.decomposition import PCA
-from sklearn.kernel_approximation import Nystroem
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from metarec.data.interactions import Catalog
@@ -37,6 +34,8 @@ def state_vectors(states: Tensor) -> Floats:
     Args:
         states: A language model's states, shape (items, hidden).
     """
+    from sklearn.preprocessing import StandardScaler
+
     unit = unit_vectors(StandardScaler().fit_transform(states.cpu().numpy()).astype(np.float64))
     return principal_components(unit, _COMPONENTS)
 
@@ -69,6 +68,8 @@ def kernel_features(vectors: Floats) -> Floats:
 
     Source: Williams and Seeger 2001, "Using the Nyström method to speed up kernel machines".
     """
+    from sklearn.kernel_approximation import Nystroem
+
     landmarks = min(_LANDMARKS, len(vectors))
     nystroem = Nystroem(kernel="rbf", gamma=_LANDMARK_KERNEL_GAMMA, n_components=landmarks, random_state=0)
     features: Floats = nystroem.fit_transform(vectors)
@@ -77,6 +78,8 @@ def kernel_features(vectors: Floats) -> Floats:
 
 def principal_components(features: Floats, components: int) -> Floats:
     """Returns the first principal components of features, shape (items, components) or fewer."""
+    from sklearn.decomposition import PCA
+
     narrow: Floats = PCA(min(components, *features.shape), random_state=0).fit_transform(features)
     return narrow
 

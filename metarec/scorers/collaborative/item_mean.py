@@ -10,15 +10,18 @@ Source: empirical Bayes shrinkage, Efron and Morris 1975; variances by the metho
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from sklearn.linear_model import Ridge, RidgeCV
-from sklearn.model_selection import KFold, cross_val_predict
-from sklearn.preprocessing import StandardScaler
 
 from metarec.data.interactions import Codes, Interactions, Ratings, Values
 from metarec.errors import DataError
+
+# Imported where it fits something: a saved recommender serves without it.
+if TYPE_CHECKING:
+    from sklearn.linear_model import Ridge
+    from sklearn.preprocessing import StandardScaler
 
 _RIDGE_PENALTIES = np.logspace(2, 6, 9)
 _FOLDS = 5
@@ -138,6 +141,8 @@ def smooth_by_text(prior: ItemPrior, states: np.ndarray, seed: int) -> ItemPrior
     rated, shrunk, weight = _rated_means(prior)
     if len(rated) < 10 * _FOLDS:
         return prior
+    from sklearn.model_selection import KFold, cross_val_predict
+
     scaler, model = _text_regression(prior, states)
     features = scaler.transform(states)
     folds = KFold(_FOLDS, shuffle=True, random_state=seed)
@@ -212,6 +217,9 @@ def _rated_means(prior: ItemPrior) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _text_regression(prior: ItemPrior, states: np.ndarray) -> tuple[StandardScaler, Ridge]:
     """Fits a ridge regression of item means on scaled text vectors."""
+    from sklearn.linear_model import Ridge, RidgeCV
+    from sklearn.preprocessing import StandardScaler
+
     rated, shrunk, weight = _rated_means(prior)
     scaler = StandardScaler().fit(states)
     features = scaler.transform(states[rated])

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize
 
 from metarec.config import StackConfig
 from metarec.data.episodes import evaluation_episodes
@@ -129,6 +128,8 @@ def _weights(pairs: Sequence[tuple[Floats, Floats]], members: int, settings: Sta
             weights - start
         )
         return float(loss), slope
+
+    from scipy.optimize import minimize
 
     found: Floats = np.asarray(minimize(objective, start, jac=True, method="L-BFGS-B").x, np.float64)
     return found

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from metarec.data.interactions import Codes, Interactions, Ratings
@@ -186,6 +185,8 @@ def fit_text_logistic(
     """
     slope = intercept = 0.0
     if offset:
+        from sklearn.linear_model import LogisticRegression
+
         kept = np.isin(interactions.user, users)
         own = Ratings(interactions.item[kept], interactions.rating[kept])
         model = LogisticRegression(C=1e6).fit(prior.values_without(own)[:, None], interactions.likes(threshold)[kept])
