@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from metarec.config import RunConfig
-from metarec.data.episodes import Episode, training_batch
 from metarec.data.interactions import Catalog, RatingScale
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData
 from metarec.data.templates import PromptTemplate
 from metarec.errors import ConfigError
-from metarec.evaluate import validation_auc
 from metarec.lm.answer_model import AnswerModel, open_answer_model
 from metarec.lm.backbone import Backbone, load_backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.tokenized import tokenize_catalog
-from metarec.meta import learn2learn
-from metarec.meta.algorithms import MetaGradient, closed_form
 from metarec.meta.heads import ClosedFormHead
-from metarec.meta.inner_loop import Loss, MetaState
-from metarec.meta.outer_loop import Trained, train
-from metarec.registries import ADAPTER_KINDS, ALGORITHMS, LOSSES, TERMS
+from metarec.meta.inner_loop import MetaState
+from metarec.registries import ADAPTER_KINDS, ALGORITHMS, TERMS
 from metarec.scorer import Scorer
 from metarec.scorers.collaborative.features import (
     Features,
@@ -44,7 +38,7 @@ from metarec.scorers.collaborative.trivial import ItemMean
 from metarec.scorers.language.adapted import InnerLoop, MetaScorer
 from metarec.scorers.language.expected_rating import expected_rating
 from metarec.scorers.language.item_vectors import hidden_state_vectors, text_vectors
-from metarec.scorers.language.score import Batch, collate, head_solver, initial_state, query_loss, support_loss
+from metarec.scorers.language.score import initial_state
 from metarec.scorers.language.zero_shot import ZeroShot
 from metarec.scorers.term import ADAPTER_TERM, CrossFitted, ScoreTerm, Term, TermContext
 
@@ -157,122 +151,6 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
         training={},
     )
     return Prepared(fitted, crossed, context)
-
-
-def meta_train(
-    data: TaskData,
-    prepared: Prepared,
-    config: RunConfig,
-    identity: dict[str, Any],
-    checkpoint: Path,
-    resume: bool,
-) -> Fitted:
-    """Meta-trains on a task's meta-training users; see `metarec.meta.outer_loop.train`.
-
-    Returns:
-        What was prepared, with the meta-parameters of the best validation and a summary of the training.
-    """
-    fitted = prepared.fitted
-    if config.meta.engine == "learn2learn" and config.meta.algorithm not in ("fomaml", "maml"):
-        raise ConfigError(
-            f"meta.algorithm '{config.meta.algorithm}' is not one learn2learn has", "Set meta.engine to 'batched'"
-        )
-
-    def gradient_at(meta: MetaState, step: int) -> MetaGradient:
-        batch = training_batch(
-            data.interactions,
-            data.parts["train"],
-            batch_users=config.train.users,
-            shots=config.train.shots,
-            max_query=config.train.max_query,
-            min_query=config.train.min_query,
-            seed=config.seed,
-            step=step,
-            hidden=prepared.context.hidden,
-        )
-        return _meta_gradient(prepared, config, meta, batch)
-
-    trained = train(
-        fitted.meta,
-        gradient_at,
-        lambda meta: _validation_auc(data, replace(fitted, meta=meta), config),
-        config.train,
-        checkpoint=checkpoint,
-        identity=identity,
-        resume=resume,
-    )
-    return replace(fitted, meta=trained.best, training=_training_summary(trained))
-
-
-def _meta_gradient(prepared: Prepared, config: RunConfig, meta: MetaState, batch: Sequence[Episode]) -> MetaGradient:
-    """Returns the meta-gradient of a batch of meta-training users, by the algorithm that the settings name."""
-    adapted = adapted_model(config, prepared.fitted.answer_model)
-    damping = config.meta.user_bias_damping
-    loss = LOSSES.get(config.train.loss)
-
-    def inner(some: Sequence[Episode]) -> Loss:
-        support = _out_of_fold_batch(prepared, some, config, support=True)
-        return support_loss(support, adapted, shrinkage=config.meta.shrinkage, user_bias_damping=damping)
-
-    def outer(some: Sequence[Episode]) -> Loss:
-        query = _out_of_fold_batch(prepared, some, config, support=False)
-        return query_loss(query, adapted, loss, sharpness=config.train.sharpness)
-
-    head = closed_form_head(config)
-    if head is not None and adapted is not None:
-        support = _out_of_fold_batch(prepared, batch, config, support=True)
-        solve = head_solver(support, adapted, head, user_bias_damping=damping)
-        return closed_form(meta, solve, outer(batch), len(batch))
-    steps = config.meta.inner_steps if meta.log_rate else 0
-    if config.meta.engine == "learn2learn":
-        losses = [(inner([episode]), outer([episode])) for episode in batch]
-        return learn2learn.meta_gradient(meta, losses, steps, second_order=config.meta.algorithm == "maml")
-    found: MetaGradient = ALGORITHMS.get(config.meta.algorithm)(meta, inner(batch), outer(batch), len(batch), steps)
-    return found
-
-
-def _training_summary(trained: Trained) -> dict[str, Any]:
-    return {
-        "best_step": trained.best_step,
-        "best_validation_auc": trained.best_value,
-        "steps": trained.steps,
-        "diverged_inner_loops": trained.diverged,
-        "history": [
-            {"step": step, "query_loss": loss, "validation_auc": value} for step, loss, value in trained.history
-        ],
-    }
-
-
-def _out_of_fold_batch(prepared: Prepared, batch: Sequence[Episode], config: RunConfig, *, support: bool) -> Batch:
-    """Pads meta-training users' supports or queries.
-
-    Every term is that of a fold that has not seen the user, as it is for any new one: a term that has seen a user's
-    ratings would teach the adapter that nothing is left to learn.
-    """
-    fitted = prepared.fitted
-    values = {
-        name: [
-            crossed.without(episode.user).leave_one_out([episode.support])[0]
-            if support
-            else crossed.without(episode.user).values([episode.support], [episode.query.items])[0]
-            for episode in batch
-        ]
-        for name, crossed in prepared.crossed.items()
-    }
-    return collate(
-        [episode.support if support else episode.query for episode in batch],
-        values,
-        fitted.prior,
-        adapted_model(config, fitted.answer_model),
-        prepared.context.threshold,
-        config.device,
-    )
-
-
-def _validation_auc(data: TaskData, fitted: Fitted, config: RunConfig) -> float:
-    episodes = data.episodes("validation")[0][: config.train.validation_users]
-    shots = [count for count in data.task.shots if count > 0] or list(data.task.shots)
-    return validation_auc(meta_scorer(fitted, config), episodes, shots, data.task.like_threshold)
 
 
 def meta_scorer(

@@ -27,7 +27,6 @@ from metarec.fitting import (
     Prepared,
     adapted_model,
     meta_scorer,
-    meta_train,
     needs_model,
     open_backbone,
     prepare,
@@ -39,6 +38,7 @@ from metarec.recommender_files import FACTS, digest_of, read_recommender, read_u
 from metarec.scorer import Scorer
 from metarec.scorers.language.adapted import MetaScorer
 from metarec.tensors import AdapterState, select_user
+from metarec.training import meta_train
 
 BASELINE = "item mean"
 

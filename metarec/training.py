@@ -1,0 +1,137 @@
+"""Meta-training on a task: from a batch of its users to a meta-gradient, and the outer loop over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from metarec.config import RunConfig
+from metarec.data.episodes import Episode, training_batch
+from metarec.data.task_data import TaskData
+from metarec.errors import ConfigError
+from metarec.evaluate import validation_auc
+from metarec.fitting import Fitted, Prepared, adapted_model, closed_form_head, meta_scorer
+from metarec.meta import learn2learn
+from metarec.meta.algorithms import MetaGradient, closed_form
+from metarec.meta.inner_loop import Loss, MetaState
+from metarec.meta.outer_loop import Trained, train
+from metarec.registries import ALGORITHMS, LOSSES
+from metarec.scorers.language.score import Batch, collate, head_solver, query_loss, support_loss
+
+
+def meta_train(
+    data: TaskData,
+    prepared: Prepared,
+    config: RunConfig,
+    identity: dict[str, Any],
+    checkpoint: Path,
+    resume: bool,
+) -> Fitted:
+    """Meta-trains on a task's meta-training users; see `metarec.meta.outer_loop.train`.
+
+    Returns:
+        What was prepared, with the meta-parameters of the best validation and a summary of the training.
+    """
+    fitted = prepared.fitted
+    if config.meta.engine == "learn2learn" and config.meta.algorithm not in ("fomaml", "maml"):
+        raise ConfigError(
+            f"meta.algorithm '{config.meta.algorithm}' is not one learn2learn has", "Set meta.engine to 'batched'"
+        )
+
+    def gradient_at(meta: MetaState, step: int) -> MetaGradient:
+        batch = training_batch(
+            data.interactions,
+            data.parts["train"],
+            batch_users=config.train.users,
+            shots=config.train.shots,
+            max_query=config.train.max_query,
+            min_query=config.train.min_query,
+            seed=config.seed,
+            step=step,
+            hidden=prepared.context.hidden,
+        )
+        return _meta_gradient(prepared, config, meta, batch)
+
+    trained = train(
+        fitted.meta,
+        gradient_at,
+        lambda meta: _validation_auc(data, replace(fitted, meta=meta), config),
+        config.train,
+        checkpoint=checkpoint,
+        identity=identity,
+        resume=resume,
+    )
+    return replace(fitted, meta=trained.best, training=_training_summary(trained))
+
+
+def _meta_gradient(prepared: Prepared, config: RunConfig, meta: MetaState, batch: Sequence[Episode]) -> MetaGradient:
+    """Returns the meta-gradient of a batch of meta-training users, by the algorithm that the settings name."""
+    adapted = adapted_model(config, prepared.fitted.answer_model)
+    damping = config.meta.user_bias_damping
+    loss = LOSSES.get(config.train.loss)
+
+    def inner(some: Sequence[Episode]) -> Loss:
+        support = _out_of_fold_batch(prepared, some, config, support=True)
+        return support_loss(support, adapted, shrinkage=config.meta.shrinkage, user_bias_damping=damping)
+
+    def outer(some: Sequence[Episode]) -> Loss:
+        query = _out_of_fold_batch(prepared, some, config, support=False)
+        return query_loss(query, adapted, loss, sharpness=config.train.sharpness)
+
+    head = closed_form_head(config)
+    if head is not None and adapted is not None:
+        support = _out_of_fold_batch(prepared, batch, config, support=True)
+        solve = head_solver(support, adapted, head, user_bias_damping=damping)
+        return closed_form(meta, solve, outer(batch), len(batch))
+    steps = config.meta.inner_steps if meta.log_rate else 0
+    if config.meta.engine == "learn2learn":
+        losses = [(inner([episode]), outer([episode])) for episode in batch]
+        return learn2learn.meta_gradient(meta, losses, steps, second_order=config.meta.algorithm == "maml")
+    found: MetaGradient = ALGORITHMS.get(config.meta.algorithm)(meta, inner(batch), outer(batch), len(batch), steps)
+    return found
+
+
+def _training_summary(trained: Trained) -> dict[str, Any]:
+    return {
+        "best_step": trained.best_step,
+        "best_validation_auc": trained.best_value,
+        "steps": trained.steps,
+        "diverged_inner_loops": trained.diverged,
+        "history": [
+            {"step": step, "query_loss": loss, "validation_auc": value} for step, loss, value in trained.history
+        ],
+    }
+
+
+def _out_of_fold_batch(prepared: Prepared, batch: Sequence[Episode], config: RunConfig, *, support: bool) -> Batch:
+    """Pads meta-training users' supports or queries.
+
+    Every term is that of a fold that has not seen the user, as it is for any new one: a term that has seen a user's
+    ratings would teach the adapter that nothing is left to learn.
+    """
+    fitted = prepared.fitted
+    values = {
+        name: [
+            crossed.without(episode.user).leave_one_out([episode.support])[0]
+            if support
+            else crossed.without(episode.user).values([episode.support], [episode.query.items])[0]
+            for episode in batch
+        ]
+        for name, crossed in prepared.crossed.items()
+    }
+    return collate(
+        [episode.support if support else episode.query for episode in batch],
+        values,
+        fitted.prior,
+        adapted_model(config, fitted.answer_model),
+        prepared.context.threshold,
+        config.device,
+    )
+
+
+def _validation_auc(data: TaskData, fitted: Fitted, config: RunConfig) -> float:
+    episodes = data.episodes("validation")[0][: config.train.validation_users]
+    shots = [count for count in data.task.shots if count > 0] or list(data.task.shots)
+    return validation_auc(meta_scorer(fitted, config), episodes, shots, data.task.like_threshold)
