@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from metarec.artifacts import cache_dir
+from metarec.devices import devices
 
 _NEEDED_BYTES = 3 * 10**9
 
@@ -43,7 +44,7 @@ def examine() -> list[Diagnosis]:
     import torch
 
     findings.append(Diagnosis("threads", "ok", f"{torch.get_num_threads()} of {os.cpu_count()} cores"))
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; the CPU is enough"
+    accelerator = ", ".join(devices()[1:]) or "none; the CPU is enough"
     findings.append(Diagnosis("accelerator", "ok", accelerator))
     where = cache_dir()
     disk = next(folder for folder in (where, *where.parents) if folder.exists())

@@ -14,12 +14,13 @@ from typing import Any
 
 from metarec.adapted_user import AdaptedUser
 from metarec.artifacts import recover_dir
-from metarec.config import Dtype, RunConfig
+from metarec.config import Dtype, RunConfig, validated
 from metarec.data.interactions import Ratings, read_ratings
 from metarec.data.sources import SOURCES
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.data.task_files import load_task
+from metarec.devices import check_device
 from metarec.errors import ArtifactError, ConfigError
 from metarec.evaluate import Report, evaluate
 from metarec.fitting import (
@@ -87,7 +88,7 @@ class MetaRecommender:
         Raises:
             BackboneError: The backbone cannot be loaded.
             ArtifactError: The saved recommender is damaged, or the backbone is not the one it was made with.
-            ConfigError: `config` is given for a saved recommender.
+            ConfigError: `config` is given for a saved recommender, or this machine has no such device.
         """
         path = Path(name)
         place = {key: value for key, value in {"device": device, "dtype": dtype}.items() if value is not None}
@@ -97,7 +98,9 @@ class MetaRecommender:
             loaded = cls(*read_recommender(path, place))
             loaded._from_file = True
             return loaded
-        config = (config or RunConfig()).model_copy(update={"backbone": str(name), **place})
+        given = (config or RunConfig()).model_dump()
+        config = validated(RunConfig, {**given, "backbone": str(name), **place}, "from_pretrained")
+        check_device(config.device)
         return cls(open_backbone(config) if needs_model(config) else None, config)
 
     @property

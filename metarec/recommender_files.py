@@ -14,6 +14,7 @@ from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
 from metarec.config import RunConfig, validated
 from metarec.data.interactions import Catalog, RatingScale
 from metarec.data.task import Task
+from metarec.devices import check_device
 from metarec.errors import ArtifactError
 from metarec.fitting import Fitted, adapted_model, catalog_answer_model, open_backbone, score_terms
 from metarec.lm.backbone import Backbone
@@ -67,7 +68,8 @@ def read_recommender(path: Path, place: Mapping[str, str]) -> tuple[Backbone | N
 
     Raises:
         ArtifactError: The directory is damaged, of another format, or was made with other weights.
-        ConfigError: A part is code outside metarec that was not allowed, see `metarec.registry.Registry.get`.
+        ConfigError: A part is code outside metarec that was not allowed, see `metarec.registry.Registry.get`; or this
+            machine has no such device.
     """
     verify_dir(path, "recommender")
     facts = load_json(path / FACTS)
@@ -79,6 +81,7 @@ def read_recommender(path: Path, place: Mapping[str, str]) -> tuple[Backbone | N
         )
     where = str(path / FACTS)
     config = validated(RunConfig, {**facts["config"], **place}, where)
+    check_device(config.device, "device" if "device" in place else where)
     task = validated(Task, facts["task"], where)
     for registry, name in (
         (ALGORITHMS, config.meta.algorithm),

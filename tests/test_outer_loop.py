@@ -109,6 +109,16 @@ def test_resuming_a_finished_run_takes_no_step(tmp_path: Path) -> None:
     assert steps == []
 
 
+def test_resuming_keeps_the_best_state_on_the_device_of_the_run(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    # A device that every machine has: its tensors have a shape and no numbers, and none are read here.
+    elsewhere = MetaState.from_tensors({name: value.to("meta") for name, value in start().tensors().items()})
+    resumed = train(
+        elsewhere, gradient_at, validate, CONFIG, checkpoint=tmp_path / "run", identity={"seed": 0}, resume=True
+    )
+    assert {value.device.type for value in resumed.best.tensors().values()} == {"meta"}
+
+
 def test_training_stops_when_validation_gets_no_better(tmp_path: Path) -> None:
     impatient = CONFIG.model_copy(update={"patience": 2})
     values = iter([1.0, 3.0, 2.0, 2.5])

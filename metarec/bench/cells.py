@@ -24,6 +24,7 @@ from metarec.bench.results import CELL_FACTS, CELL_TABLES
 from metarec.data.episodes import Episode
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.data.task_files import load_task
+from metarec.devices import check_device
 from metarec.doctor import environment
 from metarec.errors import ArtifactError, ConfigError, EvaluationError
 from metarec.evaluate import evaluate, request
@@ -51,6 +52,8 @@ def run(plan: Plan, out: Path, *, jobs: int = 1, fresh: bool = False) -> None:
     for task in {cell.task for cell in wanted}:
         load_task(task)  # so that a task that cannot be read ends it here, and not every cell
     missing_cells = wanted if fresh else missing(wanted, out)
+    for device in {cell.changed["device"] for cell in missing_cells if "device" in cell.changed}:
+        check_device(device)
     failed: dict[Cell, str] = {}
     with progress("cells", len(missing_cells)) as advance:
         for done, (cell, problem) in enumerate(_measured(missing_cells, out, jobs, fresh), start=1):

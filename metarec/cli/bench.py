@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metarec.cli.options import BackboneOption, JsonOption, SetOption, print_json
+from metarec.cli.options import BackboneOption, DeviceOption, JsonOption, SetOption, print_json
 from metarec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ def bench(
         int | None, typer.Option(help="Number of test users of each split at most.", min=2, show_default=False)
     ] = None,
     backbone: BackboneOption = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where language models run, e.g. cuda (default: cpu).", show_default=False)
-    ] = None,
+    device: DeviceOption = None,
     sets: SetOption = None,
     out: OutOption = Path("runs/bench"),
     jobs: Annotated[int, typer.Option(help="Processes side by side; each takes its share of the cores.", min=1)] = 1,

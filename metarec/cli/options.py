@@ -32,6 +32,10 @@ BackboneOption = Annotated[
         help="Embedded name, directory or Hugging Face name (default: smollm2-135m-instruct).", show_default=False
     ),
 ]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", help="Where it runs, e.g. cuda (default: as the settings say).", show_default=False),
+]
 NameOption = Annotated[str, typer.Option(help="Name of the run; its files go to RUNS/NAME.")]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Directory of all runs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

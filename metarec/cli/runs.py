@@ -11,6 +11,7 @@ import typer
 from metarec.cli.options import (
     BackboneOption,
     ConfigOption,
+    DeviceOption,
     EngineOption,
     JsonOption,
     NameOption,
@@ -81,6 +82,7 @@ def train(
     config: ConfigOption = None,
     task: TaskOption = None,
     backbone: BackboneOption = None,
+    device: DeviceOption = None,
     seed: SeedOption = None,
     overrides: SetOption = None,
     engine: EngineOption = None,
@@ -90,7 +92,7 @@ def train(
 ) -> None:
     """Meta-train a recommender and keep it in RUNS/NAME."""
     run = run_dir(runs, name)
-    recommender = _train(run, config, task, backbone, seed, overrides, engine, resume, go_on="with --resume")
+    recommender = _train(run, config, task, backbone, device, seed, overrides, engine, resume, go_on="with --resume")
     fitted = recommender.fitted
     show({"run": str(run), **{key: value for key, value in fitted.training.items() if key != "history"}}, json)
 
@@ -98,10 +100,11 @@ def train(
 @app.command(epilog="Example: metarec evaluate runs/mine")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Score the test users of the run's task and print the table; per-user results go into the run."""
-    _evaluate(load_run(run), run, json)
+    _evaluate(load_run(run, device=device), run, json)
 
 
 @app.command(
@@ -120,6 +123,7 @@ def adapt(
     ] = None,
     store: StoreOption = None,
     adapters: AdaptersOption = None,
+    device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Adapt to one person's ratings and keep the adapter; or to many people's, in a store."""
@@ -128,9 +132,9 @@ def adapt(
     if users is not None and store is not None:
         if rating or ratings or out:
             raise ConfigError("--users and one person's options are both given", "Choose one of the two")
-        adapt_bulk(load_run(run), users, store, adapters, json)
+        adapt_bulk(load_run(run, device=device), users, store, adapters, json)
         return
-    user = _adapted(load_run(run), rating, ratings)
+    user = _adapted(load_run(run, device=device), rating, ratings)
     if out is not None:
         user.save(out)
     facts = {
@@ -154,6 +158,7 @@ def recommend(
     k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
     store: StoreOption = None,
     adapters: AdaptersOption = None,
+    device: DeviceOption = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say which ratings moved an item most (with --store).")
     ] = False,
@@ -165,12 +170,12 @@ def recommend(
     if store is not None:
         if user is None:
             raise ConfigError("--store is given without --user", "Name the user: metarec store ls STORE --users")
-        stored = recommend_stored(load_run(run), store, adapters, user, k, explain)
+        stored = recommend_stored(load_run(run, device=device), store, adapters, user, k, explain)
         _print_ranking(stored["items"], stored if json else None)
         return
     if explain:
         raise ConfigError("--explain is given without --store", "Only users of a store have explained rankings")
-    recommender = load_run(run)
+    recommender = load_run(run, device=device)
     person = recommender.load_user(user) if user else _adapted(recommender, rating, ratings)
     ranked = [vars(entry) for entry in person.recommend(k)]
     _print_ranking(ranked, ranked if json else None)
@@ -192,6 +197,7 @@ def quickstart(
     config: ConfigOption = None,
     task: TaskOption = None,
     backbone: BackboneOption = None,
+    device: DeviceOption = None,
     seed: SeedOption = None,
     overrides: SetOption = None,
     engine: EngineOption = None,
@@ -202,7 +208,7 @@ def quickstart(
     """Train, evaluate and adapt to one person never seen: the whole thing, on real users, in minutes."""
     run = run_dir(runs, name)
     go_on = "without --fresh" if fresh else "again"
-    recommender = _train(run, config, task, backbone, seed, overrides, engine, resume=not fresh, go_on=go_on)
+    recommender = _train(run, config, task, backbone, device, seed, overrides, engine, resume=not fresh, go_on=go_on)
     table = _evaluate(recommender, run, json=False, quiet=json)
     story = _one_user(recommender, run, quiet=json)
     if json:
@@ -216,6 +222,7 @@ def _train(
     config: Path | None,
     task: str | None,
     backbone: str | None,
+    device: str | None,
     seed: int | None,
     overrides: list[str] | None,
     engine: str | None,
@@ -228,7 +235,7 @@ def _train(
     from metarec.config import RunConfig, override, read_yaml, validated
 
     values = read_yaml(config) if config else {}
-    named = {"task": task, "backbone": backbone, "seed": seed}
+    named = {"task": task, "backbone": backbone, "device": device, "seed": seed}
     values |= {key: value for key, value in named.items() if value is not None}
     assignments = [*(overrides or []), *([f"meta.engine={engine}"] if engine else [])]
     settings = validated(RunConfig, override(values, assignments), str(config) if config else "settings")
@@ -324,8 +331,8 @@ def run_dir(runs: Path, name: str) -> Path:
     return runs / name
 
 
-def load_run(run: Path, *, dtype: Dtype | None = None) -> MetaRecommender:
-    """Loads the recommender of a run's directory, in another precision if asked to."""
+def load_run(run: Path, *, device: str | None = None, dtype: Dtype | None = None) -> MetaRecommender:
+    """Loads the recommender of a run's directory, on another device and in another precision if asked to."""
     from metarec.artifacts import recover_dir
 
     model = run / "model" if recover_dir(run / "model") else run
@@ -333,7 +340,7 @@ def load_run(run: Path, *, dtype: Dtype | None = None) -> MetaRecommender:
         raise ConfigError(f"'{run}' holds no trained recommender", f"Run: metarec train --name {run.name}")
     from metarec.recommender import MetaRecommender
 
-    return MetaRecommender.from_pretrained(model, dtype=dtype)
+    return MetaRecommender.from_pretrained(model, device=device, dtype=dtype)
 
 
 def _adapted(recommender: MetaRecommender, ratings: list[str] | None, file: Path | None) -> AdaptedUser:

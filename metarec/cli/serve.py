@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metarec.cli.options import JsonOption, show
+from metarec.cli.options import DeviceOption, JsonOption, show
 from metarec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def serve(
     item_megabytes: Annotated[
         int, typer.Option(min=0, help="Memory for item gradients, which make the first step fast, in MiB.")
     ] = 256,
+    device: DeviceOption = None,
     candidates: Annotated[int, typer.Option(min=32, help="Items scored exactly in a ranking.")] = 32,
     threads: Annotated[int, typer.Option(min=0, help="Batches of users adapted at once; 0: one per core.")] = 0,
     ui: Annotated[bool, typer.Option("--ui", help="Also serve a page to try it on.")] = False,
@@ -61,6 +62,7 @@ def serve(
         checkpoint,
         store,
         adapters,
+        device,
         threads,
         hot_bytes=hot_megabytes << 20,
         candidates=candidates,
@@ -109,7 +111,9 @@ def _read_api_keys(path: Path | None, host: str) -> tuple[ApiKey, ...]:
     return read_keys(path) if path else ()
 
 
-def _open_engine(checkpoint: Path, store: str | None, adapters: Path | None, threads: int, **sizes: int) -> Engine:
+def _open_engine(
+    checkpoint: Path, store: str | None, adapters: Path | None, device: str | None, threads: int, **sizes: int
+) -> Engine:
     """Opens a recommender and its store, ready to rank; `sizes` are the engine's."""
     from metarec.cli.runs import load_run
     from metarec.serve.batching import use_one_thread_per_batch
@@ -117,7 +121,7 @@ def _open_engine(checkpoint: Path, store: str | None, adapters: Path | None, thr
     from metarec.serve.store import AdapterStore
 
     workers = use_one_thread_per_batch(threads)
-    recommender = load_run(checkpoint)
+    recommender = load_run(checkpoint, device=device)
     opened = AdapterStore(store or checkpoint / "store", adapters)
     opened.gc()
     engine = Engine(recommender, opened, workers=workers, **sizes)

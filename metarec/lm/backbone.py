@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from metarec.devices import check_device
 from metarec.errors import BackboneError, suggest
 from metarec.lm.embedded import MINILM as MINILM
 from metarec.lm.embedded import SMOLLM2 as SMOLLM2
@@ -231,7 +232,9 @@ def load_backbone(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.
 
     Raises:
         BackboneError: The model is missing, needs remote code, or has no safetensors weights.
+        ConfigError: This machine has no such device.
     """
+    check_device(device)
     location = prepare_backbone(name)
     transformers = _transformers()
     _keep_freed_memory()

@@ -246,4 +246,5 @@ def _load(
     best_value = state.pop("best_value")
     history = tuple(tuple(entry) for entry in state.pop("history"))
     at = _Progress(**state, best_value=-math.inf if best_value is None else best_value, history=history)
-    return at, read_tensors(path / "best.safetensors")
+    best = read_tensors(path / "best.safetensors")
+    return at, {name: value.to(tensors[name].device) for name, value in best.items()}

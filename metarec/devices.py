@@ -1,0 +1,36 @@
+"""Devices that this machine computes on, and whether a name is one of them. Imports torch when it is asked."""
+
+from __future__ import annotations
+
+from metarec.errors import ConfigError
+
+
+def devices() -> list[str]:
+    """Returns the names of this machine's devices, the processor first, e.g. ``["cpu", "cuda:0"]``."""
+    import torch
+
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+def check_device(name: str, where: str = "") -> str:
+    """Returns the name of a device that this machine has; ``cuda`` is the first of several.
+
+    Args:
+        name: The device.
+        where: The file or option it came from, for the message.
+
+    Raises:
+        ConfigError: This machine has no such device.
+    """
+    here = devices()
+    if name in here or f"{name}:0" in here:
+        return name
+    raise ConfigError(
+        f"{where}{': ' if where else ''}there is no device '{name}': this machine has {', '.join(here)}",
+        "Add --device cpu, or device='cpu' in Python",
+    )
