@@ -64,5 +64,11 @@ ADAPTER_KINDS: Registry[Any] = Registry(
 FAMILIES: Registry[Any] = Registry(
     "backbone family",
     "metarec.backbone_families",
-    {"llama": "metarec.lm.families.llama:LLAMA", "bert": "metarec.lm.families.bert:BERT"},
+    {
+        "llama": "metarec.lm.families.llama:LLAMA",
+        "mistral": "metarec.lm.families.mistral:MISTRAL",
+        "qwen2": "metarec.lm.families.qwen:QWEN2",
+        "qwen3": "metarec.lm.families.qwen:QWEN3",
+        "bert": "metarec.lm.families.bert:BERT",
+    },
 )

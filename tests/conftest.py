@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +23,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import numpy as np
 import pytest
 import torch
+from small_models import CAUSAL, tiny_model
 
 from metarec.data.interactions import Catalog, Interactions, RatingScale
 from metarec.data.templates import PromptTemplate
@@ -72,51 +73,16 @@ def _save(path: Path, model: object, tokenizer: object) -> Path:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Returns the directory of a tiny random model of a family: ``llama``, ``mistral``, ``bert``, ...."""
+    """Returns the directory of a tiny random model of `small_models`: ``llama``, ``mistral``, ``bert``, ...."""
     root = tmp_path_factory.mktemp("models")
 
     def make(family: str) -> Path:
         path = root / family
         if path.exists():
             return path
-        import transformers
-
         torch.manual_seed(7)
-        tokenizer = _tokenizer({"unk_token": "<unk>", "pad_token": "<pad>"})
-        size = len(tokenizer)  # type: ignore[arg-type]
-        decoder = {
-            "vocab_size": size,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "initializer_range": 0.4,
-            "pad_token_id": 1,
-            "bos_token_id": None,
-            "eos_token_id": None,
-        }
-        encoder = {
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "initializer_range": 0.4,
-            "max_position_embeddings": 64,
-        }
-        if family == "llama":
-            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**decoder))
-        elif family == "llama-bias":
-            model = transformers.LlamaForCausalLM(
-                transformers.LlamaConfig(**decoder, attention_bias=True, mlp_bias=True)
-            )
-        elif family == "mistral":
-            model = transformers.MistralForCausalLM(transformers.MistralConfig(**decoder))
-        elif family == "gpt2":
-            config = transformers.GPT2Config(
-                vocab_size=size, n_embd=16, n_layer=3, n_head=4, initializer_range=0.4, bos_token_id=0, eos_token_id=0
-            )
-            model = transformers.GPT2LMHeadModel(config)
+        if family in CAUSAL:
+            tokenizer = _tokenizer({"unk_token": "<unk>", "pad_token": "<pad>"})
         else:
             special = {
                 "unk_token": "[UNK]",
@@ -126,17 +92,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
                 "sep_token": "[SEP]",
             }
             tokenizer = _tokenizer(special)
-            if family == "distilbert":
-                config = transformers.DistilBertConfig(
-                    vocab_size=len(tokenizer), dim=16, hidden_dim=24, n_layers=3, n_heads=4, initializer_range=0.4
-                )
-                return _save(path, transformers.DistilBertForMaskedLM(config), tokenizer)
-            if family == "roberta":
-                config = transformers.RobertaConfig(vocab_size=len(tokenizer), pad_token_id=1, **encoder)
-                return _save(path, transformers.RobertaForMaskedLM(config), tokenizer)
-            config = transformers.BertConfig(vocab_size=len(tokenizer), **encoder)
-            model = transformers.BertForMaskedLM(config) if family == "bert" else transformers.BertModel(config)
-        return _save(path, model, tokenizer)
+        return _save(path, tiny_model(family, len(tokenizer)), tokenizer)  # type: ignore[arg-type]
 
     return make
 
@@ -144,12 +100,17 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 @pytest.fixture(scope="session")
 def backbone(model_dir: Callable[[str], Path]) -> Callable[..., Backbone]:
     """Returns a loaded tiny model of a family, once per session and precision."""
+    from transformers import PreTrainedTokenizerFast
+
     loaded: dict[tuple[str, torch.dtype], Backbone] = {}
 
     def load(family: str, dtype: torch.dtype = torch.float32) -> Backbone:
         key = (family, dtype)
         if key not in loaded:
-            loaded[key] = load_backbone(str(model_dir(family)), dtype=dtype)
+            found = load_backbone(str(model_dir(family)), dtype=dtype)
+            # Some architectures bring a tokenizer of their own, which reads our words in another way.
+            words = PreTrainedTokenizerFast.from_pretrained(model_dir(family))
+            loaded[key] = replace(found, tokenizer=words)
         return loaded[key]
 
     return load

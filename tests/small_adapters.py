@@ -16,8 +16,16 @@ from metarec.lm.tokenized import CatalogPrompts
 from metarec.tensors import AdapterState
 
 
-def placement_of(backbone: Backbone, prompts: CatalogPrompts, active: int | None, layers: int = 2) -> Placement:
-    placed = default_placement(backbone, prompts, layers=layers, targets=None, rank=2, alpha=4.0, active_tokens=active)
+def placement_of(
+    backbone: Backbone,
+    prompts: CatalogPrompts,
+    active: int | None,
+    layers: int = 2,
+    targets: tuple[str, ...] | None = None,
+) -> Placement:
+    placed = default_placement(
+        backbone, prompts, layers=layers, targets=targets, rank=2, alpha=4.0, active_tokens=active
+    )
     check_placement(backbone, prompts, placed)
     return placed
 

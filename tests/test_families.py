@@ -1,91 +1,141 @@
-"""A backbone family from outside the package is cached like metarec's own."""
+"""Every backbone family gives the scores and gradients of the whole model, and its adapters are PEFT's."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import TEMPLATES
 from small_adapters import both, placement_of, random_state, some_items
+from small_models import CAUSAL
 
-from metarec.data.interactions import Catalog
+from metarec.errors import ConfigError
 from metarec.lm.answer_model import open_answer_model
-from metarec.lm.backbone import load_backbone
+from metarec.lm.backbone import Backbone
 from metarec.lm.cached_forward import CachedForward
 from metarec.lm.families import FAMILIES
-from metarec.lm.families.llama import LlamaWeights, llama_weights
+from metarec.lm.layouts import Layout, sliding_window
+from metarec.lm.peft_files import save_adapter
+from metarec.lm.placement import check_placement, linear_shapes
 from metarec.lm.reference_forward import ReferenceForward
-from metarec.lm.tokenized import tokenize_catalog
+from metarec.lm.tokenized import CatalogPrompts
+from metarec.tensors import select_user
+
+Backbones = Callable[..., Backbone]
+Prompts = Callable[[str], CatalogPrompts]
+
+# A model of `small_models`, and the family that takes it apart.
+MODELS = {
+    "llama-scaled-rope": "llama",
+    "mistral-window": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3-window": "qwen3",
+}
+CASES = [(model, active) for model in MODELS for active in ([None, 2] if model in CAUSAL else [None])]
 
 
-class Gemma:
-    """Llama's blocks with norms that multiply by 1 + weight, and scaled embeddings."""
-
-    def take_apart(self, model: Any, kind: str) -> LlamaWeights | None:
-        if model.config.model_type != "gemma" or kind != "causal":
-            return None
-        plain = llama_weights(model)
-        assert plain is not None
-        return replace(
-            plain,
-            embeddings=plain.embeddings * model.config.hidden_size**0.5,
-            final_norm=1 + plain.final_norm,
-            blocks=tuple(
-                replace(block, input_norm=1 + block.input_norm, post_norm=1 + block.post_norm) for block in plain.blocks
-            ),
-        )
+def every_linear(model: Backbone) -> tuple[str, ...]:
+    return tuple(sorted({name.rsplit(".", 1)[-1] for name in linear_shapes(model, f"{model.layer_path}.2")}))
 
 
-GEMMA = Gemma()
+@pytest.mark.parametrize(("name", "active"), CASES)
+def test_a_family_gives_the_scores_and_gradients_of_the_whole_model(
+    name: str, active: int | None, backbone: Backbones, prompts: Prompts
+) -> None:
+    model, texts = backbone(name), prompts(name)
+    assert model.taken_apart.family == MODELS[name]
+    placed = placement_of(model, texts, active, targets=every_linear(model))
+    assert isinstance(open_answer_model(model, texts, placed).forward, CachedForward)
+    items, found = some_items(3, 12), []
+    for answer_model in both(model, texts, placed):
+        state = {key: value.requires_grad_() for key, value in random_state(answer_model.spec, 3).items()}
+        frozen = answer_model.log_odds(answer_model.gather(items), None)
+        adapted = answer_model.log_odds(answer_model.gather(items), state)
+        adapted.square().sum().backward()
+        found.append((frozen, adapted.detach(), {key: value.grad for key, value in state.items()}))
+    (fast, fast_adapted, fast_gradients), (whole, whole_adapted, gradients) = found
+    assert (whole_adapted - whole).abs().max() > 1e-3, "the adapter must matter, or the test says nothing"
+    torch.testing.assert_close(fast, whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fast_adapted, whole_adapted, atol=2e-5, rtol=1e-4)
+    for key, expected in gradients.items():
+        assert expected is not None
+        scale = float(expected.abs().max())
+        assert scale > 0, "every adapter must matter"
+        torch.testing.assert_close(fast_gradients[key], expected, atol=1e-4 * max(scale, 1.0), rtol=1e-3)
 
 
-@pytest.fixture(scope="module")
-def gemma_dir(model_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import transformers
+@pytest.mark.parametrize(("name", "active"), CASES)
+def test_peft_gives_a_familys_adapter_the_same_scores(
+    name: str, active: int | None, backbone: Backbones, prompts: Prompts, tmp_path: Path
+) -> None:
+    from peft import PeftModel
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir("llama"))
-    torch.manual_seed(7)
-    config = transformers.GemmaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        initializer_range=0.4,
-        pad_token_id=1,
-        bos_token_id=None,
-        eos_token_id=None,
+    model, texts = backbone(name), prompts(name)
+    answer_model = open_answer_model(model, texts, placement_of(model, texts, active))
+    state, items = random_state(answer_model.spec, 1), some_items(1, 4)
+    ours = answer_model.log_odds(answer_model.gather(items), state)[0]
+    assert (ours - answer_model.log_odds(answer_model.gather(items), None)[0]).abs().max() > 1e-3
+    save_adapter(
+        tmp_path / "adapter",
+        select_user(state, 0),
+        answer_model.spec,
+        base_model=model.location,
+        task_type=model.task_type,
+        user={},
+        invocation_tokens=answer_model.invocation_tokens,
     )
-    path = tmp_path_factory.mktemp("gemma")
-    transformers.GemmaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    wrapped = PeftModel.from_pretrained(copy.deepcopy(model.model), tmp_path / "adapter").eval()
+    yes, no = texts.answers or (0, 0)
+    for item, expected in zip(items[0].tolist(), ours, strict=True):
+        tokens = torch.tensor([texts.tokens[item]])
+        place = texts.tokens[item].index(texts.mask_token) if model.kind == "masked" else -1
+        with torch.no_grad():
+            logits = wrapped(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, place]
+        torch.testing.assert_close(logits[yes] - logits[no], expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "qwen3-window"])
+def test_a_prefix_is_refused_where_attention_would_not_see_it(name: str, backbone: Backbones, prompts: Prompts) -> None:
+    model, texts = backbone(name), prompts(name)
+    placed = replace(placement_of(model, texts, 1), kind="prefix", targets=(), virtual_tokens=2)
+    with pytest.raises(ConfigError, match=r"looks back over [56].*Choose lora"):
+        check_placement(model, texts, placed)
+
+
+STARCODER2 = Layout(
+    model_types=("starcoder2",),
+    kinds=("causal",),
+    attention="self_attn",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.o_proj",
+    mlp=("mlp.c_fc", "mlp.c_proj"),
+    activation="mlp.act",
+    attention_norms=("input_layernorm", None, None),
+    mlp_norms=("post_attention_layernorm", None, None),
+    window=sliding_window,
+)
 
 
 @pytest.mark.parametrize("active", [None, 2])
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
 def test_a_family_from_outside_is_cached_and_matches_the_whole_model(
-    active: int | None, kind: str, gemma_dir: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+    active: int | None, kind: str, backbone: Backbones, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FAMILIES, "_registered", {})
-    FAMILIES.register("gemma", GEMMA)
-    model = load_backbone(str(gemma_dir))
-    prompts = tokenize_catalog(model, TEMPLATES["causal"], catalog)
-    placed = placement_of(model, prompts, active)
+    FAMILIES.register("starcoder2", STARCODER2)
+    model, texts = replace(backbone("starcoder2")), prompts("starcoder2")
+    placed = placement_of(model, texts, active)
     if kind == "prefix":
         placed = replace(placed, kind="prefix", targets=(), virtual_tokens=2)
-    fast, plain = both(model, prompts, placed)
-    assert isinstance(open_answer_model(model, prompts, placed).forward, CachedForward)
+    fast, plain = both(model, texts, placed)
+    assert isinstance(open_answer_model(model, texts, placed).forward, CachedForward)
     items, state = some_items(), random_state(fast.spec, 3)
     frozen = plain.log_odds(plain.gather(items), None)
     torch.testing.assert_close(fast.log_odds(fast.gather(items), None), frozen, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(fast.frozen_log_odds[items], frozen, atol=1e-5, rtol=1e-4)
     adapted = fast.log_odds(fast.gather(items), state)
     assert (adapted - frozen).abs().max() > 1e-3
     if kind == "lora":
@@ -93,12 +143,34 @@ def test_a_family_from_outside_is_cached_and_matches_the_whole_model(
         torch.testing.assert_close(adapted, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_model_that_no_family_recognises_is_run_whole(gemma_dir: Path, catalog: Catalog) -> None:
-    model = load_backbone(str(gemma_dir))
-    prompts = tokenize_catalog(model, TEMPLATES["causal"], catalog)
+def test_a_model_that_no_family_recognises_is_run_whole(backbone: Backbones, prompts: Prompts) -> None:
+    model, texts = backbone("starcoder2"), prompts("starcoder2")
     assert model.weights is None
-    assert isinstance(open_answer_model(model, prompts, placement_of(model, prompts, 1)).forward, ReferenceForward)
+    assert model.taken_apart.why_not == "no backbone family recognises its structure (starcoder2)"
+    assert isinstance(open_answer_model(model, texts, placement_of(model, texts, 1)).forward, ReferenceForward)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"qk_norms": None}, r"parts that the family does not know \(self_attn.k_norm, self_attn.q_norm\)"),
+        ({"mlp": ("mlp.gate", "mlp.up", "mlp.down")}, "have no 'mlp.gate'"),
+        ({"kinds": ("masked",)}, "read as causal"),
+        ({"model_types": ("other",)}, "no backbone family recognises"),
+    ],
+)
+def test_a_model_that_its_family_does_not_describe_is_run_whole(
+    change: dict[str, object], why: str, backbone: Backbones, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = replace(FAMILIES.get("qwen3"), **change)  # type: ignore[type-var]
+    monkeypatch.setattr(FAMILIES, "_builtin", {"changed": layout})
+    model = replace(backbone("qwen3"))
+    assert model.weights is None
+    assert model.taken_apart.why_not is not None
+    import re
+
+    assert re.search(why, model.taken_apart.why_not)
 
 
 def test_metarecs_families_are_asked_in_order() -> None:
-    assert FAMILIES.names()[:2] == ["llama", "bert"]
+    assert FAMILIES.names()[:2] == ["llama", "mistral"]

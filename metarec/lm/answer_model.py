@@ -146,18 +146,18 @@ def open_answer_model(
         ConfigError: The placement does not fit the model or the prompts.
     """
     check_placement(backbone, prompts, placement)
-    why = _why_not_cached(backbone, prompts)
+    why = _why_not_cached(backbone, prompts, placement)
     if why is None:
         return AnswerModel(backbone, prompts, placement, CachedForward(backbone, prompts, placement, block_dtype))
     _LOG.warning("the whole model '%s' runs for every item, which is slower: %s", backbone.name, why)
     return AnswerModel(backbone, prompts, placement, ReferenceForward(backbone, prompts, placement))
 
 
-def _why_not_cached(backbone: Backbone, prompts: CatalogPrompts) -> str | None:
+def _why_not_cached(backbone: Backbone, prompts: CatalogPrompts, placement: Placement) -> str | None:
     """Returns why `CachedForward` would be wrong or impossible for a model, or None where it is exact."""
     if backbone.weights is None:
-        return f"no backbone family recognises its structure ({backbone.model.config.model_type})"
-    longest, window = max(map(len, prompts.tokens)), backbone.weights.window
-    if window is not None and longest > window:
-        return f"a prompt has {longest} tokens, its attention looks back over {window}"
+        return backbone.taken_apart.why_not
+    longest, limit = max(map(len, prompts.tokens)) + placement.virtual_tokens, backbone.weights.limit
+    if limit is not None and longest > limit:
+        return f"a prompt has {longest} tokens, beyond {limit} its rotary positions depend on the texts beside it"
     return None

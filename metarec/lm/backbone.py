@@ -24,7 +24,7 @@ from metarec.errors import BackboneError, suggest
 from metarec.lm.embedded import MINILM as MINILM
 from metarec.lm.embedded import SMOLLM2 as SMOLLM2
 from metarec.lm.embedded import minilm_dir, smollm2_gguf, unpack_smollm2, unpacked_smollm2
-from metarec.lm.families import BlockModel, take_apart
+from metarec.lm.families import BlockModel, TakenApart, take_apart
 from metarec.lm.fingerprint import weights_fingerprint
 
 if TYPE_CHECKING:
@@ -201,9 +201,14 @@ class Backbone:
         return caught[0]
 
     @cached_property
-    def weights(self) -> BlockModel | None:
-        """The model taken apart by the first family that recognises it, or None."""
+    def taken_apart(self) -> TakenApart:
+        """The model taken apart by the first family that recognises it, or why it is not."""
         return take_apart(self.model, self.kind)
+
+    @property
+    def weights(self) -> BlockModel | None:
+        """The model's blocks, or None where it is run whole."""
+        return self.taken_apart.blocks
 
     @cached_property
     def layer_path(self) -> str:

@@ -19,11 +19,11 @@ from torch import Tensor
 from metarec.artifacts import cache_dir, content_hash
 from metarec.lm.adapter_kinds import Adapters, Placement
 from metarec.lm.backbone import Backbone
-from metarec.lm.blocks import KeyValues, pick
+from metarec.lm.blocks import KeyValues, Places, pick, within
 from metarec.lm.cache import Arrays, fill_cache
-from metarec.lm.families import Block, BlockModel, Rope
+from metarec.lm.families import Block, BlockModel
 from metarec.lm.forward import ItemBatch, all_frozen_states, pool
-from metarec.lm.packing import PREFIX, Packed, pack
+from metarec.lm.packing import PADDING, PREFIX, Packed, pack
 from metarec.lm.tokenized import CatalogPrompts
 
 _KIND = "forward"
@@ -189,29 +189,33 @@ class CachedForward:
         """Returns the states that enter the adapted layers and, for activated LoRA, those layers' keys and values."""
         model = self._model
         hidden = model.embed(tokens, self._shared)[None].to(self._dtype)
-        rope = self._rope(torch.arange(self._shared, self._shared + tokens.shape[1], device=tokens.device)[None])
+        positions = torch.arange(self._shared, self._shared + tokens.shape[1], device=tokens.device)[None]
+        places = model.places(positions)
         entering, caches = hidden, []
         for index, block in enumerate(model.blocks):
             if index == self._first:
                 entering = hidden
                 if not self._frozen_tail:
                     break
-            own = block.key_values(hidden, rope)
+            own = block.key_values(hidden, places[index])
             if index >= self._first:
                 caches.append(own)
             if index == len(model.blocks) - 1:
                 break
-            hidden = block(hidden, rope, self._prefix(index), mask, own=own)
+            seen = within(mask, self._window(index), positions, positions)
+            hidden = block(hidden, places[index], self._prefix(index, positions), seen, own=own)
         return entering[0], caches
 
-    def _rope(self, positions: Tensor) -> Rope | None:
-        """Returns rotary positions of tokens (rows, tokens), with the dimensions (rows, 1, tokens, head)."""
-        rope = self._model.rope(positions.flatten())
-        if rope is None:
-            return None
-        rows, tokens = positions.shape
-        cos, sin = (part.view(rows, 1, tokens, part.shape[-1]) for part in rope)
-        return cos, sin
+    def _window(self, layer: int) -> int | None:
+        """Returns how far a layer's tokens look back; None where that is farther than any prompt is long."""
+        window, longest = self._model.blocks[layer].window, int(self._lengths.max()) + self.placement.virtual_tokens
+        return window if window is not None and window < longest else None
+
+    def _adapted(self, mask: Tensor | None, positions: Tensor) -> tuple[Sequence[Places], list[Tensor | None]]:
+        """Returns what each adapted layer knows of where tokens stand, and which of them sees which."""
+        layers = range(self._first, len(self._model.blocks))
+        seen = [within(mask, self._window(layer), positions, positions) for layer in layers]
+        return self._model.places(positions)[self._first :], seen
 
     @cached_property
     def _blocks(self) -> Sequence[Block]:
@@ -225,20 +229,26 @@ class CachedForward:
         with torch.no_grad():
             tokens = torch.tensor([self.prompts.tokens[0][: self._shared]], device=self.backbone.device)
             hidden = self._model.embed(tokens, 0)[None].to(self._dtype)
-            rope = self._rope(torch.arange(self._shared, device=tokens.device)[None])
+            positions = torch.arange(self._shared, device=tokens.device)[None]
+            places = self._model.places(positions)
             causal = _causal(self._shared, tokens.device)
             caches: list[tuple[Tensor, Tensor]] = []
             entering = hidden
             for index, block in enumerate(self._model.blocks):
                 if index == self._first:
                     entering = hidden
-                own = block.key_values(hidden, rope)
+                own = block.key_values(hidden, places[index])
                 caches.append(own)
-                hidden = block(hidden, rope, (), causal, own=own)
+                seen = within(causal, self._window(index), positions, positions)
+                hidden = block(hidden, places[index], (), seen, own=own)
         return caches, entering
 
-    def _prefix(self, layer: int) -> list[KeyValues]:
-        return [KeyValues(*self._prefix_run[0][layer], None)] if self._shared else []
+    def _prefix(self, layer: int, positions: Tensor) -> list[KeyValues]:
+        """Returns a layer's keys and values of the common prefix, as tokens at some positions see them."""
+        if not self._shared:
+            return []
+        before = torch.arange(self._shared, device=positions.device)[None]
+        return [KeyValues(*self._prefix_run[0][layer], within(None, self._window(layer), positions, before))]
 
     def gather(self, items: Tensor) -> ItemBatch:
         """See `Forward.gather`."""
@@ -256,16 +266,16 @@ class CachedForward:
         block = self._model.blocks[0]
         # (layers, keys and values, rows, kv heads, tokens, head)
         heads = flat.unflatten(-1, (block.kv_heads, block.head_dim)).permute(2, 3, 0, 4, 1, 5).contiguous()
-        past = [
-            [*self._prefix(self._first + layer), KeyValues(keys, values, real[:, None])]
-            for layer, (keys, values) in enumerate(heads)
-        ]
         lengths = torch.from_numpy(self._lengths[codes]).to(device)
         positions = lengths[:, None] - width + torch.arange(width, device=device)
-        rope = self._rope(positions)
+        before = self._shared + torch.arange(real.shape[1], device=device)[None]
+        past = []
+        for layer, (keys, values) in enumerate(heads, self._first):
+            seen = within(real[:, None], self._window(layer), positions, before)
+            past.append([*self._prefix(layer, positions), KeyValues(keys, values, seen)])
         last = torch.full((len(codes), 1), width - 1, device=device)
-        causal = _causal(width, device) if width > 1 else None
-        return hidden.view(users, count, *hidden.shape[1:]), rope, past, causal, last
+        places, masks = self._adapted(_causal(width, device) if width > 1 else None, positions)
+        return hidden.view(users, count, *hidden.shape[1:]), places, past, masks, last
 
     def _gather_packed(self, items: Tensor) -> tuple[Any, ...]:
         """Returns all tokens of several items side by side, behind one copy of the common prefix."""
@@ -277,11 +287,12 @@ class CachedForward:
             hidden[:, : self._shared] = self._prefix_run[1][0]
         # PEFT counts a prefix of virtual tokens as positions; its keys themselves are not rotated.
         before = np.where(layout.owner == PREFIX, 0, self._shared) + self.placement.virtual_tokens
-        rope = self._rope(torch.from_numpy(layout.offset + before).to(device))
+        positions = torch.from_numpy(np.where(layout.owner == PADDING, 0, layout.offset + before)).to(device)
         visible = torch.from_numpy(layout.visible(causal=self._model.causal)).to(device)
+        places, masks = self._adapted(visible, positions)
         hidden = hidden.view(users, -1, *hidden.shape[1:])
         read = self._places_read(items, layout).to(device)
-        return hidden, rope, [()] * self.placement.layers, visible, read
+        return hidden, places, [()] * self.placement.layers, masks, read
 
     def _places_read(self, items: Tensor, layout: Packed) -> Tensor:
         """Returns where the answer is read: at the last or the mask token, or for encoders averaged over each item.
@@ -305,13 +316,13 @@ class CachedForward:
     def last_states(self, item_batch: ItemBatch, adapters: Adapters | None) -> Tensor:
         """See `Forward.last_states`."""
         users, count = item_batch.items.shape
-        hidden, rope, past, mask, read = item_batch.inputs
+        hidden, places, past, masks, read = item_batch.inputs
         pooled = self.backbone.kind == "encoder"
         for layer, block in enumerate(self._blocks):
             # Of the topmost layer nothing but what the answer is read from is needed.
             top = layer == self.placement.layers - 1 and not pooled and hidden.shape[2] > 1
             only = read if top else None
-            hidden = block(hidden, rope, past[layer], mask, adapters, only=only)
+            hidden = block(hidden, places[layer], past[layer], masks[layer], adapters, only=only)
         if pooled:
             states = pool(self._model.final(hidden).flatten(0, 1), read)
         else:

@@ -26,7 +26,7 @@ def adapted_blocks(backbone: Backbone, layers: int) -> list[BlockShape]:
     for index in range(total - layers, total):
         path = f"{backbone.layer_path}.{index}"
         width = None
-        if backbone.weights is not None and backbone.weights.causal:
+        if backbone.weights is not None and backbone.weights.takes_prefix:
             block = backbone.weights.blocks[index]
             width = block.kv_heads * block.head_dim
         found.append(BlockShape(path, linear_shapes(backbone, path), width))
@@ -102,6 +102,7 @@ def check_placement(backbone: Backbone, prompts: CatalogPrompts, placement: Plac
         raise ConfigError(f"adapter.rank is {placement.rank}", "Choose 1 or more")
     blocks = adapted_blocks(backbone, placement.layers)
     ADAPTER_KINDS.get(placement.kind).check(backbone.name, blocks, placement)
+    _check_windows(backbone, prompts, placement)
     known = blocks[-1].linears
     for target in placement.targets:
         if not any(is_target(name, (target,)) for name in known):
@@ -121,4 +122,21 @@ def check_placement(backbone: Backbone, prompts: CatalogPrompts, placement: Plac
             f"adapter.active_tokens is {placement.active_tokens}, but all prompts share only their last "
             f"{prompts.suffix} tokens",
             "Lower it, or end the prompt template with a fixed text",
+        )
+
+
+def _check_windows(backbone: Backbone, prompts: CatalogPrompts, placement: Placement) -> None:
+    """Refuses virtual tokens that the prompts' last tokens would not see.
+
+    Raises:
+        ConfigError: A prefix and the longest prompt together are longer than an adapted block's attention looks back.
+    """
+    if not placement.virtual_tokens or backbone.weights is None:
+        return
+    windows = [block.window for block in backbone.weights.blocks[-placement.layers :] if block.window is not None]
+    longest = max(map(len, prompts.tokens)) + placement.virtual_tokens
+    if min(windows, default=longest) < longest:
+        raise ConfigError(
+            f"a prefix and the longest prompt have {longest} tokens, '{backbone.name}' looks back over {min(windows)}",
+            "Choose lora or bias, or a shorter prompt",
         )

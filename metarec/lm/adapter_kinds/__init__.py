@@ -191,6 +191,7 @@ class Adapters:
 # The query, value and output projections of attention, as architectures call them.
 _USUAL_TARGETS = (
     ("q_proj", "v_proj", "o_proj"),
+    ("q_proj", "v_proj", "out_proj"),
     ("query", "value", "dense"),
     ("q_lin", "v_lin", "out_lin"),
     ("c_attn", "c_proj"),

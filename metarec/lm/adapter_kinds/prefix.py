@@ -66,7 +66,8 @@ class Prefix(AdapterKind):
         """See `AdapterKind.check`."""
         if any(block.key_width is None for block in blocks):
             raise ConfigError(
-                f"adapter.kind is 'prefix', but '{model}' is not a Llama-like causal LM", "Choose lora or bias"
+                f"adapter.kind is 'prefix', but '{model}' is not a causal LM that knows positions in attention alone",
+                "Choose lora or bias",
             )
         if placement.virtual_tokens < 1:
             raise ConfigError(f"adapter.virtual_tokens is {placement.virtual_tokens}", "Choose 1 or more")

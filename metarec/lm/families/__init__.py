@@ -1,12 +1,14 @@
 """Backbone families: how a transformers model is taken apart into blocks, so that a cache can run some of them.
 
-One file per family. Another package adds one by an entry point in the group ``metarec.backbone_families``, a script by
-``FAMILIES.register``. Models that no family recognises are run whole, by `metarec.lm.reference_forward`.
+A family is a description of how its models are built, in a file of its own: see `metarec.lm.layouts`. Another package
+adds one by an entry point in the group ``metarec.backbone_families``, a script by ``FAMILIES.register``. Models that no
+family recognises are run whole, by `metarec.lm.reference_forward`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,11 +16,8 @@ from torch import Tensor
 
 from metarec import registries
 from metarec.lm.adapter_kinds import Adapters
-from metarec.lm.blocks import KeyValues
+from metarec.lm.blocks import KeyValues, Places
 from metarec.registry import Registry
-
-# Cosines and sines of rotary positions.
-Rope = tuple[Tensor, Tensor]
 
 
 class Block(Protocol):
@@ -34,14 +33,19 @@ class Block(Protocol):
         """Width of a head."""
         ...
 
-    def key_values(self, hidden: Tensor, rope: Rope | None, adapters: Adapters | None = None) -> tuple[Tensor, Tensor]:
+    @property
+    def window(self) -> int | None:
+        """A token sees those fewer than so many positions away; None for all."""
+        ...
+
+    def key_values(self, hidden: Tensor, places: Places, adapters: Adapters | None = None) -> tuple[Tensor, Tensor]:
         """Returns the keys and values of the tokens in `hidden`, each (users x items, kv heads, tokens, head)."""
         ...
 
     def __call__(
         self,
         hidden: Tensor,
-        rope: Rope | None,
+        places: Places,
         past: Sequence[KeyValues],
         mask: Tensor | None,
         adapters: Adapters | None = None,
@@ -52,8 +56,7 @@ class Block(Protocol):
 
         Args:
             hidden: Active tokens, shape (users, items, tokens, hidden).
-            rope: Cosines and sines at the active tokens' positions, each broadcastable to
-                (users x items, 1, tokens, head); None where the family has none.
+            places: What `BlockModel.places` says of the active tokens.
             past: Keys and values of the tokens that are not active; every user's virtual tokens come before them.
             mask: Which active token sees which, shape (1 or rows, tokens or 1, tokens); None allows all.
             adapters: Every user's adapters, or None for the frozen block.
@@ -84,8 +87,13 @@ class BlockModel(Protocol):
         ...
 
     @property
-    def window(self) -> int | None:
-        """How many tokens attention looks back at most; None for all. Longer prompts are run by the whole model."""
+    def takes_prefix(self) -> bool:
+        """Whether virtual tokens may stand in front of the prompt: positions are known to attention alone."""
+        ...
+
+    @property
+    def limit(self) -> int | None:
+        """Up to how many tokens the blocks are exact; None for any. Longer prompts are run by the whole model."""
         ...
 
     def embed(self, tokens: Tensor, start: int) -> Tensor:
@@ -100,8 +108,12 @@ class BlockModel(Protocol):
         """
         ...
 
-    def rope(self, positions: Tensor) -> Rope | None:
-        """Returns cosines and sines of positions (tokens,), each (tokens, head); None where blocks rotate nothing."""
+    def places(self, positions: Tensor) -> Sequence[Places]:
+        """Returns, for every block, what it knows of where tokens stand.
+
+        Args:
+            positions: Shape (rows, tokens).
+        """
         ...
 
     def final(self, hidden: Tensor) -> Tensor:
@@ -118,6 +130,9 @@ class BackboneFamily(Protocol):
         Args:
             model: A frozen transformers model.
             kind: ``causal``, ``masked`` or ``encoder``.
+
+        Raises:
+            NotExactError: It belongs to the family, but the blocks would not compute what it computes.
         """
         ...
 
@@ -125,7 +140,32 @@ class BackboneFamily(Protocol):
 FAMILIES: Registry[BackboneFamily] = registries.FAMILIES
 
 
-def take_apart(model: Any, kind: str) -> BlockModel | None:
-    """Returns a model's blocks as the first family that recognises it takes them apart, or None."""
-    found = (FAMILIES.get(name).take_apart(model, kind) for name in FAMILIES.names())
-    return next((blocks for blocks in found if blocks is not None), None)
+class NotExactError(Exception):
+    """A model belongs to a family, but its blocks would not compute what it computes; the message says why."""
+
+
+@dataclass(frozen=True)
+class TakenApart:
+    """What came of taking a model apart.
+
+    Attributes:
+        family: Name of the family that it belongs to; None where no family knows it.
+        blocks: Its blocks; None where it is run whole.
+        why_not: Why it is run whole; None where it is not.
+    """
+
+    family: str | None
+    blocks: BlockModel | None
+    why_not: str | None
+
+
+def take_apart(model: Any, kind: str) -> TakenApart:
+    """Takes a model apart as the first family that recognises it does."""
+    for name in FAMILIES.names():
+        try:
+            blocks = FAMILIES.get(name).take_apart(model, kind)
+        except NotExactError as error:
+            return TakenApart(name, None, str(error))
+        if blocks is not None:
+            return TakenApart(name, blocks, None)
+    return TakenApart(None, None, f"no backbone family recognises its structure ({model.config.model_type})")
