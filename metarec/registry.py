@@ -55,7 +55,8 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """Returns all names but those of the form ``module:attribute``: metarec's own first."""
-        return list(dict.fromkeys([*self._builtin, *self._registered, *self._entry_points()]))
+        known = dict.fromkeys([*self._builtin, *self._registered, *self._entry_points()])
+        return [name for name in known if not _ATTRIBUTE.fullmatch(name)]
 
     def register(self, name: str, value: T) -> None:
         """Adds a name for this process.

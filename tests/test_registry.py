@@ -27,6 +27,11 @@ def test_a_module_attribute_is_imported(registry: Registry[object]) -> None:
     assert registry.get("os:path.join") is os.path.join
 
 
+def test_a_module_attribute_that_was_used_is_not_listed_as_a_name(registry: Registry[object]) -> None:
+    registry.get("os:path.join")
+    assert registry.names() == ["own", "lazy"]
+
+
 def test_checking_a_name_imports_nothing(
     registry: Registry[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
