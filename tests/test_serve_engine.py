@@ -331,6 +331,7 @@ def test_items_that_cannot_be_added_are_refused(
 def test_search_finds_titles_and_a_taste_moves_what_is_alike(engine: Engine) -> None:
     title = engine.catalog.fields["title"][11]
     assert engine.search(title, 3)[0].title == title
+    assert engine.search(title.lower().replace(" ", ", "), 3)[0].title == title
     plain = engine.search("drama of love", 40)
     drama, horror = (
         engine.search("drama of love", 40, rate(engine, user, taste))

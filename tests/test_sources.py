@@ -17,11 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_tasks import BASE, TOY, ml_1m, write
 
-from metarec.data.interactions import Interactions, read_title
+from metarec.data.interactions import Interactions
 from metarec.data.source_options import SourceOptions
 from metarec.data.sources import SOURCES, read_source, read_tables, write_tables
 from metarec.data.task_data import load_dataset, load_task_data
 from metarec.data.task_files import load_task
+from metarec.data.titles import read_title
 from metarec.errors import ArtifactError, ConfigError, DataError, MetarecError
 
 OWN = {name for name in SOURCES.names() if ":" not in name}

@@ -7,7 +7,6 @@ stay small. Knows nothing of files, splits or models.
 from __future__ import annotations
 
 import hashlib
-import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +15,15 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from metarec.errors import DataError, RatingError, UnknownItemError, suggest
+from metarec.data.titles import TitleIndex
+from metarec.errors import DataError, RatingError, UnknownItemError
 
 Codes = NDArray[np.int64]
 Values = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 Times = NDArray[np.int64] | NDArray[np.float64]
+# Parts of a field's name that say when an item appeared, the surest first.
+_YEAR_FIELDS = ("year", "released", "published", "date")
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,10 @@ class Catalog:
         return {item: code for code, item in enumerate(self.ids)}
 
     @cached_property
-    def _codes_of_title(self) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-        """Items by title as it is written, and by the other ways in which people write it."""
-        written: dict[str, list[int]] = {}
-        spoken: dict[str, list[int]] = {}
-        years = self.fields.get("year", ("",) * len(self))
-        for code, (title, year) in enumerate(zip(self.fields["title"], years, strict=True)):
-            for known, forms in ((written, {title}), (spoken, _other_forms(title))):
-                for key in {_fold(form) for form in forms} | {_fold(f"{form} ({year})") for form in forms}:
-                    if key:
-                        known.setdefault(key, []).append(code)
-        return written, spoken
+    def titles(self) -> TitleIndex:
+        """The titles, ready to be looked up; made when it is first asked for."""
+        dated = (name for part in _YEAR_FIELDS for name in self.fields if part in name.casefold())
+        return TitleIndex(self.fields["title"], self.fields.get(next(dated, "")))
 
     def row(self, code: int) -> dict[str, str]:
         """Returns the text fields of one item, plus its ``id``."""
@@ -79,8 +74,9 @@ class Catalog:
         """Finds an item by id, by title or by ``title (year)``.
 
         Args:
-            name: An item id (tried first, exactly) or a title. Case and accents do not matter; ``The Matrix`` finds
-                ``Matrix, The``, and a title is found without what it carries in brackets.
+            name: An item id (tried first, exactly) or a title. Case, accents and punctuation do not matter; ``The
+                Matrix`` finds ``Matrix, The``, a title is found without what it carries in brackets, and with its year
+                without its subtitle.
 
         Returns:
             The item's code.
@@ -93,61 +89,15 @@ class Catalog:
         for form in (name, unicodedata.normalize("NFC", name)):
             if form in self._code_of_id:
                 return self._code_of_id[form]
-        written, spoken = self._codes_of_title
-        codes = written.get(_fold(name)) or spoken.get(_fold(name), [])
+        codes = self.titles.find(name)
         if len(codes) == 1:
             return codes[0]
         if codes:
             found = ", ".join(f"'{self.title(code)}' (id {self.ids[code]})" for code in codes[:5])
             raise UnknownItemError(f"{len(codes)} items are titled '{name}': {found}", "Name one by its id")
-        cure = suggest(name, self.fields["title"])
+        near = " or ".join(f"'{self.title(code)}'" for code in self.titles.nearest(name))
+        cure = f"Did you mean {near}?" if near else "No title is like it; give a title of the catalog, or an id"
         raise UnknownItemError(f"no item has the id or title '{name}'", cure)
-
-
-_BRACKETS = re.compile(r"\s*\([^()]*\)$")
-_LAST_ARTICLE = re.compile(r"^(.*), (the|an?|les?|la|l'|il|el|die|der|das)$", re.IGNORECASE)
-
-
-def _other_forms(title: str) -> set[str]:
-    """Returns a title without its brackets, and with an article at its end put in front."""
-    bare = _BRACKETS.sub("", title)
-    forms = {title, bare}
-    return forms | {article_first(form) for form in forms}
-
-
-_YEAR = re.compile(r"^(.*\S)\s*\(((?:18|19|20)\d\d)(?:-(?:(?:19|20)\d\d)?)?\)$", re.DOTALL)
-_BRACKETED = re.compile(r"\(([^()]*)\)")
-
-
-def read_title(text: str) -> tuple[str, str]:
-    """Reads a title as catalogues write it: ``Matrix, The (1999)`` is ``The Matrix`` of ``1999``.
-
-    Args:
-        text: The title; a year in brackets at its end is taken off, articles go to the front, in brackets too.
-
-    Returns:
-        The title as people say it, and the year or an empty string.
-    """
-    text = " ".join(text.split())
-    match = _YEAR.match(text)
-    title, year = match.groups() if match else (text, "")
-    first = title.find(" (")
-    head, tail = (title, "") if first < 0 else (title[:first], title[first:])
-    return article_first(head) + _BRACKETED.sub(lambda inner: f"({article_first(inner[1])})", tail), year
-
-
-def article_first(title: str) -> str:
-    """Returns a title with an article at its end put in front: ``Matrix, The`` as ``The Matrix``."""
-    match = _LAST_ARTICLE.match(title)
-    if not match:
-        return title
-    rest, article = match.groups()
-    return f"{article}{'' if article.endswith(chr(39)) else ' '}{rest}"
-
-
-def _fold(text: str) -> str:
-    decomposed = unicodedata.normalize("NFKD", text.casefold())
-    return " ".join("".join(char for char in decomposed if not unicodedata.combining(char)).split())
 
 
 @dataclass(frozen=True)

