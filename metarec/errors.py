@@ -58,6 +58,10 @@ class ConflictError(StoreError):
     """What is asked contradicts what the store already holds."""
 
 
+class TrainingError(MetarecError):
+    """A training from which nothing useful can come."""
+
+
 class EvaluationError(MetarecError):
     """A score or a metric argument from which no honest number can be computed."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from metarec.config import RunConfig, override, read_yaml, validated
 from metarec.data.interactions import Catalog
@@ -49,6 +51,29 @@ def test_any_assignment_sets_something_or_is_refused(text: str) -> None:
     except MetarecError:
         return
     assert "=" in text
+
+
+def float_settings(section: type[BaseModel], path: str = "") -> list[str]:
+    """Returns the dotted names of the settings that may be numbers with a fraction."""
+    found = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found += float_settings(kind, f"{path}{name}.")
+        elif kind is float or float in get_args(kind):
+            found.append(f"{path}{name}")
+    return found
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "inf", "NaN"])
+@pytest.mark.parametrize("name", float_settings(RunConfig))
+def test_settings_are_finite_numbers(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}' is"):
+        validated(RunConfig, override({}, [f"{name}={value}"]), "--set")
+
+
+def test_there_are_settings_that_could_be_infinite() -> None:
+    assert {"meta.inner_lr", "train.lr", "collaborative.gp.noise"} <= set(float_settings(RunConfig))
 
 
 def test_overrides_leave_the_rest_alone() -> None:

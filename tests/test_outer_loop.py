@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from metarec.config import TrainConfig
-from metarec.errors import ArtifactError
+from metarec.errors import ArtifactError, TrainingError
 from metarec.meta.algorithms import MetaGradient, fomaml
 from metarec.meta.inner_loop import MetaState, initial_meta_state
 from metarec.meta.outer_loop import Trained, train
@@ -157,4 +158,47 @@ def test_users_that_diverge_are_counted_and_left_out(tmp_path: Path) -> None:
 
     result = train(start(), half_diverged, validate, CONFIG, checkpoint=tmp_path, identity={}, resume=False)
     assert result.diverged == 60
-    assert all(loss == loss for _, loss, _ in result.history)
+    assert [loss is None for _, loss, _ in result.history] == [True, False, False, False]
+    assert all(math.isfinite(loss) for _, loss, _ in result.history if loss is not None)
+
+
+def diverging(first: int, users: int = 4) -> Callable[[MetaState, int], MetaGradient]:
+    """Returns what diverges for some users from a step on."""
+
+    def gradient(meta: MetaState, step: int) -> MetaGradient:
+        found = gradient_at(meta, step)
+        flags = torch.arange(4) < (users if step >= first else 0)
+        return replace(found, diverged=flags, loss=found.loss.masked_fill(flags, float("nan")))
+
+    return gradient
+
+
+def test_the_first_divergence_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(start(), diverging(4, users=1), validate, CONFIG, checkpoint=tmp_path, identity={}, resume=False)
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 of the 4 inner loops of step 5 diverged and are left out. "
+        "Lower meta.inner_lr or meta.inner_steps, or train.lr where it began late"
+    ]
+
+
+@pytest.mark.parametrize(("steps", "said"), [(30, "40 of the 40 inner loops of the last 10"), (3, "12 of the 12")])
+def test_training_stops_where_most_users_diverge(steps: int, said: str, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"steps": steps})
+    for resume in (False, True):
+        with pytest.raises(TrainingError, match=f"{said}.*Lower meta.inner_lr"):
+            train(start(), diverging(0), validate, config, checkpoint=tmp_path, identity={}, resume=resume)
+
+
+def test_few_steps_that_diverge_stop_nothing(tmp_path: Path) -> None:
+    late = diverging(26)
+    assert train(start(), late, validate, CONFIG, checkpoint=tmp_path, identity={}, resume=False).steps == 30
+
+
+@pytest.mark.parametrize("factor", [math.inf, 1e30])
+def test_a_meta_gradient_without_a_finite_norm_is_not_followed(factor: float, tmp_path: Path) -> None:
+    def overflowing(meta: MetaState, step: int) -> MetaGradient:
+        found = gradient_at(meta, step)
+        return replace(found, gradients={name: value * factor for name, value in found.gradients.items()})
+
+    with pytest.raises(TrainingError, match="diverged"):
+        train(start(), overflowing, validate, CONFIG, checkpoint=tmp_path, identity={}, resume=False)

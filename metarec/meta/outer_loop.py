@@ -6,6 +6,7 @@ was killed and resumed therefore ends with the same weights, bit for bit, as one
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import threading
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from metarec.artifacts import dump_json, load_json, recover_dir, replace_dir, verify_dir
 from metarec.config import TrainConfig
-from metarec.errors import ArtifactError
+from metarec.errors import ArtifactError, TrainingError
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import MetaState
 from metarec.progress import progress
@@ -29,6 +30,10 @@ from metarec.tensors import read_tensors, write_tensors
 MetaGradientAt = Callable[[MetaState, int], MetaGradient]
 Validate = Callable[[MetaState], float]
 _STATE = "state.json"
+# Training stops where more than this share of the users of the last steps diverged, so many steps at most.
+_MOST, _LAST_STEPS = 0.5, 10
+_ADVICE = "Lower meta.inner_lr or meta.inner_steps, or train.lr where it began late"
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Trained:
         best_value: Their validation value, higher is better.
         steps: Number of steps taken.
         diverged: Number of inner loops with a non-finite loss.
-        history: ``(step, mean query loss since the last validation, validation value)``.
+        history: ``(step, mean query loss since the last validation, validation value)``; the loss is None where there
+            was none, before the first step and where all users diverged.
     """
 
     best: MetaState
@@ -49,7 +55,7 @@ class Trained:
     best_value: float
     steps: int
     diverged: int
-    history: tuple[tuple[int, float, float], ...]
+    history: tuple[tuple[int, float | None, float], ...]
 
 
 @dataclass
@@ -62,18 +68,40 @@ class _Progress:
     diverged: int = 0
     loss_sum: float = 0.0
     loss_count: int = 0
-    history: tuple[tuple[int, float, float], ...] = ()
+    history: tuple[tuple[int, float | None, float], ...] = ()
+    last_steps: tuple[tuple[int, int], ...] = ()  # of each the users that diverged, and all of them
 
     def count(self, gradient: MetaGradient) -> None:
-        """Counts a step, with the losses of the users that did not diverge."""
+        """Counts a step, with the losses of the users that did not diverge; warns of the first that did."""
+        lost, users = int(gradient.diverged.sum()), len(gradient.diverged)
         self.step += 1
-        self.diverged += int(gradient.diverged.sum())
+        if lost and not self.diverged:
+            _LOG.warning(
+                "%d of the %d inner loops of step %d diverged and are left out. %s", lost, users, self.step, _ADVICE
+            )
+        self.diverged += lost
+        self.last_steps = (*self.last_steps, (lost, users))[-_LAST_STEPS:]
         self.loss_sum += float(gradient.loss[~gradient.diverged].sum())
-        self.loss_count += int((~gradient.diverged).sum())
+        self.loss_count += users - lost
+
+    def refuse_divergence(self, *, at_end: bool = False) -> None:
+        """Stops a training of whose last steps' users most diverged.
+
+        Raises:
+            TrainingError: They did.
+        """
+        lost, users = (sum(counts) for counts in zip(*self.last_steps, strict=True)) if self.last_steps else (0, 0)
+        if lost > _MOST * users and (at_end or len(self.last_steps) == _LAST_STEPS):
+            raise TrainingError(
+                f"{lost} of the {users} inner loops of the last {len(self.last_steps)} steps diverged, "
+                f"at step {self.step}: what is trained on the others is of no use",
+                _ADVICE,
+            )
 
     def record(self, value: float) -> bool:
         """Records a validation value, and returns whether it is the best so far."""
-        self.history = (*self.history, (self.step, self.loss_sum / max(self.loss_count, 1), value))
+        loss = self.loss_sum / self.loss_count if self.loss_count else None
+        self.history = (*self.history, (self.step, loss, value))
         self.loss_sum, self.loss_count = 0.0, 0
         improved = value > self.best_value
         if improved:
@@ -108,6 +136,7 @@ def train(
 
     Raises:
         ArtifactError: The checkpoint is damaged or of another run.
+        TrainingError: Most of the last steps' inner loops diverged.
         KeyboardInterrupt: After the checkpoint was written.
     """
     tensors = {name: value.detach().clone() for name, value in initial.tensors().items()}
@@ -128,15 +157,17 @@ def train(
         if not at.history:
             check()
         while at.step < config.steps and not _stale(at, config):
-            gradient = gradient_at(meta, at.step)
+            gradient = _finite(gradient_at(meta, at.step))
             _step(tensors, gradient, optimizer, schedule(at.step), config.clip)
             at.count(gradient)
+            at.refuse_divergence()
             if at.step % config.validate_every == 0 or at.step == config.steps:
                 check()
             advance(at.step, f"validation AUC {at.history[-1][2]:.4f} (best {at.best_value:.4f})")
             if interrupted():
                 _save(checkpoint, tensors, best, optimizer, at, identity)
                 raise KeyboardInterrupt
+    at.refuse_divergence(at_end=True)
     return Trained(MetaState.from_tensors(best), at.best_step, at.best_value, at.step, at.diverged, at.history)
 
 
@@ -189,6 +220,15 @@ def _optimizer(tensors: Mapping[str, Tensor], config: TrainConfig) -> tuple[torc
         return 0.5 * (1 + math.cos(math.pi * done))
 
     return torch.optim.AdamW([group for group in groups if group["params"]]), schedule
+
+
+def _finite(gradient: MetaGradient) -> MetaGradient:
+    """Returns a gradient that can be followed: zero, and all users diverged, where its norm is not finite."""
+    norms = [torch.linalg.vector_norm(value.float()) for value in gradient.gradients.values()]
+    if torch.linalg.vector_norm(torch.stack(norms)).isfinite():
+        return gradient
+    zero = {name: torch.zeros_like(value) for name, value in gradient.gradients.items()}
+    return MetaGradient(gradient.loss, zero, torch.ones_like(gradient.diverged))
 
 
 def _step(
@@ -244,7 +284,8 @@ def _load(
         moments.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     best_value = state.pop("best_value")
-    history = tuple(tuple(entry) for entry in state.pop("history"))
-    at = _Progress(**state, best_value=-math.inf if best_value is None else best_value, history=history)
+    for name in ("history", "last_steps"):
+        state[name] = tuple(tuple(entry) for entry in state.get(name, ()))
+    at = _Progress(**state, best_value=-math.inf if best_value is None else best_value)
     best = read_tensors(path / "best.safetensors")
     return at, {name: value.to(tensors[name].device) for name, value in best.items()}
