@@ -266,7 +266,8 @@ def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Mode
         if first["type"] == "extra_forbidden":
             known = _fields_at(model, path[:-1])
             raise ConfigError(f"{where}: key '{name}' is unknown", suggest(path[-1], known)) from None
-        raise ConfigError(f"{where}: '{name}' is {first['input']!r}", first["msg"]) from None
+        said = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+        raise ConfigError(f"{where}: '{name}' is {first['input']!r}", said) from None
 
 
 def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:

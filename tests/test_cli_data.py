@@ -21,6 +21,7 @@ def own(tmp_path: Path) -> Path:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "one.yaml").write_text(yaml.safe_dump(BASE | {"name": "mine/one"}))
     (tmp_path / "mine" / "all.yaml").write_text("group: mine/all\ntasks: [mine/one, movielens/user-cold]\n")
+    (tmp_path / "mine" / "some.yaml").write_text("group: mine/some\ntasks: 5\n")
     (tmp_path / "mine" / "broken.yaml").write_text(yaml.safe_dump(BASE | {"labels": "x"}))
     return tmp_path
 
@@ -33,7 +34,7 @@ def test_the_list_names_tasks_groups_and_whether_the_data_is_there(metarec: Call
         "absent",
         "embedded",
     )
-    assert tasks["mine/broken"] == "broken"
+    assert tasks["mine/broken"] == tasks["mine/some"] == "broken"
     assert listed["groups"]["mine/all"] == ["mine/one", "movielens/user-cold"]
     assert "cross-domain/both-ways" in metarec("tasks", "list").out
 
@@ -365,3 +366,23 @@ def test_a_source_from_outside_is_checked_by_its_name(
     assert "ratings: 2" in metarec("data", "describe", "toy_of_cli:read").out
     refused = metarec("data", "check", "toy_of_cli:nothing")
     assert (refused.status, refused.err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--separator", "ab", "'separator' is 'ab'. One sign separates fields"),
+        ("--separator", "", "'separator' is ''. One sign"),
+        ("--separator", "a", "'separator' is 'a'. One sign"),
+        ("--scale", "5,1", "The lowest rating comes first"),
+        ("--scale", "1,inf", "The lowest rating comes first"),
+    ],
+)
+def test_an_option_that_cannot_be_meant_is_refused(
+    metarec: Callable[..., Ran], tmp_path: Path, option: str, value: str, said: str
+) -> None:
+    (tmp_path / "shop.csv").write_text("user,item,rating,title\nu,i,5,Heat\n")
+    ran = metarec("data", "describe", tmp_path / "shop.csv", option, value)
+    assert ran.status == 2
+    assert said in ran.err
+    assert "Traceback" not in ran.err

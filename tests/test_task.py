@@ -399,6 +399,12 @@ def test_every_group_names_tasks_that_exist(group: str) -> None:
     assert set(load_group(group)) <= set(task_names())
 
 
+def test_a_group_whose_tasks_are_no_list_is_refused_where_a_task_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "g.yaml").write_text("group: a\ntasks: 5\n")
+    with pytest.raises(ConfigError, match=r"'tasks' is 5\. Input should be a list"):
+        load_task(str(tmp_path / "g.yaml"))
+
+
 def test_a_family_and_a_task_are_groups_too() -> None:
     assert "movielens/item-cold" in load_group("movielens")
     assert load_group("movielens/item-cold") == ["movielens/item-cold"]

@@ -39,7 +39,14 @@ def list_tasks(include_path: IncludeOption = None, json: JsonOption = False) -> 
             found.append({"name": name, "data": "broken", "description": str(error)})
             continue
         found.append({"name": name, "version": task.version, "data": _data(task), "description": task.description})
-    groups = {name: load_group(name, include_path or []) for name in group_names(include_path or [])}
+    groups = {}
+    for name in group_names(include_path or []):
+        try:
+            members = load_group(name, include_path or [])
+        except MetarecError as error:
+            found.append({"name": name, "data": "broken", "description": str(error)})
+            continue
+        groups[name] = members
     if json:
         print_json({"tasks": found, "groups": groups})
         return

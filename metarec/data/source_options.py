@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from metarec.config import Section
 from metarec.data.interactions import RatingScale
@@ -31,11 +32,25 @@ class SourceOptions(Section):
         {},
         description="of 'table': user, item, rating, timestamp, title, other fields to the file's columns; '': none",
     )
-    separator: str = Field(",", min_length=1, max_length=2)
+    separator: str = ","
     encoding: str = "utf-8"
     line_breaks: bool = Field(False, description="whether quoted fields may hold line breaks")
     scale: tuple[float, float] | None = Field(None, description="lowest and highest rating; null takes what there is")
     bad_rows: BadRows = Field("error", description="quarantine: leave bad rows out and count them")
+
+    @field_validator("separator")
+    @classmethod
+    def _separator_separates(cls, separator: str) -> str:
+        if separator != "::" and (len(separator) != 1 or separator.isalnum() or separator in '"\r\n'):
+            raise ValueError("One sign separates fields, such as ',' ';' '|' or a tab (\\t), or '::'")
+        return separator
+
+    @field_validator("scale")
+    @classmethod
+    def _scale_ascends(cls, scale: tuple[float, float] | None) -> tuple[float, float] | None:
+        if scale and not -math.inf < scale[0] < scale[1] < math.inf:
+            raise ValueError("The lowest rating comes first, then a higher one")
+        return scale
 
 
 def options_scale(options: SourceOptions) -> RatingScale | None:

@@ -32,9 +32,7 @@ def load_task(name: str, include_path: Sequence[Path] = ()) -> Task:
     path = _task_file(name, include_path)
     values = read_task_yaml(path)
     if "group" in values:
-        raise ConfigError(
-            f"'{name}' is a group of tasks", f"Name one of: {', '.join(map(str, values.get('tasks', [])))}"
-        )
+        raise ConfigError(f"'{name}' is a group of tasks", f"Name one of: {', '.join(_group(values, path).tasks)}")
     task = read_task(values, str(path))
     return task.model_copy(update={"dataset": _located(task.dataset, path.parent)})
 
@@ -50,7 +48,7 @@ def load_group(name: str, include_path: Sequence[Path] = ()) -> list[str]:
         return [name]
     groups = group_names(include_path)
     if name in groups:
-        config = validated(GroupConfig, read_yaml(groups[name]), str(groups[name]))
+        config = _group(read_yaml(groups[name]), groups[name])
         for task in config.tasks:
             if task not in known:
                 raise ConfigError(
@@ -60,6 +58,10 @@ def load_group(name: str, include_path: Sequence[Path] = ()) -> list[str]:
     if family := [task for task in known if task.startswith(f"{name}/")]:
         return family
     raise ConfigError(f"no task, family or group is called '{name}'", suggest(name, [*known, *groups]))
+
+
+def _group(values: Mapping[str, Any], path: Path) -> GroupConfig:
+    return validated(GroupConfig, values, str(path))
 
 
 def read_task_yaml(path: Path) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import jinja2
-from jinja2 import meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from metarec.data.interactions import Catalog
+from metarec.data.sandbox import BoundedTemplate, TemplateTooLarge, names_in, read_template
 from metarec.data.text import visible
 from metarec.data.titles import article_first
 from metarec.errors import ConfigError
@@ -43,7 +42,7 @@ class PromptTemplate:
     negative: str
 
     @cached_property
-    def _compiled(self) -> jinja2.Template:
+    def _compiled(self) -> BoundedTemplate:
         return _compile(self.text, "prompt.text")
 
     def render(self, catalog: Catalog, code: int, special_tokens: Sequence[str] = (), mask: str = "") -> str:
@@ -111,17 +110,23 @@ def derive_fields(catalog: Catalog, templates: Mapping[str, str]) -> Catalog:
     return catalog
 
 
-def _compile(text: str, where: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
+_CURE = "Only fields, conditions, short loops, arithmetic of numbers and filters such as join and replace are read"
+
+
+def _compile(text: str, where: str) -> BoundedTemplate:
     try:
-        return environment.from_string(text)
+        return read_template(text)
+    except TemplateTooLarge as error:
+        raise ConfigError(f"the template in '{where}' asks for {error}", _CURE) from None
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"the template does not parse: {error}", f"Repair '{where}'") from None
 
 
-def _render(template: jinja2.Template, fields: Mapping[str, str], what: str, item: str) -> str:
+def _render(template: BoundedTemplate, fields: Mapping[str, str], what: str, item: str) -> str:
     try:
-        return template.render(**fields)
+        return template.render(fields)
+    except TemplateTooLarge as error:
+        raise ConfigError(f"{what} asks for {error}, on item '{item}'", _CURE) from None
     except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{what} fails on item '{item}': {error}", f"Fields there are: {', '.join(sorted(set(fields) - {'mask'}))}"
@@ -152,8 +157,7 @@ def cut_fields(catalog: Catalog, templates: Sequence[str]) -> dict[str, int]:
         catalog: The items.
         templates: Jinja2 templates; only fields that they name count.
     """
-    environment = ImmutableSandboxedEnvironment()
-    named = {name for text in templates for name in meta.find_undeclared_variables(environment.parse(text))}
+    named = {name for text in templates for name in names_in(text)}
     counts = {
         name: sum(len(whole_field(text)) > MAX_FIELD_CHARACTERS for text in column if len(text) > MAX_FIELD_CHARACTERS)
         for name, column in catalog.fields.items()

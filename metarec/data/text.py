@@ -8,6 +8,8 @@ from __future__ import annotations
 import html
 import re
 
+# Characters of the longest text that an item may have.
+MAX_TEXT = 1 << 16
 MARKUP = re.compile(r"</?[a-zA-Z][^<>]{0,200}>|&(?:[a-zA-Z]{2,8}|#\d{1,6}|#x[0-9a-fA-F]{1,6});")
 
 

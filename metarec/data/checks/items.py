@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 
 from metarec.data.checks.findings import Check, Checked, CheckLimits, Fault
-from metarec.data.sources.assembly import MAX_TEXT
 from metarec.data.templates import MAX_FIELD_CHARACTERS
-from metarec.data.text import CHAT, MARKUP, MOJIBAKE, has_hidden
+from metarec.data.text import CHAT, MARKUP, MAX_TEXT, MOJIBAKE, has_hidden
 
 
 def _thin_items(data: Checked, limits: CheckLimits) -> Fault:

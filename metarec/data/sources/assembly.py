@@ -14,9 +14,8 @@ import pandas as pd
 
 from metarec.data.interactions import Catalog, Flags, Interactions, RatingScale
 from metarec.data.sources.columns import ids, rating_numbers, text_column, times
+from metarec.data.text import MAX_TEXT
 from metarec.errors import DataError
-
-MAX_TEXT = 1 << 16
 
 
 @dataclass(frozen=True)
