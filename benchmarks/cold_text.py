@@ -18,7 +18,7 @@ from metarec.artifacts import write_json
 from metarec.bench.context import MethodContext
 from metarec.data.task_data import load_task_data
 from metarec.data.task_files import load_task
-from metarec.data.templates import REVIEW
+from metarec.data.templates import review_sentence
 from metarec.doctor import environment
 from metarec.metrics import auc
 from metarec.progress import progress
@@ -29,13 +29,14 @@ from metarec.scorers.language.item_vectors import hidden_state_vectors
 
 RESULT = Path(__file__).parent / "results" / "cold-text.json"
 TASK = "movielens/item-cold"
-_MOVIE_REVIEW, _STORY = load_task(TASK).prompt.recall
+_PROMPT = load_task(TASK).prompt
+_MOVIE_REVIEW, _STORY = _PROMPT.hidden_states
 # What the language model reads for its middle layers' states.
 SENTENCES = {
     "both": (_MOVIE_REVIEW, _STORY),
     "movie review": (_MOVIE_REVIEW,),
     "story": (_STORY,),
-    "review": (REVIEW,),
+    "review": (review_sentence(_PROMPT.text),),
     "nothing more": ("{{ title }} ({{ year }}), {{ genres }}",),
 }
 

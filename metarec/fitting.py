@@ -235,7 +235,7 @@ def collaborative_features(
         answer_model: The language model over the catalog; None where the settings leave its states out.
         catalog: The items.
         config: The settings; `collaborative.features` says what is read.
-        task: Names the sentences whose hidden states are read where unrated items are queried.
+        task: Says what is read of an item: text, fields, and sentences where unrated items are queried.
     """
     wanted = config.collaborative.features
     read: dict[str, Floats] = {}
@@ -247,8 +247,8 @@ def collaborative_features(
             # Where items are rated, the prompt's own states will do, which are read anyway.
             read["lm"] = state_vectors(answer_model.states)
     if "text" in wanted:
-        read["text"] = text_vectors(catalog, config.collaborative.encoder)
-    fields = item_features(catalog) if "fields" in wanted else {}
+        read["text"] = text_vectors(catalog, task.item_text, config.collaborative.encoder)
+    fields = item_features(catalog, task.read_fields(catalog).read) if "fields" in wanted else {}
     if not read and not fields:
         read["nothing"] = np.zeros((len(catalog), 1))
     if task.split.asks_unrated:

@@ -559,8 +559,8 @@ def test_a_context_opens_the_models_that_the_settings_name(monkeypatch: pytest.M
 
     asked: list[object] = []
     monkeypatch.setattr(module, "open_backbone", asked.append)
-    monkeypatch.setattr(module, "text_vectors", lambda _, encoder: asked.append(encoder))
-    data = SimpleNamespace(seed=2, interactions=SimpleNamespace(catalog=None))
+    monkeypatch.setattr(module, "text_vectors", lambda _, text, encoder: asked.append(encoder))
+    data = SimpleNamespace(seed=2, interactions=SimpleNamespace(catalog=None), task=SimpleNamespace(item_text=None))
     settings = {"backbone": "x", "device": "cuda", "dtype": "bfloat16"}
     encoder = {"collaborative.encoder": "y"}
     context = MethodContext(data, Path(), None, settings | encoder)  # type: ignore[arg-type]

@@ -386,3 +386,14 @@ def test_an_option_that_cannot_be_meant_is_refused(
     assert ran.status == 2
     assert said in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_validate_says_what_is_read_of_an_item(metarec: Callable[..., Ran], own: Path) -> None:
+    (found,) = json.loads(metarec("tasks", "validate", own / "mine" / "one.yaml", "--json").out)["tasks"]
+    assert found["features"] == {
+        "text": "{{ title }}",
+        "fields": {"genres": "category", "year": "number"},
+        "unread": {},
+    }
+    shown = metarec("tasks", "validate", own / "mine" / "one.yaml").out
+    assert "features: text '{{ title }}', fields genres (category), year (number)" in shown

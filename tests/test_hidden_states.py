@@ -11,7 +11,7 @@ import torch
 
 from metarec.data.interactions import Catalog
 from metarec.data.task_files import load_task
-from metarec.data.templates import hidden_state_texts
+from metarec.data.templates import hidden_state_texts, review_sentence
 from metarec.errors import ConfigError
 from metarec.lm.backbone import Backbone
 from metarec.lm.hidden_states import mean_hidden_states
@@ -92,7 +92,7 @@ def test_the_sentence_names_items_as_people_do(backbone: Backbones, monkeypatch:
 
     monkeypatch.setattr(item_vectors, "mean_hidden_states", reading)
     titles = {"title": ("Matrix, The", "Heat", f"Se7en {model.special_tokens[0]}"), "year": ("1999", "", "1995")}
-    hidden_state_vectors(model, Catalog(("1", "2", "3"), titles))
+    hidden_state_vectors(model, Catalog(("1", "2", "3"), titles), [review_sentence("{{ title }} {{ year }}")])
     assert read[0].startswith('Review: "The Matrix" (1999). It')
     assert read[1].startswith('Review: "Heat". It')
     assert read[2].startswith('Review: "Se7en" (1995). It')

@@ -20,7 +20,7 @@ from torch import Tensor
 from metarec.config import RunConfig, validated
 from metarec.data.interactions import Catalog, Ratings
 from metarec.data.task import Task
-from metarec.data.templates import REVIEW
+from metarec.data.templates import review_sentence
 from metarec.errors import ArtifactError, ConfigError, EvaluationError, RatingError, UnknownItemError
 from metarec.evaluate import evaluate
 from metarec.recommender import MetaRecommender
@@ -49,7 +49,10 @@ def test_sentences_are_read_where_items_are_unrated_and_nowhere_else(
     recommender = MetaRecommender.from_pretrained(model_dir("llama"), validated(RunConfig, SETTINGS, "test"))
     recommender.prepare(known)
     assert read == []
-    for prompt, expected in (({"hidden_states": ["{{ title }} is"]}, ("{{ title }} is",)), ({}, (REVIEW,))):
+    for prompt, expected in (
+        ({"hidden_states": ["{{ title }} is"]}, ("{{ title }} is",)),
+        ({}, (review_sentence(TASK["prompt"]["text"]),)),
+    ):
         settings = TASK | {"split": {"by": "item", "unseen": 0.2}, "prompt": {**TASK["prompt"], **prompt}}
         recommender.prepare(replace(known, task=validated(Task, settings, "test")))
         assert read.pop() == expected

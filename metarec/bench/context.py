@@ -102,12 +102,14 @@ class MethodContext:
     @cached_property
     def vectors(self) -> Floats:
         """The sentence encoder's vector of every item's text, shape (items, features)."""
-        return text_vectors(self.interactions.catalog, self.config.collaborative.encoder)
+        catalog, text = self.interactions.catalog, self.data.task.item_text
+        return text_vectors(catalog, text, self.config.collaborative.encoder)
 
     @cached_property
     def fields(self) -> dict[str, Floats]:
         """Features of items from the catalog's fields, block by block."""
-        return item_features(self.interactions.catalog)
+        catalog = self.interactions.catalog
+        return item_features(catalog, self.data.task.read_fields(catalog).read)
 
     @cached_property
     def known(self) -> Features:

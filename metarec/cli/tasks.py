@@ -118,6 +118,8 @@ def validate(
                     f"{part} {found['enough']} (left out: {found['left_out']})" for part, found in parts.items()
                 )
                 typer.echo(f"         {count} shots, enough ratings: {users}")
+            if "features" in entry:
+                typer.echo(f"         features: {_features(entry['features'])}")
             for sentence in entry.get("warnings", []):
                 typer.echo(f"         warning: {sentence}")
     if any(entry["sound"] is False for entry in found):
@@ -148,7 +150,9 @@ def _validated(task: Task, seed: int) -> dict[str, Any]:
         "; ".join(faults)
         or f"{len(data.parts['train'])} meta-training {task.by}s, {episodes}, {repeated} items share a prompt"
     )
-    cut = cut_fields(catalog, [task.prompt.text, *task.hidden_states])
+    cut = cut_fields(catalog, [task.prompt.text, task.item_text.text, *task.hidden_states])
+    task.item_text.render(catalog, 0)
+    chosen = task.read_fields(catalog)
     return {
         "sound": not faults,
         "said": said,
@@ -158,9 +162,17 @@ def _validated(task: Task, seed: int) -> dict[str, Any]:
         },
         "warnings": [*data.interactions.notes, *_cut(cut), *_left_out(task, shots)],
         "cut_fields": cut,
+        "features": {"text": task.item_text.text, "fields": dict(chosen.read), "unread": dict(chosen.unread)},
         "hashes": data.hashes,
         "dropped": dict(data.interactions.dropped),
     }
+
+
+def _features(found: dict[str, Any]) -> str:
+    """Says what is read of an item beside its ratings."""
+    fields = ", ".join(f"{name} ({kind})" for name, kind in found["fields"].items()) or "none"
+    unread = ", ".join(f"{name} ({why})" for name, why in found["unread"].items())
+    return f"text {found['text']!r}, fields {fields}" + (f", no fields {unread}" if unread else "")
 
 
 def _cut(fields: dict[str, int]) -> list[str]:

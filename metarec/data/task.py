@@ -11,9 +11,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from metarec.artifacts import content_hash
 from metarec.config import Section, validated
 from metarec.data.episodes import Candidates, Order
+from metarec.data.interactions import Catalog
+from metarec.data.item_fields import FieldChoice, FieldKind, choose_fields
 from metarec.data.labels import LabelRule, read_rule
 from metarec.data.source_options import SourceOptions
-from metarec.data.templates import REVIEW, PromptTemplate
+from metarec.data.templates import PromptTemplate, item_text, review_sentence
 from metarec.errors import ConfigError
 from metarec.metrics import METRICS, check_metric
 
@@ -106,6 +108,17 @@ class PromptConfig(Section):
     )
 
 
+class FeaturesConfig(Section):
+    """What is known of an item beside its ratings: its text, and its fields."""
+
+    text: str | None = Field(
+        None, description="Jinja2 template that the sentence encoder reads; null: the fields that the prompt names"
+    )
+    fields: tuple[str, ...] | dict[str, FieldKind] | None = Field(
+        None, description="fields that are read beside it, or {field: category or number}; null: by what they hold"
+    )
+
+
 class DomainConfig(Section):
     """Which field of an item names its domain."""
 
@@ -152,6 +165,11 @@ class Task(Section):
     negatives: NegativesConfig | None = None
     metrics: tuple[str, ...] = METRICS
     prompt: PromptConfig
+    features: FeaturesConfig = Field(
+        FeaturesConfig(),
+        # Tasks that leave it to the data keep the digest they had before there was a choice.
+        exclude_if=lambda features: features == FeaturesConfig(),
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -183,7 +201,26 @@ class Task(Section):
     @property
     def hidden_states(self) -> tuple[str, ...]:
         """Sentences that a causal language model reads of each item where ones are asked about that nobody rated."""
-        return (self.prompt.hidden_states or (REVIEW,)) if self.split.asks_unrated else ()
+        if not self.split.asks_unrated:
+            return ()
+        return self.prompt.hidden_states or (review_sentence(self.prompt.text),)
+
+    @property
+    def item_text(self) -> PromptTemplate:
+        """The text of an item that a sentence encoder reads, ready to render."""
+        text, where = self.features.text, "features.text"
+        if text is None:
+            text, where = item_text(self.prompt.text), "prompt.text"
+        return PromptTemplate(text, "good", "bad", where)
+
+    def read_fields(self, catalog: Catalog) -> FieldChoice:
+        """Returns which fields of a catalog become features of its items.
+
+        Raises:
+            ConfigError: A field that 'features.fields' names is not there or cannot be read.
+        """
+        made = [name for part in (self.dataset, *self.dataset.parts.values()) for name in part.fields]
+        return choose_fields(catalog, self.features.fields, made)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Task:

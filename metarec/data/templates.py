@@ -20,11 +20,7 @@ from metarec.errors import ConfigError
 
 MAX_FIELD_CHARACTERS = 300
 _USUAL_FIELDS = ("year", "genres", "authors")
-FIELDS_AFTER_TITLE = (
-    "{% if year %} ({{ year }}){% endif %}{% for field in [genres, authors] if field %}, {{ field }}{% endfor %}"
-)
-# For whatever people review; it goes on as reviews do.
-REVIEW = 'Review: "{{ title }}"' + FIELDS_AFTER_TITLE + ". It was received by critics and audiences as"
+_REVIEW = 'Review: "{lead}"{rest}. It was received by critics and audiences as'
 
 
 @dataclass(frozen=True)
@@ -35,15 +31,17 @@ class PromptTemplate:
         text: Jinja2 template over the catalog's fields, and ``mask`` where the model fills in a blank.
         positive: The answer word of a like.
         negative: The answer word that counts against it.
+        where: The key of the task that says so.
     """
 
     text: str
     positive: str
     negative: str
+    where: str = "prompt.text"
 
     @cached_property
     def _compiled(self) -> BoundedTemplate:
-        return _compile(self.text, "prompt.text")
+        return _compile(self.text, self.where)
 
     def render(self, catalog: Catalog, code: int, special_tokens: Sequence[str] = (), mask: str = "") -> str:
         """Returns the prompt of one item.
@@ -58,7 +56,44 @@ class PromptTemplate:
             ConfigError: The template names a field that the catalog does not have, or fails.
         """
         fields = {**_cleaned(catalog, code, special_tokens), "mask": mask}
-        return _render(self._compiled, fields, "the prompt template", catalog.ids[code])
+        return _render(self._compiled, fields, f"the template of '{self.where}'", catalog.ids[code])
+
+
+def item_text(prompt: str) -> str:
+    """Returns a template of what a prompt says of an item: the fields that it names, without the question around them.
+
+    The title comes first, or the first field where no title is named; then the year, genres, authors and the others.
+
+    Args:
+        prompt: The prompt's template.
+
+    Raises:
+        ConfigError: It does not parse.
+    """
+    lead, rest = _lead_and_rest(prompt)
+    return lead + rest
+
+
+def review_sentence(prompt: str) -> str:
+    """Returns a sentence for whatever people review, of the fields that a prompt names; it goes on as reviews do.
+
+    Args:
+        prompt: The prompt's template.
+
+    Raises:
+        ConfigError: It does not parse.
+    """
+    lead, rest = _lead_and_rest(prompt)
+    return _REVIEW.format(lead=lead, rest=rest)
+
+
+def _lead_and_rest(prompt: str) -> tuple[str, str]:
+    _compile(prompt, "prompt.text")
+    named = [name for name in names_in(prompt) if name not in ("mask", "id")]
+    lead = "title" if "title" in named or not named else named[0]
+    rest = [name for name in dict.fromkeys((*_USUAL_FIELDS, *named)) if name in named and name != lead]
+    forms = {name: f" ({{{{ {name} }}}})" if name == "year" else f", {{{{ {name} }}}}" for name in rest}
+    return f"{{{{ {lead} }}}}", "".join(f"{{% if {name} %}}{form}{{% endif %}}" for name, form in forms.items())
 
 
 def described(catalog: Catalog) -> Catalog:
@@ -66,7 +101,7 @@ def described(catalog: Catalog) -> Catalog:
     return Catalog(catalog.ids, {**{name: ("",) * len(catalog) for name in _USUAL_FIELDS}, **catalog.fields})
 
 
-def hidden_state_texts(catalog: Catalog, sentence: str = REVIEW, special_tokens: Sequence[str] = ()) -> list[str]:
+def hidden_state_texts(catalog: Catalog, sentence: str, special_tokens: Sequence[str] = ()) -> list[str]:
     """Renders, for every item, a sentence that goes on with what is known of it.
 
     Titles are written as in a text, ``The Matrix`` for ``Matrix, The``.

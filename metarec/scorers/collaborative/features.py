@@ -1,7 +1,4 @@
-"""Item features from catalog fields and text vectors, for the methods that read more than ratings.
-
-Genres, authors and year are read from catalog fields of these names; a catalog without them gives fewer blocks.
-"""
+"""Item features from catalog fields and text vectors, for the methods that read more than ratings."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from metarec.data.interactions import Catalog
+from metarec.data.item_fields import MIN_ITEMS, FieldKind, choose_fields, numbers_in, tokens_in
 from metarec.scorers.collaborative.item_mean import ItemPrior, predict_unrated, smooth_by_text
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.text import unit_vectors
@@ -23,8 +21,7 @@ _NARROW = 48
 _LANDMARKS = 1000
 # Width of the kernel that `kernel_features` approximates.
 _LANDMARK_KERNEL_GAMMA = 0.3
-_MIN_ITEMS = 5
-_TOKEN_FIELDS = ("genres", "authors")
+_MAX_CATEGORIES = 1000
 _YEAR = re.compile(r"-?\d{1,4}")
 
 
@@ -84,49 +81,53 @@ def principal_components(features: Floats, components: int) -> Floats:
     return narrow
 
 
-def item_features(catalog: Catalog) -> dict[str, Floats]:
-    """Returns one block of features per known field that the catalog has.
+def item_features(catalog: Catalog, fields: Mapping[str, FieldKind] | None = None) -> dict[str, Floats]:
+    """Returns one block of features per field.
 
-    Genres and authors become indicators, if at least five items carry them; the year becomes smooth steps between
-    quantiles of the catalog's years.
+    Categories become indicators, if at least five items carry them; numbers become smooth steps between quantiles of
+    the catalog's.
 
     Args:
         catalog: The items.
+        fields: The fields to read, with their kinds; None takes those of `metarec.data.item_fields.choose_fields`.
 
     Returns:
         Field name to an array of shape (items, features).
     """
     blocks = {}
-    for field in _TOKEN_FIELDS:
-        if field in catalog.fields:
-            blocks[field] = _indicators(catalog.fields[field])
-    if "year" in catalog.fields:
-        blocks["year"] = _steps(catalog.fields["year"])
-    return {field: block for field, block in blocks.items() if block.shape[1]}
+    for name, kind in (choose_fields(catalog).read if fields is None else fields).items():
+        column = catalog.fields[name]
+        if kind == "category":
+            blocks[name] = _indicators(column)
+        elif name == "year":
+            found = [_YEAR.search(value) for value in column]
+            years = np.array([float(match.group()) if match else np.nan for match in found])
+            blocks[name] = _steps(years, least_width=1.0)
+        else:
+            blocks[name] = _steps(numbers_in(column))
+    return {name: block for name, block in blocks.items() if block.shape[1]}
 
 
 def _indicators(column: tuple[str, ...]) -> Floats:
-    """Returns a 0/1 column per token; tokens end at commas and bars, or at spaces if there are none, as in RecBole."""
-    pattern = r"[,|]" if any(mark in value for value in column for mark in ",|") else r"\s"
-    tokens = [{token.strip() for token in re.split(pattern, value)} - {""} for value in column]
-    count = Counter(token for row in tokens for token in row)
-    place = {token: at for at, token in enumerate(sorted(token for token in count if count[token] >= _MIN_ITEMS))}
+    """Returns a 0/1 column per category; of very many, those that most items carry."""
+    tokens = tokens_in(column)
+    count = Counter(token for row in tokens for token in sorted(row))
+    kept = sorted(token for token, number in count.most_common(_MAX_CATEGORIES) if number >= MIN_ITEMS)
+    place = {token: at for at, token in enumerate(kept)}
     block = np.zeros((len(column), len(place)))
     for code, row in enumerate(tokens):
         block[code, [place[token] for token in row if token in place]] = 1.0
     return block
 
 
-def _steps(column: tuple[str, ...]) -> Floats:
-    """Returns ramps from -1 to 1 around seven quantiles of the year; items without a year get the median."""
-    found = [_YEAR.search(value) for value in column]
-    year = np.array([float(match.group()) if match else np.nan for match in found])
-    if np.isnan(year).all():
-        return np.zeros((len(column), 0))
-    year = np.where(np.isnan(year), np.nanmedian(year), year)
-    knots = np.unique(np.quantile(year, np.linspace(0.05, 0.95, 7)))
-    width = max((knots[-1] - knots[0]) / 4, 1.0)
-    steps: Floats = np.clip((year[:, None] - knots) / width, -1, 1)
+def _steps(numbers: Floats, least_width: float = 0.0) -> Floats:
+    """Returns ramps from -1 to 1 around seven quantiles of numbers; items without a number get the median."""
+    if np.isnan(numbers).all():
+        return np.zeros((len(numbers), 0))
+    numbers = np.where(np.isnan(numbers), np.nanmedian(numbers), numbers)
+    knots = np.unique(np.quantile(numbers, np.linspace(0.05, 0.95, 7)))
+    width = max((knots[-1] - knots[0]) / 4, least_width) or 1.0
+    steps: Floats = np.clip((numbers[:, None] - knots) / width, -1, 1)
     return steps
 
 

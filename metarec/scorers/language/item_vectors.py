@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from metarec.data.interactions import Catalog
-from metarec.data.templates import FIELDS_AFTER_TITLE, REVIEW, PromptTemplate, described, hidden_state_texts
+from metarec.data.templates import PromptTemplate, hidden_state_texts
 from metarec.lm.answer_model import open_answer_model
 from metarec.lm.backbone import MINILM, Backbone, load_backbone
 from metarec.lm.hidden_states import mean_hidden_states
@@ -17,14 +17,13 @@ from metarec.scorers.collaborative.features import state_vectors
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.text import unit_vectors
 
-_TEXT = PromptTemplate("{{ title }}" + FIELDS_AFTER_TITLE, "good", "bad")
 
-
-def text_vectors(catalog: Catalog, encoder: str = MINILM) -> Floats:
+def text_vectors(catalog: Catalog, text: PromptTemplate, encoder: str = MINILM) -> Floats:
     """Returns a sentence encoder's vector of every item; the vectors are cached on disk.
 
     Args:
         catalog: The items.
+        text: What is read of an item, see `metarec.data.task.Task.item_text`.
         encoder: A text encoder's name or directory.
 
     Returns:
@@ -32,14 +31,15 @@ def text_vectors(catalog: Catalog, encoder: str = MINILM) -> Floats:
 
     Raises:
         BackboneError: The encoder is missing.
+        ConfigError: The text does not fit the catalog.
     """
     backbone = load_backbone(encoder)
-    prompts = tokenize_catalog(backbone, _TEXT, described(catalog))
+    prompts = tokenize_catalog(backbone, text, catalog)
     placement = default_placement(backbone, prompts, layers=1, targets=None, rank=1, alpha=1.0, active_tokens=None)
     return open_answer_model(backbone, prompts, placement).states.numpy().astype(np.float64)
 
 
-def hidden_state_vectors(backbone: Backbone, catalog: Catalog, sentences: Sequence[str] = (REVIEW,)) -> Floats:
+def hidden_state_vectors(backbone: Backbone, catalog: Catalog, sentences: Sequence[str]) -> Floats:
     """Returns features of a causal language model's hidden states of every item, shape (items, features).
 
     Args:
