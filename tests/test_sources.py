@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -276,6 +278,50 @@ def test_a_saved_hugging_face_dataset(splits: bool, tmp_path: Path) -> None:
     (folder / "data-00000-of-00001.arrow").write_bytes(b"nothing")
     with pytest.raises(DataError, match="is not a saved dataset"):
         read_source("hf-datasets", tmp_path)
+
+
+FLIPPED = """
+import json, sys
+from pathlib import Path
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq
+from metarec.data.sources import read_tables
+from metarec.errors import MetarecError
+
+kind, root = sys.argv[1], Path(sys.argv[2])
+rows = range(40)
+columns = {"user": [f"u{i % 7}" for i in rows], "item": list(rows), "rating": [float(i % 5 + 1) for i in rows]}
+columns |= {"title": [f"film {i}" if i % 3 else None for i in rows], "genres": [["a", "b"][: i % 3] for i in rows]}
+columns["format"] = pa.array(["film", "series"] * 20).dictionary_encode()
+table = pa.table(columns)
+if kind == "hf-datasets":
+    file = root / "data.arrow"
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
+        out.write_table(table)
+    (root / "state.json").write_text(json.dumps({"_data_files": [{"filename": file.name}]}))
+else:
+    file = root / "ratings.parquet"
+    pq.write_table(table, file)
+whole, random, refused = file.read_bytes(), np.random.default_rng(0), 0
+for _ in range(250):
+    place = int(random.integers(len(whole) * 8))
+    print("bit", place, file=sys.stderr, flush=True)
+    content = bytearray(whole)
+    content[place // 8] ^= 1 << place % 8
+    file.write_bytes(content)
+    try:
+        read_tables(kind, root)
+    except MetarecError:
+        refused += 1
+print(refused)
+"""
+
+
+@pytest.mark.parametrize("kind", ["hf-datasets", "table"])
+def test_a_damaged_arrow_or_parquet_file_is_refused_or_read_and_kills_no_process(kind: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FLIPPED, kind, str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert int(ran.stdout) > 50
 
 
 def test_a_flipped_byte_of_the_cached_movielens_changes_nothing(

@@ -13,6 +13,7 @@ import pandas as pd
 from metarec.artifacts import load_json, verify_dir
 from metarec.bench.settings import label
 from metarec.bench.summary import MethodFacts, Summary, holm
+from metarec.data.sources.arrow import parquet_table
 from metarec.errors import ArtifactError
 from metarec.evaluate import BASELINE, Report
 from metarec.exchange import is_temporary
@@ -119,7 +120,8 @@ def compare_runs(first: Path, second: Path) -> list[dict[str, Any]]:
 def _per_user(path: Path) -> pd.DataFrame:
     """Returns the AUC of every task, method, K and user of a run or a benchmark, with whose episode it is."""
     if (path / "per_user.parquet").exists():
-        table = pd.read_parquet(path / "per_user.parquet")
+        file = path / "per_user.parquet"
+        table: pd.DataFrame = parquet_table(file.read_bytes(), f"'{file}'").to_pandas()
         task = load_json(path / "table.json")["task"]["name"] if (path / "table.json").exists() else path.name
         table = table.assign(task=task, person=table["user"])
     else:

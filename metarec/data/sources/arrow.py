@@ -6,9 +6,32 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from metarec.data.sources.texts import as_text
 from metarec.errors import DataError, suggest
+
+
+def checked(table: pa.Table) -> pa.Table:
+    """Returns a table once every offset, length and text of it has been looked at; Arrow trusts them afterwards.
+
+    Raises:
+        pyarrow.ArrowInvalid: One of them is impossible.
+    """
+    table.validate(full=True)
+    return table
+
+
+def parquet_table(content: bytes, where: str) -> pa.Table:
+    """Reads Parquet, with the checksums of its pages where it has any.
+
+    Raises:
+        DataError: It is damaged, or no Parquet.
+    """
+    try:
+        return checked(pq.read_table(pa.BufferReader(content), page_checksum_verification=True))
+    except (OSError, ValueError, KeyError, TypeError, MemoryError, pa.ArrowException) as error:
+        raise DataError(f"{where} is not Parquet: {error}", "Check the file") from None
 
 
 def arrow_columns(table: pa.Table, wanted: Mapping[str, str], where: str, optional: Sequence[str] = ()) -> pd.DataFrame:

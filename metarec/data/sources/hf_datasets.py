@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from metarec.data.source_options import ItemsTable, SourceOptions, options_scale
-from metarec.data.sources.arrow import arrow_columns
+from metarec.data.sources.arrow import arrow_columns, checked
 from metarec.data.sources.assembly import Tables, first_filled
 from metarec.data.sources.layout import Layout
 from metarec.data.sources.names import OWN, recognise
@@ -53,6 +53,8 @@ def _arrow_table(folder: Path) -> pa.Table:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         names = [Path(entry["filename"]).name for entry in state["_data_files"]]
-        return pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(folder / name))).read_all() for name in names])
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        # Mapped, a damaged file would be followed wherever it points, and the process would be gone.
+        read = [checked(pa.ipc.open_stream((folder / name).read_bytes()).read_all()) for name in names]
+        return pa.concat_tables(read)
+    except (OSError, ValueError, KeyError, TypeError, MemoryError, pa.ArrowException) as error:
         raise DataError(f"'{folder}' is not a saved dataset: {error}", "Write it again with save_to_disk") from None

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from metarec.data.source_options import ItemsTable, SourceOptions, options_scale
-from metarec.data.sources.arrow import arrow_columns
+from metarec.data.sources.arrow import arrow_columns, parquet_table
 from metarec.data.sources.assembly import Note, Tables, first_filled
 from metarec.data.sources.columns import coded, text_column
 from metarec.data.sources.delimited import delimited, header, header_cure
@@ -198,7 +197,4 @@ def _separator(kind: str, options: SourceOptions) -> str:
 
 def _parquet(file: File) -> pa.Table:
     with file.open() as stream:
-        try:
-            return pq.read_table(pa.BufferReader(stream.read()))
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file} is not Parquet: {error}", "Check the file") from None
+        return parquet_table(stream.read(), str(file))
