@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from metarec.config import RunConfig
 from metarec.data.interactions import Catalog, RatingScale
+from metarec.data.seen_texts import check_texts
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData
 from metarec.data.templates import PromptTemplate
@@ -41,6 +43,8 @@ from metarec.scorers.language.item_vectors import hidden_state_vectors, text_vec
 from metarec.scorers.language.score import initial_state
 from metarec.scorers.language.zero_shot import ZeroShot
 from metarec.scorers.term import ADAPTER_TERM, CrossFitted, ScoreTerm, Term, TermContext
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,14 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
         data: The task's data.
         config: The settings.
         backbone: The language model; None where `needs_model` says so.
+
+    Raises:
+        ConfigError: All items read the same, a text is longer than the model reads, or the settings do not fit.
     """
     catalog = data.interactions.catalog
+    reads_text = "text" in config.collaborative.features
+    for sentence in check_texts(data.task, catalog, prompt=backbone is not None, text=reads_text):
+        _LOG.warning("%s", sentence)
     answer_model = None if backbone is None else catalog_answer_model(backbone, config, data.task.template, catalog)
     collaborative = config.collaborative
     if "collaborative" not in config.score:

@@ -127,6 +127,7 @@ def validate(
 
 
 def _validated(task: Task, seed: int) -> dict[str, Any]:
+    from metarec.data.seen_texts import cut_sentences
     from metarec.data.task_data import load_task_data
     from metarec.data.templates import cut_fields, hidden_state_texts
 
@@ -145,6 +146,8 @@ def _validated(task: Task, seed: int) -> dict[str, Any]:
     for sentence in task.hidden_states:
         hidden_state_texts(catalog, sentence)
     repeated = len(prompts) - len(set(prompts))
+    if len(set(prompts)) == 1:
+        faults.append(f"all {len(prompts)} items have the same prompt: name a field in it that tells them apart")
     episodes = ", ".join(f"{kept} {part} episodes" for part, (kept, _) in counts.items())
     said = (
         "; ".join(faults)
@@ -160,7 +163,7 @@ def _validated(task: Task, seed: int) -> dict[str, Any]:
             str(count): {part: {"enough": kept, "left_out": left} for part, (kept, left) in found.items()}
             for count, found in shots.items()
         },
-        "warnings": [*data.interactions.notes, *_cut(cut), *_left_out(task, shots)],
+        "warnings": [*data.interactions.notes, *cut_sentences(cut), *_left_out(task, shots)],
         "cut_fields": cut,
         "features": {"text": task.item_text.text, "fields": dict(chosen.read), "unread": dict(chosen.unread)},
         "hashes": data.hashes,
@@ -173,16 +176,6 @@ def _features(found: dict[str, Any]) -> str:
     fields = ", ".join(f"{name} ({kind})" for name, kind in found["fields"].items()) or "none"
     unread = ", ".join(f"{name} ({why})" for name, why in found["unread"].items())
     return f"text {found['text']!r}, fields {fields}" + (f", no fields {unread}" if unread else "")
-
-
-def _cut(fields: dict[str, int]) -> list[str]:
-    """Says which fields are longer than a prompt shows."""
-    from metarec.data.templates import MAX_FIELD_CHARACTERS
-
-    return [
-        f"'{name}' of {count} items has more than {MAX_FIELD_CHARACTERS} characters: prompts show the beginning"
-        for name, count in fields.items()
-    ]
 
 
 def _left_out(task: Task, shots: dict[int, Any]) -> list[str]:
@@ -213,6 +206,7 @@ def preview(
     json: JsonOption = False,
 ) -> None:
     """Show the first test episodes as a model sees them: prompts with their answers, and what it reads besides."""
+    from metarec.data.seen_texts import cut_sentences
     from metarec.data.task_data import load_task_data
     from metarec.data.task_files import load_task
     from metarec.data.templates import cut_fields, hidden_state_texts
@@ -252,5 +246,5 @@ def preview(
                 for text in entry["recall"]:
                     typer.echo(f"besides: {text}")
         typer.echo("")
-    for sentence in _cut(cut):
+    for sentence in cut_sentences(cut):
         typer.echo(f"warning: {sentence}")

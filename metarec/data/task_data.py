@@ -129,6 +129,8 @@ def load_task_data(task: Task, seed: int) -> TaskData:
     """
     seed = seed if task.split.seed is None else task.split.seed
     data = load_dataset(task.dataset)
+    if len(data.catalog) < 2:
+        raise DataError("the dataset has one item, and there is nothing to rank", "Check the column of the items' ids")
     if task.rating.transform == "log":
         data = log_ratings(data)
     if task.negatives:

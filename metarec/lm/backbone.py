@@ -82,6 +82,18 @@ class Backbone:
         added = (token.content for token in self.tokenizer.added_tokens_decoder.values())
         return tuple(sorted({*self.tokenizer.all_special_tokens, *added}, key=len, reverse=True))
 
+    @property
+    def max_tokens(self) -> int | None:
+        """How many tokens the model has positions for; None where nothing limits them."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        rotary = getattr(self.model.config, "rope_parameters", None) or {}
+        if limit is None or limit < 1 or rotary.get("rope_type") == "dynamic":
+            return None
+        embeddings = getattr(getattr(self.model.base_model, "embeddings", None), "position_embeddings", None)
+        # RoBERTa counts positions from behind the one of its padding.
+        before = getattr(embeddings, "padding_idx", None)
+        return int(limit) - (0 if before is None else before + 1)
+
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns token ids, with the tokenizer's own start and end tokens where the model was trained with them."""
         return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=True)["input_ids"]]
@@ -147,8 +159,7 @@ class Backbone:
         """
         if self.kind != "causal":
             raise BackboneError(f"'{self.name}' does not read left to right", "Choose a causal LM")
-        longest = max(map(len, texts), default=0)
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        longest, limit = max(map(len, texts), default=0), self.max_tokens
         if limit is not None and longest > limit:
             raise BackboneError(
                 f"a prompt has {longest} tokens, '{self.name}' reads {limit}", "Shorten the prompt or its history"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metarec.artifacts import cache_dir, content_hash
+from metarec.errors import BackboneError
 from metarec.lm.backbone import Backbone
 from metarec.lm.cache import Arrays, fill_cache
 
@@ -42,8 +43,17 @@ def mean_hidden_states(backbone: Backbone, texts: Sequence[str]) -> Tensor:
 
     Returns:
         Shape (texts, hidden), on the CPU.
+
+    Raises:
+        BackboneError: A text is longer than the model reads.
     """
     tokens = backbone.tokenize(texts)
+    longest, limit = max(map(len, tokens)), backbone.max_tokens
+    if limit is not None and longest > limit:
+        raise BackboneError(
+            f"a sentence of 'prompt.hidden_states' has {longest} tokens, '{backbone.name}' reads {limit}",
+            "Cut a field in it, such as {{ text[:200] }}",
+        )
     blocks = max(1, round(_DEPTH * int(backbone.model.config.num_hidden_layers)))
     identity = {"backbone": backbone.fingerprint, "dtype": str(backbone.dtype), "tokens": tokens, "blocks": blocks}
     path = cache_dir() / _KIND / content_hash(identity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from metarec.data.interactions import Catalog
 from metarec.data.templates import PromptTemplate
 from metarec.errors import ConfigError
 from metarec.lm.backbone import Backbone
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,11 @@ class CatalogPrompts:
 def tokenize_catalog(backbone: Backbone, template: PromptTemplate, catalog: Catalog) -> CatalogPrompts:
     """Renders and tokenizes every item's prompt.
 
+    What an encoder has no positions for is cut off the text's end, with a warning. A prompt has its answer there, so
+    nothing is cut off it.
+
     Raises:
-        ConfigError: A masked LM's template has no ``{{ mask }}``.
+        ConfigError: A masked LM's template has no ``{{ mask }}``, or a prompt is longer than the model reads.
         BackboneError: An answer word is not one token.
     """
     mask = backbone.tokenizer.mask_token if backbone.kind == "masked" else ""
@@ -54,7 +60,7 @@ def tokenize_catalog(backbone: Backbone, template: PromptTemplate, catalog: Cata
         raise ConfigError(
             f"the prompt leaves '{backbone.name}' no blank to fill in", "Put {{ mask }} where the answer goes"
         )
-    tokens = tuple(map(tuple, backbone.tokenize(texts)))
+    tokens = _within(backbone, backbone.tokenize(texts), catalog, template.where)
     answers = None
     if backbone.kind != "encoder":
         answers = (
@@ -74,6 +80,24 @@ def tokenize_catalog(backbone: Backbone, template: PromptTemplate, catalog: Cata
         mask_token=backbone.tokenizer.mask_token_id if backbone.kind == "masked" else None,
         answer_texts=(tuple(yes_text), tuple(no_text)),
     )
+
+
+def _within(
+    backbone: Backbone, tokens: Sequence[Sequence[int]], catalog: Catalog, where: str
+) -> tuple[tuple[int, ...], ...]:
+    limit = backbone.max_tokens
+    longest = max(range(len(tokens)), key=lambda code: len(tokens[code]))
+    if limit is None or len(tokens[longest]) <= limit:
+        return tuple(map(tuple, tokens))
+    count = sum(len(ids) > limit for ids in tokens)
+    said = (
+        f"{count} of {len(tokens)} texts of '{where}' are longer than the {limit} tokens that '{backbone.name}' reads "
+        f"(item '{catalog.ids[longest]}' has {len(tokens[longest])})"
+    )
+    if backbone.kind != "encoder":
+        raise ConfigError(said, "Cut a field in the template, such as {{ text[:200] }}, or choose another model")
+    _LOG.warning("%s: their ends are cut off", said)
+    return tuple((*ids[: limit - 1], ids[-1]) if len(ids) > limit else tuple(ids) for ids in tokens)
 
 
 def common_start(sequences: Sequence[tuple[int, ...]]) -> int:
