@@ -6,7 +6,7 @@ All methods and all K share the same users and the same query of each.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +18,24 @@ from metarec.artifacts import SCHEMA_VERSION
 from metarec.data.episodes import Episode
 from metarec.data.interactions import Catalog, Flags
 from metarec.errors import EvaluationError
-from metarec.metrics import ERRORS, METRICS, RECBOLE, at_cutoff, auc, bootstrap_interval, check_scores, recbole_ndcg
-from metarec.scorer import Request, Scorer
+from metarec.metrics import (
+    ERRORS,
+    METRICS,
+    OF_A_TABLE,
+    POOLED,
+    RECBOLE,
+    at_cutoff,
+    auc,
+    bootstrap_interval,
+    check_scores,
+    recbole_ndcg,
+    table_interval,
+    table_metric,
+)
+from metarec.scorer import OwnLikeShare, Scorer, rating_line, request
 
 # The row that gains are measured from, in every table.
 BASELINE = "item mean"
-# Damping: pseudo-ratings that shrink a user's mean rating to the overall mean, when scores are turned into ratings.
-_USER_MEAN_DAMPING = 1.0
 
 
 @dataclass(frozen=True)
@@ -34,12 +45,13 @@ class ShotSummary:
     Args:
         method: The scorer's name.
         shots: K.
-        users: How many users the means are over.
-        means: Mean of each metric over users.
+        users: How many users were asked.
+        means: Mean of each metric over the users that it is defined for; metrics of a table as they are.
         gain: Mean paired difference in AUC to the baseline.
         interval: 95% paired bootstrap interval of `gain`.
         seconds_per_user: Wall-clock time of scoring, adaptation included.
         bytes_per_user: Bytes that are kept for a user between two requests.
+        intervals: 95% bootstrap intervals over people of the metrics of a table.
     """
 
     method: str
@@ -50,6 +62,7 @@ class ShotSummary:
     interval: tuple[float, float]
     seconds_per_user: float
     bytes_per_user: int
+    intervals: Mapping[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -96,21 +109,35 @@ class Report:
         """Returns the difference between two cells by user, for the users that both have."""
         return (self.values(method, shots, metric) - self.values(other, other_shots, metric)).dropna()
 
+    def of_table(self, method: str, shots: int, metric: str) -> tuple[float, tuple[float, float]]:
+        """Returns a metric of all users together and its 95% bootstrap interval over people; NaN where undefined."""
+        rows = self.predictions[(self.predictions["method"] == method) & (self.predictions["shots"] == shots)]
+        scores, liked, users = rows["score"].to_numpy(), rows["liked"].to_numpy(bool), rows["user"].tolist()
+        value = table_metric(metric, scores, liked, users)
+        people = [self.people.get(user, user) for user in users]
+        return np.nan if value is None else value, table_interval(metric, scores, liked, users, self.seed, people)
+
     def cells(self) -> Iterator[ShotSummary]:
         """Yields a summary of every method at every K, in the order of evaluation."""
         for row in self.costs.to_dict("records"):
             method, shots = str(row["method"]), int(row["shots"])
             gain, interval = self.difference(method, shots, self.baseline, shots)
-            means = {metric: float(self.values(method, shots, metric).mean()) for metric in self.metrics}
+            table = {metric: self.of_table(method, shots, metric) for metric in self.metrics if metric in OF_A_TABLE}
+            means = {
+                metric: table[metric][0] if metric in table else float(self.values(method, shots, metric).mean())
+                for metric in self.metrics
+            }
+            asked = (self.per_user["method"] == method) & (self.per_user["shots"] == shots)
             yield ShotSummary(
                 method=method,
                 shots=shots,
-                users=len(self.values(method, shots)),
+                users=int(asked.sum()),
                 means=means,
                 gain=gain,
                 interval=interval,
                 seconds_per_user=float(row["seconds_per_user"]),
                 bytes_per_user=int(row["bytes_per_user"]),
+                intervals={metric: interval for metric, (_, interval) in table.items()},
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -126,10 +153,15 @@ class Report:
                     "method": cell.method,
                     "shots": cell.shots,
                     "users": cell.users,
-                    **cell.means,
-                    "auc_gain": cell.gain,
-                    "auc_gain_low": cell.interval[0],
-                    "auc_gain_high": cell.interval[1],
+                    **{metric: _number(value) for metric, value in cell.means.items()},
+                    **{
+                        f"{metric}_{end}": _number(value)
+                        for metric, interval in cell.intervals.items()
+                        for end, value in zip(("low", "high"), interval, strict=True)
+                    },
+                    "auc_gain": _number(cell.gain),
+                    "auc_gain_low": _number(cell.interval[0]),
+                    "auc_gain_high": _number(cell.interval[1]),
                     "seconds_per_user": cell.seconds_per_user,
                     "bytes_per_user": cell.bytes_per_user,
                 }
@@ -165,7 +197,8 @@ def evaluate(
         baseline: Name of the scorer that paired differences are taken to.
         left_out: Users already left out, by reason; those whose query holds one class only are added.
         metrics: What is measured; `METRICS` always come first. ``mae`` and ``rmse`` are a user's mean error, in the
-            rating's units; they and ``recbole-*`` are defined for users of one class too.
+            rating's units; they, ``recbole-*`` and metrics of a table are defined for users of one class too. With
+            ``pooled_auc`` comes a row that knows nothing but each user's own share of likes.
         calibration: Validation users, on whom the line from score to rating is fitted that ``mae`` and ``rmse`` need.
         short_supports: Users with fewer than K ratings are evaluated with all of theirs.
         hashes: Content hashes that the report carries.
@@ -176,15 +209,19 @@ def evaluate(
     """
     metrics = tuple(dict.fromkeys((*METRICS, *metrics)))
     _check_request(scorers, baseline, metrics, calibration)
+    if POOLED in metrics and OwnLikeShare.name not in [scorer.name for scorer in scorers]:
+        scorers = [*scorers, OwnLikeShare(len(catalog), threshold)]
     queries = [_LabelledEpisode.of(episode, catalog, threshold) for episode in episodes]
-    both = _with_both_classes(queries)
-    kept = queries if set(metrics) & {*ERRORS, *_names(metrics, RECBOLE)} else both
+    whole = bool(set(metrics) & {POOLED, *ERRORS, *_names(metrics, RECBOLE)})
+    both = _with_both_classes(queries, together=POOLED in metrics)
+    kept = queries if whole else both
     if not short_supports and max(shots) > min(len(query.episode.support) for query in kept):
         raise EvaluationError(f"K = {max(shots)} asks for more ratings than some support has")
     one_class = len(episodes) - len(both)
-    measured = [_measure_at(scorer, count, kept, metrics, calibration, seed) for scorer in scorers for count in shots]
+    by_user = [metric for metric in metrics if metric not in OF_A_TABLE]
+    measured = [_measure_at(scorer, count, kept, by_user, calibration, seed) for scorer in scorers for count in shots]
     return Report(
-        per_user=pd.DataFrame([row for cell in measured for row in cell.rows]).astype(dict.fromkeys(metrics, float)),
+        per_user=pd.DataFrame([row for cell in measured for row in cell.rows]).astype(dict.fromkeys(by_user, float)),
         costs=pd.DataFrame([cell.cost for cell in measured]),
         predictions=pd.concat([part for cell in measured for part in cell.predictions], ignore_index=True),
         baseline=baseline,
@@ -198,6 +235,8 @@ def evaluate(
 def validation_auc(scorer: Scorer, episodes: Sequence[Episode], shots: Sequence[int], threshold: float) -> float:
     """Returns a scorer's mean AUC over users with both classes, averaged over some K.
 
+    Where no user has both, as with queries of one item, it is the AUC of all users' items together.
+
     Args:
         scorer: The method.
         episodes: The validation users; those with fewer than K ratings are evaluated with all of theirs.
@@ -205,13 +244,20 @@ def validation_auc(scorer: Scorer, episodes: Sequence[Episode], shots: Sequence[
         threshold: Ratings from here on are likes, in episodes that carry no labels.
 
     Raises:
-        EvaluationError: A score is not finite, or no user has both classes.
+        EvaluationError: A score is not finite, or all labels are the same.
     """
-    kept = _with_both_classes([_LabelledEpisode.of(episode, None, threshold) for episode in episodes])
+    queries = [_LabelledEpisode.of(episode, None, threshold) for episode in episodes]
+    both = _with_both_classes(queries, together=True)
+    kept = both or queries
     means = []
     for count in shots:
         scored = scorer.score([request(query.episode, count) for query in kept])
         values: list[tuple[str, float | None]] = []
+        if not both:
+            everything = np.concatenate([scores.detach().numpy() for scores in scored])
+            check_scores(everything, f"method '{scorer.name}', K = {count}")
+            means.append(auc(everything, np.concatenate([query.liked for query in kept])) or 0.0)
+            continue
         for query, scores in zip(kept, scored, strict=True):
             found = scores.detach().numpy()
             check_scores(found, f"method '{scorer.name}', K = {count}")
@@ -235,10 +281,15 @@ class _LabelledEpisode:
         return cls(episode, episode.query.likes(threshold), items)
 
 
-def _with_both_classes(queries: Sequence[_LabelledEpisode]) -> list[_LabelledEpisode]:
+def _with_both_classes(queries: Sequence[_LabelledEpisode], *, together: bool = False) -> list[_LabelledEpisode]:
+    """Returns the queries with likes and others; there may be none where all queries together hold both."""
     both = [query for query in queries if 0 < query.liked.sum() < len(query.liked)]
-    if not both:
-        raise EvaluationError(f"none of {len(queries)} users both likes and dislikes something in the query")
+    classes = {bool(liked) for query in queries for liked in query.liked}
+    if not both and not (together and len(classes) == 2):
+        raise EvaluationError(
+            f"none of {len(queries)} users both likes and dislikes something in the query",
+            "Raise query.max or the label's threshold; of queries of one item, measure metrics: [pooled_auc]",
+        )
     return both
 
 
@@ -280,7 +331,7 @@ def _measure_at(
         "seconds_per_user": seconds,
         "bytes_per_user": scorer.bytes_per_user if shots else 0,
     }
-    to_rating = _line(scorer, calibration, shots) if set(metrics) & set(ERRORS) else None
+    to_rating = rating_line(scorer, calibration, shots) if set(metrics) & set(ERRORS) else None
     rows, predictions = [], []
     for query, scores in zip(queries, scored, strict=True):
         episode, values = query.episode, scores.detach().numpy()
@@ -306,6 +357,10 @@ def _predictions(method: str, shots: int, query: _LabelledEpisode, scores: NDArr
     )
 
 
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
 def _names(metrics: Sequence[str], measures: Sequence[str]) -> set[str]:
     return {metric for metric in metrics if metric.partition("@")[0] in measures}
 
@@ -328,31 +383,3 @@ def _measure(
         relevance = query.liked.astype(np.float32) if clicks else query.episode.query.values
         return recbole_ndcg(scores, relevance, int(cutoff), clicks=clicks)
     return at_cutoff(measure, scores, query.liked, query.items, int(cutoff), seed)
-
-
-def _line(
-    scorer: Scorer, calibration: Sequence[Episode], shots: int
-) -> Callable[[Episode, NDArray[np.floating]], NDArray[np.floating]]:
-    """Fits rating = a + b score + c (mean of the support's ratings, shrunk to the overall mean) on validation users.
-
-    A score is only an order within one user; a line fitted in the same way for every method and K makes errors
-    comparable.
-    """
-    scored = scorer.score([request(episode, shots) for episode in calibration])
-    overall = float(np.concatenate([episode.query.values for episode in calibration]).mean())
-
-    def features(episode: Episode, scores: NDArray[np.floating]) -> NDArray[np.float64]:
-        given = episode.support.head(shots).values
-        user_mean = float((given - overall).sum()) / (len(given) + _USER_MEAN_DAMPING)
-        return np.stack([np.ones(len(scores)), scores, np.full(len(scores), user_mean)], axis=1).astype(np.float64)
-
-    rows = [features(episode, scores.detach().numpy()) for episode, scores in zip(calibration, scored, strict=True)]
-    target = np.concatenate([episode.query.values for episode in calibration]).astype(np.float64)
-    weights = np.linalg.lstsq(np.concatenate(rows), target, rcond=None)[0]
-    low, high = float(target.min()), float(target.max())
-    return lambda episode, scores: np.clip(features(episode, scores) @ weights, low, high)
-
-
-def request(episode: Episode, shots: int) -> Request:
-    """Returns an episode as a request: K ratings without labels, and the query's items."""
-    return Request(episode.user, episode.support.head(shots).unlabelled(), episode.query.items)

@@ -1,4 +1,4 @@
-"""Ranking metrics of one user, by well-kept libraries, with honest ties.
+"""Ranking metrics of one user and of a table of users, by well-kept libraries, with honest ties.
 
 AUC counts a tie as one half; nDCG breaks ties by a seeded hash of the item, so that a constant score gets what chance
 gets and no method gains from the order of its input. A score that is not a finite number is an error, never a rank.
@@ -226,6 +226,111 @@ def calibrated(
     return chance
 
 
+# Of a whole table, not of one user: the AUC of all users' items together, and means of users' AUCs.
+POOLED = "pooled_auc"
+OF_A_TABLE = (POOLED, "uauc", "uauc_weighted")
+_TABLE_RESAMPLES = 999
+
+
+def table_metric(
+    metric: str,
+    scores: NDArray[np.floating],
+    liked: NDArray[np.bool_],
+    users: Sequence[Hashable],
+) -> float | None:
+    """A metric that is defined for all users together.
+
+    ``pooled_auc`` compares items of different users too, so that a score which only tells generous users from others
+    is worth something. ``uauc`` is the mean AUC of users with both classes (Zhang et al. 2023, "CoLLM"),
+    ``uauc_weighted`` their mean weighted by the number of items (Zhou et al. 2018, "Deep interest network").
+
+    Args:
+        metric: One of `OF_A_TABLE`.
+        scores: Finite scores, shape (predictions,).
+        liked: What happened, shape (predictions,).
+        users: Whose prediction each is.
+
+    Returns:
+        The value, or None where it is not defined: all labels of the table, or of every user, are the same.
+    """
+    if metric == POOLED:
+        return auc(scores, liked)
+    values, sizes, _ = _auc_by_user(scores, liked, users, np.arange(len(scores)))
+    weights = sizes if metric == "uauc_weighted" else np.ones(len(sizes))
+    return float(np.average(values, weights=weights)) if len(values) else None
+
+
+def _codes(names: Sequence[Hashable]) -> NDArray[np.int64]:
+    """Returns a number for each name, the same for the same name, in the order of their first appearance."""
+    known: dict[Hashable, int] = {}
+    return np.array([known.setdefault(name, len(known)) for name in names], np.int64)
+
+
+def _auc_by_user(
+    scores: NDArray[np.floating], liked: NDArray[np.bool_], users: Sequence[Hashable], person: NDArray[np.integer]
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    """Returns the AUC, the number of items and the person of every user with both classes."""
+    order = np.argsort(code := _codes(users), kind="stable")
+    rows_of = np.split(order, np.flatnonzero(np.diff(code[order])) + 1)
+    areas = ((auc(scores[rows], liked[rows]), len(rows), int(person[rows[0]])) for rows in rows_of if len(rows))
+    found = [(area, size, one) for area, size, one in areas if area is not None]
+    values, sizes, people = zip(*found, strict=True) if found else ((), (), ())
+    return np.array(values, np.float64), np.array(sizes, np.int64), np.array(people, np.int64)
+
+
+def table_interval(
+    metric: str,
+    scores: NDArray[np.floating],
+    liked: NDArray[np.bool_],
+    users: Sequence[Hashable],
+    seed: int,
+    clusters: Sequence[Hashable] | None = None,
+) -> tuple[float, float]:
+    """95% percentile bootstrap interval of `table_metric`: whole users are drawn, with all of their items.
+
+    Args:
+        metric: One of `OF_A_TABLE`.
+        scores: Finite scores, shape (predictions,).
+        liked: What happened, shape (predictions,).
+        users: Whose prediction each is.
+        seed: Seed of the 999 resamples.
+        clusters: The person of each prediction, where one person is several users; whole people are drawn then.
+
+    Returns:
+        The lower and the upper end; NaN where the metric is not defined.
+    """
+    person = _codes(users if clusters is None else clusters)
+    people = int(person.max(initial=-1)) + 1
+    drawn = np.random.default_rng(seed).multinomial(people, np.full(people, 1 / max(people, 1)), _TABLE_RESAMPLES)
+    if metric == POOLED:
+        values = _weighted_aucs(scores, liked, person, drawn)
+    else:
+        areas, sizes, owners = _auc_by_user(scores, liked, users, person)
+        weights = drawn[:, owners] * (sizes if metric == "uauc_weighted" else 1)
+        total = weights.sum(1)
+        values = np.divide(weights @ areas, total, out=np.full(len(drawn), np.nan), where=total > 0)
+    values = values[np.isfinite(values)]
+    low, high = np.quantile(values, [0.025, 0.975]) if len(values) else (np.nan, np.nan)
+    return float(low), float(high)
+
+
+def _weighted_aucs(
+    scores: NDArray[np.floating], liked: NDArray[np.bool_], person: NDArray[np.integer], drawn: NDArray[np.integer]
+) -> NDArray[np.float64]:
+    """Returns the AUC of all predictions for each row of counts of people; NaN where one class is left."""
+    level = np.unique(scores, return_inverse=True)[1]
+    levels = int(level.max(initial=-1)) + 1
+    areas = np.full(len(drawn), np.nan)
+    for place, counts in enumerate(drawn):
+        weight = counts[person]
+        above = np.bincount(level, weight * liked, levels)
+        below = np.bincount(level, weight * ~liked, levels)
+        pairs = above.sum() * below.sum()
+        if pairs:
+            areas[place] = (above * (np.cumsum(below) - below / 2)).sum() / pairs
+    return areas
+
+
 CUTOFF = 10
 METRICS = ("auc", f"ndcg@{CUTOFF}")
 RECBOLE = ("recbole-rating-ndcg", "recbole-click-ndcg")
@@ -236,10 +341,10 @@ def check_metric(name: str) -> None:
     """Refuses a metric that there is not.
 
     Raises:
-        EvaluationError: It is none of ``auc``, ``mae``, ``rmse``, or a ranking measure with a cutoff.
+        EvaluationError: It is none of ``auc``, ``mae``, ``rmse``, `OF_A_TABLE`, or a ranking measure with a cutoff.
     """
     measure, at, cutoff = name.partition("@")
     ranking = measure in (*RANKING, *RECBOLE) and at and cutoff.isdigit() and int(cutoff) > 0
-    if not ranking and name not in ("auc", *ERRORS):
-        known = ["auc", *ERRORS, *(f"{measure}@5" for measure in (*RANKING, *RECBOLE))]
+    if not ranking and name not in ("auc", *OF_A_TABLE, *ERRORS):
+        known = ["auc", *OF_A_TABLE, *ERRORS, *(f"{measure}@5" for measure in (*RANKING, *RECBOLE))]
         raise EvaluationError(f"no metric is called '{name}'", suggest(name, known))

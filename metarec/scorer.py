@@ -14,8 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from metarec.data.episodes import Episode
 from metarec.data.interactions import Codes, Ratings
 from metarec.errors import UnknownItemError
+
+# Damping: pseudo-ratings that shrink a user's mean rating to the overall mean, when scores are turned into ratings.
+_USER_MEAN_DAMPING = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,3 +91,58 @@ def score_each(requests: Sequence[Request], items: int, values: Callable[[Reques
     """
     check_codes(requests, items)
     return [torch.from_numpy(np.asarray(values(request), np.float32)) for request in requests]
+
+
+@dataclass(frozen=True)
+class OwnLikeShare:
+    """Scores every item by the user's own share of likes in the support; a half where there is none.
+
+    It orders nothing within a user, so that what it is worth in a pooled metric is what comes of telling users apart.
+
+    Args:
+        items: How many items there are.
+        threshold: See `Ratings.likes`.
+        name: How the method is called in tables.
+        bytes_per_user: One number in float32.
+    """
+
+    items: int
+    threshold: float
+    name: str = "own like share"
+    bytes_per_user: int = 4
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        """See `Scorer.score`."""
+        return score_each(requests, self.items, self._values)
+
+    def _values(self, request: Request) -> ScoreArray:
+        liked = request.support.likes(self.threshold)
+        return np.full(len(request.candidates), liked.mean() if len(liked) else 0.5)
+
+
+def request(episode: Episode, shots: int) -> Request:
+    """Returns an episode as a request: K ratings without labels, and the query's items."""
+    return Request(episode.user, episode.support.head(shots).unlabelled(), episode.query.items)
+
+
+def rating_line(
+    scorer: Scorer, calibration: Sequence[Episode], shots: int
+) -> Callable[[Episode, NDArray[np.floating]], NDArray[np.floating]]:
+    """Fits rating = a + b score + c (mean of the support's ratings, shrunk to the overall mean) on validation users.
+
+    A score is only an order within one user; a line fitted in the same way for every method and K makes errors
+    comparable.
+    """
+    scored = scorer.score([request(episode, shots) for episode in calibration])
+    overall = float(np.concatenate([episode.query.values for episode in calibration]).mean())
+
+    def features(episode: Episode, scores: NDArray[np.floating]) -> NDArray[np.float64]:
+        given = episode.support.head(shots).values
+        user_mean = float((given - overall).sum()) / (len(given) + _USER_MEAN_DAMPING)
+        return np.stack([np.ones(len(scores)), scores, np.full(len(scores), user_mean)], axis=1).astype(np.float64)
+
+    rows = [features(episode, scores.detach().numpy()) for episode, scores in zip(calibration, scored, strict=True)]
+    target = np.concatenate([episode.query.values for episode in calibration]).astype(np.float64)
+    weights = np.linalg.lstsq(np.concatenate(rows), target, rcond=None)[0]
+    low, high = float(target.min()), float(target.max())
+    return lambda episode, scores: np.clip(features(episode, scores) @ weights, low, high)

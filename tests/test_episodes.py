@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from metarec.data.episodes import Episode, evaluation_episodes, split_users, training_batch
 from metarec.data.interactions import Interactions
 from metarec.errors import ConfigError, DataError
-from metarec.evaluate import request
+from metarec.scorer import request
 
 DATA = known_interactions()
 ALL = np.arange(len(DATA.users))

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import known_interactions
+from sklearn.metrics import roc_auc_score
 from small_tasks import BASE
 from torch import Tensor
 
+from metarec.bench.report import findings
 from metarec.config import validated
 from metarec.data import task_data
 from metarec.data.task import Task
@@ -135,3 +137,60 @@ def test_the_validation_auc_is_the_mean_of_a_report(loaded: Callable[..., TaskDa
     assert validation_auc(noisy, episodes, (0, 5), data.task.like_threshold) == np.mean(means)
     with pytest.raises(EvaluationError, match="both likes and dislikes"):
         validation_auc(noisy, [], (0, 5), data.task.like_threshold)
+
+
+def test_a_pooled_auc_rewards_telling_users_apart_and_a_users_auc_does_not(loaded: Callable[..., TaskData]) -> None:
+    """A score that is one number per user orders nobody's items, yet the pooled AUC takes it for something."""
+    data = loaded(metrics=["pooled_auc", "uauc", "uauc_weighted"])
+    liked = {episode.user: float(episode.query.likes(3.5).mean()) for episode in data.episodes("test")[0]}
+    generous = Fixed("generous", lambda asked: torch.full((len(asked.candidates),), liked[asked.user]))
+    found = {cell.method: cell.means for cell in report(data, generous, ORACLE, shots=(5,)).cells()}
+    assert found["generous"]["pooled_auc"] > 0.52
+    assert found["generous"]["auc"] == found["generous"]["uauc"] == found["generous"]["uauc_weighted"] == 0.5
+    assert found["oracle"]["pooled_auc"] == found["oracle"]["uauc"] == 1
+
+
+def test_metrics_of_a_table_are_those_of_scikit_learn(loaded: Callable[..., TaskData]) -> None:
+    data = loaded(metrics=["pooled_auc", "uauc", "uauc_weighted"])
+    noise = np.random.default_rng(0)
+    drawn = Fixed(
+        "drawn", lambda asked: torch.from_numpy(noise.integers(0, 4, len(asked.candidates)).astype(np.float32))
+    )
+    made = report(data, drawn, shots=(5,))
+    (cell, _) = made.cells()
+    rows = made.predictions[made.predictions["method"] == "drawn"]
+    assert cell.means["pooled_auc"] == pytest.approx(roc_auc_score(rows["liked"], rows["score"]))
+    users = [group for _, group in rows.groupby("user") if group["liked"].nunique() == 2]
+    areas = [roc_auc_score(group["liked"], group["score"]) for group in users]
+    assert cell.means["uauc"] == pytest.approx(np.mean(areas))
+    assert cell.means["uauc_weighted"] == pytest.approx(np.average(areas, weights=[len(group) for group in users]))
+    for metric, (low, high) in cell.intervals.items():
+        assert low < cell.means[metric] < high
+
+
+def test_the_own_like_share_stands_beside_a_pooled_metric(loaded: Callable[..., TaskData]) -> None:
+    pooled, plain = (report(loaded(metrics=metrics), CONSTANT) for metrics in (["pooled_auc"], ["uauc"]))
+    assert [cell.method for cell in pooled.cells() if cell.shots == 5] == ["constant", "own like share"]
+    assert {cell.method for cell in plain.cells()} == {"constant"}
+    share = next(cell for cell in pooled.cells() if cell.method == "own like share" and cell.shots == 5)
+    assert share.means["auc"] == 0.5
+    assert any("own share of likes" in line for line in findings(pooled, "constant", "constant"))
+
+
+def test_queries_of_one_item_count_in_the_pooled_auc(loaded: Callable[..., TaskData]) -> None:
+    """Nobody's own AUC is defined there; everybody's items together have one."""
+    data = loaded(metrics=["pooled_auc"], query={"max": 1, "min": 1})
+    made = report(data, ORACLE, shots=(5,))
+    oracle = next(iter(made.cells()))
+    assert oracle.users == len(data.episodes("test")[0])
+    assert oracle.means["pooled_auc"] == 1
+    assert np.isnan(oracle.means["auc"])
+    row = made.to_json()["rows"][0]
+    assert (row["auc"], row["auc_gain"], row["pooled_auc_low"]) == (None, None, 1)
+    assert "nan" not in " ".join(findings(made, "oracle", "oracle"))
+    assert validation_auc(ORACLE, data.episodes("validation")[0], (5,), 3.5) == 1
+
+
+def test_without_a_pooled_metric_queries_of_one_item_say_what_to_do(loaded: Callable[..., TaskData]) -> None:
+    with pytest.raises(EvaluationError, match="pooled_auc"):
+        report(loaded(query={"max": 1, "min": 1}), ORACLE)

@@ -24,7 +24,7 @@ from metarec.data.task_data import TaskData, load_task_data
 from metarec.data.task_files import group_names, load_group, load_task, task_names
 from metarec.data.transforms import as_domains, keep_users, merge, with_negatives
 from metarec.errors import ConfigError, DataError, MetarecError
-from metarec.evaluate import request
+from metarec.scorer import request
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 
 DATA = known_interactions()

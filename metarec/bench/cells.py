@@ -27,9 +27,9 @@ from metarec.data.task_files import load_task
 from metarec.devices import check_device
 from metarec.doctor import environment
 from metarec.errors import ArtifactError, ConfigError, EvaluationError
-from metarec.evaluate import evaluate, request
+from metarec.evaluate import evaluate
 from metarec.progress import QUIET, progress
-from metarec.scorer import Request
+from metarec.scorer import Request, request
 
 _SHOWN_USERS, _SHOWN_PROMPTS = 3, 2
 

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from metarec.bench.summary import REFERENCE, Summary, ranked
 from metarec.evaluate import Report, ShotSummary
-from metarec.metrics import CUTOFF, METRICS
+from metarec.metrics import CUTOFF, METRICS, OF_A_TABLE, POOLED
+from metarec.scorer import OwnLikeShare
 
 _SIGNIFICANT = 0.05
 # Key of a table in a results file, and of a row that a column shows it of.
@@ -43,7 +44,8 @@ def table(report: Report) -> Table:
         result.add_column(f"K = {count}", justify="right", no_wrap=True)
     more = [metric for metric in report.metrics if metric not in METRICS]
     paired = (f"AUC - {report.baseline}", "95% interval", "seconds/user", "bytes/user")
-    labels = ("AUC", f"nDCG@{CUTOFF}", *more, *paired)
+    told = [line for metric in more for line in (metric, *(("95% interval",) if metric in OF_A_TABLE else ()))]
+    labels = ("AUC", f"nDCG@{CUTOFF}", *told, *paired)
     for method in dict.fromkeys(cell.method for cell in cells):
         row = {cell.shots: cell for cell in cells if cell.method == method}
         columns = ["\n".join(_lines(row[count], report.baseline)) for count in shots]
@@ -56,11 +58,17 @@ def _lines(cell: ShotSummary, baseline: str) -> Sequence[str]:
     paired = ("", "") if cell.method == baseline else (f"{cell.gain:+.4f}", f"{low:+.4f} {high:+.4f}")
     return (
         f"{cell.means['auc']:.4f}",
-        *(f"{value:.4f}" for metric, value in cell.means.items() if metric != "auc"),
+        *(line for metric in cell.means if metric != "auc" for line in _values(cell, metric)),
         *paired,
         f"{cell.seconds_per_user:.4f}",
         f"{cell.bytes_per_user:,}",
     )
+
+
+def _values(cell: ShotSummary, metric: str) -> list[str]:
+    """Returns a metric's value, and of a metric of the table its interval."""
+    ends = cell.intervals.get(metric)
+    return [f"{cell.means[metric]:.4f}", *([] if ends is None else [f"{ends[0]:.4f} {ends[1]:.4f}"])]
 
 
 def standings(summary: Summary, reference: str | None = None) -> Table:
@@ -153,9 +161,13 @@ def _short(value: float, form: str) -> str:
 def findings(report: Report, adapted: str, unadapted: str) -> list[str]:
     """Returns sentences that say what adapting did, whichever way it went."""
     most = int(report.costs["shots"].max())
-    others = dict.fromkeys(report.costs["method"])
+    others = [name for name in dict.fromkeys(report.costs["method"]) if name != OwnLikeShare.name]
+    if len(report.values(adapted, most)) == 0:
+        return [*_pooled(report, adapted, most), *_left_out(report)]
     best = max(
-        (name for name in others if name not in (adapted, unadapted)), key=lambda name: report.values(name, most).mean()
+        (name for name in others if name not in (adapted, unadapted)),
+        key=lambda name: report.values(name, most).mean(),
+        default=report.baseline,
     )
     against = [
         ("its own K = 0", adapted, 0),
@@ -171,5 +183,20 @@ def findings(report: Report, adapted: str, unadapted: str) -> list[str]:
         lines.append(f"{adapted} at K = {most} against {label}: {gain:+.4f} AUC [{low:+.4f} {high:+.4f}], {verdict}")
     hurt = report.values(adapted, most) < report.values(adapted, 0)
     lines.append(f"adapting to {most} ratings lowered the AUC of {hurt.mean():.0%} of users")
-    lines += [f"{count} users left out: {reason}" for reason, count in report.left_out.items()]
-    return lines
+    return [*lines, *_pooled(report, adapted, most), *_left_out(report)]
+
+
+def _pooled(report: Report, method: str, shots: int) -> list[str]:
+    """Says what a pooled AUC is worth beside the row that only tells generous users from others."""
+    if POOLED not in report.metrics:
+        return []
+    value, (low, high) = report.of_table(method, shots, POOLED)
+    share, (share_low, share_high) = report.of_table(OwnLikeShare.name, shots, POOLED)
+    return [
+        f"pooled AUC at K = {shots}: {method} {value:.4f} [{low:.4f} {high:.4f}]; a score that is nothing but each "
+        f"user's own share of likes, which orders no user's items, {share:.4f} [{share_low:.4f} {share_high:.4f}]"
+    ]
+
+
+def _left_out(report: Report) -> list[str]:
+    return [f"{count} users left out: {reason}" for reason, count in report.left_out.items()]

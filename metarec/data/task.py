@@ -81,7 +81,7 @@ class SplitConfig(Section):
 class QueryConfig(Section):
     """How much of a user is held out, and what it is ranked among."""
 
-    max: int = Field(50, ge=2)
+    max: int = Field(50, ge=1)
     min: int = Field(5, ge=1)
     candidates: Candidates = "rated"
     sampled: int = Field(0, ge=0, description="unrated items per query, where candidates are 'sampled'")
