@@ -17,6 +17,7 @@ from torch import Tensor
 from metarec.data.episodes import Episode
 from metarec.data.interactions import Codes, Ratings
 from metarec.errors import UnknownItemError
+from metarec.threads import one_thread
 
 # Damping: pseudo-ratings that shrink a user's mean rating to the overall mean, when scores are turned into ratings.
 _USER_MEAN_DAMPING = 1.0
@@ -78,6 +79,7 @@ def check_codes(requests: Sequence[Request], items: int) -> None:
                 )
 
 
+@one_thread()
 def score_each(requests: Sequence[Request], items: int, values: Callable[[Request], ScoreArray]) -> list[Tensor]:
     """ScoreArray requests one by one.
 

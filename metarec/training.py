@@ -19,6 +19,7 @@ from metarec.meta.inner_loop import Loss, MetaState
 from metarec.meta.outer_loop import Trained, train
 from metarec.registries import ALGORITHMS, LOSSES
 from metarec.scorers.language.score import Batch, collate, head_solver, query_loss, support_loss
+from metarec.threads import one_thread
 
 
 def meta_train(
@@ -52,7 +53,8 @@ def meta_train(
             step=step,
             hidden=prepared.context.hidden,
         )
-        return _meta_gradient(prepared, config, meta, batch)
+        with one_thread(adapted_model(config, fitted.answer_model) is None):
+            return _meta_gradient(prepared, config, meta, batch)
 
     trained = train(
         fitted.meta,

@@ -101,15 +101,13 @@ def _measured(wanted: Sequence[Cell], out: Path, jobs: int, fresh: bool) -> Iter
 
 
 def _start_worker(threads: int) -> None:
-    # Limits hold for libraries that are loaded: NumPy, SciPy and scikit-learn bring a pool of threads each.
-    import scipy.linalg  # noqa: F401
+    # Limits hold for libraries that are loaded: scikit-learn brings a pool of threads too.
     import sklearn.utils  # noqa: F401
-    import torch
-    from threadpoolctl import threadpool_limits
+
+    from metarec.threads import use_threads
 
     os.environ[QUIET] = "1"
-    torch.set_num_threads(threads)
-    threadpool_limits(threads)
+    use_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -203,7 +203,9 @@ def _ordered_rows(interactions: Interactions, user: int, order: Order, seed: int
 
 
 def _first_of_each_item(interactions: Interactions, rows: Codes) -> Codes:
-    """Drops later ratings of an item that a user rated more than once."""
+    """Drops later ratings of an item that a user rated more than once; `rows` are all of one user."""
+    if len(rows) == 0 or interactions.items_of_user[interactions.user[rows[0]]] == len(rows):
+        return rows
     _, first = np.unique(interactions.item[rows], return_index=True)
     return rows if len(first) == len(rows) else rows[np.sort(first)]
 

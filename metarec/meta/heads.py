@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metarec.threads import one_thread
+
 
 @dataclass(frozen=True)
 class Support:
@@ -45,6 +47,7 @@ class ClosedFormHead:
     fit: Callable[[Support, Tensor], Tensor]
 
 
+@one_thread()
 def ridge_head(features: Tensor, targets: Tensor, real: Tensor, penalty: Tensor) -> Tensor:
     """Fits a ridge regression of a few targets on many features, by a linear system of the number of ratings.
 

@@ -19,6 +19,7 @@ from metarec.data.interactions import Codes, Ratings
 from metarec.recommender import MetaRecommender
 from metarec.scorers.language.linearized import Linearized, linearize
 from metarec.serve.items import longest
+from metarec.threads import use_threads
 
 # Users per batch: alone in the service, fifteen (and a padding row) in bulk. Larger batches serve more users a second
 # and make a single one wait longer. The number of ratings is padded to a multiple of four, eight at least.
@@ -149,5 +150,5 @@ def use_one_thread_per_batch(workers: int = 0) -> int:
         How many batches run at the same time.
     """
     workers = workers or torch.get_num_threads()
-    torch.set_num_threads(1)
+    use_threads(1)
     return workers

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +16,7 @@ from metarec.data.item_fields import MIN_ITEMS, FieldKind, choose_fields, number
 from metarec.scorers.collaborative.item_mean import ItemPrior, predict_unrated, smooth_by_text
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.text import unit_vectors
+from metarec.threads import one_thread
 
 _COMPONENTS = 128
 _NARROW = 48
@@ -73,12 +75,22 @@ def kernel_features(vectors: Floats) -> Floats:
     return features
 
 
+@one_thread()
 def principal_components(features: Floats, components: int) -> Floats:
     """Returns the first principal components of features, shape (items, components) or fewer."""
     from sklearn.decomposition import PCA
 
     narrow: Floats = PCA(min(components, *features.shape), random_state=0).fit_transform(features)
     return narrow
+
+
+@one_thread()
+def all_components(block: Floats) -> Floats:
+    """Returns all principal components of a block, the first ones first, shape (items, width)."""
+    wide = np.asarray(block, np.float64)
+    left, values, _ = np.linalg.svd(wide - wide.mean(0), full_matrices=False)
+    components: Floats = left * values
+    return components
 
 
 def item_features(catalog: Catalog, fields: Mapping[str, FieldKind] | None = None) -> dict[str, Floats]:
@@ -145,6 +157,11 @@ class Features:
     blocks: Mapping[str, Floats]
     text: Floats
     unrated: Floats | None = None
+
+    @cached_property
+    def principal(self) -> Mapping[str, Floats]:
+        """All principal components of every block, each of shape (items, width); the fits of all folds share them."""
+        return {name: all_components(block) for name, block in self.blocks.items()}
 
     def smoothed(self, prior: ItemPrior, seed: int) -> ItemPrior:
         """Returns item means shrunk towards their prediction from the features."""

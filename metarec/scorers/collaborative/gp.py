@@ -20,10 +20,12 @@ from torch import Tensor
 
 from metarec.data.interactions import Codes, Interactions, Ratings, Values
 from metarec.scorer import Request, score_each
-from metarec.scorers.collaborative.features import Features
+from metarec.scorers.collaborative.features import Features, all_components
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean, smooth_by_text
 from metarec.scorers.collaborative.residuals import Floats, Residuals
+from metarec.threads import one_thread
 
+_MEAN_DAMPING = 4.0
 _BIAS_SWEEPS = 6
 _BIAS_DAMPING = 3.0
 _SPREAD_DAMPING = 5.0
@@ -135,6 +137,7 @@ class GaussianProcess:
         )
 
 
+@one_thread()
 def fit_gp(
     interactions: Interactions,
     users: Codes,
@@ -149,8 +152,10 @@ def fit_gp(
     sweeps: int = 8,
     selection_effect: float = 4.0,
     selection_damping: float = 3.0,
-    mean_damping: float = 4.0,
+    mean_damping: float = _MEAN_DAMPING,
     seed: int = 0,
+    centred: CentredRatings | None = None,
+    principal: Mapping[str, Floats] | None = None,
 ) -> GaussianProcess:
     """Learns the items' means and covariance by variational expectation maximization.
 
@@ -170,6 +175,8 @@ def fit_gp(
         selection_damping: See `GaussianProcess`.
         mean_damping: Damping: pseudo-ratings that shrink an item's mean to its prediction.
         seed: Seed of the first loadings and of the folds that predict item means.
+        centred: What `centre_ratings` returns for the same arguments, where several processes are fitted.
+        principal: All principal components of the blocks, for the same reason.
 
     Raises:
         DataError: The users have no ratings, or all the same one.
@@ -177,11 +184,15 @@ def fit_gp(
     Source: the model is a Bayesian factor analysis with covariates (Bishop 1999, "Variational principal components",
     with automatic relevance of factors), used as a Gaussian process after Rasmussen and Williams 2006, section 2.2.
     """
-    baseline = fit_item_mean(interactions, users)
-    smooth = smooth or partial(_smooth_by_blocks, features, seed)
-    residuals, mean = _centred_means(interactions, users, baseline, smooth, mean_damping)
+    centred = centred or centre_ratings(
+        interactions, users, features, smooth=smooth, mean_damping=mean_damping, seed=seed
+    )
+    baseline, residuals, mean = centred.baseline, centred.residuals, centred.mean
     count = residuals.count
-    blocks = [*_feature_loadings(features, count, components), np.full((len(count), 1), np.sqrt(level_variance))]
+    blocks = [
+        *_feature_loadings(features, principal or {}, count, components),
+        np.full((len(count), 1), np.sqrt(level_variance)),
+    ]
     loadings, spread = _factor_analysis(residuals, blocks, factors, noise, factor_variance, sweeps, seed)
     effects = np.full(loadings.shape[1], selection_effect)
     effects[-1] = 0.0
@@ -195,6 +206,37 @@ def fit_gp(
         selection_effect=effects,
         selection_damping=selection_damping,
     )
+
+
+@dataclass(frozen=True)
+class CentredRatings:
+    """The part of a process's fit that depends neither on its factors nor on its components.
+
+    Args:
+        baseline: Mean and spread of the ratings.
+        residuals: Ratings around user bias and item mean, each without that rating.
+        mean: Expected rating of each item by an unknown user, shape (items,).
+    """
+
+    baseline: ItemPrior
+    residuals: Residuals
+    mean: Floats
+
+
+@one_thread()
+def centre_ratings(
+    interactions: Interactions,
+    users: Codes,
+    features: Mapping[str, Floats],
+    *,
+    smooth: Callable[[ItemPrior], ItemPrior] | None = None,
+    mean_damping: float = _MEAN_DAMPING,
+    seed: int = 0,
+) -> CentredRatings:
+    """Returns ratings around user biases and item means; see `fit_gp` for the arguments."""
+    baseline = fit_item_mean(interactions, users)
+    smooth = smooth or partial(_smooth_by_blocks, features, seed)
+    return CentredRatings(baseline, *_centred_means(interactions, users, baseline, smooth, mean_damping))
 
 
 def _smooth_by_blocks(features: Mapping[str, Floats], seed: int, prior: ItemPrior) -> ItemPrior:
@@ -234,14 +276,17 @@ def _centred_means(
     return residuals, prior.values(np.arange(len(count))).astype(np.float64)
 
 
-def _feature_loadings(features: Mapping[str, Floats], count: Codes, components: int) -> list[Floats]:
+def _feature_loadings(
+    features: Mapping[str, Floats], principal: Mapping[str, Floats], count: Codes, components: int
+) -> list[Floats]:
     """Returns every block scaled to `_FIRST_VARIANCE`, and the log number of an item's ratings as one more block."""
     blocks = []
-    for block in (*features.values(), np.log1p(count)[:, None] - np.log1p(count).mean()):
+    log_count = np.log1p(count)[:, None] - np.log1p(count).mean()
+    for name, block in (*features.items(), ("number of ratings", log_count)):
         narrow = np.asarray(block, np.float64)
         if narrow.shape[1] > components:
-            left, values, _ = np.linalg.svd(narrow - narrow.mean(0), full_matrices=False)
-            narrow = left[:, :components] * values[:components]
+            found = principal[name] if name in principal else all_components(block)
+            narrow = found[:, :components]
         blocks.append(narrow * np.sqrt(_FIRST_VARIANCE / max((narrow**2).sum(1).mean(), 1e-12)))
     return blocks
 
@@ -306,10 +351,30 @@ def _inverse(matrices: Floats) -> Floats:
     return inverse
 
 
+def fit_processes(
+    interactions: Interactions, users: Codes, features: Features, *options: Mapping[str, Any], seed: int
+) -> list[GaussianProcess]:
+    """Fits Gaussian processes on features, one for each of the `options`, which are `fit_gp`'s."""
+    smooth = None if features.unrated is None else partial(features.smoothed, seed=seed)
+    centre = partial(centre_ratings, interactions, users, features.blocks, smooth=smooth, seed=seed)
+    dampings = [one.get("mean_damping", _MEAN_DAMPING) for one in options]
+    made = {damping: centre(mean_damping=damping) for damping in sorted(set(dampings))}
+    return [
+        fit_gp(
+            interactions,
+            users,
+            features.blocks,
+            seed=seed,
+            centred=made[damping],
+            principal=features.principal,
+            **one,
+        )
+        for one, damping in zip(options, dampings, strict=True)
+    ]
+
+
 def fit_process(
     interactions: Interactions, users: Codes, features: Features, *, seed: int, **options: Any
 ) -> GaussianProcess:
-    """Fits a Gaussian process on features; `options` are `fit_gp`'s."""
-    if features.unrated is not None:
-        options = {"smooth": lambda prior: features.smoothed(prior, seed), **options}
-    return fit_gp(interactions, users, features.blocks, seed=seed, **options)
+    """Fits one Gaussian process on features; `options` are `fit_gp`'s."""
+    return fit_processes(interactions, users, features, options, seed=seed)[0]

@@ -17,6 +17,7 @@ import torch
 
 from metarec.data.interactions import Codes, Interactions, Ratings, Values
 from metarec.errors import DataError
+from metarec.threads import one_thread
 
 # Imported where it fits something: a saved recommender serves without it.
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ def _strength(ratings: np.ndarray, items: np.ndarray, count: np.ndarray, centre:
     return float(np.clip(within / max(spread - noise, 1e-3), 0.5, 1e3))
 
 
+@one_thread()
 def smooth_by_text(prior: ItemPrior, states: np.ndarray, seed: int) -> ItemPrior:
     """Shrinks item means towards a ridge regression on the items' text instead of towards the global mean.
 
@@ -187,6 +189,7 @@ def _gaussian_kernel(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.exp(-_UNRATED_MEAN_GAMMA * squares.clamp(min=0))
 
 
+@one_thread()
 def extend_by_text(prior: ItemPrior, states: np.ndarray, new: np.ndarray) -> ItemPrior:
     """Adds unrated items; their prior is the prediction of `smooth_by_text`.
 

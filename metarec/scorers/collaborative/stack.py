@@ -19,7 +19,7 @@ from metarec.data.interactions import Codes, Flags, Interactions, Ratings, Value
 from metarec.progress import progress
 from metarec.scorer import Request, score_each
 from metarec.scorers.collaborative.features import Features
-from metarec.scorers.collaborative.gp import GaussianProcess, fit_process
+from metarec.scorers.collaborative.gp import GaussianProcess, fit_processes
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
 from metarec.scorers.collaborative.kernel_learning import aligned, learn_kernel_update, step_schedule
 from metarec.scorers.collaborative.residuals import Floats
@@ -136,16 +136,14 @@ def fit_members(
     """
     if settings.members == "none":
         return ()
-    process = fit_process(interactions, users, features, seed=seed, **settings.gp.model_dump())
-    if settings.members == "gp":
-        return (process,)
-    ridge = fit_text_ridge(prior, features.text)
-    if features.unrated is not None:
-        return process, ridge
-    stack = settings.stack
-    narrow = {"factors": 1, "sweeps": stack.narrow_sweeps, "components": stack.narrow_components}
-    single = fit_process(interactions, users, features, seed=seed, **{**settings.gp.model_dump(), **narrow})
-    return process, single, ridge
+    options = [settings.gp.model_dump()]
+    if settings.members == "stack" and features.unrated is None:
+        stack = settings.stack
+        narrow = {"factors": 1, "sweeps": stack.narrow_sweeps, "components": stack.narrow_components}
+        options.append({**options[0], **narrow})
+    processes = fit_processes(interactions, users, features, *options, seed=seed)
+    ridge = [fit_text_ridge(prior, features.text)] if settings.members == "stack" else []
+    return *processes, *ridge
 
 
 @dataclass(frozen=True)

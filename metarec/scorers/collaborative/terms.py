@@ -9,6 +9,7 @@ from metarec.data.interactions import Codes, Ratings, Values
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.stack import Stacked
 from metarec.scorers.term import AddedItems, CrossFitted, ScoreTerm, TermContext
+from metarec.threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class CollaborativeTerm:
 
     stack: Stacked
 
+    @one_thread()
     def values(self, supports: Sequence[Ratings], items: Sequence[Codes]) -> list[Values]:
         """See `Term.values`."""
         return [
@@ -47,6 +49,7 @@ class CollaborativeTerm:
             for support, codes in zip(supports, items, strict=True)
         ]
 
+    @one_thread()
     def leave_one_out(self, supports: Sequence[Ratings]) -> list[Values]:
         """See `Term.leave_one_out`."""
         return [self.stack.leave_one_out(support) - self.stack.prior.values(support.items) for support in supports]

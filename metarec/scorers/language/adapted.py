@@ -21,6 +21,7 @@ from metarec.scorers.language.linearized import Linearized
 from metarec.scorers.language.score import HEAD, Batch, head_solver, rated_batch, score_adapted, support_loss
 from metarec.scorers.term import Term
 from metarec.tensors import expand_users
+from metarec.threads import one_thread
 
 # Larger batches need more memory and are not faster per user.
 USERS_AT_ONCE = 16
@@ -149,7 +150,8 @@ class MetaScorer:
         )
         first = None if linearized is None else inner(linearized=linearized)
         steps = self.inner.steps if batch.real.shape[1] and self.meta.log_rate else 0
-        return adapt(self.meta, inner(), len(batch.real), steps, rate_scale=self.rate_scale, first=first)
+        with one_thread(self.answer_model is None):
+            return adapt(self.meta, inner(), len(batch.real), steps, rate_scale=self.rate_scale, first=first)
 
     def _solve(self, batch: Batch, head: ClosedFormHead, answer_model: AnswerModel) -> Adapted:
         users = len(batch.real)

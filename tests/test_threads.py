@@ -1,0 +1,88 @@
+"""One thread for small matrices: inside for every library, outside as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import numpy as np
+import pytest
+import scipy.linalg  # noqa: F401  its BLAS is another one than NumPy's
+import torch
+from threadpoolctl import ThreadpoolController
+
+from metarec.threads import one_thread, use_threads
+
+
+def blas() -> set[int]:
+    return {library["num_threads"] for library in ThreadpoolController().select(user_api="blas").info()}
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads(), min(blas())
+    use_threads(2)
+    yield
+    use_threads(before[1])
+    torch.set_num_threads(before[0])
+
+
+def test_inside_every_library_has_one_thread_and_afterwards_what_it_had() -> None:
+    before = torch.get_num_threads(), blas()
+    with one_thread():
+        assert (torch.get_num_threads(), blas()) == (1, {1})
+        with one_thread():
+            pass
+        assert (torch.get_num_threads(), blas()) == (1, {1})
+    assert (torch.get_num_threads(), blas()) == before
+
+
+def test_an_error_inside_restores_the_threads_too() -> None:
+    before = torch.get_num_threads(), blas()
+    with pytest.raises(np.linalg.LinAlgError), one_thread():
+        np.linalg.inv(np.zeros((2, 2)))
+    assert (torch.get_num_threads(), blas()) == before
+
+
+def test_the_first_of_two_callers_to_leave_does_not_take_the_limit_from_the_other() -> None:
+    before, both, left = blas(), Barrier(2), Barrier(2)
+
+    def first() -> None:
+        with one_thread():
+            both.wait(10)
+        left.wait(10)
+
+    def second() -> tuple[int, set[int]]:
+        with one_thread():
+            both.wait(10)
+            left.wait(10)
+            return torch.get_num_threads(), blas()
+
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(first)
+        assert pool.submit(second).result(20) == (1, {1})
+    assert blas() == before
+
+
+def test_a_decorated_function_keeps_the_gradient_and_the_limit() -> None:
+    @one_thread()
+    def solve(matrix: torch.Tensor) -> torch.Tensor:
+        assert torch.get_num_threads() == 1
+        return torch.linalg.solve(matrix, torch.ones(2))
+
+    matrix = torch.eye(2, requires_grad=True)
+    solve(matrix).sum().backward()  # type: ignore[no-untyped-call]
+    assert matrix.grad is not None
+    assert torch.get_num_threads() == 2
+
+
+def test_where_it_is_not_wanted_nothing_changes() -> None:
+    before = torch.get_num_threads(), blas()
+    with one_thread(wanted=False):
+        assert (torch.get_num_threads(), blas()) == before
+
+
+def test_a_process_can_be_set_to_a_number_of_threads() -> None:
+    use_threads(1)
+    assert (torch.get_num_threads(), blas()) == (1, {1})
