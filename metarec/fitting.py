@@ -25,15 +25,9 @@ from metarec.meta.heads import ClosedFormHead
 from metarec.meta.inner_loop import MetaState
 from metarec.registries import ADAPTER_KINDS, ALGORITHMS, TERMS
 from metarec.scorer import Scorer
-from metarec.scorers.collaborative.features import (
-    Features,
-    item_features,
-    state_vectors,
-    unrated_features,
-)
+from metarec.scorers.collaborative.features import Features, item_features, state_vectors, unrated_features
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.residuals import Floats
-from metarec.scorers.collaborative.stack import fit_stack
 from metarec.scorers.collaborative.terms import CollaborativeTerm
 from metarec.scorers.collaborative.text import unit_vectors
 from metarec.scorers.collaborative.trivial import ItemMean
@@ -43,6 +37,7 @@ from metarec.scorers.language.item_vectors import hidden_state_vectors, text_vec
 from metarec.scorers.language.score import initial_state
 from metarec.scorers.language.zero_shot import ZeroShot
 from metarec.scorers.term import ADAPTER_TERM, CrossFitted, ScoreTerm, Term, TermContext
+from metarec.stack_files import cached_stack
 
 _LOG = logging.getLogger(__name__)
 
@@ -116,7 +111,7 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
     collaborative = config.collaborative
     if "collaborative" not in config.score:
         collaborative = collaborative.model_copy(update={"members": "none"})
-    stack = fit_stack(
+    stack = cached_stack(
         data.interactions,
         data.parts["train"],
         collaborative_features(answer_model, catalog, config, data.task),
