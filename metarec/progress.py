@@ -1,9 +1,14 @@
-"""Progress bars with an ETA on standard error, so that standard output stays the result alone."""
+"""Progress bars with an ETA on standard error, so that standard output stays the result alone.
+
+Where standard error is no terminal, but a log file say, a line every fifteen seconds says what is being done, how much
+of it is, and how long the rest takes, however long a single unit of the work is.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +19,7 @@ if TYPE_CHECKING:
 
 # Set in the environment of a process that works beside others, whose bars would write over each other.
 QUIET = "METAREC_NO_PROGRESS"
-_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_LINES = 15.0
 
 
 class Advance(Protocol):
@@ -27,44 +32,78 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(description: str, total: float, *, after: float = 0.0) -> Iterator[Advance]:
-    """Shows a bar with elapsed and remaining time while the body runs.
+    """Shows a bar with elapsed and remaining time while the body runs, or lines where there is no terminal.
 
     Args:
         description: What is being done.
         total: Units of work in all.
         after: Seconds before a bar appears; work that is done by then shows none.
     """
-    bars: Progress | None = None
-    started = said = time.monotonic()
-
-    def show_when_due(now: float) -> None:
-        nonlocal bars
-        # Made when it is due: what is done in milliseconds should not wait for a bar that it never shows.
-        if bars is None and now - started >= after:
-            bars = _bars()
-            bars.add_task(description, total=total, note="")
-            bars.tasks[0].start_time = started
-            bars.start()
-
-    def advance(done: float, note: str = "") -> None:
-        nonlocal said
-        now = time.monotonic()
-        show_when_due(now)
-        if bars is None:
-            return
-        bars.update(bars.task_ids[0], completed=done, note=note)
-        # A log file shows no moving bar: it gets a line every few seconds.
-        if not bars.console.is_terminal and now - said > _SECONDS_BETWEEN_LINES and 0 < done < total:
-            said = now
-            left = (now - started) * (total - done) / done
-            bars.console.print(f"{description}: {done / total:.0%}, {left:.0f} s left  {note}", highlight=False)
-
-    show_when_due(started)
+    shown = _Shown(description, total)
+    over = threading.Event()
+    if after <= 0:
+        shown.show()
+    watcher = None
+    if not os.environ.get(QUIET):
+        watcher = threading.Thread(target=shown.watch, args=(over, after), daemon=True)
+        watcher.start()
     try:
-        yield advance
+        yield shown.advance
     finally:
-        if bars is not None:
-            bars.stop()
+        over.set()
+        if watcher is not None:
+            watcher.join()
+        shown.stop()
+
+
+class _Shown:
+    """What is shown of one piece of work, by the thread that does it and by one that watches it."""
+
+    def __init__(self, description: str, total: float) -> None:
+        self._description, self._total = description, total
+        self._started = time.monotonic()
+        self._done, self._note = 0.0, ""
+        self._bars: Progress | None = None
+        self._lock = threading.Lock()
+
+    def show(self) -> Progress:
+        """Makes the bar when it is due: work of milliseconds should not wait for a bar that it never shows."""
+        with self._lock:
+            if self._bars is None:
+                bars = _bars()
+                task = bars.add_task(self._description, total=self._total, note=self._note)
+                bars.update(task, completed=self._done)
+                bars.tasks[0].start_time = self._started
+                bars.start()
+                self._bars = bars
+            return self._bars
+
+    def advance(self, done: float, note: str = "") -> None:
+        self._done, self._note = done, note
+        if self._bars is not None:
+            self._bars.update(self._bars.task_ids[0], completed=done, note=note)
+
+    def watch(self, over: threading.Event, after: float) -> None:
+        """Shows the bar when it is due, and says how far the work is where no bar is seen moving."""
+        if after > 0 and over.wait(after):
+            return
+        console = self.show().console
+        while not console.is_terminal and not over.wait(_SECONDS_BETWEEN_LINES):
+            console.print(self._line(), highlight=False)
+
+    def _line(self) -> str:
+        done, passed = self._done, time.monotonic() - self._started
+        share = done / self._total if self._total else 1.0
+        rest = f"{_duration(passed / share - passed)} left" if share > 0 else f"{_duration(passed)} so far"
+        return f"{self._description}: {share:.0%}, {rest}  {self._note}".rstrip()
+
+    def stop(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _bars() -> Progress:

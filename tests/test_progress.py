@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
 from metarec import progress as module
@@ -25,3 +28,36 @@ def test_a_bar_says_what_is_done_and_how_much_of_it(
     assert written.out == ""
     assert "slow" in written.err
     assert "3/3" in written.err
+
+
+def test_without_a_terminal_lines_say_share_and_rest_however_long_a_unit_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(QUIET, raising=False)
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LINES", 0.01)
+
+    def line_with(text: str) -> str:
+        written, until = "", time.monotonic() + 20
+        while text not in written and time.monotonic() < until:
+            written += capsys.readouterr().err
+            time.sleep(0.01)
+        return next(line for line in written.splitlines() if text in line)
+
+    with progress("slow", 4, after=0.01) as advance:
+        assert "so far" in line_with("slow: 0%")
+        advance(1, "loss 0.5")
+        line = line_with("slow: 25%")
+    assert "left" in line
+    assert "loss 0.5" in line
+
+
+def test_nothing_is_said_once_the_work_is_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(QUIET, raising=False)
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LINES", 0.01)
+    before = threading.active_count()
+    with pytest.raises(KeyError), progress("slow", 4, after=60.0):
+        raise KeyError
+    assert threading.active_count() == before
+    assert capsys.readouterr().err == ""
