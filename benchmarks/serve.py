@@ -115,7 +115,7 @@ def smaller(checkpoint: Path, items: int, out: Path) -> Path:
     catalog = Catalog(tuple(fitted.catalog.ids[code] for code in chosen), fields)
     columns = {name: getattr(fitted.prior, name)[chosen] for name in ("total", "count", "centre")}
     answer_model = catalog_answer_model(full.backbone, full.config, fitted.task.template, catalog)
-    _ = answer_model.frozen_log_odds
+    _ = answer_model.states
     prior = replace(fitted.prior, **columns)
     stack = fitted.terms["collaborative"].stack
     members = tuple(of_items(member, chosen, prior) for member in stack.members)

@@ -13,7 +13,7 @@ from small_adapters import both, placement_of, random_state, some_items
 
 from metarec.errors import ConfigError
 from metarec.lm.adapter_kinds import Placement
-from metarec.lm.answer_model import open_answer_model
+from metarec.lm.answer_model import AnswerModel, open_answer_model
 from metarec.lm.backbone import Backbone
 from metarec.lm.cached_forward import CachedForward
 from metarec.lm.placement import check_placement
@@ -47,7 +47,7 @@ def test_the_cached_forward_matches_the_whole_model(
     assert (adapted - frozen).abs().max() > 1e-3, "the adapter must matter, or the test says nothing"
     torch.testing.assert_close(fast.log_odds(fast.gather(items), None), frozen, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(fast.log_odds(fast.gather(items), state), adapted, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(fast.frozen_log_odds[items], frozen, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fast.frozen_log_odds(items.numpy()), frozen, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("family", "active"), CASES)
@@ -191,47 +191,91 @@ def test_gpt2_adapters_have_the_shape_that_peft_gives_them(backbone: Backbones, 
         assert wrapped[f"base_model.model.{name}.lora_B.default.weight"].shape == (rows, 2)
 
 
-def test_an_interrupted_cache_build_goes_on_where_it_stopped(
+def everything(forward: CachedForward) -> torch.Tensor:
+    return forward.frozen_states(np.arange(len(forward.prompts.tokens)))
+
+
+def spied(monkeypatch: pytest.MonkeyPatch, fail_after: int = 1_000_000) -> list[int]:
+    """Returns the items that are read from now on; reading stops like Ctrl-C after so many."""
+    read_block = CachedForward._read_block
+    read: list[int] = []
+
+    def recording(forward: CachedForward, items: np.ndarray) -> dict[str, np.ndarray]:
+        if len(read) >= fail_after:
+            raise KeyboardInterrupt
+        read.extend(items.tolist())
+        return read_block(forward, items)
+
+    monkeypatch.setattr(CachedForward, "_read_block", recording)
+    return read
+
+
+def test_an_item_is_read_when_it_is_first_asked_for_and_never_again(
     backbone: Backbones, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("METAREC_CACHE", str(tmp_path))
-    monkeypatch.setattr("metarec.lm.cache.BLOCK_ITEMS", 2)
+    model, texts = backbone("llama"), prompts("llama")
+    forward = CachedForward(model, texts, placement_of(model, texts, 1))
+    read = spied(monkeypatch)
+    forward.gather(torch.tensor([[3, 5], [5, 3]]))
+    assert sorted(read) == [3, 5]
+    CachedForward(model, texts, placement_of(model, texts, 1)).gather(torch.tensor([[3, 5, 7]]))
+    assert sorted(read) == [3, 5, 7]
+
+
+def test_an_interrupted_reading_goes_on_where_it_stopped(
+    backbone: Backbones, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("METAREC_CACHE", str(tmp_path))
+    monkeypatch.setattr("metarec.lm.item_cache.BLOCK_ITEMS", 2)
     model, texts = backbone("llama"), prompts("llama")
     placed = placement_of(model, texts, 2)
-    whole = CachedForward(model, texts, placed).frozen_states()
+    whole = everything(CachedForward(model, texts, placed))
     monkeypatch.setenv("METAREC_CACHE", str(tmp_path / "second"))
-    build_block = CachedForward._build_block
-    built: list[int] = []
-
-    def interrupted(forward: CachedForward, items: np.ndarray, *into: object) -> None:
-        if len(built) == 36:
-            raise KeyboardInterrupt
-        built.extend(items.tolist())
-        build_block(forward, items, *into)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(CachedForward, "_build_block", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        CachedForward(model, texts, placed).frozen_states()
-    before = list(built)
-    built.clear()
-    torch.testing.assert_close(CachedForward(model, texts, placed).frozen_states(), whole)
-    assert set(before[:32]).isdisjoint(built), "blocks that were marked as done are not computed again"
+    with monkeypatch.context() as interrupted:
+        before = spied(interrupted, fail_after=36)
+        with pytest.raises(KeyboardInterrupt):
+            everything(CachedForward(model, texts, placed))
+    after = spied(monkeypatch)
+    torch.testing.assert_close(everything(CachedForward(model, texts, placed)), whole)
+    assert len(before) == 36
+    assert set(before).isdisjoint(after), "items that were kept are not read again"
 
 
-def test_a_damaged_cache_is_built_again(
-    backbone: Backbones, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("active", [1, None])
+def test_damaged_items_are_read_again(
+    active: int | None, backbone: Backbones, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Bit for bit where machine, shapes and number of threads are the same; hence a cache that no other test filled."""
     monkeypatch.setenv("METAREC_CACHE", str(tmp_path))
     model, texts = backbone("llama"), prompts("llama")
-    placed = replace(placement_of(model, texts, 1), rank=3)
+    placed = replace(placement_of(model, texts, active), rank=3)
     forward = CachedForward(model, texts, placed)
-    whole = forward.frozen_states()
-    file = forward.path / "frozen.npy"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    torch.testing.assert_close(CachedForward(model, texts, placed).frozen_states(), whole, atol=0, rtol=0)
+    whole = everything(forward)
+    files = sorted(forward.path.glob("*.rows"))
+    assert len(files) >= 2
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        with monkeypatch.context() as patched:
+            read = spied(patched)
+            torch.testing.assert_close(everything(CachedForward(model, texts, placed)), whole, atol=1e-5, rtol=1e-4)
+        assert 1 <= len(read) <= 2
+
+
+def test_keys_and_values_in_fewer_bytes_change_log_odds_little(backbone: Backbones, prompts: Prompts) -> None:
+    model, texts = backbone("llama"), prompts("llama")
+    placed = placement_of(model, texts, 1)
+    exact = AnswerModel(model, texts, placed, CachedForward(model, texts, placed))
+    items, state = some_items(), random_state(exact.spec, 3)
+    expected = exact.log_odds(exact.gather(items), state)
+    for kept, most in (("float16", 0.01), ("int8", 0.1)):
+        rounded = AnswerModel(model, texts, placed, CachedForward(model, texts, placed, kept=kept))  # type: ignore[arg-type]
+        found = rounded.log_odds(rounded.gather(items), state)
+        error = (found - expected).abs().max() / expected.std()
+        assert 0 < error < most, kept
+        frozen = rounded.log_odds(rounded.gather(items), None)
+        torch.testing.assert_close(rounded.frozen_log_odds(items.numpy()), frozen, atol=1e-5, rtol=1e-4)
 
 
 def test_caches_of_different_content_have_different_names(backbone: Backbones, prompts: Prompts) -> None:
@@ -246,9 +290,9 @@ def test_caches_of_different_content_have_different_names(backbone: Backbones, p
     ]
     assert len({forward.path for forward in forwards}) == len(forwards)
     assert forwards[0].path == CachedForward(model, texts, replace(placed, rank=3)).path
-    exact, other = forwards[0].frozen_states(), forwards[2].frozen_states()
+    exact, other = everything(forwards[0]), everything(forwards[2])
     torch.testing.assert_close(other, exact, atol=1e-5, rtol=1e-4)
-    assert not torch.equal(forwards[1].frozen_states(), exact), "the adapted blocks ran in bfloat16"
+    assert not torch.equal(everything(forwards[1]), exact), "the adapted blocks ran in bfloat16"
 
 
 def test_prompts_beyond_what_the_blocks_are_exact_for_are_read_by_the_whole_model(

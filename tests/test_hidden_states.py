@@ -64,7 +64,7 @@ def test_an_interrupted_reading_goes_on_where_it_stopped(
     model, texts = backbone("llama"), [f"a good movie {'? ' * (place % 7)}" for place in range(40)]
     whole = mean_hidden_states(model, texts)
     monkeypatch.setenv("METAREC_CACHE", str(tmp_path / "second"))
-    monkeypatch.setattr("metarec.lm.cache.BLOCK_ITEMS", 2)
+    monkeypatch.setattr("metarec.lm.item_cache.BLOCK_ITEMS", 2)
     read, rows = hidden_states._mean_states, []
 
     def interrupted(model: Backbone, tokens: list[list[int]], blocks: int) -> torch.Tensor:
@@ -78,7 +78,7 @@ def test_an_interrupted_reading_goes_on_where_it_stopped(
         mean_hidden_states(model, texts)
     rows.clear()
     torch.testing.assert_close(mean_hidden_states(model, texts), whole, rtol=1e-4, atol=1e-5)  # other blocks
-    assert len(rows) == 8, "the 32 texts that were marked as done are not read again"
+    assert len(rows) == 4, "the 36 texts that were read are not read again"
 
 
 def test_the_sentence_names_items_as_people_do(backbone: Backbones, monkeypatch: pytest.MonkeyPatch) -> None:

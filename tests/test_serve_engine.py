@@ -281,7 +281,7 @@ def test_an_added_item_scores_as_if_it_had_always_been_there(engine: Engine, rec
     assert isinstance(answer_model, ExtendedAnswerModel)
     assert len(answer_model.segments) == 2
     torch.testing.assert_close(answer_model.states[40], answer_model.states[7], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(answer_model.frozen_log_odds[40], answer_model.frozen_log_odds[7], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(*answer_model.frozen_log_odds(np.array([40, 7])), atol=1e-5, rtol=1e-4)
     person = rate(engine, "ann", (*LOVES_DRAMA, ("n0", 4.0)))
     # What the ratings of others say differs, for nobody has rated the twin; what the model reads does not.
     prior, state = engine.recommender.fitted.prior.values(np.array([40, 7])), person.adapted.state

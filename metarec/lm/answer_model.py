@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from metarec.lm.tokenized import CatalogPrompts
 _LOG = logging.getLogger(__name__)
 # An encoder has no answer words of its own: its log-odds are a difference of cosines, sharpened like CLIP's.
 _ENCODER_SHARPNESS = 20.0
+_SAMPLE_ITEMS = 256
 
 
 @dataclass(frozen=True)
@@ -86,30 +88,42 @@ class AnswerModel:
         return self.forward.last_states(item_batch, adapters)
 
     def features(self, states: Tensor) -> Tensor:
-        """Returns states around the catalog's frozen mean, so that a frozen item has length one on average."""
+        """Returns states around the sample's frozen mean, so that a frozen item has length one on average."""
         centre, length = self.frozen_moments
         return (states - centre) / length
 
     @cached_property
+    def _sample(self) -> np.ndarray:
+        """Items that stand for the catalog: a mean over them needs no reading of all others, shape (items,)."""
+        items = len(self.prompts.tokens)
+        drawn = np.random.default_rng(0).choice(items, min(items, _SAMPLE_ITEMS), replace=False)
+        return np.sort(drawn)
+
+    @cached_property
     def frozen_moments(self) -> tuple[Tensor, Tensor]:
-        """The catalog's mean frozen state, shape (hidden,), and the root mean square length around it, a scalar."""
-        centre = self.states.mean(0)
-        return centre, (self.states - centre).square().sum(1).mean().sqrt()
+        """A sample's mean frozen state, shape (hidden,), and the root mean square length around it, a scalar."""
+        states = self.frozen_states(self._sample)
+        centre = states.mean(0)
+        return centre, (states - centre).square().sum(1).mean().sqrt()
 
-    @cached_property
+    @property
     def states(self) -> Tensor:
-        """Every item's state under the frozen model, shape (catalog, hidden)."""
-        return self.forward.frozen_states()
+        """Every item's state under the frozen model, shape (catalog, hidden); reads the whole catalog."""
+        return self.frozen_states(np.arange(len(self.prompts.tokens)))
 
-    @cached_property
-    def frozen_log_odds(self) -> Tensor:
-        """Every item's log-odds under the frozen model, shape (catalog,)."""
-        return self.answer(self.states)
+    def frozen_states(self, items: np.ndarray) -> Tensor:
+        """Returns the states of some items under the frozen model, shape (items, hidden)."""
+        return self.forward.frozen_states(items)
+
+    def frozen_log_odds(self, items: np.ndarray) -> Tensor:
+        """Returns the log-odds of items under the frozen model, of the items' shape."""
+        asked, places = np.unique(items, return_inverse=True)
+        return self.answer(self.frozen_states(asked))[torch.from_numpy(places.reshape(np.shape(items)))]
 
     @cached_property
     def frozen_mean(self) -> Tensor:
-        """Mean of the catalog's log-odds under the frozen model, a scalar."""
-        return self.frozen_log_odds.mean()
+        """Mean of a sample's log-odds under the frozen model, a scalar."""
+        return self.frozen_log_odds(self._sample).mean()
 
     @cached_property
     def _answer_axis(self) -> tuple[Tensor, Tensor]:

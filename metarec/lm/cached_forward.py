@@ -1,12 +1,12 @@
 """Runs only the adapted layers, over a cache of what no adapter changes.
 
-The states that enter the adapted layers, and for activated LoRA also the item tokens' keys and values, lie in
-memory-mapped files and are computed once per catalog.
+The states that enter the adapted layers, and for activated LoRA also the item tokens' keys and values, are computed
+once per item, when it is first asked for, and lie in memory-mapped files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,29 +20,30 @@ from metarec.artifacts import cache_dir, content_hash
 from metarec.lm.adapter_kinds import Adapters, Placement
 from metarec.lm.backbone import Backbone
 from metarec.lm.blocks import KeyValues, Places, pick, within
-from metarec.lm.cache import Arrays, fill_cache
 from metarec.lm.families import Block, BlockModel
-from metarec.lm.forward import ItemBatch, all_frozen_states, pool
+from metarec.lm.forward import ItemBatch, pool
+from metarec.lm.item_cache import ItemCache, Rows, read_missing
 from metarec.lm.packing import PADDING, PREFIX, Packed, pack
+from metarec.lm.precision import Precision, to_int8
 from metarec.lm.tokenized import CatalogPrompts
 
 _KIND = "forward"
 
 
 class _Ragged:
-    """Rows of different lengths in one flat array: item i owns rows ``offsets[i]`` to ``offsets[i + 1]``."""
+    """Rows of different numbers per item: item i owns ``flat[starts[i] : starts[i] + lengths[i]]``."""
 
-    def __init__(self, flat: np.ndarray, lengths: np.ndarray) -> None:
+    def __init__(self, flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
         self.flat = flat
+        self.starts = starts
         self.lengths = lengths
-        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
 
     def padded(self, items: np.ndarray) -> tuple[Tensor, Tensor]:
         """Returns padded rows, shape (items, longest, ...), and True where a row is real."""
         lengths = self.lengths[items]
         steps = np.arange(max(int(lengths.max(initial=0)), 1))
         real = steps < lengths[:, None]
-        rows = np.where(real, self.offsets[items][:, None] + steps, 0)
+        rows = np.where(real, self.starts[items][:, None] + steps, 0)
         return torch.from_numpy(self.flat[rows]), torch.from_numpy(real)
 
     def packed(self, items: np.ndarray, prefix: int) -> tuple[Tensor, Packed]:
@@ -56,7 +57,7 @@ class _Ragged:
         rows_each = len(layout.owner) // len(items)
         per_row = layout.last.shape[1]
         begins = np.zeros((len(items), rows_each * per_row), np.int64)
-        begins[:, : items.shape[1]] = self.offsets[items]
+        begins[:, : items.shape[1]] = self.starts[items]
         begins = begins.reshape(len(layout.owner), per_row)
         rows = np.take_along_axis(begins, np.maximum(layout.owner, 0), 1) + layout.offset
         return torch.from_numpy(self.flat[np.where(layout.owner >= 0, rows, 0)]), layout
@@ -71,12 +72,14 @@ class CachedForward:
         prompts: The catalog's prompts.
         placement: Where the adapters sit.
         block_dtype: Precision of the adapted blocks' frozen weights; None keeps the backbone's.
+        kept: Precision in which activated LoRA's frozen keys and values are kept; float64 models keep float64.
     """
 
     backbone: Backbone
     prompts: CatalogPrompts
     placement: Placement
     block_dtype: torch.dtype | None = None
+    kept: Precision = "float32"
 
     @property
     def _model(self) -> BlockModel:
@@ -106,11 +109,6 @@ class CachedForward:
         return np.full(len(self._lengths), active) if active is not None else self._lengths - self._shared
 
     @property
-    def _frozen_lengths(self) -> np.ndarray:
-        lengths: np.ndarray = self._lengths - self._shared - self._active_lengths
-        return lengths
-
-    @property
     def _shared(self) -> int:
         # A bidirectional model's prefix sees the item, so nothing of it can be shared.
         return self.prompts.prefix if self._model.causal else 0
@@ -127,46 +125,51 @@ class CachedForward:
                 "active_tokens": self.placement.active_tokens,
                 "shared": self._shared,
                 "block_dtype": None if self.block_dtype is None else str(self.block_dtype),
+                "kept": self._kept,
             }
         )
         return cache_dir() / _KIND / key
 
     @cached_property
-    def _cache(self) -> tuple[_Ragged, _Ragged]:
-        self._build()
-        active = np.load(self.path / "active.npy", mmap_mode="r", allow_pickle=False)
-        frozen = np.load(self.path / "frozen.npy", mmap_mode="r", allow_pickle=False)
-        return self._ragged({"active": active, "frozen": frozen})
+    def _kept(self) -> str:
+        return "float64" if self._dtype == torch.float64 else self.kept
 
-    def _ragged(self, arrays: Arrays) -> tuple[_Ragged, _Ragged]:
-        return _Ragged(arrays["active"], self._active_lengths), _Ragged(arrays["frozen"], self._frozen_lengths)
+    @cached_property
+    def _frozen_lengths(self) -> np.ndarray:
+        if not self._frozen_tail:
+            return np.zeros_like(self._lengths)
+        lengths: np.ndarray = self._lengths - self._shared - self._active_lengths
+        return lengths
 
-    def frozen_states(self) -> Tensor:
+    @cached_property
+    def _cache(self) -> ItemCache:
+        exact = "float64" if self._dtype == torch.float64 else "float32"
+        ones = np.ones_like(self._lengths)
+        arrays = {
+            "active": Rows(self._active_lengths, (self.backbone.hidden_size,), exact),
+            "states": Rows(ones, (self.backbone.hidden_size,), exact),
+        }
+        if self._frozen_tail:
+            block = self._model.blocks[0]
+            heads = (self.placement.layers, 2, block.kv_heads)
+            arrays["frozen"] = Rows(self._frozen_lengths, (*heads, block.head_dim), self._kept)
+            if self._kept == "int8":
+                arrays["scales"] = Rows(self._frozen_lengths, heads, "float16")
+        return ItemCache(self.path, arrays)
+
+    def frozen_states(self, items: np.ndarray) -> Tensor:
         """See `Forward.frozen_states`."""
-        _ = self._cache
-        return torch.from_numpy(np.load(self.path / "states.npy", allow_pickle=False)).to(self.backbone.device)
+        self._read(items)
+        rows, starts = self._cache.rows("states")
+        return torch.from_numpy(rows[starts[items]]).to(self.backbone.device)
+
+    def _read(self, items: np.ndarray) -> None:
+        """Reads what the cache lacks of some items."""
+        read_missing(self._cache, items, self._lengths, self._read_block)
 
     @torch.no_grad()
-    def _build(self) -> None:
-        """Computes the cache block by block, unless it is there; an interrupted build goes on where it stopped."""
-        block = self._model.blocks[0]
-        width = block.kv_heads * block.head_dim if self._frozen_tail else 0
-        arrays = {
-            "active": (self._active_lengths, (self.backbone.hidden_size,)),
-            "frozen": (self._frozen_lengths, (self.placement.layers, 2, width)),
-        }
-
-        def read(items: np.ndarray, into: Arrays) -> None:
-            self._build_block(items, *self._ragged(into))
-
-        def finish(arrays: Arrays) -> None:
-            self.__dict__["_cache"] = self._ragged(arrays)
-            states = all_frozen_states(self, len(self._lengths)).cpu().numpy()
-            np.save(self.path / "states.npy", states, allow_pickle=False)
-
-        fill_cache(self.path, _KIND, self._lengths - self._shared, arrays, self._dtype, read, finish)
-
-    def _build_block(self, items: np.ndarray, active: _Ragged, frozen: _Ragged) -> None:
+    def _read_block(self, items: np.ndarray) -> dict[str, np.ndarray]:
+        """Runs the frozen model over some items; returns the rows that the cache keeps of them."""
         tokens = [self.prompts.tokens[item][self._shared :] for item in items]
         lengths = np.array([len(ids) for ids in tokens])
         width = int(lengths.max())
@@ -175,15 +178,33 @@ class CachedForward:
         if not self._model.causal:
             mask = (torch.arange(width) < torch.from_numpy(lengths)[:, None]).to(padded.device)[:, None]
         entering, caches = self._run_frozen(padded, mask)
-        for row, item in enumerate(items):
-            length, count = lengths[row], self._active_lengths[item]
-            begin = active.offsets[item]
-            active.flat[begin : begin + count] = entering[row, length - count : length].cpu().numpy()
-            kept, begin = frozen.lengths[item], frozen.offsets[item]
-            for layer, (keys, values) in enumerate(caches):
-                for kind, source in enumerate((keys, values)):
-                    flat = source[row].transpose(0, 1)[:kept].flatten(1)
-                    frozen.flat[begin : begin + kept, layer, kind] = flat.cpu().numpy()
+        places = np.arange(width)
+        active = (places >= (lengths - self._active_lengths[items])[:, None]) & (places < lengths[:, None])
+        rows = {"active": entering.cpu().numpy()[active]}
+        if self._frozen_tail:
+            # (items, tokens, layers, keys and values, kv heads, head)
+            both = torch.stack([torch.stack(pair) for pair in caches]).permute(2, 4, 0, 1, 3, 5)
+            rows |= self._packed(both.cpu().numpy()[places < self._frozen_lengths[items][:, None]])
+        # What a fresh adapter scores is exactly this, so it is read from what is kept.
+        rows["states"] = self._states_of(items, rows)
+        return rows
+
+    def _packed(self, frozen: np.ndarray) -> dict[str, np.ndarray]:
+        if self._kept != "int8":
+            return {"frozen": frozen.astype(self._kept)}
+        integers, scales = to_int8(frozen)
+        return {"frozen": integers, "scales": scales}
+
+    def _states_of(self, items: np.ndarray, rows: dict[str, np.ndarray]) -> np.ndarray:
+        """Returns the frozen states of items that were just read, shape (items, hidden)."""
+        flat = {}
+        for name, lengths in (("active", self._active_lengths), ("frozen", self._frozen_lengths)):
+            starts = np.zeros_like(self._lengths)
+            starts[items] = np.cumsum(lengths[items]) - lengths[items]
+            flat[name] = starts
+        codes = torch.from_numpy(items)[None]
+        states = self.last_states(self._gathered(codes, rows, flat), None)[0]
+        return states.to(self._dtype).cpu().numpy()
 
     def _run_frozen(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Returns the states that enter the adapted layers and, for activated LoRA, those layers' keys and values."""
@@ -252,20 +273,33 @@ class CachedForward:
 
     def gather(self, items: Tensor) -> ItemBatch:
         """See `Forward.gather`."""
-        return ItemBatch(items, self._gather_tail(items) if self._frozen_tail else self._gather_packed(items))
+        self._read(items.numpy())
+        found = {name: self._cache.rows(name) for name in self._cache.names}
+        rows, starts = ({name: pair[place] for name, pair in found.items()} for place in (0, 1))
+        return self._gathered(items, rows, starts)
 
-    def _gather_tail(self, items: Tensor) -> tuple[Any, ...]:
+    def _gathered(self, items: Tensor, rows: Mapping[str, np.ndarray], starts: Mapping[str, np.ndarray]) -> ItemBatch:
+        """Collects what reading some items needs from rows of any number of items; see `ItemCache.rows`."""
+        active = _Ragged(rows["active"], starts["active"], self._active_lengths)
+        if not self._frozen_tail:
+            return ItemBatch(items, self._gather_packed(items, active))
+        frozen = _Ragged(rows["frozen"], starts["frozen"], self._frozen_lengths)
+        scales = _Ragged(rows["scales"], starts["frozen"], self._frozen_lengths) if "scales" in rows else None
+        return ItemBatch(items, self._gather_tail(items, active, frozen, scales))
+
+    def _gather_tail(self, items: Tensor, active: _Ragged, frozen: _Ragged, scales: _Ragged | None) -> tuple[Any, ...]:
         """Returns the last tokens' states, and the frozen keys and values of all tokens before them."""
         users, count = items.shape
         codes = items.flatten().numpy()
-        active, frozen = self._cache
         device = self.backbone.device
         hidden = active.padded(codes)[0].to(device)
         width = hidden.shape[1]
         flat, real = (part.to(device) for part in frozen.padded(codes))
-        block = self._model.blocks[0]
+        flat = flat.to(self._dtype)
+        if scales is not None:
+            flat *= scales.padded(codes)[0].to(device, self._dtype)[..., None]
         # (layers, keys and values, rows, kv heads, tokens, head)
-        heads = flat.unflatten(-1, (block.kv_heads, block.head_dim)).permute(2, 3, 0, 4, 1, 5).contiguous()
+        heads = flat.permute(2, 3, 0, 4, 1, 5).contiguous()
         lengths = torch.from_numpy(self._lengths[codes]).to(device)
         positions = lengths[:, None] - width + torch.arange(width, device=device)
         before = self._shared + torch.arange(real.shape[1], device=device)[None]
@@ -277,11 +311,11 @@ class CachedForward:
         places, masks = self._adapted(_causal(width, device) if width > 1 else None, positions)
         return hidden.view(users, count, *hidden.shape[1:]), places, past, masks, last
 
-    def _gather_packed(self, items: Tensor) -> tuple[Any, ...]:
+    def _gather_packed(self, items: Tensor, active: _Ragged) -> tuple[Any, ...]:
         """Returns all tokens of several items side by side, behind one copy of the common prefix."""
         users = len(items)
         device = self.backbone.device
-        flat, layout = self._cache[0].packed(items.numpy(), self._shared)
+        flat, layout = active.packed(items.numpy(), self._shared)
         hidden = flat.to(device)
         if self._shared:
             hidden[:, : self._shared] = self._prefix_run[1][0]

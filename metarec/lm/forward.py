@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from metarec.lm.adapter_kinds import Adapters
-from metarec.lm.cache import BLOCK_ITEMS
+from metarec.lm.item_cache import BLOCK_ITEMS
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Forward(Protocol):
         """
         ...
 
-    def frozen_states(self) -> Tensor:
-        """Returns every item's state under the frozen model, float32, shape (catalog, hidden)."""
+    def frozen_states(self, items: np.ndarray) -> Tensor:
+        """Returns the states of some items under the frozen model, float32, shape (items, hidden)."""
         ...
 
 
@@ -62,9 +63,9 @@ def pool(hidden: Tensor, mask: Tensor) -> Tensor:
     return torch.nn.functional.normalize((weights @ hidden) / weights.sum(-1, keepdim=True).clamp(min=1), dim=-1)
 
 
-def all_frozen_states(forward: Forward, items: int) -> Tensor:
-    """Returns every item's state under the frozen model, shape (items, hidden)."""
+def read_frozen(forward: Forward, items: np.ndarray) -> Tensor:
+    """Returns the states of some items under the frozen model, read block by block, shape (items, hidden)."""
     with torch.no_grad():
-        blocks = torch.arange(items).split(BLOCK_ITEMS)
+        blocks = torch.from_numpy(items).split(BLOCK_ITEMS)
         states = torch.cat([forward.last_states(forward.gather(block[None]), None)[0] for block in blocks])
         return states.to(torch.promote_types(states.dtype, torch.float32))

@@ -18,7 +18,7 @@ from torch import Tensor
 from metarec.artifacts import cache_dir, content_hash
 from metarec.errors import BackboneError
 from metarec.lm.backbone import Backbone
-from metarec.lm.cache import Arrays, fill_cache
+from metarec.lm.item_cache import ItemCache, Rows, read_missing
 
 _KIND = "hidden-states"
 # Share of the model's blocks that run; between 0.5 and 0.9 the results hardly differ.
@@ -58,13 +58,16 @@ def mean_hidden_states(backbone: Backbone, texts: Sequence[str]) -> Tensor:
     identity = {"backbone": backbone.fingerprint, "dtype": str(backbone.dtype), "tokens": tokens, "blocks": blocks}
     path = cache_dir() / _KIND / content_hash(identity)
 
-    def read(items: np.ndarray, into: Arrays) -> None:
-        into["states"][items] = _mean_states(backbone, [tokens[item] for item in items], blocks).numpy()
+    rows = Rows(np.ones(len(tokens), np.int64), (backbone.hidden_size,), "float32")
+    cache = ItemCache(path, {"states": rows})
 
-    lengths = np.array([len(ids) for ids in tokens])
-    arrays = {"states": (np.ones(len(tokens), np.int64), (backbone.hidden_size,))}
-    fill_cache(path, _KIND, lengths, arrays, backbone.dtype, read)
-    return torch.from_numpy(np.load(path / "states.npy", allow_pickle=False))
+    def read(items: np.ndarray) -> dict[str, np.ndarray]:
+        states = _mean_states(backbone, [tokens[item] for item in items], blocks)
+        return {"states": states.numpy().astype(np.float32)}
+
+    read_missing(cache, np.arange(len(tokens)), np.array([len(ids) for ids in tokens]), read)
+    flat, starts = cache.rows("states")
+    return torch.from_numpy(flat[starts])
 
 
 @torch.inference_mode()

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from metarec.lm.adapter_kinds import Adapters
 from metarec.lm.backbone import Backbone
-from metarec.lm.forward import ItemBatch, all_frozen_states, pool
+from metarec.lm.forward import ItemBatch, pool, read_frozen
 from metarec.lm.placement import Placement
 from metarec.lm.tokenized import CatalogPrompts
 
@@ -69,9 +70,22 @@ class ReferenceForward:
             read = hidden[last, lengths - 1]
         return read.view(users, count, -1)
 
-    def frozen_states(self) -> Tensor:
-        """See `Forward.frozen_states`."""
-        return all_frozen_states(self, len(self.prompts.tokens))
+    @cached_property
+    def _frozen(self) -> tuple[Tensor, np.ndarray]:
+        """Frozen states of the items that were read, shape (catalog, hidden), and which these are."""
+        items = len(self.prompts.tokens)
+        dtype = torch.promote_types(self.backbone.dtype, torch.float32)
+        states = torch.zeros(items, self.backbone.hidden_size, dtype=dtype, device=self.backbone.device)
+        return states, np.zeros(items, bool)
+
+    def frozen_states(self, items: np.ndarray) -> Tensor:
+        """See `Forward.frozen_states`; they are kept in memory."""
+        states, known = self._frozen
+        missing = np.unique(items[~known[items]])
+        if len(missing):
+            states[torch.from_numpy(missing)] = read_frozen(self, missing).to(states.dtype)
+            known[missing] = True
+        return states[torch.from_numpy(items)]
 
     def _no_cache(self) -> dict[str, bool]:
         return {"use_cache": False} if self.backbone.kind == "causal" else {}

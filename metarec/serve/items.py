@@ -71,10 +71,21 @@ class ExtendedAnswerModel(AnswerModel):
             values = torch.where(inside.to(values.device)[..., None], answer_model.last_states(own, state), values)
         return values
 
-    @cached_property
+    def frozen_states(self, items: np.ndarray) -> Tensor:
+        """See `AnswerModel.frozen_states`."""
+        known = len(self.base.prompts.tokens)
+        states = self.base.frozen_states(items[items < known])
+        found = states.new_zeros(len(items), states.shape[1])
+        found[torch.from_numpy(items < known)] = states
+        for segment in self.segments:
+            inside = (items >= segment.start) & (items < segment.start + len(segment))
+            found[torch.from_numpy(inside)] = segment.answer_model.frozen_states(items[inside] - segment.start)
+        return found
+
+    @property
     def states(self) -> Tensor:
         """See `AnswerModel.states`."""
-        return torch.cat([self.base.states, *(segment.answer_model.states for segment in self.segments)])
+        return self.frozen_states(np.arange(len(self.base.prompts.tokens) + sum(map(len, self.segments))))
 
     @cached_property
     def frozen_mean(self) -> Tensor:
@@ -139,9 +150,7 @@ def _read(trained: MetaRecommender, items: Sequence[tuple[str, Mapping[str, str]
     base = trained.fitted.answer_model
     assert base is not None
     prompts = tokenize_catalog(trained.backbone, trained.fitted.task.template, _catalog(trained.fitted.catalog, items))
-    answer_model = open_answer_model(trained.backbone, _as_trained(prompts, base.prompts), base.placement)
-    _ = answer_model.frozen_log_odds
-    return answer_model
+    return open_answer_model(trained.backbone, _as_trained(prompts, base.prompts), base.placement)
 
 
 def _as_trained(prompts: CatalogPrompts, base: CatalogPrompts) -> CatalogPrompts:

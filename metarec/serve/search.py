@@ -102,7 +102,7 @@ class TextSearch:
         fields = {name: (text if name == "title" else "",) for name in fitted.catalog.fields}
         prompts = tokenize_catalog(backbone, fitted.task.template, Catalog(("query",), fields))
         # The whole model runs without a cache: a query must leave nothing on disk.
-        states = ReferenceForward(backbone, prompts, answer_model.placement).frozen_states()
+        states = ReferenceForward(backbone, prompts, answer_model.placement).frozen_states(np.zeros(1, np.int64))
         vector: NDArray[np.float32] = self._project(states.cpu().numpy())[0]
         return vector
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from metarec.data.interactions import Codes, Ratings, Values
 from metarec.lm.answer_model import AnswerModel
@@ -13,23 +12,21 @@ from metarec.scorers.term import AddedItems, CrossFitted, ScoreTerm, TermContext
 
 @dataclass(frozen=True)
 class PromptTerm:
-    """The frozen model's log-odds of the positive answer, minus their mean over the training catalog."""
+    """The frozen model's log-odds of the positive answer, minus their mean over a sample of the training catalog."""
 
     answer_model: AnswerModel
 
-    @cached_property
-    def _table(self) -> Values:
-        centred = self.answer_model.frozen_log_odds - self.answer_model.frozen_mean
-        table: Values = centred.cpu().numpy()
-        return table
-
     def values(self, supports: Sequence[Ratings], items: Sequence[Codes]) -> list[Values]:
         """See `Term.values`."""
-        return [self._table[codes] for codes in items]
+        return [self._centred(codes) for codes in items]
 
     def leave_one_out(self, supports: Sequence[Ratings]) -> list[Values]:
         """See `Term.leave_one_out`."""
-        return [self._table[support.items] for support in supports]
+        return [self._centred(support.items) for support in supports]
+
+    def _centred(self, codes: Codes) -> Values:
+        values: Values = (self.answer_model.frozen_log_odds(codes) - self.answer_model.frozen_mean).cpu().numpy()
+        return values
 
     def extended(self, added: AddedItems) -> PromptTerm:
         """See `Term.extended`."""

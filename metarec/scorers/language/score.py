@@ -88,7 +88,7 @@ def collate(
         items=items,
         terms={name: pad_rows(rows, np.float32).to(device) for name, rows in values.items()},
         item_batch=None if adapted is None else adapted.gather(codes),
-        frozen=None if adapted is None else adapted.frozen_log_odds[items],
+        frozen=None if adapted is None else adapted.frozen_log_odds(codes.numpy()),
         target=pad_rows([prior.standardize(rating.values) for rating in ratings], np.float32).to(device),
         liked=pad_rows([rating.likes(threshold) for rating in ratings], bool).to(device),
         real=pad_rows([np.ones(len(rating), bool) for rating in ratings], bool).to(device),
