@@ -42,7 +42,12 @@ GRIDS: dict[str, Mapping[str, tuple[Any, ...]]] = {
     "user-kNN": {"neighbours": (50, 200, 800), "shrinkage": (20.0, 60.0), "strength": (1.0, 3.0, 10.0)},
     "item-kNN": {"shrinkage": (30.0, 100.0, 300.0), "strength": (0.3, 1.0, 3.0)},
     "EASE": {"penalty": (30.0, 100.0, 300.0), "min_ratings": (5, 10, 20)},
-    "ALS": {"factors": (8, 16), "item_penalty": (10.0, 30.0), "user_penalty": (1.0, 3.0, 10.0)},
+    "ALS": {
+        "factors": (8, 16),
+        "item_penalty": (10.0, 30.0),
+        "user_penalty": (1.0, 3.0, 10.0),
+        "penalty_per_rating": (0.0, 0.03),
+    },
     "text logistic": {"penalty": (1.0, 3.0, 10.0, 30.0)},
     "text ridge": {"penalty": (1.0, 3.0, 10.0), "user_bias_damping": (0.0, 2.0)},
     "MeLU": {"lr": (1e-3, 3e-3), "inner_lr": (0.03, 0.1)},

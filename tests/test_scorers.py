@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -10,15 +11,17 @@ import pytest
 from known import CANDIDATES, GENRE, SUPPORT, THRESHOLD, TRAIN, VECTORS, WORLD, ratings
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from metarec.data.interactions import Ratings
+from metarec.data.episodes import evaluation_episodes
+from metarec.data.interactions import Catalog, Interactions, Ratings, RatingScale
 from metarec.errors import DataError
+from metarec.evaluate import validation_auc
 from metarec.scorer import Request
 from metarec.scorers.collaborative.features import item_features
-from metarec.scorers.collaborative.foldin import fit_als, fit_ease, similarity
+from metarec.scorers.collaborative.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn, similarity
 from metarec.scorers.collaborative.gp import GaussianProcess, fit_gp
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.residuals import training_residuals
-from metarec.scorers.collaborative.text import fit_two_tower, logistic_dual
+from metarec.scorers.collaborative.text import fit_text_logistic, fit_text_ridge, fit_two_tower, logistic_dual
 from metarec.scorers.collaborative.trivial import Random
 
 
@@ -173,3 +176,66 @@ def test_features_come_from_the_fields_there_are() -> None:
     spaced = replace(catalog, fields={"title": ("x",) * 12, "genres": ("Drama War",) * 8 + ("Drama", "War") * 2})
     assert item_features(spaced)["genres"].shape == (12, 2)
     assert item_features(replace(catalog, fields={"title": ("x",) * 12})) == {}
+
+
+def low_rank(seed: int, users: int, rated: int, noise: float, signal: float) -> tuple[Interactions, np.ndarray]:
+    """People whose ratings are item means, own means and three hidden factors under noise; and the items' factors."""
+    generator = np.random.default_rng(seed)
+    items = 120
+    loves, factors = generator.normal(size=(users, 3)), generator.normal(size=(items, 3)) * np.sqrt(signal / 3)
+    mean, bias = generator.normal(size=items) * 0.4, generator.normal(size=users) * 0.4
+    chance = (1 + np.arange(items)) ** -0.5
+    user = np.repeat(np.arange(users), rated)
+    item = np.concatenate([generator.choice(items, rated, False, chance / chance.sum()) for _ in range(users)])
+    rating = (
+        3.5 + mean[item] + bias[user] + (loves[user] * factors[item]).sum(1) + noise * generator.normal(size=len(user))
+    )
+    names = tuple(map(str, range(items)))
+    return Interactions(
+        tuple(map(str, range(users))),
+        user,
+        item,
+        np.clip(np.round(rating * 2) / 2, 0.5, 5).astype(np.float32),
+        None,
+        Catalog(names, {"title": names}),
+        RatingScale(0.5, 5.0),
+        {},
+    ), factors
+
+
+FOLD_IN = {
+    "ALS": lambda data, train, prior, vectors: fit_als(data, train, prior),
+    "EASE": lambda data, train, prior, vectors: fit_ease(data, train, prior),
+    "item-kNN": lambda data, train, prior, vectors: fit_item_knn(data, train, prior),
+    "user-kNN": lambda data, train, prior, vectors: fit_user_knn(data, train, prior),
+    "text ridge": lambda data, train, prior, vectors: fit_text_ridge(prior, vectors),
+    "text logistic": lambda data, train, prior, vectors: fit_text_logistic(data, train, prior, vectors, threshold=4),
+    "two-tower": lambda data, train, prior, vectors: fit_two_tower(vectors, threshold=4),
+}
+
+
+def gains(method: str, worlds: Sequence[tuple[Interactions, np.ndarray]], shots: Sequence[int]) -> np.ndarray:
+    """Mean AUC of new users at each K, over some worlds."""
+    found = []
+    for data, factors in worlds:
+        train, test = np.split(np.arange(len(data.users)), 2)
+        prior = fit_item_mean(data, train)
+        noise = np.random.default_rng(0).normal(size=(len(factors), 8)) * 0.3
+        model = FOLD_IN[method](data, train, prior, np.concatenate([factors, noise], 1))
+        asked = evaluation_episodes(
+            data, test, max_support=max(shots), max_query=20, min_query=10, order="random", seed=0
+        )[0]
+        found.append([validation_auc(model, asked, (count,), 4.0) for count in shots])
+    return np.mean(found, 0)
+
+
+@pytest.mark.parametrize("method", FOLD_IN)
+def test_more_ratings_do_not_lower_the_auc_where_there_is_something_to_learn(method: str) -> None:
+    five, twenty, fifty = gains(method, [low_rank(seed, 100, 70, 1.0, 0.5) for seed in range(3)], (5, 20, 50))
+    assert five - 0.01 < twenty < fifty + 0.01
+
+
+def test_als_does_not_fit_more_of_its_factors_errors_to_more_ratings() -> None:
+    """Few people and faint tastes: item factors are mostly error, which a penalty that stays as it is lets in."""
+    ten, fifty = gains("ALS", [low_rank(seed, 60, 90, 1.5, 0.05) for seed in range(4)], (10, 50))
+    assert fifty > ten - 0.015

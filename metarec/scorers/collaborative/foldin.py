@@ -30,6 +30,7 @@ class ALS:
         penalty: Ridge penalty of the user's factors.
         user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
         name: How the method is called in tables.
+        penalty_per_rating: What every rating of the support adds to the penalty.
     """
 
     prior: ItemPrior
@@ -37,6 +38,7 @@ class ALS:
     penalty: float
     user_bias_damping: float
     name: str = "ALS"
+    penalty_per_rating: float = 0.0
 
     @property
     def bytes_per_user(self) -> int:
@@ -50,7 +52,8 @@ class ALS:
     def _values(self, request: Request) -> ScoreArray:
         residual = centred_residuals(self.prior, request.support, self.user_bias_damping)
         rated = self.factors[request.support.items]
-        user_factors = np.linalg.solve(rated.T @ rated + self.penalty * np.eye(rated.shape[1]), rated.T @ residual)
+        penalty = self.penalty + self.penalty_per_rating * len(residual)
+        user_factors = np.linalg.solve(rated.T @ rated + penalty * np.eye(rated.shape[1]), rated.T @ residual)
         return self.prior.values(request.candidates) + self.factors[request.candidates] @ user_factors
 
 
@@ -62,6 +65,7 @@ def fit_als(
     factors: int = 16,
     item_penalty: float = 10.0,
     user_penalty: float = 3.0,
+    penalty_per_rating: float = 0.03,
     user_bias_damping: float = 2.0,
     sweeps: int = 8,
     seed: int = 0,
@@ -75,28 +79,32 @@ def fit_als(
         factors: Number of factors.
         item_penalty: Ridge penalty of items' factors.
         user_penalty: Ridge penalty of users' factors.
+        penalty_per_rating: What every rating of a user, or of an item, adds to its penalty: the factors on the other
+            side are estimates, and each brings its own error. Without it, more ratings fit more of the errors.
         user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
         sweeps: Rounds of solving for users and items.
         seed: Seed of the first item factors.
 
-    Source: Zhou et al. 2008, "Large-scale parallel collaborative filtering for the Netflix prize", section 3, with
-    penalties that do not grow with the number of ratings.
+    Source: Zhou et al. 2008, "Large-scale parallel collaborative filtering for the Netflix prize", section 3.1, whose
+    penalty grows with the number of ratings; with a constant part beside it.
     """
     residuals = training_residuals(interactions, users, prior).centred(user_bias_damping)
     by_user = residuals.matrix()
     by_item = by_user.T.tocsr()
     item_factors = np.random.default_rng(seed).normal(scale=factors**-0.5, size=(residuals.shape[1], factors))
     for _ in range(sweeps):
-        item_factors = _ridge(by_item, _ridge(by_user, item_factors, user_penalty), item_penalty)
-    return ALS(prior, item_factors, user_penalty, user_bias_damping)
+        user_factors = _ridge(by_user, item_factors, user_penalty, penalty_per_rating)
+        item_factors = _ridge(by_item, user_factors, item_penalty, penalty_per_rating)
+    return ALS(prior, item_factors, user_penalty, user_bias_damping, penalty_per_rating=penalty_per_rating)
 
 
-def _ridge(ratings: csr_array, factors: Floats, penalty: float) -> Floats:
+def _ridge(ratings: csr_array, factors: Floats, penalty: float, penalty_per_rating: float) -> Floats:
     """Solves every row's ridge regression of its entries on the factors of their columns."""
     size = factors.shape[1]
     squares = (factors[:, :, None] * factors[:, None]).reshape(len(factors), -1)
     rated = csr_array((np.ones_like(ratings.data), ratings.indices, ratings.indptr), ratings.shape)
-    gram = (rated @ squares).reshape(-1, size, size) + penalty * np.eye(size)
+    penalties = penalty + penalty_per_rating * np.diff(ratings.indptr)
+    gram = (rated @ squares).reshape(-1, size, size) + penalties[:, None, None] * np.eye(size)
     solved: Floats = np.linalg.solve(gram, (ratings @ factors)[:, :, None])[:, :, 0]
     return solved
 
