@@ -182,13 +182,13 @@ def fit_ease(
 
 
 @dataclass(frozen=True)
-class ItemKNN:
-    """Predicts a candidate's residual from those of rated items, weighted by similarity of the items' ratings.
+class _Neighbours:
+    """What both neighbourhood methods are: a prior, residuals to compare, and damping.
 
     Args:
         prior: The item prior.
-        ratings: Centred residuals, shape (items, users).
-        shrinkage: Damping: common raters of similarity 0 that shrink a similarity to 0.
+        ratings: Centred residuals, sparse.
+        shrinkage: Damping: common raters or items of similarity 0 that shrink a similarity to 0.
         strength: Damping: total similarity that shrinks the score to the prior.
         user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
         name: How the method is called in tables.
@@ -200,21 +200,37 @@ class ItemKNN:
     shrinkage: float
     strength: float
     user_bias_damping: float
-    name: str = "item-kNN"
+    name: str = ""
     bytes_per_user: int = 0
 
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
-        return score_each(requests, self.ratings.shape[0], self._values)
+        return score_each(requests, len(self.prior.count), self._values)
 
     def _values(self, request: Request) -> ScoreArray:
         prior = self.prior.values(request.candidates)
         if len(request.support) == 0:
             return prior
         residual = centred_residuals(self.prior, request.support, self.user_bias_damping)
-        alike = similarity(self.ratings[request.candidates], self.ratings[request.support.items], self.shrinkage)
+        return prior + self._contribution(residual, request.support.items, request.candidates)
+
+    def _contribution(self, residual: Floats, rated: Codes, candidates: Codes) -> Floats:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ItemKNN(_Neighbours):
+    """Predicts a candidate's residual from those of rated items, weighted by similarity of the items' ratings.
+
+    Its `ratings` have the shape (items, users).
+    """
+
+    name: str = "item-kNN"
+
+    def _contribution(self, residual: Floats, rated: Codes, candidates: Codes) -> Floats:
+        alike = similarity(self.ratings[candidates], self.ratings[rated], self.shrinkage)
         contribution: Floats = alike @ residual / (np.abs(alike).sum(1) + self.strength)
-        return prior + contribution
+        return contribution
 
 
 def fit_item_knn(
@@ -258,46 +274,26 @@ def similarity(left: csr_array, right: csr_array, shrinkage: float) -> Floats:
 
 
 @dataclass(frozen=True)
-class UserKNN:
+class UserKNN(_Neighbours):
     """Predicts a candidate's residual from those of meta-training users, weighted by similarity to the new user.
 
+    Its `ratings` have the shape (users, items).
+
     Args:
-        prior: The item prior.
-        ratings: Centred residuals, shape (users, items).
         neighbours: Number of most similar users that are used.
-        shrinkage: Damping: common items of similarity 0 that shrink a similarity to 0.
-        strength: Damping: total similarity that shrinks the score to the prior.
-        user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
-        name: How the method is called in tables.
-        bytes_per_user: 0, since only the ratings are kept.
     """
 
-    prior: ItemPrior
-    ratings: csr_array
-    neighbours: int
-    shrinkage: float
-    strength: float
-    user_bias_damping: float
     name: str = "user-kNN"
-    bytes_per_user: int = 0
+    neighbours: int = 800
 
-    def score(self, requests: Sequence[Request]) -> list[Tensor]:
-        """See `Scorer.score`."""
-        return score_each(requests, self.ratings.shape[1], self._values)
-
-    def _values(self, request: Request) -> ScoreArray:
-        prior = self.prior.values(request.candidates)
-        if len(request.support) == 0:
-            return prior
-        residual = centred_residuals(self.prior, request.support, self.user_bias_damping)
-        rated = request.support.items
+    def _contribution(self, residual: Floats, rated: Codes, candidates: Codes) -> Floats:
         own_row = csr_array((residual, (np.zeros(len(rated), np.int64), rated)), (1, self.ratings.shape[1]))
         alike = np.maximum(similarity(own_row, self.ratings, self.shrinkage)[0], 0.0)
         nearest = np.argsort(-alike, kind="stable")[: self.neighbours]
-        theirs = self.ratings[nearest][:, request.candidates].toarray()
+        theirs = self.ratings[nearest][:, candidates].toarray()
         weight = alike[nearest]
         contribution: Floats = weight @ theirs / (weight @ (theirs != 0) + self.strength)
-        return prior + contribution
+        return contribution
 
 
 def fit_user_knn(
@@ -324,4 +320,4 @@ def fit_user_knn(
     Source: Herlocker et al. 1999, "An algorithmic framework for performing collaborative filtering", sections 3 to 5.
     """
     residuals = training_residuals(interactions, users, prior).centred(user_bias_damping)
-    return UserKNN(prior, residuals.matrix(), neighbours, shrinkage, strength, user_bias_damping)
+    return UserKNN(prior, residuals.matrix(), shrinkage, strength, user_bias_damping, neighbours=neighbours)
