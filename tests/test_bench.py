@@ -506,6 +506,9 @@ def test_methods_are_listed_with_groups_apart(metarec: Callable[..., Ran]) -> No
     assert re.search(r"trivial +5 methods", groups)
     assert "popularity" not in groups
     assert re.search(r"popularity +trivial +how often", methods)
+    for group, members in METHODS.groups().items():
+        for name in members:
+            assert re.search(rf"^  {re.escape(name)}  +{group}  +\S", methods, re.M), name
 
 
 def test_settings_reach_a_method_and_make_rows_and_cells_of_their_own(

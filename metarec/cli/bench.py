@@ -108,8 +108,9 @@ def _list_methods(json: bool) -> None:
     for group, members in groups.items():
         typer.echo(f"  {group:28s}{len(members):3d} method{'s' if len(members) > 1 else ''}")
     typer.echo("\nMethods:")
+    wide, wide_group = max(map(len, entries)) + 2, max(map(len, groups)) + 2
     for name, entry in entries.items():
-        typer.echo(f"  {name:28s}{entry.group:13s}{entry.about}")
+        typer.echo(f"  {name:{wide}s}{entry.group:{wide_group}s}{entry.about}")
 
 
 def _list_cells(cells: list[Cell], missing: list[Cell], json: bool) -> None:
