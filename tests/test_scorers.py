@@ -235,7 +235,10 @@ def test_more_ratings_do_not_lower_the_auc_where_there_is_something_to_learn(met
     assert five - 0.01 < twenty < fifty + 0.01
 
 
-def test_als_does_not_fit_more_of_its_factors_errors_to_more_ratings() -> None:
-    """Few people and faint tastes: item factors are mostly error, which a penalty that stays as it is lets in."""
+def test_als_loses_little_by_more_ratings_where_its_factors_are_mostly_error() -> None:
+    """Few people and faint tastes: item factors are mostly error, which a penalty that stays as it is lets in.
+
+    The AUC fell by .022 with such a penalty and falls by .010 with the default; the bound lies between the two.
+    """
     ten, fifty = gains("ALS", [low_rank(seed, 60, 90, 1.5, 0.05) for seed in range(4)], (10, 50))
     assert fifty > ten - 0.015
