@@ -28,7 +28,8 @@ def _model(name: str, architecture: str, settings: dict[str, Any]) -> Callable[[
     def make(vocabulary: int) -> Any:
         import transformers
 
-        config = getattr(transformers, f"{name}Config")(vocab_size=vocabulary, **settings)
+        named = dict(settings)
+        config = getattr(transformers, named.pop("config", f"{name}Config"))(vocab_size=vocabulary, **named)
         return getattr(transformers, name + architecture)(config)
 
     return make
@@ -42,8 +43,22 @@ def _encoder(name: str, architecture: str = "ForMaskedLM", /, **changes: Any) ->
     return _model(name, architecture, {**_ENCODER, **changes})
 
 
-# The longest prompt has 23 tokens, the shortest 15.
+def _longrope(trained: int) -> dict[str, Any]:
+    rope = {
+        **_ROPE,
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.5],
+        "long_factor": [2.0, 4.0],
+        "original_max_position_embeddings": trained,
+    }
+    return {"max_position_embeddings": 64, "original_max_position_embeddings": trained, "rope_parameters": rope}
+
+
+_ROPE = {"rope_type": "default", "rope_theta": 10.0}
+# Prompts have 12 to 16 tokens.
 _WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
+_GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 6, "layer_types": _WINDOWS}
+_TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
 CAUSAL = {
     "llama": _decoder("Llama"),
     "llama-bias": _decoder("Llama", attention_bias=True, mlp_bias=True),
@@ -63,6 +78,28 @@ CAUSAL = {
     "qwen2": _decoder("Qwen2"),
     "qwen3": _decoder("Qwen3", head_dim=8),
     "qwen3-window": _decoder("Qwen3", head_dim=8, use_sliding_window=True, sliding_window=5, layer_types=_WINDOWS),
+    "smollm3": _decoder("SmolLM3", no_rope_layers=[1, 0, 1]),
+    "smollm3-norope": _decoder(
+        "SmolLM3", no_rope_layers=[1, 1, 0], use_sliding_window=True, sliding_window=5, layer_types=_WINDOWS
+    ),
+    "olmo2": _decoder("Olmo2"),
+    "phi3": _decoder("Phi3", rope_parameters={**_ROPE, "partial_rotary_factor": 0.5}),
+    "phi3-longrope": _decoder("Phi3", **_longrope(32)),
+    "phi3-longrope-15": _decoder("Phi3", **_longrope(15)),
+    "gemma": _decoder("Gemma", head_dim=8),
+    "gemma2": _decoder("Gemma2", **_GEMMA, final_logit_softcapping=3.0, attn_logit_softcapping=2.0),
+    "gemma3": _decoder("Gemma3", **_GEMMA, config="Gemma3TextConfig"),
+    "gpt2-depth": _model(
+        "GPT2", "LMHeadModel", {**_SHAPE, **_TOKENS, "n_positions": 32, "scale_attn_by_inverse_layer_idx": True}
+    ),
+    "gpt-neox": _model("GPTNeoX", "ForCausalLM", {**_SHAPE, **_TOKENS}),
+    "gpt-neox-serial": _model(
+        "GPTNeoX",
+        "ForCausalLM",
+        {**_SHAPE, **_TOKENS, "use_parallel_residual": False, "attention_bias": False},
+    ),
+    "granite": _decoder("Granite", logits_scaling=4.0, residual_multiplier=0.5),
+    "cohere": _decoder("Cohere", logit_scale=0.25),
     "gpt2": _model(
         "GPT2",
         "LMHeadModel",
@@ -71,10 +108,28 @@ CAUSAL = {
     "starcoder2": _decoder("Starcoder2"),
     "opt": _decoder("OPT", ffn_dim=24, word_embed_proj_dim=16, init_std=0.4),
 }
+_MODERN = {
+    "local_attention": 6,
+    "layer_types": _WINDOWS,
+    "pad_token_id": 1,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "cls_token_id": 3,
+    "sep_token_id": 4,
+}
 ENCODERS = {
     "bert": _encoder("Bert"),
     "encoder": _encoder("Bert", "Model"),
     "roberta": _encoder("Roberta", pad_token_id=1),
+    "roberta-encoder": _encoder("Roberta", "Model", pad_token_id=1),
+    "xlm-roberta": _encoder("XLMRoberta", pad_token_id=1),
+    "mpnet": _encoder("MPNet", pad_token_id=1),
+    "mpnet-encoder": _encoder("MPNet", "Model", pad_token_id=1),
+    "modernbert": _encoder("ModernBert", **_MODERN),
+    "modernbert-encoder": _encoder("ModernBert", "Model", **_MODERN),
+    "bert-classifier": _encoder("Bert", "ForSequenceClassification"),
+    "roberta-classifier": _encoder("Roberta", "ForSequenceClassification", pad_token_id=1),
+    "llama-classifier": _decoder("Llama", "ForSequenceClassification"),
     "distilbert": _model(
         "DistilBert",
         "ForMaskedLM",
@@ -85,7 +140,7 @@ ENCODERS = {
 
 
 # Other tests know what these answer.
-_AS_INITIALIZED = {"llama", "llama-bias", "mistral", "gpt2", "bert", "encoder", "roberta", "distilbert"}
+_AS_INITIALIZED = {"llama", "llama-bias", "mistral", "gpt2", "bert", "encoder"}
 
 
 def tiny_model(name: str, vocabulary: int) -> Any:

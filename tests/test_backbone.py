@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_adapters import placement_of
 
 from metarec.artifacts import write_manifest
 from metarec.data.interactions import Catalog
 from metarec.data.templates import PromptTemplate
 from metarec.errors import BackboneError, ConfigError
+from metarec.lm.answer_model import open_answer_model
 from metarec.lm.backbone import Backbone, load_backbone, prepare_backbone
-from metarec.lm.tokenized import tokenize_catalog
+from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
 
 Backbones = Callable[..., Backbone]
 
@@ -37,6 +39,22 @@ def test_models_are_recognised(family: str, kind: str, name: str | None, backbon
     assert model.kind == kind
     assert model.taken_apart.family == name
     assert (model.weights is None) == (name is None)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere"])
+def test_logits_are_scaled_and_capped_as_the_model_does(
+    family: str, backbone: Backbones, prompts: Callable[[str], CatalogPrompts]
+) -> None:
+    model, texts = backbone(family), prompts(family)
+    answer_model = open_answer_model(model, texts, placement_of(model, texts, None))
+    tokens = torch.tensor([texts.tokens[3]])
+    with torch.no_grad():
+        expected = model.model(input_ids=tokens).logits[0, -1]
+    found = model.word_logits(model.last_states([texts.tokens[3]], 0), range(5))[0]
+    torch.testing.assert_close(found, expected[:5], atol=1e-5, rtol=1e-4)
+    yes, no = texts.answers or (0, 0)
+    odds = answer_model.log_odds(answer_model.gather(torch.tensor([[3]])), None)[0, 0]
+    torch.testing.assert_close(odds, expected[yes] - expected[no], atol=1e-5, rtol=1e-4)
 
 
 def test_a_repository_with_its_own_code_is_refused(model_dir: Callable[[str], Path], tmp_path: Path) -> None:

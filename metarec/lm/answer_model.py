@@ -134,6 +134,9 @@ class AnswerModel:
 
     def answer(self, state: Tensor) -> Tensor:
         """Turns states into log p(yes) - log p(no)."""
+        if self.prompts.answers is not None and self.backbone.logit_rule.cap is not None:
+            yes, no = self.backbone.word_logits(state, self.prompts.answers).unbind(-1)
+            return yes - no
         direction, offset = self._answer_axis
         return state.to(direction.dtype) @ direction + offset
 

@@ -26,6 +26,7 @@ from metarec.lm.embedded import SMOLLM2 as SMOLLM2
 from metarec.lm.embedded import minilm_dir, smollm2_gguf, unpack_smollm2, unpacked_smollm2
 from metarec.lm.families import BlockModel, TakenApart, take_apart
 from metarec.lm.fingerprint import weights_fingerprint
+from metarec.lm.logits import LogitRule, logit_rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,14 +118,23 @@ class Backbone:
             )
         return int(ids[0])
 
+    @cached_property
+    def logit_rule(self) -> LogitRule:
+        """What the model does to its vocabulary head's products."""
+        return logit_rule(self.model.config)
+
     def answer_direction(self, yes: int, no: int) -> tuple[Tensor, Tensor]:
-        """Returns the vector and the offset whose product with the last state is log p(yes) - log p(no)."""
+        """Returns the vector and the offset whose product with the last state is log p(yes) - log p(no).
+
+        A model that caps its logits has none: see `word_logits`.
+        """
         head = self.model.get_output_embeddings()
         weight = head.weight.detach()
         bias = getattr(head, "bias", None)
         offset = torch.zeros(()) if bias is None else (bias[yes] - bias[no]).detach()
         precise = _at_least_float32(weight.dtype)
-        return weight[yes].to(precise) - weight[no].to(precise), offset.to(precise)
+        scale = self.logit_rule.scale
+        return (weight[yes].to(precise) - weight[no].to(precise)) * scale, offset.to(precise) * scale
 
     def word_logits(self, states: Tensor, words: Sequence[int]) -> Tensor:
         """Returns the vocabulary head's logits of some tokens; gradients go through the head too.
@@ -140,9 +150,10 @@ class Backbone:
         precise = _at_least_float32(head.weight.dtype)
         rows = list(words)
         bias = getattr(head, "bias", None)
-        return functional.linear(
+        products = functional.linear(
             states.to(precise), head.weight[rows].to(precise), None if bias is None else bias[rows].to(precise)
         )
+        return self.logit_rule(products)
 
     def last_states(self, texts: Sequence[Sequence[int]], shared: int) -> Tensor:
         """Reads texts that begin alike with the whole model, what they share once only; differentiable.
@@ -346,7 +357,7 @@ def _kind(config: Any) -> Kind:
         return "masked"
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal"
-    if architecture.endswith("Model"):
+    if architecture.endswith(("Model", "ForSequenceClassification")):
         return "encoder"
     raise BackboneError(
         f"architecture '{architecture}' is neither a causal LM, a masked LM nor an encoder", "Choose another model"
