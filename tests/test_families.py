@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_adapters import both, placement_of, random_state, some_items
 from small_models import CAUSAL
+from torch.nn import functional
 
 from metarec.errors import ConfigError
 from metarec.lm.answer_model import open_answer_model
@@ -34,6 +35,27 @@ MODELS = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3-window": "qwen3",
+    "smollm3": "smollm3",
+    "smollm3-norope": "smollm3",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
+    "phi3-longrope": "phi3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "gpt2-depth": "gpt2",
+    "gpt-neox": "gpt-neox",
+    "gpt-neox-serial": "gpt-neox",
+    "roberta": "roberta",
+    "roberta-encoder": "roberta",
+    "xlm-roberta": "roberta",
+    "distilbert": "distilbert",
+    "mpnet": "mpnet",
+    "mpnet-encoder": "mpnet",
+    "modernbert": "modernbert",
+    "modernbert-encoder": "modernbert",
+    "bert-classifier": "bert",
+    "roberta-classifier": "roberta",
 }
 CASES = [(model, active) for model in MODELS for active in ([None, 2] if model in CAUSAL else [None])]
 
@@ -92,10 +114,95 @@ def test_peft_gives_a_familys_adapter_the_same_scores(
     yes, no = texts.answers or (0, 0)
     for item, expected in zip(items[0].tolist(), ours, strict=True):
         tokens = torch.tensor([texts.tokens[item]])
-        place = texts.tokens[item].index(texts.mask_token) if model.kind == "masked" else -1
         with torch.no_grad():
-            logits = wrapped(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, place]
+            output = wrapped(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        if model.kind == "encoder":
+            mean = functional.normalize(output.last_hidden_state[0].mean(0), dim=-1)
+            found = answer_model.answer(mean)
+        else:
+            place = texts.tokens[item].index(texts.mask_token) if model.kind == "masked" else -1
+            found = output.logits[0, place, yes] - output.logits[0, place, no]
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+PREFIXED = ["qwen3", "smollm3", "olmo2", "phi3", "gemma", "gpt-neox"]
+
+
+@pytest.mark.parametrize("name", PREFIXED)
+def test_peft_gives_a_familys_prefix_the_same_scores(
+    name: str, backbone: Backbones, prompts: Prompts, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    model, texts = backbone(name), prompts(name)
+    placed = replace(placement_of(model, texts, None, layers=3), kind="prefix", targets=(), virtual_tokens=2)
+    answer_model = open_answer_model(model, texts, placed)
+    state, items = random_state(answer_model.spec, 1), some_items(1, 3)
+    ours = answer_model.log_odds(answer_model.gather(items), state)[0]
+    save_adapter(
+        tmp_path / "adapter",
+        select_user(state, 0),
+        answer_model.spec,
+        base_model=model.location,
+        task_type=model.task_type,
+        user={},
+    )
+    wrapped = PeftModel.from_pretrained(copy.deepcopy(model.model), tmp_path / "adapter").eval()
+    yes, no = texts.answers or (0, 0)
+    for item, expected in zip(items[0].tolist(), ours, strict=True):
+        tokens = torch.tensor([texts.tokens[item]])
+        with torch.no_grad():
+            logits = wrapped(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, -1]
         torch.testing.assert_close(logits[yes] - logits[no], expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name in CAUSAL])
+def test_texts_that_begin_alike_are_read_as_each_alone(name: str, backbone: Backbones, prompts: Prompts) -> None:
+    model, texts = backbone(name), prompts(name).tokens[:5]
+    with torch.no_grad():
+        found = model.last_states(texts, prompts(name).prefix)
+        alone = [model.model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] for ids in texts]
+    torch.testing.assert_close(found, torch.stack(alone), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt-neox", "mpnet", "modernbert"])
+def test_second_derivatives_are_those_of_the_whole_model(name: str, backbone: Backbones, prompts: Prompts) -> None:
+    model, texts = backbone(name), prompts(name)
+    found = []
+    for answer_model in both(model, texts, placement_of(model, texts, None, layers=1)):
+        state = {key: value.requires_grad_() for key, value in random_state(answer_model.spec, 1).items()}
+        loss = answer_model.log_odds(answer_model.gather(some_items(1, 4)), state).square().sum()
+        slopes = torch.autograd.grad(loss, list(state.values()), create_graph=True)
+        length = torch.stack([slope.square().sum() for slope in slopes]).sum()
+        found.append(torch.cat([part.flatten() for part in torch.autograd.grad(length, list(state.values()))]))
+    scale = float(found[1].abs().max())
+    torch.testing.assert_close(found[0] / scale, found[1] / scale, atol=1e-4, rtol=1e-3)
+
+
+def test_positions_that_depend_on_the_texts_beside_are_left_to_the_whole_model(
+    backbone: Backbones, prompts: Prompts, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, texts = backbone("phi3-longrope-15"), prompts("phi3-longrope-15")
+    answer_model = open_answer_model(model, texts, placement_of(model, texts, None))
+    assert isinstance(answer_model.forward, ReferenceForward)
+    assert "beyond 15" in caplog.text
+
+
+def test_a_decoder_that_classifies_is_an_encoder_and_run_whole(backbone: Backbones, prompts: Prompts) -> None:
+    model, texts = backbone("llama-classifier"), prompts("llama-classifier")
+    assert model.kind == "encoder"
+    assert model.taken_apart.why_not == "it is read as encoder; of its family, only causal models are cached"
+    answer_model = open_answer_model(model, texts, placement_of(model, texts, None))
+    state = random_state(answer_model.spec, 2)
+    frozen, adapted = (answer_model.log_odds(answer_model.gather(some_items(2)), one) for one in (None, state))
+    assert (adapted - frozen).abs().max() > 1e-3
+
+
+def test_a_prefix_is_refused_where_positions_are_in_the_embeddings(backbone: Backbones, prompts: Prompts) -> None:
+    model, texts = backbone("gpt2-depth"), prompts("gpt2-depth")
+    placed = replace(placement_of(model, texts, 1), kind="prefix", targets=(), virtual_tokens=2)
+    with pytest.raises(ConfigError, match="knows positions in attention alone"):
+        check_placement(model, texts, placed)
 
 
 @pytest.mark.parametrize("name", ["mistral-window", "qwen3-window"])

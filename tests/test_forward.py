@@ -83,7 +83,7 @@ def test_bfloat16_weights_move_log_odds_by_less_than_a_tenth_of_their_spread(
         assert 0 < error < 0.1
 
 
-@pytest.mark.parametrize(("family", "active"), [("llama", None), ("llama", 1), ("bert", None)])
+@pytest.mark.parametrize(("family", "active"), [("llama", None), ("llama", 1), ("phi3", 1), ("bert", None)])
 def test_mixed_precision_is_nearer_to_float32_than_bfloat16_throughout(
     family: str, active: int | None, backbone: Backbones, prompts: Prompts
 ) -> None:

@@ -195,9 +195,8 @@ class Layout:
             q, k, v = (whole.part(rows[:, which].flatten()) for which in range(3))
             return q, k, v
         first = heads * head_dim
-        width = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-        second = first + width
-        return whole.part(slice(0, first)), whole.part(slice(first, second)), whole.part(slice(second, second + width))
+        second = (first + whole.weight.shape[0]) // 2
+        return whole.part(slice(0, first)), whole.part(slice(first, second)), whole.part(slice(second, None))
 
     def _mlp(self, parts: _Parts) -> tuple[Linear | None, Linear, Linear]:
         first, *others = (parts.linear(name) for name in self.mlp)

@@ -51,6 +51,7 @@ def save_adapter(
     score = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if name.startswith("score.")}
     config = {
         **_peft_config(spec),
+        **spec.peft_facts,
         "task_type": task_type,
         "base_model_name_or_path": base_model,
         "inference_mode": True,

@@ -25,11 +25,13 @@ def adapted_blocks(backbone: Backbone, layers: int) -> list[BlockShape]:
     found = []
     for index in range(total - layers, total):
         path = f"{backbone.layer_path}.{index}"
-        width = None
+        width = heads = None
         if backbone.weights is not None and backbone.weights.takes_prefix:
             block = backbone.weights.blocks[index]
-            width = block.kv_heads * block.head_dim
-        found.append(BlockShape(path, linear_shapes(backbone, path), width))
+            heads, width = block.kv_heads, block.kv_heads * block.head_dim
+        modules = backbone.model.get_submodule(path).modules()
+        transposed = any(type(module).__name__ == "Conv1D" for module in modules)
+        found.append(BlockShape(path, linear_shapes(backbone, path), width, heads, transposed))
     return found
 
 

@@ -8,7 +8,7 @@ torch; asking the registry for a kind does.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -54,11 +54,15 @@ class BlockShape:
         path: Module path of the block.
         linears: Module path to (out features, in features) of every linear layer in it.
         key_width: Width of all its key heads together; None where attention takes no virtual tokens.
+        kv_heads: How many key heads there are; None where attention takes no virtual tokens.
+        transposed: Whether its linear layers keep their weights as (in, out), like GPT-2's.
     """
 
     path: str
     linears: Mapping[str, tuple[int, int]]
     key_width: int | None
+    kv_heads: int | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class AdapterSpec:
         rank: Inner dimension of every low-rank update.
         alpha: A low-rank update is scaled by ``alpha / rank``.
         rslora: Scales by ``alpha / sqrt(rank)`` instead, so that higher ranks learn as fast.
+        peft_facts: What else of the model PEFT's configuration has to say; nothing that an adapter has to fit.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -79,6 +84,7 @@ class AdapterSpec:
     rank: int = 1
     alpha: float = 1.0
     rslora: bool = False
+    peft_facts: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def implementation(self) -> AdapterKind:
@@ -165,7 +171,8 @@ class AdapterKind(Protocol):
 
     def spec(self, blocks: Sequence[BlockShape], placement: Placement) -> AdapterSpec:
         """Returns the adapters' sizes, given the blocks that carry them."""
-        return AdapterSpec(targeted(blocks, placement.targets), placement.kind)
+        facts = {"fan_in_fan_out": True} if any(block.transposed for block in blocks) else {}
+        return AdapterSpec(targeted(blocks, placement.targets), placement.kind, peft_facts=facts)
 
     def peft_config(self, spec: AdapterSpec) -> dict[str, Any] | None:
         """Returns what PEFT's configuration says of the adapters' sizes; None where PEFT has no such kind."""
@@ -195,6 +202,10 @@ _USUAL_TARGETS = (
     ("query", "value", "dense"),
     ("q_lin", "v_lin", "out_lin"),
     ("c_attn", "c_proj"),
+    ("qkv_proj", "o_proj"),
+    ("query_key_value", "dense"),
+    ("Wqkv", "Wo"),
+    ("q", "v", "o"),
 )
 
 

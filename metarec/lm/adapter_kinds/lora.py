@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metarec.lm.adapter_kinds import AdapterKind, AdapterSpec, BlockShape, Placement, targeted
+from metarec.lm.adapter_kinds import AdapterKind, AdapterSpec, BlockShape, Placement
 from metarec.tensors import AdapterState
 
 LORA_A = ".lora_A"
@@ -56,8 +57,8 @@ class Lora(AdapterKind):
 
     def spec(self, blocks: Sequence[BlockShape], placement: Placement) -> AdapterSpec:
         """See `AdapterKind.spec`."""
-        shapes = targeted(blocks, placement.targets)
-        return AdapterSpec(shapes, placement.kind, placement.rank, placement.alpha, placement.rslora)
+        plain = super().spec(blocks, placement)
+        return replace(plain, rank=placement.rank, alpha=placement.alpha, rslora=placement.rslora)
 
     def peft_config(self, spec: AdapterSpec) -> dict[str, Any]:
         """See `AdapterKind.peft_config`."""

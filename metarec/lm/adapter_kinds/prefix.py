@@ -76,7 +76,8 @@ class Prefix(AdapterKind):
         """See `AdapterKind.spec`."""
         tokens = placement.virtual_tokens
         shapes = {block.path: (tokens, block.key_width) for block in blocks if block.key_width is not None}
-        return AdapterSpec(shapes, placement.kind)
+        # PEFT would divide the width by the number of all heads, where several share a key head.
+        return AdapterSpec(shapes, placement.kind, peft_facts={"num_attention_heads": blocks[0].kv_heads})
 
     def peft_config(self, spec: AdapterSpec) -> dict[str, Any]:
         """See `AdapterKind.peft_config`."""
