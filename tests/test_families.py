@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Ran
 from small_adapters import both, placement_of, random_state, some_items
 from small_models import CAUSAL
 from torch.nn import functional
@@ -277,6 +278,21 @@ def test_a_model_that_its_family_does_not_describe_is_run_whole(
     import re
 
     assert re.search(why, model.taken_apart.why_not)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gemma2", "causal, 3 layers, 8192 positions; fast path by family gemma2"),
+        ("roberta", "masked, 3 layers, 62 positions; fast path by family roberta"),
+        ("granite", "through transformers itself, which is slower: no backbone family recognises its structure"),
+        ("llama-classifier", "through transformers itself, which is slower: it is read as encoder"),
+    ],
+)
+def test_doctor_says_how_a_backbone_runs(
+    name: str, said: str, model_dir: Callable[[str], Path], metarec: Callable[..., Ran]
+) -> None:
+    assert said in metarec("doctor", "--backbone", model_dir(name)).out
 
 
 def test_metarecs_families_are_asked_in_order() -> None:

@@ -37,12 +37,16 @@ model_app = typer.Typer(help="Backbones.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 
 
-@app.command(epilog="Example: metarec doctor --json")
-def doctor(json: JsonOption = False) -> None:
-    """Say what this machine has and what it lacks; status 1 if something needed is missing."""
-    from metarec.doctor import examine
+@app.command(epilog="Example: metarec doctor --backbone path/to/model")
+def doctor(backbone: BackboneOption = None, json: JsonOption = False) -> None:
+    """Say what this machine has and lacks, and how it runs a backbone; status 1 if something needed is missing."""
+    from metarec.doctor import Diagnosis, examine
 
     findings = examine()
+    if backbone is not None:
+        from metarec.lm.backbone import load_backbone
+
+        findings.append(Diagnosis(f"backbone {backbone}", "ok", load_backbone(backbone).summary))
     if json:
         print_json({"checks": [vars(finding) for finding in findings]})
     else:

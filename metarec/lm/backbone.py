@@ -232,6 +232,16 @@ class Backbone:
         """The model's blocks, or None where it is run whole."""
         return self.taken_apart.blocks
 
+    @property
+    def summary(self) -> str:
+        """Kind, layers, context length, and what runs the model: its family's blocks, or transformers and why."""
+        found = self.taken_apart
+        path = f"through transformers itself, which is slower: {found.why_not}"
+        if found.blocks is not None:
+            path = f"fast path by family {found.family}"
+        context = "no limit of positions" if self.max_tokens is None else f"{self.max_tokens} positions"
+        return f"{self.kind}, {self.model.config.num_hidden_layers} layers, {context}; {path}"
+
     @cached_property
     def layer_path(self) -> str:
         """Module path of the list of blocks, found as the only module list of the right length.
