@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from metarec.errors import ConfigError, suggest
+from metarec.errors import ConfigError, shown, suggest
 from metarec.registries import ADAPTER_KINDS, ALGORITHMS, LOSSES, TERMS
 from metarec.registry import Registry
 
@@ -266,8 +266,11 @@ def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Mode
         if first["type"] == "extra_forbidden":
             known = _fields_at(model, path[:-1])
             raise ConfigError(f"{where}: key '{name}' is unknown", suggest(path[-1], known)) from None
-        said = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
-        raise ConfigError(f"{where}: '{name}' is {first['input']!r}", said) from None
+        message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+        if first["type"] == "value_error" and isinstance(first["input"], Mapping):  # keys that contradict each other
+            section = f"'{name}': " if name else ""
+            raise ConfigError(f"{where}: {section}{message}", "Change one of the keys") from None
+        raise ConfigError(f"{where}: '{name}' is {shown(first['input'])}", message) from None
 
 
 def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
@@ -289,17 +292,17 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
-            raise ConfigError(f"--set {assignment!r} has no '='", "Write --set train.steps=100")
+            raise ConfigError(f"--set {shown(assignment)} has no '='", "Write --set train.steps=100")
         section = merged
         *parents, key = path.strip().split(".")
         for parent in parents:
             inner = section.get(parent, {})
             if not isinstance(inner, dict):
-                raise ConfigError(f"--set {assignment!r}: '{parent}' is not a section", "Check the key's path")
+                raise ConfigError(f"--set {shown(assignment)}: '{parent}' is not a section", "Check the key's path")
             section[parent] = {**inner}
             section = section[parent]
         try:
             section[key] = yaml.load(text, _PlainLoader)  # noqa: S506 - a SafeLoader
         except yaml.YAMLError:
-            raise ConfigError(f"--set {assignment!r}: the value is not YAML", "Quote it") from None
+            raise ConfigError(f"--set {shown(assignment)}: the value is not YAML", "Quote it") from None
     return merged

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable
 
 _CLOSE = 0.7
+_SHOWN = 80
 
 
 class MetarecError(ValueError):
@@ -64,6 +65,12 @@ class TrainingError(MetarecError):
 
 class EvaluationError(MetarecError):
     """A score or a metric argument from which no honest number can be computed."""
+
+
+def shown(value: object) -> str:
+    """Returns a value as Python writes it, cut to the length that a one-line message has room for."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from metarec.bench.plan import Plan
 from metarec.config import RunConfig, override, read_yaml, validated
 from metarec.data.interactions import Catalog
 from metarec.data.task import Task
@@ -74,6 +75,24 @@ def test_settings_are_finite_numbers(name: str, value: str) -> None:
 
 def test_there_are_settings_that_could_be_infinite() -> None:
     assert {"meta.inner_lr", "train.lr", "collaborative.gp.noise"} <= set(float_settings(RunConfig))
+
+
+@pytest.mark.parametrize("value", ["x" * 9000, ["x" * 90] * 90, {f"key {number}": number for number in range(900)}])
+@pytest.mark.parametrize(
+    ("model", "key"), [(RunConfig, "seed"), (RunConfig, "train"), (Task, "label"), (Plan, "parts"), (Task, "query")]
+)
+def test_a_message_shows_the_beginning_of_a_value(model: type[BaseModel], key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validated(model, {key: value}, "x")
+    assert len(str(caught.value)) < 300
+    assert "Value error" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["x" * 9000, "seed.x=" + "y" * 9000, "seed=[" + "y" * 9000])
+def test_an_assignment_is_shown_up_to_its_beginning(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        override({"seed": 1}, [text])
+    assert len(str(caught.value)) < 200
 
 
 def test_overrides_leave_the_rest_alone() -> None:

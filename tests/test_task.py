@@ -19,7 +19,7 @@ from metarec.data import task_data, task_files
 from metarec.data.episodes import seeded, training_batch
 from metarec.data.interactions import Interactions, RatingScale
 from metarec.data.labels import read_rule
-from metarec.data.task import Task, read_task
+from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.data.task_files import group_names, load_group, load_task, task_names
 from metarec.data.transforms import as_domains, keep_users, merge, with_negatives
@@ -476,7 +476,7 @@ def test_files_that_lead_nowhere_are_named(text: str, message: str, tmp_path: Pa
 )
 def test_a_task_that_cannot_be_meant_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        read_task(BASE | changes, "x")
+        validated(Task, BASE | changes, "x")
     assert len(str(caught.value)) < 300, "names the value, not the whole task"
 
 
@@ -491,7 +491,7 @@ JUNK = st.recursive(
 @settings(max_examples=300, deadline=None)
 def test_any_value_of_any_key_is_a_task_or_a_typed_error(key: str, value: object) -> None:
     try:
-        task = read_task(BASE | {key: value}, "x")
+        task = validated(Task, BASE | {key: value}, "x")
     except MetarecError:
         return
     assert task.digest

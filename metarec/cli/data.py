@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from metarec.cli.options import JsonOption, print_json
-from metarec.errors import ConfigError
+from metarec.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from metarec.data.checks.findings import DataFinding
@@ -238,7 +238,7 @@ def _options(
     for entry in columns or []:
         ours, equals, theirs = entry.partition("=")
         if not equals:
-            raise ConfigError(f"--column {entry!r} has no '='", "Write --column user=customer_id")
+            raise ConfigError(f"--column {shown(entry)} has no '='", "Write --column user=customer_id")
         named[ours] = theirs
     values: dict[str, Any] = {"columns": named, "encoding": encoding}
     if separator is not None:

@@ -25,7 +25,7 @@ from metarec.cli.options import (
     show,
 )
 from metarec.cli.store import AdaptersOption, StoreOption, adapt_bulk, recommend_stored
-from metarec.errors import ConfigError, DataError
+from metarec.errors import ConfigError, DataError, shown
 
 if TYPE_CHECKING:
     from metarec.adapted_user import AdaptedUser
@@ -331,7 +331,7 @@ def run_dir(runs: Path, name: str) -> Path:
     import re
 
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ConfigError(f"--name {name!r} is not a plain name", "Use letters, digits, '.', '_' and '-'")
+        raise ConfigError(f"--name {shown(name)} is not a plain name", "Use letters, digits, '.', '_' and '-'")
     return runs / name
 
 
@@ -352,7 +352,7 @@ def _adapted(recommender: MetaRecommender, ratings: list[str] | None, file: Path
     for entry in ratings or []:
         item, equals, value = entry.rpartition("=")
         if not equals:
-            raise ConfigError(f"--rating {entry!r} has no '='", "Write --rating 'Toy Story=5'")
+            raise ConfigError(f"--rating {shown(entry)} has no '='", "Write --rating 'Toy Story=5'")
         pairs.append((item, value))
     if file is not None:
         pairs += _read_ratings_file(file)

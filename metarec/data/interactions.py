@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metarec.data.titles import TitleIndex
-from metarec.errors import DataError, RatingError, UnknownItemError
+from metarec.errors import DataError, RatingError, UnknownItemError, shown
 
 Codes = NDArray[np.int64]
 Values = NDArray[np.float32]
@@ -169,7 +169,7 @@ class RatingScale:
         try:
             number = float(value)
         except (TypeError, ValueError):
-            raise RatingError(f"rating {value!r} of {where} is not a number", f"Rate {self}") from None
+            raise RatingError(f"rating {shown(value)} of {where} is not a number", f"Rate {self}") from None
         if not np.isfinite(number):
             raise RatingError(f"rating {number} of {where} is not finite", f"Rate {self}")
         if not self.low <= number <= self.high:
@@ -201,7 +201,9 @@ def read_ratings(pairs: Sequence[tuple[str, float]], catalog: Catalog, scale: Ra
         try:
             name, value = pair
         except (TypeError, ValueError):
-            raise RatingError(f"rating number {position} is {pair!r}", "Give (title or id, rating) pairs") from None
+            raise RatingError(
+                f"rating number {position} is {shown(pair)}", "Give (title or id, rating) pairs"
+            ) from None
         code = catalog.find(name)
         if code in seen:
             raise RatingError(

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from metarec.data.interactions import Flags, Interactions
-from metarec.errors import ConfigError
+from metarec.errors import ConfigError, shown
 
 _RULE = re.compile(r"rating\s*(>=|>)\s*(user mean|[-+]?\d+(?:\.\d+)?)")
 
@@ -72,7 +72,7 @@ def read_rule(text: str) -> LabelRule:
     match = _RULE.fullmatch(rule)
     if not match or match.groups() == (">=", "user mean"):
         raise ConfigError(
-            f"label rule {text!r} is not understood",
+            f"label rule {shown(text)} is not understood",
             "Write 'rating >= 4', 'rating > user mean', 'implicit' or 'rating'",
         )
     sign, bound = match.groups()

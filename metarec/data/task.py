@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from metarec.artifacts import content_hash
-from metarec.config import Section, validated
+from metarec.config import Section
 from metarec.data.episodes import Candidates, Order
 from metarec.data.interactions import Catalog
 from metarec.data.item_fields import FieldChoice, FieldKind, choose_fields
 from metarec.data.labels import LabelRule, read_rule
 from metarec.data.source_options import SourceOptions
 from metarec.data.templates import PromptTemplate, item_text, review_sentence
-from metarec.errors import ConfigError
 from metarec.metrics import METRICS, check_metric
 
 
@@ -274,26 +273,3 @@ class GroupConfig(Section):
     group: str
     description: str = ""
     tasks: tuple[str, ...] = Field(min_length=1)
-
-
-def read_task(values: Mapping[str, Any], where: str) -> Task:
-    """Builds a task from raw values.
-
-    Args:
-        values: What the file says.
-        where: The file, for errors.
-
-    Raises:
-        ConfigError: A key is unknown, a value does not fit, or two keys contradict each other.
-    """
-    try:
-        return Task.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] != "value_error" or not isinstance(first["input"], Mapping):
-            return validated(Task, values, where)
-        section = "".join(f"'{part}': " for part in [".".join(map(str, first["loc"]))] if part)
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(
-            f"{where}: {section}{message}", "Change one of the keys; docs/tasks.md has them all"
-        ) from None

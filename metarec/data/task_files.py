@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from metarec.config import read_yaml, validated
-from metarec.data.task import DatasetConfig, GroupConfig, Task, read_task
-from metarec.errors import ConfigError, suggest
+from metarec.data.task import DatasetConfig, GroupConfig, Task
+from metarec.errors import ConfigError, shown, suggest
 
 TASKS_VARIABLE = "METAREC_TASKS"
 DATA_VARIABLE = "METAREC_DATA"
@@ -33,7 +33,7 @@ def load_task(name: str, include_path: Sequence[Path] = ()) -> Task:
     values = read_task_yaml(path)
     if "group" in values:
         raise ConfigError(f"'{name}' is a group of tasks", f"Name one of: {', '.join(_group(values, path).tasks)}")
-    task = read_task(values, str(path))
+    task = validated(Task, values, str(path))
     return task.model_copy(update={"dataset": _located(task.dataset, path.parent)})
 
 
@@ -81,7 +81,7 @@ def _with_includes(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     included = values.pop("include", [])
     names = [included] if isinstance(included, str) else included
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"'{path}': 'include' is {included!r}", "Name a YAML file, or a list of them")
+        raise ConfigError(f"'{path}': 'include' is {shown(included)}", "Name a YAML file, or a list of them")
     merged: dict[str, Any] = {}
     for name in names:
         merged = _merged(merged, _with_includes(path.parent / name, (*above, path.resolve())))

@@ -23,7 +23,7 @@ from metarec.bench.methods.networks import NETWORKS
 from metarec.bench.methods.prompts import PROMPTS
 from metarec.bench.methods.recommenders import RECOMMENDERS
 from metarec.bench.methods.trivial import TRIVIAL
-from metarec.errors import ConfigError, suggest
+from metarec.errors import ConfigError, shown, suggest
 from metarec.registry import Registry
 
 __all__ = ["METHODS", "Method", "MethodContext", "MethodRow", "Methods"]
@@ -49,7 +49,7 @@ class Methods(Registry[Method]):
             return found
         if not callable(found) or isinstance(found, type):
             raise ConfigError(
-                f"the method '{name}' is {found!r}", "Name a Method, or a function from a MethodContext to rows"
+                f"the method '{name}' is {shown(found)}", "Name a Method, or a function from a MethodContext to rows"
             )
         function: Any = found
         options: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from typing import Any
 from metarec.artifacts import SCHEMA_VERSION
 from metarec.data.checks import CODES
 from metarec.data.checks.findings import DataFinding
-from metarec.errors import ConfigError, suggest
+from metarec.errors import ConfigError, shown, suggest
 
 
 def read_threshold(text: str) -> tuple[str, float, bool]:
@@ -23,11 +23,13 @@ def read_threshold(text: str) -> tuple[str, float, bool]:
     """
     code, equals, limit = text.partition("=")
     if code not in CODES and code not in ("error", "warning", "note"):
-        raise ConfigError(f"--fail-on {text!r} names no finding", suggest(code, [*CODES, "error", "warning", "note"]))
+        raise ConfigError(
+            f"--fail-on {shown(text)} names no finding", suggest(code, [*CODES, "error", "warning", "note"])
+        )
     share = limit.endswith("%")
     number = limit.removesuffix("%") if equals else "0"
     if not re.fullmatch(r"\d+(\.\d+)?", number):
-        raise ConfigError(f"--fail-on {text!r} has no limit", "Write e.g. markup=10 or thin-user=5%")
+        raise ConfigError(f"--fail-on {shown(text)} has no limit", "Write e.g. markup=10 or thin-user=5%")
     return code, float(number) / (100 if share else 1), share
 
 
