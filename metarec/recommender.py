@@ -35,6 +35,7 @@ from metarec.fitting import (
 )
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
+from metarec.meta import learn2learn
 from metarec.recommender_files import FACTS, digest_of, read_recommender, read_user, write_recommender
 from metarec.scorer import Scorer
 from metarec.scorers.language.adapted import MetaScorer
@@ -134,7 +135,10 @@ class MetaRecommender:
         Raises:
             MetarecError: The task or its data are not usable, or the checkpoint is of another run.
         """
+        if self.config.meta.engine == "learn2learn":
+            learn2learn.check(self.config.meta.algorithm)
         data = self.task_data(task)
+        data.evaluated("validation")  # now, not after minutes of fitting
         prepared = self._prepare(data)
         with tempfile.TemporaryDirectory() as scratch:
             where = Path(checkpoint or Path(scratch) / "checkpoint")
@@ -214,7 +218,7 @@ class MetaRecommender:
             raise ConfigError(
                 f"task '{data.task.name}' has another catalog than '{self.fitted.task.name}'", "Fit on that task"
             )
-        episodes, too_few = data.episodes("test")
+        episodes, too_few = data.evaluated("test")
         return evaluate(
             self.scorers() if scorers is None else scorers,
             episodes,

@@ -10,7 +10,6 @@ from typing import Any
 from metarec.config import RunConfig
 from metarec.data.episodes import Episode, training_batch
 from metarec.data.task_data import TaskData
-from metarec.errors import ConfigError
 from metarec.evaluate import validation_auc
 from metarec.fitting import Fitted, Prepared, adapted_model, closed_form_head, meta_scorer
 from metarec.meta import learn2learn
@@ -36,10 +35,6 @@ def meta_train(
         What was prepared, with the meta-parameters of the best validation and a summary of the training.
     """
     fitted = prepared.fitted
-    if config.meta.engine == "learn2learn" and config.meta.algorithm not in ("fomaml", "maml"):
-        raise ConfigError(
-            f"meta.algorithm '{config.meta.algorithm}' is not one learn2learn has", "Set meta.engine to 'batched'"
-        )
 
     def gradient_at(meta: MetaState, step: int) -> MetaGradient:
         batch = training_batch(
@@ -134,6 +129,6 @@ def _out_of_fold_batch(prepared: Prepared, batch: Sequence[Episode], config: Run
 
 
 def _validation_auc(data: TaskData, fitted: Fitted, config: RunConfig) -> float:
-    episodes = data.episodes("validation")[0][: config.train.validation_users]
+    episodes = data.evaluated("validation")[0][: config.train.validation_users]
     shots = [count for count in data.task.shots if count > 0] or list(data.task.shots)
     return validation_auc(meta_scorer(fitted, config), episodes, shots, data.task.like_threshold)

@@ -17,9 +17,10 @@ from torch import Tensor
 from metarec.bench.report import findings
 from metarec.config import validated
 from metarec.data import task_data
+from metarec.data.episodes import SplitPart
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
-from metarec.errors import EvaluationError
+from metarec.errors import DataError, EvaluationError
 from metarec.evaluate import Report, evaluate, validation_auc
 from metarec.scorer import Request, Scorer
 
@@ -135,8 +136,6 @@ def test_the_validation_auc_is_the_mean_of_a_report(loaded: Callable[..., TaskDa
     assert 0.5 < found.values("noisy", 5).mean() < 1.0
     episodes = data.episodes("test")[0]
     assert validation_auc(noisy, episodes, (0, 5), data.task.like_threshold) == np.mean(means)
-    with pytest.raises(EvaluationError, match="both likes and dislikes"):
-        validation_auc(noisy, [], (0, 5), data.task.like_threshold)
 
 
 def test_a_pooled_auc_rewards_telling_users_apart_and_a_users_auc_does_not(loaded: Callable[..., TaskData]) -> None:
@@ -194,3 +193,31 @@ def test_queries_of_one_item_count_in_the_pooled_auc(loaded: Callable[..., TaskD
 def test_without_a_pooled_metric_queries_of_one_item_say_what_to_do(loaded: Callable[..., TaskData]) -> None:
     with pytest.raises(EvaluationError, match="pooled_auc"):
         report(loaded(query={"max": 1, "min": 1}), ORACLE)
+
+
+def test_users_of_one_opinion_are_counted_by_it(loaded: Callable[..., TaskData]) -> None:
+    data = loaded(label="rating >= 0.5")
+    said = r"none of 12 users .* in the query: 12 like all of it, 0 nothing. Raise query.max"
+    with pytest.raises(EvaluationError, match=said):
+        report(data, CONSTANT)
+    with pytest.raises(EvaluationError, match=said):
+        validation_auc(CONSTANT, data.episodes("test")[0], (0, 5), data.task.like_threshold)
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_too_few_ratings_are_counted_with_the_keys_to_lower(part: SplitPart, loaded: Callable[..., TaskData]) -> None:
+    with pytest.raises(DataError) as caught:
+        loaded(shots=[0, 20], query={"max": 14, "min": 5}).evaluated(part)
+    assert str(caught.value) == (
+        f"none of 12 {part} users has the 20 + 5 ratings that 20 shots and a query need: they have 24 to 24 "
+        "(median 24). Lower 'shots' or 'query.min' in the task, or set 'short_supports: true'"
+    )
+    assert len(loaded(shots=[0, 20], query={"max": 14, "min": 4}).evaluated(part)[0]) == 12
+
+
+def test_an_evaluation_of_nobody_says_who_was_left_out() -> None:
+    with pytest.raises(EvaluationError, match="there is no user to evaluate: 7 with too few ratings"):
+        evaluate(
+            [CONSTANT], [], [0], DATA.catalog, threshold=3, seed=0, baseline="constant",
+            left_out={"too few ratings": 7},
+        )  # fmt: skip

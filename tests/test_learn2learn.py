@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,19 +13,21 @@ from made_losses import QUERIES, RATES, TARGETS, USERS, bent, meta_state
 from small_recommenders import SETTINGS, known_task
 
 from metarec.config import RunConfig, validated
+from metarec.doctor import LEARN2LEARN
 from metarec.errors import ConfigError
 from metarec.meta.algorithms import maml
 from metarec.meta.inner_loop import initial_meta_state
 from metarec.meta.learn2learn import meta_gradient
 from metarec.recommender import MetaRecommender
 
-pytestmark = pytest.mark.skipif(
+needs_learn2learn = pytest.mark.skipif(
     importlib.util.find_spec("learn2learn") is None, reason="learn2learn is not installed: make learn2learn"
 )
 
 ONE_BY_ONE = [(bent(TARGETS[user : user + 1]), bent(QUERIES[user : user + 1])) for user in range(USERS)]
 
 
+@needs_learn2learn
 @pytest.mark.parametrize("second_order", [False, True], ids=["first order", "second order"])
 @pytest.mark.parametrize("rates", ["tensor", "number"])
 @pytest.mark.parametrize("steps", [0, 1, 3])
@@ -43,6 +46,7 @@ def test_rates_per_step_are_refused() -> None:
         meta_gradient(meta, ONE_BY_ONE, 3, second_order=True)
 
 
+@needs_learn2learn
 @pytest.mark.parametrize("algorithm", ["fomaml", "maml"])
 def test_training_through_learn2learn_ends_at_the_same_weights(
     algorithm: str, model_dir: Callable[[str], Path]
@@ -66,3 +70,21 @@ def test_algorithms_that_learn2learn_lacks_are_refused(model_dir: Callable[[str]
     model = MetaRecommender.from_pretrained(model_dir("llama"), validated(RunConfig, settings, "test"))
     with pytest.raises(ConfigError, match="'reptile' is not one learn2learn has"):
         model.fit(known_task())
+
+
+def test_a_missing_learn2learn_is_said_before_data_are_read(
+    model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SETTINGS, "meta": SETTINGS["meta"] | {"engine": "learn2learn"}}
+    model = MetaRecommender.from_pretrained(model_dir("llama"), validated(RunConfig, settings, "test"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(MetaRecommender, "task_data", lambda *_: pytest.fail("data were read"))
+    with pytest.raises(ConfigError, match=r"learn2learn is not installed. Run: pip install Cython"):
+        model.fit(known_task())
+
+
+def test_pip_users_are_told_what_make_runs() -> None:
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    rule = re.search(r"^learn2learn:.*\n((?:\t.*\n)+)", makefile, re.M)
+    assert rule
+    assert " && ".join(rule[1].split("\n\t")).strip().replace("$(PIP)", "pip install") == LEARN2LEARN

@@ -171,7 +171,7 @@ def _measure(cell: Cell, out: Path, fresh: bool) -> None:
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     context, method = MethodContext(data, folder, cell.train_users, cell.changed), METHODS.get(cell.method)
-    episodes, short = data.episodes("test")
+    episodes, short = data.evaluated("test")
     labels = [episode.query.likes(data.task.like_threshold) for episode in episodes]
     both = [episode for episode, liked in zip(episodes, labels, strict=True) if 0 < liked.sum() < len(liked)]
     chosen = episodes if cell.users is None else both[: cell.users]

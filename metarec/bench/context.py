@@ -144,7 +144,7 @@ class MethodContext:
     @cached_property
     def validation(self) -> Sequence[Episode]:
         """Episodes of the validation users, for early stopping."""
-        return self.data.episodes("validation")[0]
+        return self.data.evaluated("validation")[0]
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,26 @@ class TaskData:
             sampled=query.sampled,
         )
 
+    def evaluated(self, part: SplitPart) -> tuple[list[Episode], int]:
+        """Returns what `episodes` does, for a part in which somebody must be left.
+
+        Raises:
+            DataError: Nobody of the part has enough ratings.
+        """
+        episodes, too_few = self.episodes(part)
+        if episodes:
+            return episodes, too_few
+        whole = self.interactions if self.held_out is None else self.held_out
+        rated = whole.items_of_user[self.parts[part]]
+        task, support = self.task, 0 if self.task.short_supports else self.task.shots[-1]
+        unseen = "" if self.seen is None else "; the task's 'split' says of which items"
+        raise DataError(
+            f"none of {len(rated)} {part} {task.by}s has the {support} + {task.query.min} ratings that "
+            f"{support} shots and a query need: they have {rated.min()} to {rated.max()} "
+            f"(median {np.median(rated):g}){unseen}",
+            "Lower 'shots' or 'query.min' in the task, or set 'short_supports: true'",
+        )
+
     def enough(self, shots: int) -> dict[SplitPart, tuple[int, int]]:
         """Returns of each part how many users have enough ratings for a support of some size, and how many have not.
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metarec.doctor import LEARN2LEARN
 from metarec.errors import ConfigError
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import Loss, MetaState
@@ -98,11 +99,22 @@ def _as_one_user(state: AdapterState) -> dict[str, Tensor]:
     return {name: tensor[None] for name, tensor in state.items()}
 
 
+def check(algorithm: str) -> None:
+    """Checks that the library is installed and has a meta-algorithm.
+
+    Raises:
+        ConfigError: It is not, or has not.
+    """
+    if algorithm not in ("fomaml", "maml"):
+        raise ConfigError(f"meta.algorithm '{algorithm}' is not one learn2learn has", "Set meta.engine to 'batched'")
+    load_module("learn2learn.algorithms.meta_sgd")
+
+
 def load_module(name: str) -> Any:
     """Imports one module of learn2learn without its package's own imports, which need torchvision and gym."""
     spec = importlib.util.find_spec("learn2learn")
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("learn2learn is not installed", "Run: make learn2learn")
+        raise ConfigError("learn2learn is not installed", f"Run: {LEARN2LEARN}")
     root = Path(next(iter(spec.submodule_search_locations)))
     for bare, path in (("learn2learn", root), ("learn2learn.algorithms", root / "algorithms")):
         if bare not in sys.modules:
