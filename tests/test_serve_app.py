@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from serving import LOVES_DRAMA, LOVES_HORROR, small_recommender
@@ -180,6 +181,94 @@ def test_ids_never_become_paths(user: str, client: TestClient, tmp_path: Path) -
     assert {path.name for path in tmp_path.iterdir()} == {"store"}
 
 
+def test_an_id_is_any_text(client: TestClient) -> None:
+    ids = ["a/b", "/", "a/recommendations", "a%2Fb", "a%b", "%", "what?", "#1", "a b", "Zoë 🎬", "x" * 256, "/" * 256]
+    some = [(number, user, f"/v1/users/{quote(user, safe='')}") for number, user in enumerate(ids, start=1)]
+    for number, _, where in some:
+        for _ in range(number):
+            assert client.post(f"{where}/feedback", json={"item": "m1", "rating": 5}).status_code == 200
+    for number, user, where in some:
+        held = client.get(where).json()
+        assert (held["user"], held["version"]) == (user, number), "every id is a user of its own"
+        assert client.get(f"{where}/recommendations?k=1").json()["adapter"]["version"] == number
+        assert client.delete(where).json() == {"erased": True}
+
+
+REFUSED = [
+    ("GET", "/nothing", 404, "no such route"),
+    ("GET", "/v1/users/a/b/recommendations", 404, "no such route"),
+    ("GET", "/v1/users/", 404, "no such route"),
+    ("POST", "/v1/users/a/feedback/", 404, "no such route"),
+    ("GET", "/v1/users/nobody", 404, "no such user"),
+    ("PUT", "/v1/users/a/feedback", 405, "does not take PUT"),
+    ("GET", "/v1/users/a/feedback", 405, "does not take GET"),
+    ("GET", "/v1/users/%FF", 400, "not UTF-8"),
+    ("GET", f"/v1/users/{'x' * 257}", 422, "'user' of the path is not taken"),
+    ("GET", "/ui/nothing", 404, "no such route"),
+]
+
+
+@pytest.mark.parametrize("ui", [False, True])
+def test_every_error_is_a_json_problem(ui: bool, start: Callable[..., TestClient]) -> None:
+    client = start(ui=ui)
+    for method, path, status, message in REFUSED:
+        answer = client.request(method, path)
+        assert (answer.status_code, answer.json()["error"]["status"]) == (status, status), path
+        assert message in answer.json()["error"]["message"], path
+
+
+FAULTS = [
+    ("feedback", '{"item": "m1"}', "'rating' of the body is missing", "Add it"),
+    ("feedback", '{"item": "m1", "rating": "5"}', "'rating' of the body is a text", "It should be a valid number"),
+    (
+        "feedback",
+        '{"item": 3, "rating": true}',
+        "'item' of the body is a number; 'rating' of the body is true or false",
+        "'item' of the body: It should be a valid string; 'rating' of the body: It should be a valid number",
+    ),
+    (
+        "feedback",
+        '{"item": "m1", "rating": 1, "more": 2}',
+        "'more' of the body is unknown",
+        "Leave it out; /openapi.json names every key",
+    ),
+    (
+        "feedback",
+        '{"ratings": []}',
+        "'ratings' of the body is a list that is not taken",
+        "It should have at least 1 item after validation, not 0",
+    ),
+    (
+        "feedback",
+        '{"ratings": [{"item": "m1", "rating": null}]}',
+        "'ratings.0.rating' of the body is null",
+        "It should be a valid number",
+    ),
+    ("feedback", '{"ratings": {"m1": 5}}', "'ratings' of the body is an object", "It should be a valid list"),
+    ("feedback", "[1]", "the body is a list", "It should be a valid dictionary or object to extract fields from"),
+    ("feedback", "", "the body is missing", "Add it"),
+    ("feedback", "{", "the body is not JSON at character 1", "Send JSON"),
+    ("score", '{"items": "m1"}', "'items' of the body is a text", "It should be a valid list"),
+]
+
+
+def test_a_fault_is_one_sentence_with_its_cure(client: TestClient) -> None:
+    for path, content, message, cure in FAULTS:
+        answer = client.post(f"/v1/users/a/{path}", content=content, headers={"Content-Type": "application/json"})
+        assert answer.json() == {"error": {"status": 422, "message": message, "cure": cure}}, content
+
+
+def test_faults_outside_the_body_have_a_cure_too(client: TestClient) -> None:
+    plain = client.post("/v1/users/a/feedback", content='{"item": "m1", "rating": 5}').json()["error"]
+    assert plain["message"] == "the body is not read as JSON"
+    assert plain["cure"] == "Send JSON with the header Content-Type: application/json"
+    new = client.post("/v1/items", json={"items": [{"id": "n1"}]}).json()["error"]
+    assert new["message"] == "'items.0.fields' of the body is missing"
+    many = client.get("/v1/users/a/recommendations?k=many").json()["error"]
+    assert many["message"] == "'k' of the query is not taken"
+    assert many["cure"] == "It should be a valid integer, unable to parse string as an integer"
+
+
 METHODS = st.sampled_from(["GET", "POST", "DELETE", "PUT", "HEAD"])
 TEXT = st.text(max_size=20)
 VALUES = st.recursive(
@@ -202,8 +291,6 @@ PATHS = st.sampled_from(
 def test_no_request_whatever_gets_a_5xx(
     client: TestClient, method: str, user: str, path: str, body: Any, query: dict[str, str]
 ) -> None:
-    from urllib.parse import quote
-
     where = "/v1/users/" + quote(user, safe="") + ("/" + path if path else "")
     content = json.dumps(body).encode() if method == "POST" else None
     headers = {"Content-Type": "application/json"}

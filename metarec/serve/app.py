@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from http import HTTPStatus
 from importlib.metadata import version
 from typing import Annotated
 
@@ -28,10 +29,10 @@ from metarec.serve.schema import (
     Added,
     Erased,
     FeedbackAnswer,
+    FeedbackBody,
     Items,
-    NewItem,
+    ItemsBody,
     NewItems,
-    Rating,
     RatingsBody,
     ReasonAnswer,
     Recommendations,
@@ -41,6 +42,7 @@ from metarec.serve.schema import (
     SearchHit,
     UserAnswer,
     UserId,
+    faults,
 )
 from metarec.serve.service import ServeSettings, Service, adapter_facts
 from metarec.serve.worker import BusyError, Job
@@ -71,6 +73,7 @@ def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI
         lifespan=lifespan,
         docs_url=None,  # both pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # a route has one address, and a redirect would name the host that the client claims
         responses=PROBLEMS,
     )
     app.add_middleware(Guard, limits=settings.limits, observe=service.observe)
@@ -93,7 +96,7 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/users/{user}/feedback", tags=["users"])
     async def feedback(
         user: UserId,
-        said: RatingsBody | Rating,
+        said: FeedbackBody,
         idempotency_key: Annotated[
             str | None,
             Header(max_length=MAX_ID_CHARACTERS, description="A second request with the same key changes nothing."),
@@ -171,7 +174,7 @@ def _add_catalog_routes(app: FastAPI, service: Service) -> None:
     engine = service.engine
 
     @app.post("/v1/items", tags=["catalog"])
-    async def add_items(new: NewItems | NewItem) -> Added:
+    async def add_items(new: ItemsBody) -> Added:
         """Add items; they can be recommended, rated and found at once."""
         items = [(entry.id, entry.fields) for entry in (new.items if isinstance(new, NewItems) else [new])]
         for item, _ in items:
@@ -252,13 +255,18 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        # The place and the problem, without the value: it is private, and may not even be text.
-        places = [".".join(map(str, entry["loc"])) + ": " + str(entry["msg"]) for entry in error.errors()[:5]]
-        return problem(422, "; ".join(place.encode("utf-8", "replace").decode() for place in places))
+        # What a client named may not even be text.
+        message, cure = (text.encode("utf-8", "replace").decode() for text in faults(error.errors()))
+        return problem(422, message, cure)
 
     @app.exception_handler(HTTPException)
-    async def plain(_: Request, error: HTTPException) -> JSONResponse:
-        return problem(error.status_code, str(error.detail), headers=error.headers)
+    async def plain(request: Request, error: HTTPException) -> JSONResponse:
+        message, cure = str(error.detail), ""
+        if message == HTTPStatus.NOT_FOUND.phrase:
+            message, cure = "there is no such route", "See /openapi.json; a '/' inside an id is written %2F"
+        elif message == HTTPStatus.METHOD_NOT_ALLOWED.phrase:
+            message, cure = f"this route does not take {request.method}", "See /openapi.json"
+        return problem(error.status_code, message, cure, error.headers)
 
     @app.exception_handler(Exception)
     async def broken(_: Request, __: Exception) -> JSONResponse:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from metarec.errors import ConfigError
 
@@ -147,6 +148,8 @@ class Guard:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             key, refusal = self._check(scope["path"], headers, scope["method"])
             if refusal is None:
+                refusal = _keep_escapes(scope)
+            if refusal is None:
                 body, refusal = await self._body(headers, receive)
             if refusal is not None:
                 await _refuse(answer, *refusal)
@@ -221,6 +224,26 @@ class Guard:
             if size > self.limits.body:
                 return b"", too_large
         return b"".join(parts), None
+
+
+def _keep_escapes(scope: dict[str, Any]) -> tuple[int, str, int] | None:
+    """Decodes the path but for slashes and percent signs inside its parts, which `schema.UserId` decodes.
+
+    A server decodes the whole path: a slash inside a user's id would divide it, and ids that are not UTF-8 would all be
+    the same user.
+
+    Returns:
+        A refusal where the path is not UTF-8.
+    """
+    raw = scope.get("raw_path")
+    if raw is None:
+        return None
+    kept = re.sub(rb"%(2[Ff]|25)", rb"%25\1", raw)
+    try:
+        scope["path"] = unquote_to_bytes(kept).decode("utf-8")
+    except UnicodeDecodeError:
+        return 400, "the path is not UTF-8", 0
+    return None
 
 
 def _replay(body: bytes, receive: Messages) -> Messages:

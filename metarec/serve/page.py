@@ -16,6 +16,7 @@ from urllib.parse import parse_qs
 import jinja2
 from fastapi import Cookie, FastAPI, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from starlette.exceptions import HTTPException
 
 from metarec.adapted_user import Recommendation
 from metarec.errors import ConfigError
@@ -162,7 +163,7 @@ def add_page(app: FastAPI, service: Service) -> None:
     @app.get("/ui/{name}", include_in_schema=False)
     async def file(name: str) -> Response:
         if name not in _FILES:
-            return Response(status_code=404)
+            raise HTTPException(404)
         return FileResponse(_HERE / "static" / name, media_type=_FILES[name])
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 from fastapi import Path
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from metarec.serve.records import MAX_ID_CHARACTERS
 
@@ -13,7 +16,11 @@ MOST_RECOMMENDED = 1000
 MOST_EXPLAINED = 50
 _MOST_AT_ONCE = 100
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
-UserId = Annotated[str, Path(min_length=1, max_length=MAX_ID_CHARACTERS, description="Any text without '/'.")]
+UserId = Annotated[
+    str,
+    BeforeValidator(unquote),  # of slashes and percent signs, see `guard.Guard`
+    Path(min_length=1, max_length=MAX_ID_CHARACTERS, description="Any text, percent-encoded: '/' as %2F."),
+]
 
 
 class _Strict(BaseModel):
@@ -24,13 +31,27 @@ class Rating(_Strict):
     """One rating."""
 
     item: Id
-    rating: float = Field(allow_inf_nan=False, description="On the scale of the recommender's task.")
+    rating: float = Field(strict=True, allow_inf_nan=False, description="On the scale of the recommender's task.")
 
 
 class RatingsBody(_Strict):
     """Several ratings, oldest first."""
 
     ratings: list[Rating] = Field(min_length=1, max_length=_MOST_AT_ONCE)
+
+
+def _one_or_several(key: str, several: type[BaseModel]) -> Discriminator:
+    """Tells one thing from several by the key that holds the several, so that a fault is one of what was meant."""
+
+    def which(body: Any) -> str:
+        return "several" if isinstance(body, several) or (isinstance(body, dict) and key in body) else "one"
+
+    return Discriminator(which)
+
+
+FeedbackBody = Annotated[
+    Annotated[RatingsBody, Tag("several")] | Annotated[Rating, Tag("one")], _one_or_several("ratings", RatingsBody)
+]
 
 
 class Items(_Strict):
@@ -52,6 +73,11 @@ class NewItems(_Strict):
     """Several new items."""
 
     items: list[NewItem] = Field(min_length=1, max_length=_MOST_AT_ONCE)
+
+
+ItemsBody = Annotated[
+    Annotated[NewItems, Tag("several")] | Annotated[NewItem, Tag("one")], _one_or_several("items", NewItems)
+]
 
 
 class Adapter(BaseModel):
@@ -166,11 +192,53 @@ class Problem(BaseModel):
     error: ErrorBody
 
 
+_JSON_TYPES = {
+    dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"
+}  # fmt: skip
+
+
+def faults(errors: Sequence[Any]) -> tuple[str, str]:
+    """Says what is wrong with a request, and how to cure it, without the values: they are private.
+
+    Args:
+        errors: What `fastapi.exceptions.RequestValidationError.errors` returns; the first five are told.
+
+    Returns:
+        The message and the cure, each with the field and in the errors' order.
+    """
+    told = [_fault(error) for error in errors[:5]]
+    cures = [cure if len(told) == 1 else f"{field}: {cure}" for field, _, cure in told]
+    return "; ".join(f"{field} {problem}" for field, problem, _ in told), "; ".join(cures)
+
+
+def _fault(error: Any) -> tuple[str, str, str]:
+    """Returns the field of an error, its problem and its cure."""
+    kind, message = str(error["type"]), str(error["msg"]).removeprefix("Value error, ")
+    place, *path = (str(part)[:80] for part in error["loc"])
+    if kind == "json_invalid":
+        return "the body", f"is not JSON at character {path[0]}", "Send JSON"
+    path = path[1:] if path[:1] in (["one"], ["several"]) else path
+    field = f"'{'.'.join(path)}' of the {place}" if path else f"the {place}"
+    if kind == "missing":
+        return field, "is missing", "Add it"
+    if kind == "extra_forbidden":
+        return field, "is unknown", "Leave it out; /openapi.json names every key"
+    if place == "body":
+        given = error["input"]
+        if isinstance(given, bytes):
+            return field, "is not read as JSON", "Send JSON with the header Content-Type: application/json"
+        found = "null" if given is None else _JSON_TYPES.get(type(given), "something else")
+        problem = f"is {found}" if kind.endswith(("_type", "_parsing")) else f"is {found} that is not taken"
+    else:
+        problem = "is not taken"
+    return field, problem, re.sub(r"^(Input|String|List|\w+) should", "It should", message)
+
+
 _WHEN = {
-    400: "not JSON",
+    400: "a body that is not JSON, or a path that is not UTF-8",
     401: "no API key",
     403: "from another site, or not from this machine",
-    404: "unknown user",
+    404: "unknown user, or no such route",
     409: "contradicts what is there",
     413: "body too large",
     422: "not understood",
