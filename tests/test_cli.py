@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import typer
 import yaml
 from conftest import TEMPLATES, Ran, known_interactions
+
+from metarec.cli import app
 
 SMALL = [
     *("--set", "adapter.layers=2", "--set", "adapter.rank=2", "--set", "train.shots=[5]", "--set", "train.users=4"),
@@ -177,6 +180,7 @@ def test_mistakes_end_with_one_line_and_status_2(
         (["--rating", "m1=seven"], "rating 'seven' of 'm1' is not a number"),
         (["--rating", "m99=4"], "no item has the id or title 'm99'"),
         (["--rating", "m1=4", "--rating", "m1=5"], "rated twice"),
+        (["--rating", "m1=five"], "rating 'five' of 'm1' is not a number. Rate from 1.5 to 5"),
         (["--ratings", "nothing.csv"], "'nothing.csv' cannot be read"),
     ],
 )
@@ -184,6 +188,45 @@ def test_bad_ratings_end_with_one_line_and_status_2(
     arguments: list[str], message: str, run_dir: Path, metarec: Callable[..., Ran]
 ) -> None:
     ran = metarec("adapt", run_dir, *arguments)
+    assert (ran.status, ran.err.count("\n")) == (2, 1)
+    assert message in ran.err
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding"),
+    [
+        ("item,rating\nm1,5\nm2,2\n", "utf-8-sig"),
+        ("item,rating\r\nm1,5\r\nm2,2\r\n", "utf-16"),
+        ("item;rating\nm1;5,0\nm2;2\n", "utf-8"),
+        ("Rating\tItem\n5\tm1\n2\tm2\n", "utf-16"),
+        ("item_id|stars|note\nm1|5|good\n\nm2|2|\n", "utf-8"),
+    ],
+)
+def test_a_ratings_file_is_read_as_spreadsheets_write_it(
+    content: str, encoding: str, run_dir: Path, metarec: Callable[..., Ran], tmp_path: Path
+) -> None:
+    (tmp_path / "ratings.csv").write_text(content, encoding=encoding, newline="")
+    ran = metarec("recommend", run_dir, "--ratings", tmp_path / "ratings.csv", "-k", 3, "--json")
+    assert ran.out == metarec("recommend", run_dir, "--rating", "m1=5", "--rating", "m2=2", "-k", 3, "--json").out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty. Start the file with: item,rating"),
+        ("\ufeff", "is empty"),
+        ("item,rating\n", "holds no rating. Write one row for each rating"),
+        ("m1,5\n", "has no column 'item'"),
+        ("item,raiting\nm1,5\n", "has no column 'rating'. Did you mean 'raiting'?"),
+        ("item,rating\nm1,five\n", "rating 'five' of 'm1' is not a number. Rate from 1.5 to 5"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["adapt", "recommend"])
+def test_a_ratings_file_without_ratings_is_nobodys(
+    verb: str, content: str, message: str, run_dir: Path, metarec: Callable[..., Ran], tmp_path: Path
+) -> None:
+    (tmp_path / "ratings.csv").write_text(content, encoding="utf-8")
+    ran = metarec(verb, run_dir, "--ratings", tmp_path / "ratings.csv")
     assert (ran.status, ran.err.count("\n")) == (2, 1)
     assert message in ran.err
 
@@ -245,6 +288,18 @@ def test_help_shows_an_example_and_loads_nothing_heavy(command: list[str]) -> No
     ran = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert "Example: metarec" in ran.stdout
+
+
+def test_h_is_help_everywhere(metarec: Callable[..., Ran]) -> None:
+    command = typer.main.get_command(app)
+    names = [[], *([name] for name in command.commands)]  # type: ignore[attr-defined]
+    for name, verb in command.commands.items():  # type: ignore[attr-defined]
+        names += [[name, inner] for inner in getattr(verb, "commands", {})]
+    assert len(names) > 20
+    for name in names:
+        ran = metarec(*name, "-h")
+        assert ran.status == 0, name
+        assert ran.out == metarec(*name, "--help").out
 
 
 def test_help_names_the_defaults() -> None:

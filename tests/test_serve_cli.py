@@ -137,7 +137,7 @@ def test_bulk_that_is_interrupted_loses_nothing(
         ("user,item\na,m1\n", "no column 'rating'"),
         ("user,item,rating\na,m1,5\na,m1x,5\n", "row 3: no item"),
         ("user,item,rating\na,m1,NaN\n", "row 2: .*not finite"),
-        ('user,item,rating\na,"m1,5\n', "cannot be read"),
+        ('user,item,rating\na,"m1,5\n', "row 2 is not valid delimited text"),
         ("user,item,rating\n,m1,5\n", "row 2: the user id"),
     ],
 )

@@ -23,6 +23,7 @@ app = typer.Typer(
     help="Meta-learning few-shot recommendation: adapt a language model to a new user in a few gradient steps.",
     epilog="Example: metarec train --name mine && metarec evaluate runs/mine",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     add_completion=False,
 )

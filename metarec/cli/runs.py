@@ -25,7 +25,7 @@ from metarec.cli.options import (
     show,
 )
 from metarec.cli.store import AdaptersOption, StoreOption, adapt_bulk, recommend_stored
-from metarec.errors import ConfigError, DataError, shown
+from metarec.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from metarec.adapted_user import AdaptedUser
@@ -355,19 +355,7 @@ def _adapted(recommender: MetaRecommender, ratings: list[str] | None, file: Path
             raise ConfigError(f"--rating {shown(entry)} has no '='", "Write --rating 'Toy Story=5'")
         pairs.append((item, value))
     if file is not None:
-        pairs += _read_ratings_file(file)
+        from metarec.data.sources.rated import rated_rows
+
+        pairs += [(item, value) for item, value in rated_rows(file, ("item", "rating"))]
     return recommender.adapt(pairs)
-
-
-def _read_ratings_file(file: Path) -> list[tuple[str, str]]:
-    import csv
-
-    try:
-        with file.open(encoding="utf-8", newline="") as stream:
-            rows = list(csv.DictReader(stream, strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"'{file}' cannot be read: {error}", "Give a CSV file with the columns item,rating") from None
-    for number, row in enumerate(rows, start=2):
-        if row.get("item") is None or row.get("rating") is None:
-            raise DataError(f"'{file}' row {number} has no item and rating", "Start the file with: item,rating")
-    return [(row["item"], row["rating"]) for row in rows]

@@ -6,15 +6,15 @@ not computed again.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from metarec.data.interactions import Catalog, RatingScale
+from metarec.data.sources.rated import rated_rows
 from metarec.errors import DataError, MetarecError
 from metarec.progress import progress
 from metarec.serve.engine import Engine
@@ -22,7 +22,6 @@ from metarec.serve.records import Feedback, NewAdapter, check_id
 
 _USERS_AT_ONCE = 256
 _WRITERS = 4
-_COLUMNS = ("user", "item", "rating")
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Bulk:
 
 
 def read_feedback(path: Path, engine: Engine) -> dict[str, list[tuple[str, float]]]:
-    """Reads a CSV file with the columns ``user,item,rating``, rows in any order.
+    """Reads a file with the columns ``user,item,rating``, see `rated_rows`; rows in any order.
 
     Returns:
         Each user's ``(item id, rating)`` pairs in the file's order.
@@ -46,21 +45,14 @@ def read_feedback(path: Path, engine: Engine) -> dict[str, list[tuple[str, float
     """
     users: dict[str, list[tuple[str, float]]] = {}
     catalog, scale = engine.catalog, engine.trained.fitted.scale
-    try:
-        with path.open(encoding="utf-8", newline="") as stream:
-            rows = csv.DictReader(stream, strict=True)
-            if missing := [name for name in _COLUMNS if name not in (rows.fieldnames or ())]:
-                raise DataError(f"'{path}' has no column '{missing[0]}'", "Start the file with: user,item,rating")
-            for number, row in enumerate(rows, start=2):
-                user, item, rating = _read(row, catalog, scale, f"'{path}' row {number}")
-                users.setdefault(user, []).append((item, rating))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"'{path}' cannot be read: {error}", "Give a CSV file: user,item,rating") from None
+    for number, row in enumerate(rated_rows(path, ("user", "item", "rating")), start=2):
+        user, item, rating = _read(row, catalog, scale, f"'{path}' row {number}")
+        users.setdefault(user, []).append((item, rating))
     return users
 
 
-def _read(row: Mapping[str, str | None], catalog: Catalog, scale: RatingScale, where: str) -> tuple[str, str, float]:
-    user, item, rating = (row[name] or "" for name in _COLUMNS)
+def _read(row: Sequence[str], catalog: Catalog, scale: RatingScale, where: str) -> tuple[str, str, float]:
+    user, item, rating = row
     try:
         found = catalog.ids[catalog.find(item)]
         return check_id(user, "user id"), found, scale.check(cast("float", rating), f"'{item}'")
