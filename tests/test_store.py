@@ -219,14 +219,25 @@ def test_added_items_are_kept_and_never_replaced(store: AdapterStore) -> None:
 
 
 def test_a_store_opens_again_with_everything_in_it(tmp_path: Path) -> None:
-    store = AdapterStore(tmp_path)
+    place = tmp_path / "store"
+    store = AdapterStore(place)
     key = key_of(store)
     store.put([NewAdapter(key, 1, "r", writer())])
     store.close()
-    again = AdapterStore(tmp_path, create=False)
+    again = AdapterStore(place, create=False)
     assert again.export("ann")["version"] == 1  # type: ignore[index]
     again.verify(again.records(key)[0])
-    assert tmp_path.stat().st_mode & 0o077 == 0
+    assert place.stat().st_mode & 0o077 == 0
+
+
+def test_a_directory_that_was_there_keeps_its_mode_and_what_the_store_makes_is_its_owners(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    store = AdapterStore(tmp_path)
+    key_of(store)
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+    assert {file.name for file in tmp_path.iterdir()} > {"adapters", "index.sqlite"}, "with the write-ahead log"
+    for file in tmp_path.iterdir():
+        assert file.stat().st_mode & 0o077 == 0, file
 
 
 def test_wrong_places_get_an_error_that_says_what_to_do(tmp_path: Path) -> None:

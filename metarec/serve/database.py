@@ -38,6 +38,7 @@ class Sqlite:
     set_up_alone = "SELECT 1"
 
     def __init__(self, path: Path) -> None:
+        path.touch(mode=0o600)  # the directory may be open to others; SQLite gives its log the same mode
         self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         self._use_write_ahead_log()
         for pragma in ("synchronous=FULL", "secure_delete=ON", "foreign_keys=ON"):

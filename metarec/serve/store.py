@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,11 @@ class AdapterStore(FeedbackLog):
         self._adapters = files or Path(location) / _ADAPTERS
         if not remote and not create and not (Path(location) / INDEX_FILE).exists():
             raise StoreError(f"'{location}' holds no store", "Run: metarec adapt --users FILE --store DIR, or serve")
+        # A directory that was there may hold other people's files: it keeps its mode, what is made in it does not.
+        folder = self._adapters if remote else Path(location)
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True, mode=0o700)
         self._adapters.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not remote:
-            Path(location).chmod(0o700)
         super().__init__(Index(location))
         self.location = self._index.location
 
