@@ -76,6 +76,70 @@ def test_pickled_weights_are_refused(model_dir: Callable[[str], Path], tmp_path:
         load_backbone(str(path))
 
 
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("file", ["weights.bin", "../weights.safetensors", "absent.safetensors"])
+def test_an_index_that_names_other_files_is_refused_before_any_loader(
+    index: str, file: str, model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.load", lambda *_, **__: pytest.fail("torch.load was reached"))
+    path = tmp_path / "indexed"
+    shutil.copytree(model_dir("llama"), path)
+    (path / "model.safetensors").unlink()
+    (path / "weights.bin").write_bytes(b"pickled")
+    (path / index).write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+    with pytest.raises(BackboneError, match=r"only safetensors beside it are read|is missing"):
+        load_backbone(str(path))
+
+
+SETTINGS: list[dict[str, object]] = [
+    {"hidden_size": 0},
+    {"hidden_size": "x"},
+    {"num_hidden_layers": "three"},
+    {"num_hidden_layers": 0},
+    {"num_hidden_layers": -1},
+    {"num_hidden_layers": 9},
+    {"num_attention_heads": 3},
+    {"num_attention_heads": 0},
+    {"num_key_value_heads": 3},
+    {"vocab_size": 0},
+    {"vocab_size": 999},
+    {"intermediate_size": 25},
+    {"architectures": [1]},
+    {"model_type": "nothing"},
+    {"hidden_act": "nothing"},
+    {"pad_token_id": 1000},
+    {"rope_parameters": {"rope_type": "nothing"}},
+    {"rms_norm_eps": "a"},
+    {"dtype": "float7"},
+]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_impossible_settings_are_refused(
+    settings: dict[str, object], model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "impossible"
+    shutil.copytree(model_dir("llama"), path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(BackboneError):
+        load_backbone(str(path))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.9])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_truncated_files_of_a_model_are_refused(
+    file: str, share: float, model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "truncated"
+    shutil.copytree(model_dir("llama"), path)
+    content = (path / file).read_bytes()
+    (path / file).write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(BackboneError):
+        load_backbone(str(path))
+
+
 @pytest.mark.parametrize("name", ["nothing-of-this-name", "/nowhere/at/all", "./nowhere", "nobody/nothing"])
 def test_a_missing_model_says_which_there_are(name: str) -> None:
     with pytest.raises(BackboneError, match="smollm2-135m-instruct"):

@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from metarec.devices import check_device
-from metarec.errors import BackboneError, suggest
+from metarec.errors import BackboneError, MetarecError, suggest
 from metarec.lm.embedded import MINILM as MINILM
 from metarec.lm.embedded import SMOLLM2 as SMOLLM2
 from metarec.lm.embedded import minilm_dir, smollm2_gguf, unpack_smollm2, unpacked_smollm2
 from metarec.lm.families import BlockModel, TakenApart, take_apart
 from metarec.lm.fingerprint import weights_fingerprint
 from metarec.lm.logits import LogitRule, logit_rule
+from metarec.lm.model_files import check_model_dir, refuse_missing_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -286,16 +287,22 @@ def load_backbone(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.
         }[kind]
         tokenizer = transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=False)
         # Eager attention is the only one of transformers' kernels with a second derivative on every device.
-        model = loader.from_pretrained(
-            location, trust_remote_code=False, use_safetensors=True, dtype=dtype, attn_implementation="eager"
+        model, loading = loader.from_pretrained(
+            location,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
+            attn_implementation="eager",
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, BackboneError):
-            raise
+        refuse_missing_weights(name, loading["missing_keys"])
+    except MetarecError:
+        raise
+    except Exception as error:  # of broken configurations, weights and tokenizers, loaders say anything
         if "trust_remote_code" in str(error):
             raise _remote_code_error(name) from None
         raise BackboneError(
-            f"the model '{name}' cannot be loaded: {str(error).splitlines()[0]}", _missing_model_cure(name)
+            f"the model '{name}' cannot be loaded: {_first_line(error)}", _missing_model_cure(name)
         ) from None
     model.requires_grad_(False).eval().to(device)
     return Backbone(name, kind, weights_fingerprint(location, config), location, model, tokenizer)
@@ -316,6 +323,7 @@ def prepare_backbone(name: str) -> str:
         return str(minilm_dir())
     path = Path(name)
     if path.is_dir():
+        check_model_dir(path)
         return str(path.resolve())
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise BackboneError(f"the model directory '{name}' does not exist", _missing_model_cure(name))
@@ -354,6 +362,11 @@ def _refuse_remote_code(name: str, config: Any) -> None:
         raise _remote_code_error(name)
 
 
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def _remote_code_error(name: str) -> BackboneError:
     return BackboneError(
         f"the model '{name}' asks to run code from its repository, which metarec never does",
@@ -362,7 +375,10 @@ def _remote_code_error(name: str) -> BackboneError:
 
 
 def _kind(config: Any) -> Kind:
-    architecture = (config.architectures or [""])[0]
+    layers = getattr(config, "num_hidden_layers", 1)
+    if not isinstance(layers, int) or layers < 1:
+        raise BackboneError(f"the configuration's number of layers is {layers!r}", "Fetch the model again")
+    architecture = str((config.architectures or [""])[0])
     if architecture.endswith("ForMaskedLM"):
         return "masked"
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
