@@ -282,6 +282,17 @@ def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
     return list(model.model_fields)
 
 
+def flattened(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Returns settings by dotted key; sections may be written as mappings or into the keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{path}{key}.")
+        else:
+            flat[f"{path}{key}"] = value
+    return flat
+
+
 def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """Applies ``section.key=value`` assignments; values are YAML.
 

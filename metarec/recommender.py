@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from metarec.adapted_user import AdaptedUser
 from metarec.artifacts import recover_dir
@@ -36,11 +35,12 @@ from metarec.fitting import (
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
+from metarec.meta.outer_loop import check_checkpoint
 from metarec.recommender_files import FACTS, digest_of, read_recommender, read_user, write_recommender
 from metarec.scorer import Scorer
 from metarec.scorers.language.adapted import MetaScorer
 from metarec.tensors import AdapterState, select_user
-from metarec.training import meta_train
+from metarec.training import meta_train, training_identity
 
 BASELINE = "item mean"
 
@@ -127,7 +127,7 @@ class MetaRecommender:
         Args:
             task: A task's name, a YAML file's path, or a loaded task; None takes the configuration's.
             checkpoint: Where the training state is kept; None keeps it in a temporary directory.
-            resume: Goes on from `checkpoint` if it is there.
+            resume: Goes on from `checkpoint` if it is there, of the same data and settings; `train.steps` may be more.
 
         Returns:
             Itself, fitted.
@@ -139,10 +139,13 @@ class MetaRecommender:
             learn2learn.check(self.config.meta.algorithm)
         data = self.task_data(task)
         data.evaluated("validation")  # now, not after minutes of fitting
+        identity = training_identity(data, self.config, self.backbone if needs_model(self.config) else None)
+        if resume and checkpoint is not None and recover_dir(Path(checkpoint)):
+            check_checkpoint(Path(checkpoint), identity, self.config.train.steps)
         prepared = self._prepare(data)
         with tempfile.TemporaryDirectory() as scratch:
             where = Path(checkpoint or Path(scratch) / "checkpoint")
-            self._fitted = meta_train(data, prepared, self.config, self._identity(data), where, resume)
+            self._fitted = meta_train(data, prepared, self.config, identity, where, resume)
         return self
 
     def prepare(self, task: str | Task | TaskData | None = None) -> MetaRecommender:
@@ -172,13 +175,6 @@ class MetaRecommender:
                 }:
                     SOURCES.get(name, from_file=True)
         return load_task_data(load_task(task) if isinstance(task, str) else task, self.config.seed)
-
-    def _identity(self, data: TaskData) -> dict[str, Any]:
-        return {
-            "config": self.config.model_dump(mode="json", exclude={"task": True, "device": True}),
-            "task": data.task.digest,
-            "backbone": self.backbone.fingerprint if needs_model(self.config) else None,
-        }
 
     def scorer(
         self, *, rate_scale: float = 1.0, steps: int | None = None, name: str = "metarec, adapted"

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from metarec.config import RunConfig
+from metarec.config import RunConfig, flattened
 from metarec.data.episodes import Episode, training_batch
 from metarec.data.task_data import TaskData
 from metarec.evaluate import validation_auc
 from metarec.fitting import Fitted, Prepared, adapted_model, closed_form_head, meta_scorer
+from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
 from metarec.meta.algorithms import MetaGradient, closed_form
 from metarec.meta.inner_loop import Loss, MetaState
@@ -19,6 +20,27 @@ from metarec.meta.outer_loop import Trained, train
 from metarec.registries import ALGORITHMS, LOSSES
 from metarec.scorers.language.score import Batch, collate, head_solver, query_loss, support_loss
 from metarec.threads import one_thread
+
+
+def training_identity(data: TaskData, config: RunConfig, backbone: Backbone | None) -> dict[str, Any]:
+    """Returns by name all that a training's result depends on, but for its number of steps and the device.
+
+    Args:
+        data: The task's data.
+        config: The settings.
+        backbone: The language model; None where none is read.
+    """
+    # A task and a backbone are what they hold, wherever they lie.
+    left_out = {"task", "backbone", "device", "train.steps"}
+    settings = flattened(config.model_dump(mode="json"))
+    return {
+        **{key: value for key, value in settings.items() if key not in left_out},
+        "task": data.task.digest,
+        "backbone": None if backbone is None else backbone.fingerprint,
+        "catalog": data.interactions.catalog.digest,
+        "data": data.hashes["data"],
+        "split": data.hashes["split"],
+    }
 
 
 def meta_train(

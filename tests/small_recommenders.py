@@ -41,6 +41,12 @@ WITH_PROCESS: dict[str, Any] = {
     "score": ALL_TERMS,
     "collaborative": {"features": ["fields", "lm"], "members": "gp"},
 }
+# What takes a second: nothing of a language model, and hardly any training.
+NO_MODEL: dict[str, Any] = {
+    "score": ["item mean"],
+    "collaborative": {"features": ["fields"], "members": "none"},
+    "train": {**SETTINGS["train"], "steps": 2, "validate_every": 2},
+}
 TASK: dict[str, Any] = {
     "name": "test/known",
     "version": 1,

@@ -141,6 +141,34 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         train(start(), gradient_at, validate, CONFIG, checkpoint=tmp_path / "run", identity={"seed": 1}, resume=True)
 
 
+def test_a_refusal_names_two_differences_in_short(tmp_path: Path) -> None:
+    known = {"train.lr": 0.1, "data": "abc", "score": ["x" * 100], "seed": 0}
+    train(start(), gradient_at, validate, CONFIG, checkpoint=tmp_path / "run", identity=known, resume=False)
+    other = {"seed": 0, "score": [], "train.lr": 0.2, "data": "def", "new": 1}
+    with pytest.raises(ArtifactError) as caught:
+        train(start(), gradient_at, validate, CONFIG, checkpoint=tmp_path / "run", identity=other, resume=True)
+    said = str(caught.value)
+    assert "another run: its score is ['xxxxx" in said
+    assert "..., not [] and its train.lr is 0.1, not 0.2 (2 more differ). Resume with the same data" in said
+    assert "x" * 90 not in said
+
+
+def test_more_steps_go_on_from_where_it_was(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    steps: list[int] = []
+
+    def gradient(meta: MetaState, step: int) -> MetaGradient:
+        steps.append(step)
+        return gradient_at(meta, step)
+
+    longer = CONFIG.model_copy(update={"steps": 40})
+    result = train(start(), gradient, validate, longer, checkpoint=tmp_path / "run", identity={"seed": 0}, resume=True)
+    assert steps == list(range(30, 40))
+    assert [step for step, _, _ in result.history] == [0, 10, 20, 30, 40]
+    with pytest.raises(ArtifactError, match="has taken 40 steps"):
+        run(tmp_path / "run", resume=True)
+
+
 @pytest.mark.parametrize("name", ["meta.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 def test_a_truncated_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
     run(tmp_path / "run")

@@ -14,12 +14,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import TEMPLATES, known_interactions
-from small_recommenders import SETTINGS, STRONG, TASK, WITH_PROCESS, WITH_STACK, known_task
+from small_recommenders import NO_MODEL, SETTINGS, STRONG, TASK, WITH_PROCESS, WITH_STACK, known_task
 from torch import Tensor
 
 from metarec.config import RunConfig, validated
 from metarec.data.interactions import Catalog, Ratings
 from metarec.data.task import Task
+from metarec.data.task_data import TaskData
 from metarec.data.templates import review_sentence
 from metarec.errors import ArtifactError, ConfigError, EvaluationError, RatingError, UnknownItemError
 from metarec.evaluate import evaluate
@@ -349,6 +350,43 @@ def test_every_kind_of_adaptation_learns_the_task_and_survives_saving(
     user.save(tmp_path / "user")
     again = MetaRecommender.from_pretrained(tmp_path / "model").load_user(tmp_path / "user")
     assert again.score(["m7", "m8", "m11"]) == user.score(["m7", "m8", "m11"])
+
+
+def flipped(data: TaskData) -> TaskData:
+    return replace(data, interactions=replace(data.interactions, rating=5.5 - data.interactions.rating))
+
+
+def retitled(data: TaskData) -> TaskData:
+    catalog = data.interactions.catalog
+    fields = {**catalog.fields, "title": ("another", *catalog.fields["title"][1:])}
+    return replace(data, interactions=replace(data.interactions, catalog=replace(catalog, fields=fields)))
+
+
+def divided(data: TaskData) -> TaskData:
+    return replace(data, parts={**data.parts, "train": data.parts["train"][1:]})
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [(flipped, "data"), (retitled, "catalog and data"), (divided, "split")],
+    ids=["ratings", "titles", "split"],
+)
+def test_resume_refuses_other_data(change: Callable[[TaskData], TaskData], names: str, tmp_path: Path) -> None:
+    config = validated(RunConfig, NO_MODEL, "test")
+    MetaRecommender(None, config).fit(known_task(), checkpoint=tmp_path / "run")
+    said = " and ".join(f"its {name} is '[0-9a-f]{{16}}', not '[0-9a-f]{{16}}'" for name in names.split(" and "))
+    other = MetaRecommender(None, config)
+    other._prepare = pytest.fail  # type: ignore[assignment]  # what takes minutes comes after the check
+    with pytest.raises(ArtifactError, match=f"is of another run: {said}. Resume with"):
+        other.fit(change(known_task()), checkpoint=tmp_path / "run", resume=True)
+
+
+def test_more_steps_resume_a_recommender(tmp_path: Path) -> None:
+    for steps in (2, 4):
+        settings = {**NO_MODEL, "train": {**NO_MODEL["train"], "steps": steps}}
+        recommender = MetaRecommender(None, validated(RunConfig, settings, "test"))
+        recommender.fit(known_task(), checkpoint=tmp_path / "run", resume=True)
+    assert [entry["step"] for entry in recommender.fitted.training["history"]] == [0, 2, 4]
 
 
 def some_requests() -> list[Request]:

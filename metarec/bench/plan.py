@@ -13,8 +13,8 @@ from pydantic import Field
 
 from metarec.artifacts import content_hash, dump_json, parse_json
 from metarec.bench.methods import METHODS
-from metarec.bench.settings import canonical, flattened, label
-from metarec.config import Section, read_yaml, validated
+from metarec.bench.settings import canonical, label
+from metarec.config import Section, flattened, read_yaml, validated
 from metarec.errors import ConfigError
 from metarec.evaluate import BASELINE
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from metarec.config import RunConfig, validated
+from metarec.config import RunConfig, flattened, validated
 from metarec.errors import ConfigError
 
 # A cell has these already.
@@ -32,17 +32,6 @@ def run_config(settings: Mapping[str, Any], where: str) -> RunConfig:
                 raise ConfigError(f"{where}: '{key}' goes through '{parent}', which is no section", "Check the key")
         section[last] = value
     return validated(RunConfig, nested, where)
-
-
-def flattened(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Returns settings by dotted key; sections may be written as mappings or into the keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flattened(value, f"{path}{key}.")
-        else:
-            flat[f"{path}{key}"] = value
-    return flat
 
 
 def canonical(settings: Mapping[str, Any], where: str) -> dict[str, Any]:

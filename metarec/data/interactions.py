@@ -60,6 +60,13 @@ class Catalog:
         dated = (name for part in _YEAR_FIELDS for name in self.fields if part in name.casefold())
         return TitleIndex(self.fields["title"], self.fields.get(next(dated, "")))
 
+    @cached_property
+    def digest(self) -> str:
+        """Names the catalog by its content."""
+        columns = [self.ids, sorted(self.fields), *(column for _, column in sorted(self.fields.items()))]
+        text = "\1".join("\0".join(column) for column in columns)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
     def row(self, code: int) -> dict[str, str]:
         """Returns the text fields of one item, plus its ``id``."""
         return {"id": self.ids[code], **{name: column[code] for name, column in self.fields.items()}}

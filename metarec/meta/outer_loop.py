@@ -21,7 +21,7 @@ from torch import Tensor
 
 from metarec.artifacts import dump_json, load_json, recover_dir, replace_dir, verify_dir
 from metarec.config import TrainConfig
-from metarec.errors import ArtifactError, TrainingError
+from metarec.errors import ArtifactError, TrainingError, shown
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import MetaState
 from metarec.progress import progress
@@ -33,6 +33,8 @@ _STATE = "state.json"
 # Training stops where more than this share of the users of the last steps diverged, so many steps at most.
 _MOST, _LAST_STEPS = 0.5, 10
 _ADVICE = "Lower meta.inner_lr or meta.inner_steps, or train.lr where it began late"
+# So many names of settings a message about another run shows.
+_SHOWN = 2
 _LOG = logging.getLogger(__name__)
 
 
@@ -130,7 +132,8 @@ def train(
         validate: A value to maximize.
         config: The outer loop's settings.
         checkpoint: Directory of the checkpoint.
-        identity: Everything that the result of the run depends on; a checkpoint of another run is refused.
+        identity: Everything that the result of the run depends on but `config.steps`; a checkpoint of another run is
+            refused. With more steps than before, a run goes on at its step of the longer schedule.
         resume: Continues from the checkpoint if there is one.
         description: Text of the progress bar.
 
@@ -144,7 +147,7 @@ def train(
     best = {name: value.clone() for name, value in tensors.items()}
     at = _Progress()
     if resume and recover_dir(checkpoint):
-        at, best = _load(checkpoint, tensors, optimizer, identity)
+        at, best = _load(checkpoint, tensors, optimizer, identity, config.steps)
     meta = MetaState.from_tensors(tensors)
 
     def check() -> None:
@@ -264,18 +267,41 @@ def _save(
         (directory / _STATE).write_text(dump_json({"identity": dict(identity), **state}), encoding="utf-8")
 
 
-def _load(
-    path: Path, tensors: Mapping[str, Tensor], optimizer: torch.optim.AdamW, identity: Mapping[str, Any]
-) -> tuple[_Progress, dict[str, Tensor]]:
+def check_checkpoint(path: Path, identity: Mapping[str, Any], steps: int) -> None:
+    """Refuses a checkpoint that a run cannot go on from; see `train`.
+
+    Args:
+        path: Directory of the checkpoint.
+        identity: See `train`.
+        steps: The outer loop's number of steps.
+
+    Raises:
+        ArtifactError: It is damaged, of another run, or has taken more steps.
+    """
     verify_dir(path, "checkpoint")
     state = load_json(path / _STATE)
-    found = state.pop("identity")
-    for key, value in identity.items():
-        if found.get(key) != value:
-            raise ArtifactError(
-                f"the checkpoint '{path}' is of another run: its {key} is {found.get(key)!r}, not {value!r}",
-                "Resume with the same settings, or choose another run name",
-            )
+    found = state["identity"]
+    differ = [key for key, value in identity.items() if key not in found or found[key] != value]
+    if differ:
+        said = [f"its {key} is {shown(found.get(key))}, not {shown(identity[key])}" for key in differ[:_SHOWN]]
+        more = f" ({len(differ) - _SHOWN} more differ)" if len(differ) > _SHOWN else ""
+        raise ArtifactError(
+            f"the checkpoint '{path}' is of another run: {' and '.join(said)}{more}",
+            "Resume with the same data and settings, train anew, or choose another run name",
+        )
+    if state["step"] > steps:
+        raise ArtifactError(
+            f"the checkpoint '{path}' has taken {state['step']} steps, and train.steps is {steps}",
+            "Set train.steps to as many at least, or choose another run name",
+        )
+
+
+def _load(
+    path: Path, tensors: Mapping[str, Tensor], optimizer: torch.optim.AdamW, identity: Mapping[str, Any], steps: int
+) -> tuple[_Progress, dict[str, Tensor]]:
+    check_checkpoint(path, identity, steps)
+    state = load_json(path / _STATE)
+    del state["identity"]
     for name, value in read_tensors(path / "meta.safetensors").items():
         tensors[name].copy_(value)
     moments: dict[int, dict[str, Tensor]] = {}

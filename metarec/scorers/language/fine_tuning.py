@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from metarec.artifacts import content_hash
-from metarec.config import TrainConfig
+from metarec.config import TrainConfig, flattened
 from metarec.data.episodes import Episode, training_batch
 from metarec.data.interactions import Codes, Interactions
 from metarec.data.templates import PromptTemplate
@@ -136,7 +136,7 @@ class _FineTuning:
             "users": content_hash(self.users.tolist()),
             "prompt": content_hash([template.text, template.positive, template.negative]),
             "recipe": content_hash(asdict(self.recipe)),
-            "config": self.config.model_dump(mode="json"),
+            **flattened(self.config.model_dump(mode="json", exclude={"steps"}), "train."),
             "seed": self.seed,
             "limit": history.limit,
         }
