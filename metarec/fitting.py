@@ -13,6 +13,7 @@ import torch
 from metarec.config import RunConfig
 from metarec.data.interactions import Catalog, RatingScale
 from metarec.data.seen_texts import check_texts
+from metarec.data.split_record import SplitRecord
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData
 from metarec.data.templates import PromptTemplate
@@ -54,6 +55,7 @@ class Fitted:
         terms: The score's terms by name, but for the adapter.
         meta: The meta-parameters.
         answer_model: The language model over this catalog; None where neither the score nor its features read one.
+        split: The data it was fitted on, and the users it saw.
         training: A JSON-able summary of the training.
     """
 
@@ -64,6 +66,7 @@ class Fitted:
     terms: Mapping[str, Term]
     meta: MetaState
     answer_model: AnswerModel | None
+    split: SplitRecord
     training: dict[str, Any]
 
 
@@ -153,6 +156,7 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
             device=config.device,
         ),
         answer_model=answer_model,
+        split=SplitRecord.of(data),
         training={},
     )
     return Prepared(fitted, crossed, context)

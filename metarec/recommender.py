@@ -16,6 +16,7 @@ from metarec.artifacts import recover_dir
 from metarec.config import Dtype, RunConfig, validated
 from metarec.data.interactions import Ratings, read_ratings
 from metarec.data.sources import SOURCES
+from metarec.data.split_record import catalog_differences
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.data.task_files import load_task
@@ -201,19 +202,24 @@ class MetaRecommender:
     def evaluate(self, task: str | Task | TaskData | None = None, scorers: Sequence[Scorer] | None = None) -> Report:
         """Scores the test users of a task.
 
+        Where data or split changed since fitting, users are tested that fitting did not see; see
+        `metarec.data.split_record.SplitRecord.without_seen`.
+
         Args:
             task: None takes the task it was fitted on. Another task must have the same catalog.
             scorers: The methods to compare; None takes `scorers()`. One of them is called ``item mean``.
 
         Raises:
             ConfigError: The task has another catalog.
+            DataError: Fitting saw all users.
             EvaluationError: A score cannot be ranked.
         """
         data = self.task_data(task)
-        if data.interactions.catalog.ids != self.fitted.catalog.ids:
+        if differences := catalog_differences(self.fitted.catalog, data.interactions.catalog):
             raise ConfigError(
-                f"task '{data.task.name}' has another catalog than '{self.fitted.task.name}'", "Fit on that task"
+                f"task '{data.task.name}' has another catalog than was fitted: {differences}", "Fit on it again"
             )
+        data = self.fitted.split.without_seen(data)
         episodes, too_few = data.evaluated("test")
         return evaluate(
             self.scorers() if scorers is None else scorers,
@@ -276,6 +282,8 @@ class MetaRecommender:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes everything that recommending needs, but neither the backbone's weights nor anybody's ratings.
+
+        Users that were seen in fitting are there as digests, see `metarec.data.split_record.SplitRecord`.
 
         Raises:
             ConfigError: The recommender has not been fitted.

@@ -13,6 +13,7 @@ import torch
 from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
 from metarec.config import RunConfig, validated
 from metarec.data.interactions import Catalog, RatingScale
+from metarec.data.split_record import SplitRecord
 from metarec.data.task import Task
 from metarec.devices import check_device
 from metarec.errors import ArtifactError
@@ -26,8 +27,8 @@ from metarec.tensors import AdapterState, read_tensors, write_tensors
 
 FACTS = "recommender.json"
 # Directories of another format are refused: their settings and tensors have other names.
-_FORMAT = 2
-_TERMS = "terms"
+_FORMAT = 3
+_TERMS, _USERS = "terms", "users.safetensors"
 _WEIGHTS, _USER = "score.safetensors", "user.json"
 
 
@@ -45,12 +46,15 @@ def write_recommender(path: Path, fitted: Fitted, config: RunConfig) -> None:
         "config": config.model_dump(mode="json"),
         "task": fitted.task.model_dump(mode="json"),
         "scale": [fitted.scale.low, fitted.scale.high],
+        "hashes": dict(fitted.split.hashes),
         "training": fitted.training,
     }
+    users = {"train": fitted.split.train, "validation": fitted.split.validation}
     catalog = {"ids": fitted.catalog.ids, "fields": dict(fitted.catalog.fields)}
     parts = {"prior": fitted.prior, "terms": dict(fitted.terms)}
     with replace_dir(path, "recommender") as directory:
         write_tensors(directory / "meta.safetensors", fitted.meta.tensors())
+        write_tensors(directory / _USERS, {part: torch.from_numpy(digests) for part, digests in users.items()})
         write_scorer(directory, _TERMS, parts, classes=_classes(config))
         (directory / "catalog.json").write_text(dump_json(catalog), encoding="utf-8")
         (directory / FACTS).write_text(dump_json(facts), encoding="utf-8")
@@ -101,6 +105,7 @@ def read_recommender(path: Path, place: Mapping[str, str]) -> tuple[Backbone | N
                 f"'{path}' was made with other weights of '{config.backbone}'", "Install the backbone it was made with"
             )
         answer_model = catalog_answer_model(backbone, config, task.template, catalog)
+    users = read_tensors(path / _USERS)
     parts: Any = read_scorer(path, _TERMS, answer_model=answer_model, classes=classes)
     fitted = Fitted(
         task=task,
@@ -110,6 +115,7 @@ def read_recommender(path: Path, place: Mapping[str, str]) -> tuple[Backbone | N
         terms=parts["terms"],
         meta=MetaState.from_tensors(read_tensors(path / "meta.safetensors", config.device)),
         answer_model=answer_model,
+        split=SplitRecord(facts["hashes"], **{part: digests.numpy() for part, digests in users.items()}),
         training=facts["training"],
     )
     return backbone, config, fitted

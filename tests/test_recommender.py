@@ -18,11 +18,13 @@ from small_recommenders import NO_MODEL, SETTINGS, STRONG, TASK, WITH_PROCESS, W
 from torch import Tensor
 
 from metarec.config import RunConfig, validated
+from metarec.data.episodes import split_users
 from metarec.data.interactions import Catalog, Ratings
+from metarec.data.split_record import SplitRecord
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData
 from metarec.data.templates import review_sentence
-from metarec.errors import ArtifactError, ConfigError, EvaluationError, RatingError, UnknownItemError
+from metarec.errors import ArtifactError, ConfigError, DataError, EvaluationError, RatingError, UnknownItemError
 from metarec.evaluate import evaluate
 from metarec.recommender import MetaRecommender
 from metarec.registries import ALGORITHMS
@@ -145,7 +147,9 @@ def test_an_unread_query_label_changes_no_score(fitted: MetaRecommender) -> None
     )
 
 
-@pytest.mark.parametrize("part", ["meta.safetensors", "terms.safetensors", "catalog.json", "recommender.json"])
+@pytest.mark.parametrize(
+    "part", ["meta.safetensors", "terms.safetensors", "catalog.json", "users.safetensors", "recommender.json"]
+)
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_a_damaged_recommender_is_refused(part: str, damage: str, fitted: MetaRecommender, tmp_path: Path) -> None:
     fitted.save_pretrained(tmp_path / "model")
@@ -387,6 +391,100 @@ def test_more_steps_resume_a_recommender(tmp_path: Path) -> None:
         recommender = MetaRecommender(None, validated(RunConfig, settings, "test"))
         recommender.fit(known_task(), checkpoint=tmp_path / "run", resume=True)
     assert [entry["step"] for entry in recommender.fitted.training["history"]] == [0, 2, 4]
+
+
+@pytest.fixture(scope="module")
+def fitted_quickly() -> MetaRecommender:
+    return MetaRecommender(None, validated(RunConfig, NO_MODEL, "test")).prepare(known_task())
+
+
+def grown(users: int) -> TaskData:
+    """The known task's data with more users, split as if fitting had not been."""
+    data = known_interactions(users)
+    task = known_task().task
+    return TaskData(task, data, split_users(data, task.split.fractions, 0), 0)
+
+
+def seen_users() -> set[str]:
+    data = known_task()
+    return {data.interactions.users[code] for part in ("train", "validation") for code in data.parts[part]}
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_users_that_fitting_saw_are_never_tested(
+    saved: bool, fitted_quickly: MetaRecommender, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recommender = fitted_quickly
+    if saved:
+        recommender.save_pretrained(tmp_path / "model")
+        recommender = MetaRecommender.from_pretrained(tmp_path / "model")
+    data = grown(75)
+    users = {data.interactions.users[code] for code in data.parts["test"]}
+    assert users & seen_users(), "a new split would test users that were trained on"
+    report = recommender.evaluate(data)
+    everybody = set(data.interactions.users)
+    assert set(report.per_user["user"]) == everybody - seen_users()
+    assert "data of task 'test/known' changed since fitting: the 27 users are tested" in caplog.text
+    assert set(recommender.evaluate(known_task()).per_user["user"]) == everybody - seen_users() - {
+        f"u{code}" for code in range(60, 75)
+    }
+
+
+def test_a_resplit_of_the_same_data_tests_no_user_that_fitting_saw(fitted_quickly: MetaRecommender) -> None:
+    tested = set(fitted_quickly.evaluate(known_task(1)).per_user["user"])
+    assert tested
+    assert not tested & seen_users()
+
+
+def test_data_without_an_unseen_user_are_refused(fitted_quickly: MetaRecommender) -> None:
+    data = known_task()
+    rows = np.isin(data.interactions.user, [*data.parts["train"], *data.parts["validation"]])
+    kept = sorted(seen_users(), key=data.interactions.users.index)
+    codes = np.cumsum([user in set(kept) for user in data.interactions.users]) - 1
+    left = replace(data.interactions.subset(rows), users=tuple(kept))
+    left = replace(left, user=codes[left.user])
+    parts = split_users(left, data.task.split.fractions, 0)
+    with pytest.raises(DataError, match="no user of task 'test/known' is left to test"):
+        fitted_quickly.evaluate(replace(data, interactions=left, parts=parts))
+
+
+def test_known_users_on_changed_data_are_refused(fitted_quickly: MetaRecommender) -> None:
+    task = validated(Task, TASK | {"split": {**TASK["split"], "users": "known"}}, "test")
+    with pytest.raises(ConfigError, match="its data changed since"):
+        fitted_quickly.evaluate(replace(grown(75), task=task))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (retitled, "'title' of 1 items changed \\(item 'm0': 'another' instead of "),
+        (lambda data: relisted(data, lambda ids: [*ids[:-1], "new"]), "of its items 1 new .* and 1 gone"),
+        (lambda data: relisted(data, lambda ids: ids[::-1]), "its items are in another order"),
+    ],
+)
+def test_another_catalog_is_refused_by_what_differs(
+    change: Callable[[TaskData], TaskData], said: str, fitted_quickly: MetaRecommender
+) -> None:
+    with pytest.raises(ConfigError, match=f"has another catalog than was fitted: {said}"):
+        fitted_quickly.evaluate(change(known_task()))
+
+
+def relisted(data: TaskData, change: Callable[[list[str]], list[str]]) -> TaskData:
+    catalog = data.interactions.catalog
+    listed = replace(catalog, ids=tuple(change(list(catalog.ids))))
+    return replace(data, interactions=replace(data.interactions, catalog=listed))
+
+
+def test_a_saved_recommender_holds_no_user_id(fitted_quickly: MetaRecommender, tmp_path: Path) -> None:
+    data = known_task()
+    users = tuple(f"reader-{code}" for code in range(60))
+    named = replace(data, interactions=replace(data.interactions, users=users))
+    MetaRecommender(None, fitted_quickly.config).prepare(named).save_pretrained(tmp_path / "model")
+    content = b"".join(file.read_bytes() for file in (tmp_path / "model").iterdir())
+    assert b"reader-" not in content
+    split, other = SplitRecord.of(named), SplitRecord.of(flipped(named))
+    assert len(set(split.train)) == len(named.parts["train"])
+    assert not set(split.train) & set(other.train), "digests of other data are others"
 
 
 def some_requests() -> list[Request]:

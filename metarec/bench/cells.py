@@ -165,9 +165,9 @@ def _is_done(cell: Cell, out: Path) -> bool:
 def _measure(cell: Cell, out: Path, fresh: bool) -> None:
     began, began_at = datetime.now(timezone.utc), time.perf_counter()
     data = _data(cell.task, cell.seed)
-    # What a training leaves behind belongs to the method's options as well as to the cell.
+    # What a training leaves behind belongs to the method's options and to the data as well as to the cell.
     identity = _identity(cell)
-    folder = out / "work" / cell.folder.parent / f"{cell.folder.name}-{content_hash(identity)[:8]}"
+    folder = out / "work" / cell.folder.parent / f"{cell.folder.name}-{content_hash([identity, data.hashes])[:8]}"
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     context, method = MethodContext(data, folder, cell.train_users, cell.changed), METHODS.get(cell.method)
