@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from metarec.errors import ConfigError, shown, suggest
 from metarec.registries import ADAPTER_KINDS, ALGORITHMS, LOSSES, TERMS
@@ -159,9 +159,13 @@ class TrainConfig(Section):
 
     steps: int = Field(100, ge=1)
     users: int = Field(8, ge=1, description="users per outer step")
-    shots: tuple[int, ...] = Field((5, 10, 20), min_length=1, description="support sizes to draw from")
+    shots: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, min_length=1, description="support sizes to draw from; null takes the task's above 0"
+    )
     max_query: int = Field(20, ge=2)
-    min_query: int = Field(5, ge=2)
+    min_query: int | None = Field(
+        None, ge=2, description="ratings a query has at least; null takes the task's query.min, 2 to max_query"
+    )
     lr: float = Field(1e-3, gt=0)
     score_lr: float = Field(1e-2, gt=0, description="outer rate of the score's weights and of the inner rates")
     weight_decay: float = Field(0.01, ge=0)
@@ -173,6 +177,12 @@ class TrainConfig(Section):
     validate_every: int = Field(50, ge=1)
     validation_users: int = Field(200, ge=1, description="validate on the first so many validation users at most")
     patience: int = Field(4, ge=1, description="validations without a better one before stopping")
+
+    @model_validator(mode="after")
+    def _a_query_holds_its_minimum(self) -> TrainConfig:
+        if self.min_query is not None and self.min_query > self.max_query:
+            raise ValueError(f"min_query is {self.min_query} and max_query {self.max_query}")
+        return self
 
     @field_validator("loss")
     @classmethod

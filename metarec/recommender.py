@@ -20,6 +20,7 @@ from metarec.data.split_record import catalog_differences
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.data.task_files import load_task
+from metarec.data.training_users import refuse_small_data
 from metarec.devices import check_device
 from metarec.errors import ArtifactError, ConfigError
 from metarec.evaluate import Report, evaluate
@@ -140,6 +141,7 @@ class MetaRecommender:
             learn2learn.check(self.config.meta.algorithm)
         data = self.task_data(task)
         data.evaluated("validation")  # now, not after minutes of fitting
+        refuse_small_data(data, self.config.train)
         identity = training_identity(data, self.config, self.backbone if needs_model(self.config) else None)
         if resume and checkpoint is not None and recover_dir(Path(checkpoint)):
             check_checkpoint(Path(checkpoint), identity, self.config.train.steps)

@@ -10,6 +10,7 @@ from typing import Any
 from metarec.config import RunConfig, flattened
 from metarec.data.episodes import Episode, training_batch
 from metarec.data.task_data import TaskData
+from metarec.data.training_users import episode_sizes, summary, users_by_shots
 from metarec.evaluate import validation_auc
 from metarec.fitting import Fitted, Prepared, adapted_model, closed_form_head, meta_scorer
 from metarec.lm.backbone import Backbone
@@ -58,17 +59,21 @@ def meta_train(
     """
     fitted = prepared.fitted
 
+    sizes = episode_sizes(data.task, config.train)
+    enough = users_by_shots(data, sizes, prepared.context.hidden)
+
     def gradient_at(meta: MetaState, step: int) -> MetaGradient:
         batch = training_batch(
             data.interactions,
             data.parts["train"],
             batch_users=config.train.users,
-            shots=config.train.shots,
+            shots=sizes.shots,
             max_query=config.train.max_query,
-            min_query=config.train.min_query,
+            min_query=sizes.min_query,
             seed=config.seed,
             step=step,
             hidden=prepared.context.hidden,
+            short_supports=sizes.short_supports,
         )
         with one_thread(adapted_model(config, fitted.answer_model) is None):
             return _meta_gradient(prepared, config, meta, batch)
@@ -82,7 +87,9 @@ def meta_train(
         identity=identity,
         resume=resume,
     )
-    return replace(fitted, meta=trained.best, training=_training_summary(trained))
+    return replace(
+        fitted, meta=trained.best, training={**_training_summary(trained), "users_by_shots": summary(enough)}
+    )
 
 
 def _meta_gradient(prepared: Prepared, config: RunConfig, meta: MetaState, batch: Sequence[Episode]) -> MetaGradient:

@@ -230,7 +230,8 @@ def test_validate_says_for_whom_there_are_enough_ratings(metarec: Callable[..., 
         "5 shots, enough ratings: train 24 (left out: 0), validation 8 (left out: 0), test 8 (left out: 0)" in ran.out
     )
     assert "25 shots, enough ratings: train 0 (left out: 24)" in ran.out
-    assert "with 25 shots no meta-training user has the 25 ratings and 5 to ask about. Lower train.shots" in ran.out
+    assert "with 25 shots no meta-training user has the 25 ratings and 5 to ask about: fit needs train.shots" in ran.out
+    assert "(--set 'train.shots=[5]')" in ran.out
     assert "no validation episode has enough ratings" in ran.out
 
 

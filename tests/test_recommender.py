@@ -385,6 +385,23 @@ def test_resume_refuses_other_data(change: Callable[[TaskData], TaskData], names
         other.fit(change(known_task()), checkpoint=tmp_path / "run", resume=True)
 
 
+def test_fit_refuses_too_few_ratings_before_anything_slow() -> None:
+    config = validated(RunConfig, {**NO_MODEL, "train": {**NO_MODEL["train"], "shots": [5, 25]}}, "test")
+    recommender = MetaRecommender(None, config)
+    recommender._prepare = pytest.fail  # type: ignore[assignment]
+    with pytest.raises(DataError, match="no meta-training user has 30 ratings, which K = 25"):
+        recommender.fit(known_task())
+
+
+def test_a_training_says_how_many_users_each_number_of_shots_has() -> None:
+    train = {key: value for key, value in NO_MODEL["train"].items() if key != "shots"}
+    recommender = MetaRecommender(None, validated(RunConfig, {**NO_MODEL, "train": train}, "test")).fit(known_task())
+    assert recommender.fitted.training["users_by_shots"] == {
+        "5": {"enough": 36, "left_out": 0},
+        "10": {"enough": 36, "left_out": 0},
+    }
+
+
 def test_more_steps_resume_a_recommender(tmp_path: Path) -> None:
     for steps in (2, 4):
         settings = {**NO_MODEL, "train": {**NO_MODEL["train"], "steps": steps}}

@@ -135,7 +135,7 @@ def _validated(task: Task, seed: int) -> dict[str, Any]:
     counts = {part: _counted(data, part) for part in ("validation", "test")}
     shots = {count: data.enough(count) for count in task.shots}
     faults = data.leaks() + [f"no {part} episode has enough ratings" for part, (kept, _) in counts.items() if not kept]
-    if all(not found["train"][0] for found in shots.values()):
+    if all(not found["train"][0] for count, found in shots.items() if count or len(shots) == 1):
         faults.append(f"no meta-training {task.by} has enough ratings for any of the shots {list(task.shots)}")
     faults += [
         f"no {part} episode has likes and dislikes" for part, (kept, both) in counts.items() if kept and not both
@@ -180,14 +180,20 @@ def _features(found: dict[str, Any]) -> str:
 
 def _left_out(task: Task, shots: dict[int, Any]) -> list[str]:
     """Says of which parts nobody has enough ratings for some number of shots, and what to do."""
-    return [
-        f"with {count} shots no {'meta-training' if part == 'train' else part} {task.by} has the {count} ratings and "
-        f"{task.query.min} to ask about. {cure}"
-        for count, found in shots.items()
-        for part, (kept, _) in found.items()
-        if not kept
-        for cure in ["Lower train.shots (--set train.shots=[1])" if part == "train" else "Lower 'shots' or 'query.min'"]
-    ]
+    possible = [count for count, found in shots.items() if count and found["train"][0]] or [1]
+    in_training = f"fit needs train.shots (--set 'train.shots={possible}'), or a lower 'query.min'"
+    said = []
+    for count, found in shots.items():
+        for part, (kept, _) in found.items():
+            if not kept:
+                whom, cure = (
+                    ("meta-training", in_training) if part == "train" else (part, "lower 'shots' or 'query.min'")
+                )
+                said.append(
+                    f"with {count} shots no {whom} {task.by} has the {count} ratings and {task.query.min} to ask "
+                    f"about: {cure}"
+                )
+    return said
 
 
 def _counted(data: TaskData, part: Any) -> tuple[int, int]:

@@ -242,10 +242,11 @@ def training_batch(
     seed: int,
     step: int,
     hidden: Callable[[str], Flags] | None = None,
+    short_supports: bool = False,
 ) -> list[Episode]:
     """Samples episodes of meta-training users, as a function of the seed and the step alone.
 
-    All users of a batch have the same K, drawn evenly from `shots`.
+    All users of a batch have the same K, drawn evenly from `shots`; they are drawn from all who have enough for it.
 
     Args:
         interactions: The dataset.
@@ -257,16 +258,18 @@ def training_batch(
         seed: Seed of the run.
         step: Number of the outer step.
         hidden: Returns the hidden items of a user id, shape (items,): a query holds hidden items alone, a support none.
+        short_supports: Draws users with fewer than K ratings beside their query too, with a shorter support.
 
     Raises:
         DataError: No user has enough ratings.
     """
     generator = np.random.default_rng([seed, step])
     support_size = int(generator.choice(np.asarray(shots)))
-    eligible = users[interactions.items_of_user[users] >= support_size + min_query]
+    fewest = min(support_size, 1) if short_supports else support_size
+    eligible = users[interactions.items_of_user[users] >= fewest + min_query]
     if len(eligible) == 0:
         raise DataError(
-            f"no meta-training user has {support_size + min_query} ratings", "Lower train.shots or train.min_query"
+            f"no meta-training user has {fewest + min_query} ratings", "Lower train.shots or train.min_query"
         )
     episodes = []
     for user in generator.permutation(eligible):
@@ -274,15 +277,18 @@ def training_batch(
         is_hidden = np.zeros(len(rows), bool)
         if hidden is not None:
             is_hidden = hidden(interactions.users[user])[interactions.item[rows]]
-        support = rows[~is_hidden][:support_size]
-        query = (rows[~is_hidden][support_size:] if hidden is None else rows[is_hidden])[:max_query]
-        if len(support) == support_size and len(query) >= min_query:
+        shown = rows[~is_hidden]
+        # If both are cut from the same ratings, a short support must leave enough for the query.
+        size = min(support_size, len(shown) - (min_query if hidden is None else 0)) if short_supports else support_size
+        support = shown[:size]
+        query = (shown[size:] if hidden is None else rows[is_hidden])[:max_query]
+        if len(support) >= fewest and len(query) >= min_query:
             parts = interactions.ratings(support), interactions.ratings(query)
             episodes.append(Episode(interactions.users[user], *parts))
         if len(episodes) == batch_users:
             break
     if not episodes:
         raise DataError(
-            f"no meta-training user has {support_size} ratings and {min_query} of hidden items", "Lower train.min_query"
+            f"no meta-training user has {fewest} ratings and {min_query} of hidden items", "Lower train.min_query"
         )
     return episodes

@@ -85,6 +85,11 @@ class QueryConfig(Section):
     candidates: Candidates = "rated"
     sampled: int = Field(0, ge=0, description="unrated items per query, where candidates are 'sampled'")
 
+    @property
+    def min_to_train(self) -> int:
+        """The smallest query of meta-training, whose loss compares two ratings at least."""
+        return max(self.min, 2)
+
     @model_validator(mode="after")
     def _sampled_says_how_many(self) -> QueryConfig:
         if (self.candidates == "sampled") != (self.sampled > 0):

@@ -81,10 +81,12 @@ class TaskData:
     def enough(self, shots: int) -> dict[SplitPart, tuple[int, int]]:
         """Returns of each part how many users have enough ratings for a support of some size, and how many have not.
 
-        Of meta-training that is the support and `query.min` ratings of different items.
+        Of meta-training that is the support and `query.min` ratings of different items, as `fit` takes them unless told
+        otherwise; with short supports one rating is a support.
         """
         rated = self.interactions.items_of_user[self.parts["train"]]
-        trained = int((rated >= shots + self.task.query.min).sum())
+        support = min(shots, 1) if self.task.short_supports else shots
+        trained = int((rated >= support + self.task.query.min_to_train).sum())
         found: dict[SplitPart, tuple[int, int]] = {"train": (trained, len(rated) - trained)}
         asks = replace(self, task=self.task.model_copy(update={"shots": (shots,), "query": self._smallest_query}))
         for part in ("validation", "test"):

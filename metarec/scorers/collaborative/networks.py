@@ -36,6 +36,7 @@ Form = Literal["melu", "neural process"]
 _USERS_AT_ONCE = 64
 _TRAINING_USERS = 32
 _PATIENCE = 6
+_MIN_QUERY = 5
 # Factor on differences of scores in the query loss.
 _SHARPNESS = 2.0
 # Pseudo-ratings that shrink the neural process's encoding of a support to 0.
@@ -189,7 +190,6 @@ class NetworkSettings:
         return TrainConfig(
             steps=self.steps,
             users=_TRAINING_USERS,
-            shots=self.shots,
             lr=self.lr,
             weight_decay=self.weight_decay,
             validate_every=self.validate_every,
@@ -252,7 +252,7 @@ def fit_network(
     with tempfile.TemporaryDirectory() as directory:
         trained = train(
             meta,
-            partial(_gradient_at, initial, interactions, users, config, seed),
+            partial(_gradient_at, initial, interactions, users, settings.shots, config, seed),
             lambda meta: validation_auc(replace(initial, meta=meta), validation, settings.shots, threshold),
             config,
             checkpoint=Path(directory) / "checkpoint",
@@ -266,6 +266,7 @@ def _gradient_at(
     network: Network,
     interactions: Interactions,
     users: Codes,
+    shots: tuple[int, ...],
     config: TrainConfig,
     seed: int,
     meta: MetaState,
@@ -276,9 +277,9 @@ def _gradient_at(
         interactions,
         users,
         batch_users=config.users,
-        shots=config.shots,
+        shots=shots,
         max_query=config.max_query,
-        min_query=config.min_query,
+        min_query=_MIN_QUERY,
         seed=seed,
         step=step,
     )

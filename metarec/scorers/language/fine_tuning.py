@@ -40,12 +40,13 @@ _WEIGHT = "score.weight"
 # Validation reads so many users, and so many candidates of each.
 _VALIDATION_USERS, _VALIDATION_ITEMS = 16, 16
 # Few users a step and few steps: about a quarter of an hour on one CPU core.
+_SHOTS, _MIN_QUERY = (0, 5), 8
 LORA = TrainConfig(
     steps=80,
     users=2,
-    shots=(0, 5),
+    shots=_SHOTS,
     max_query=8,
-    min_query=8,
+    min_query=_MIN_QUERY,
     lr=5e-4,
     warmup=10,
     adapter_weight=0.2,
@@ -126,6 +127,10 @@ class _FineTuning:
         return NAMES[self.recipe.trainable]
 
     @property
+    def shots(self) -> tuple[int, ...]:
+        return self.config.shots or _SHOTS
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Everything that the result depends on."""
         history = self.context.history
@@ -151,7 +156,7 @@ class _FineTuning:
             return train(
                 MetaState({**initial, _WEIGHT: weight}, {}),
                 self.gradient_at,
-                lambda meta: validation_auc(self.scorer(meta), short, [max(self.config.shots)], threshold),
+                lambda meta: validation_auc(self.scorer(meta), short, [max(self.shots)], threshold),
                 self.config,
                 checkpoint=checkpoint or Path(scratch) / "checkpoint",
                 identity=self.identity,
@@ -171,9 +176,9 @@ class _FineTuning:
             self.interactions,
             self.users,
             batch_users=self.config.users,
-            shots=self.config.shots,
+            shots=self.shots,
             max_query=self.config.max_query,
-            min_query=self.config.min_query,
+            min_query=self.config.min_query or _MIN_QUERY,
             seed=self.seed,
             step=step,
         )
