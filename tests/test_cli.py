@@ -132,6 +132,50 @@ def test_train_resumes_and_refuses_other_settings(
     assert yaml.safe_load((tmp_path / "default" / "config.yaml").read_text())["seed"] == 0
 
 
+def test_train_never_overwrites_a_run(
+    task_file: Path, model_dir: Callable[[str], Path], metarec: Callable[..., Ran], tmp_path: Path
+) -> None:
+    def files() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in sorted(tmp_path.rglob("*")) if file.is_file()}
+
+    common = ["--task", task_file, "--backbone", model_dir("llama"), "--runs", tmp_path, *ALONE]
+    assert metarec("train", *common).status == 0
+    run, before = tmp_path / "default", files()
+    for more, said in (
+        ([], "holds a model already. Go on with --resume, train anew with --fresh, or choose another --name"),
+        (["--seed", 3], "holds a model already"),
+        (["--resume", "--fresh"], "--resume and --fresh are both given"),
+        (["--fresh", "--set", "train.shots=[500]"], "K = 500"),
+        (["--fresh", "--set", "train.shosts=[5]"], "Did you mean 'shots'"),
+    ):
+        ran = metarec("train", *common, *more)
+        assert (ran.status, ran.err.count("\n")) == (2, 1), more
+        assert said in ran.err
+        assert files() == before
+    (run / "mine.txt").write_text("a note")
+    (run / "table.json").write_text("{}")
+    assert metarec("train", *common, "--fresh", "--seed", 3).status == 0
+    assert (run / "mine.txt").exists()
+    assert not (run / "table.json").exists(), "a table of another model"
+    assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("kept", "arguments", "said"),
+    [
+        ("checkpoint", [], "holds a checkpoint already"),
+        ("model", ["--resume"], "holds a model and no checkpoint to go on from. Train anew with --fresh"),
+    ],
+)
+def test_train_says_what_to_do_with_what_is_there(
+    kept: str, arguments: list[str], said: str, metarec: Callable[..., Ran], tmp_path: Path
+) -> None:
+    (tmp_path / "default" / kept).mkdir(parents=True)
+    ran = metarec("train", "--runs", tmp_path, *arguments)
+    assert ran.status == 2
+    assert said in ran.err
+
+
 def test_settings_come_from_yaml_and_the_command_line_wins(
     task_file: Path, model_dir: Callable[[str], Path], metarec: Callable[..., Ran], tmp_path: Path
 ) -> None:

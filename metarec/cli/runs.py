@@ -24,6 +24,7 @@ from metarec.cli.options import (
     print_json,
     show,
 )
+from metarec.cli.run_dirs import clear_run, refuse_overwriting, run_dir
 from metarec.cli.store import AdaptersOption, StoreOption, adapt_bulk, recommend_stored
 from metarec.errors import ConfigError, shown
 
@@ -92,11 +93,14 @@ def train(
     engine: EngineOption = None,
     runs: RunsOption = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run holds, and train anew.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Meta-train a recommender and keep it in RUNS/NAME."""
     run = run_dir(runs, name)
-    recommender = _train(run, config, task, backbone, device, seed, overrides, engine, resume, go_on="with --resume")
+    refuse_overwriting(run, resume, fresh)
+    go_on = "with --resume instead of --fresh" if fresh else "with --resume"
+    recommender = _train(run, config, task, backbone, device, seed, overrides, engine, resume, fresh, go_on)
     fitted = recommender.fitted
     show({"run": str(run), **{key: value for key, value in fitted.training.items() if key != "history"}}, json)
 
@@ -212,7 +216,7 @@ def quickstart(
     """Train, evaluate and adapt to one person never seen: the whole thing, on real users, in minutes."""
     run = run_dir(runs, name)
     go_on = "without --fresh" if fresh else "again"
-    recommender = _train(run, config, task, backbone, device, seed, overrides, engine, resume=not fresh, go_on=go_on)
+    recommender = _train(run, config, task, backbone, device, seed, overrides, engine, not fresh, fresh, go_on)
     table = _evaluate(recommender, run, json=False, quiet=json)
     story = _one_user(recommender, run, quiet=json)
     if json:
@@ -231,6 +235,7 @@ def _train(
     overrides: list[str] | None,
     engine: str | None,
     resume: bool,
+    fresh: bool,
     go_on: str,
 ) -> MetaRecommender:
     import yaml
@@ -247,12 +252,18 @@ def _train(
 
     # Before torch is imported: a name that is wrong is said at once.
     chosen = load_task(settings.task)
+    from metarec.data.training_users import refuse_small_data
     from metarec.recommender import MetaRecommender
 
     recommender = MetaRecommender.from_pretrained(settings.backbone, settings)
     text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    data = recommender.task_data(chosen)
+    # What cannot be trained must not cost what was.
+    refuse_small_data(data, settings.train)
+    if fresh:
+        clear_run(run)
     try:
-        recommender.fit(chosen, checkpoint=run / "checkpoint", resume=resume)
+        recommender.fit(data, checkpoint=run / "checkpoint", resume=resume)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; nothing is lost: run the same command {go_on} (run '{run}')", err=True)
         raise
@@ -324,15 +335,6 @@ def _one_user(recommender: MetaRecommender, run: Path, quiet: bool) -> dict[str,
             typer.echo(f"  {old.title[:46]:48s}{new.title[:46]}{'' if new.item in known else '  *'}")
         typer.echo("  (* was not in the top ten before)")
     return story
-
-
-def run_dir(runs: Path, name: str) -> Path:
-    """Returns a run's directory, refusing names that are paths."""
-    import re
-
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ConfigError(f"--name {shown(name)} is not a plain name", "Use letters, digits, '.', '_' and '-'")
-    return runs / name
 
 
 def load_run(run: Path, *, device: str | None = None, dtype: Dtype | None = None) -> MetaRecommender:

@@ -1,0 +1,41 @@
+"""The directory of a run: its name, what it holds, and how it is cleared. Knows no verb."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from metarec.artifacts import MANIFEST, recover_dir
+from metarec.errors import ConfigError, shown
+
+
+def run_dir(runs: Path, name: str) -> Path:
+    """Returns a run's directory, refusing names that are paths."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigError(f"--name {shown(name)} is not a plain name", "Use letters, digits, '.', '_' and '-'")
+    return runs / name
+
+
+def refuse_overwriting(run: Path, resume: bool, fresh: bool) -> None:
+    """Refuses to train over a run that nobody said to go on with or to delete."""
+    if resume and fresh:
+        raise ConfigError("--resume and --fresh are both given", "Choose one of the two")
+    kept = [part for part in ("model", "checkpoint") if recover_dir(run / part)]
+    cure = "train anew with --fresh, or choose another --name"
+    if kept and not resume and not fresh:
+        raise ConfigError(f"'{run}' holds a {kept[0]} already", f"Go on with --resume, {cure}")
+    if resume and kept == ["model"]:
+        raise ConfigError(f"'{run}' holds a model and no checkpoint to go on from", cure.capitalize())
+
+
+def clear_run(run: Path) -> None:
+    """Deletes what `train`, `evaluate` and `quickstart` keep in a run, and nothing else."""
+    folders = [run / name for name in ("checkpoint", "model", "user") if recover_dir(run / name)]
+    for folder in folders:
+        if not (folder / MANIFEST).exists():
+            raise ConfigError(f"'{folder}' was not written by metarec", "Move it, or choose another --name")
+    for folder in folders:
+        shutil.rmtree(folder)
+    for name in ("config.yaml", "table.json", "per_user.parquet", "user.json"):
+        (run / name).unlink(missing_ok=True)
