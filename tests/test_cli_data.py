@@ -376,7 +376,7 @@ def test_a_source_from_outside_is_checked_by_its_name(
         ("--separator", "", "'separator' is ''. One sign"),
         ("--separator", "a", "'separator' is 'a'. One sign"),
         ("--scale", "5,1", "The lowest rating comes first"),
-        ("--scale", "1,inf", "The lowest rating comes first"),
+        ("--scale", "1,inf", "Input should be a finite number"),
     ],
 )
 def test_an_option_that_cannot_be_meant_is_refused(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -48,7 +47,7 @@ class SourceOptions(Section):
     @field_validator("scale")
     @classmethod
     def _scale_ascends(cls, scale: tuple[float, float] | None) -> tuple[float, float] | None:
-        if scale and not -math.inf < scale[0] < scale[1] < math.inf:
+        if scale and not scale[0] < scale[1]:
             raise ValueError("The lowest rating comes first, then a higher one")
         return scale
 
