@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 from metarec.errors import MetarecError
 
 if TYPE_CHECKING:
+    __version__: str
     from metarec.adapted_user import AdaptedUser, Recommendation
     from metarec.config import RunConfig
     from metarec.data.task import Task
     from metarec.data.task_files import load_task
+    from metarec.evaluate import Report
     from metarec.recommender import MetaRecommender
 
 _HOMES = {
     "AdaptedUser": "metarec.adapted_user",
     "MetaRecommender": "metarec.recommender",
     "Recommendation": "metarec.adapted_user",
+    "Report": "metarec.evaluate",
     "RunConfig": "metarec.config",
     "Task": "metarec.data.task",
     "load_task": "metarec.data.task_files",
@@ -30,15 +33,25 @@ __all__ = [
     "MetaRecommender",
     "MetarecError",
     "Recommendation",
+    "Report",
     "RunConfig",
     "Task",
+    "__version__",
     "load_task",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("metarec")
     if name not in _HOMES:
         raise AttributeError(f"module 'metarec' has no attribute '{name}'")
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

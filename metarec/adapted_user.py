@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from metarec.errors import ConfigError
 from metarec.fitting import Fitted, adapted_model
 from metarec.lm.answer_model import AnswerModel
 from metarec.metrics import rank_order
+from metarec.notebook import facts_table
 from metarec.progress import progress
 from metarec.recommender_files import digest_of, write_user
 from metarec.scorers.language.score import score_adapted
@@ -56,6 +58,30 @@ class AdaptedUser:
     state: AdapterState
     diverged: bool
     seconds: float
+
+    def __repr__(self) -> str:
+        facts = ", ".join(f"{name}={value}" for name, value in self._facts().items())
+        return f"AdaptedUser({facts})"
+
+    def _repr_html_(self) -> str:
+        catalog = self.fitted.catalog
+        rated = zip(self.support.items.tolist(), self.support.values.tolist(), strict=True)
+        given = {f"{catalog.ids[code]} {catalog.title(code)}": f"{rating:g}" for code, rating in rated}
+        return facts_table("AdaptedUser", self._facts()) + facts_table("ratings", given)
+
+    def _facts(self) -> dict[str, object]:
+        return {
+            "ratings": len(self.support),
+            "items": len(self.fitted.catalog),
+            "diverged": self.diverged,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "an adapted user is not pickled",
+            "Call save(path), pass the path, and call load_user(path) of the recommender in the worker",
+        )
 
     def score(self, items: Sequence[str]) -> list[float]:
         """Scores items by id or title; higher is better.

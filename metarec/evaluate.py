@@ -92,6 +92,19 @@ class Report:
     hashes: Mapping[str, str] = field(default_factory=dict)
     people: Mapping[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        shots, methods = (list(dict.fromkeys(self.costs[name])) for name in ("shots", "method"))
+        users = self.per_user["user"].nunique()
+        return f"Report(methods={methods}, shots={shots}, users={users}, baseline={self.baseline!r})"
+
+    def _repr_html_(self) -> str:
+        table: str = self.to_frame().to_html(index=False, float_format="{:.4f}".format, na_rep="")
+        return table
+
+    def to_frame(self) -> pd.DataFrame:
+        """Returns the table: one row per method and K, with the means of all metrics, gains and costs."""
+        return pd.DataFrame(self.to_json()["rows"])
+
     def values(self, method: str, shots: int, metric: str = "auc") -> pd.Series:
         """Returns a metric by user, sorted by user id; users for whom it is not defined are left out."""
         rows = self.per_user[(self.per_user["method"] == method) & (self.per_user["shots"] == shots)]

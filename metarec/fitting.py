@@ -69,6 +69,9 @@ class Fitted:
     split: SplitRecord
     training: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return f"Fitted(task={self.task.name!r}, items={len(self.catalog)}, terms={list(self.terms)})"
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -77,6 +80,9 @@ class Prepared:
     fitted: Fitted
     crossed: Mapping[str, CrossFitted]
     context: TermContext
+
+    def __repr__(self) -> str:
+        return f"Prepared({self.fitted!r})"
 
 
 def score_terms(config: RunConfig, *, from_file: bool = False) -> dict[str, ScoreTerm]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from metarec.adapted_user import AdaptedUser
 from metarec.artifacts import recover_dir
@@ -38,7 +39,8 @@ from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
 from metarec.meta.outer_loop import check_checkpoint
-from metarec.recommender_files import FACTS, digest_of, read_recommender, read_user, write_recommender
+from metarec.notebook import facts_table
+from metarec.recommender_files import digest_of, read_recommender, read_user, recommender_dir, write_recommender
 from metarec.scorer import Scorer
 from metarec.scorers.language.adapted import MetaScorer
 from metarec.tensors import AdapterState, select_user
@@ -61,7 +63,39 @@ class MetaRecommender:
         self._backbone = backbone
         self.config = config
         self._fitted = fitted
+        self._place: dict[str, str] = {}
+        self._saved: Path | None = None
         self._from_file = False
+
+    def __repr__(self) -> str:
+        return f"MetaRecommender({', '.join(f'{name}={value!r}' for name, value in self._facts().items())})"
+
+    def _repr_html_(self) -> str:
+        return facts_table("MetaRecommender", self._facts())
+
+    def _facts(self) -> dict[str, object]:
+        facts: dict[str, object] = {
+            "backbone": self.config.backbone if needs_model(self.config) else None,
+            "score": list(self.config.score),
+        }
+        if self._fitted is None:
+            return {**facts, "fitted": False}
+        return {
+            **facts,
+            "task": self._fitted.task.name,
+            "items": len(self._fitted.catalog),
+            "device": self.config.device,
+        }
+
+    def __reduce__(self) -> tuple[Callable[..., MetaRecommender], tuple[object, ...]]:
+        """A recommender is pickled as the directory that it was loaded from or saved to, never by its content."""
+        if self._saved is None or self._fitted is None:
+            raise ConfigError(
+                "a recommender that was not saved is not pickled",
+                "Call save_pretrained(path); then it is pickled as the path, or pass the path, and call "
+                "MetaRecommender.from_pretrained(path) in the worker",
+            )
+        return _load_same, (str(self._saved), self._place, self.digest)
 
     @property
     def backbone(self) -> Backbone:
@@ -82,8 +116,8 @@ class MetaRecommender:
         """Loads a saved recommender, or a backbone to fit one on.
 
         Args:
-            name: A directory written by `save_pretrained`; or a backbone: an embedded name, a directory or a
-                Hugging Face name.
+            name: A directory written by `save_pretrained`, or a run's directory; or a backbone: an embedded name, a
+                directory or a Hugging Face name.
             config: Settings for fitting; a saved recommender brings its own.
             device: Where it runs, instead of where the settings say.
             dtype: Precision of the frozen weights, instead of what the settings say.
@@ -93,13 +127,14 @@ class MetaRecommender:
             ArtifactError: The saved recommender is damaged, or the backbone is not the one it was made with.
             ConfigError: `config` is given for a saved recommender, or this machine has no such device.
         """
-        path = Path(name)
+        saved = recommender_dir(Path(name))
         place = {key: value for key, value in {"device": device, "dtype": dtype}.items() if value is not None}
-        if recover_dir(path) and (path / FACTS).exists():
+        if saved is not None:
             if config is not None:
-                raise ConfigError(f"'{path}' brings its own settings", "Leave 'config' out")
-            loaded = cls(*read_recommender(path, place))
+                raise ConfigError(f"'{saved}' brings its own settings", "Leave 'config' out")
+            loaded = cls(*read_recommender(saved, place))
             loaded._from_file = True
+            loaded._saved, loaded._place = saved.absolute(), place
             return loaded
         given = (config or RunConfig()).model_dump()
         config = validated(RunConfig, {**given, "backbone": str(name), **place}, "from_pretrained")
@@ -148,6 +183,7 @@ class MetaRecommender:
         prepared = self._prepare(data)
         with tempfile.TemporaryDirectory() as scratch:
             where = Path(checkpoint or Path(scratch) / "checkpoint")
+            self._saved = None
             self._fitted = meta_train(data, prepared, self.config, identity, where, resume)
         return self
 
@@ -161,6 +197,7 @@ class MetaRecommender:
             Itself, ready to score and to adapt from a fresh adapter.
         """
         self._fitted = self._prepare(self.task_data(task)).fitted
+        self._saved = None
         return self
 
     def _prepare(self, data: TaskData) -> Prepared:
@@ -292,3 +329,16 @@ class MetaRecommender:
             ArtifactError: The directory exists and holds something else.
         """
         write_recommender(Path(path), self.fitted, self.config)
+        self._saved, self._place = Path(path).absolute(), {}
+
+
+def _load_same(path: str, place: dict[str, Any], digest: str) -> MetaRecommender:
+    """Loads the recommender that was pickled as its path.
+
+    Raises:
+        ArtifactError: Another recommender lies there now.
+    """
+    found = MetaRecommender.from_pretrained(path, **place)
+    if found.digest != digest:
+        raise ArtifactError(f"'{path}' holds another recommender than the one that was pickled", "Save it elsewhere")
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
+from metarec.artifacts import dump_json, load_json, recover_dir, replace_dir, verify_dir
 from metarec.config import RunConfig, validated
 from metarec.data.interactions import Catalog, RatingScale
 from metarec.data.split_record import SplitRecord
@@ -26,6 +26,8 @@ from metarec.scorers.serialization import read_scorer, write_scorer
 from metarec.tensors import AdapterState, read_tensors, write_tensors
 
 FACTS = "recommender.json"
+# Where a run's directory keeps its recommender.
+RUN_MODEL = "model"
 # Directories of another format are refused: their settings and tensors have other names.
 _FORMAT = 3
 _TERMS, _USERS = "terms", "users.safetensors"
@@ -125,6 +127,11 @@ def _classes(config: RunConfig) -> dict[str, type[Any]]:
     """Returns the classes that the settings' own terms bring, by the names that files know them by."""
     terms = score_terms(config, from_file=True)
     return {f"{name}/{cls.__name__}": cls for name, term in terms.items() for cls in term.classes}
+
+
+def recommender_dir(path: Path) -> Path | None:
+    """Returns where a recommender lies: in a directory itself, or under `model` in the directory of a run."""
+    return next((part for part in (path, path / RUN_MODEL) if recover_dir(part) and (part / FACTS).exists()), None)
 
 
 def digest_of(fitted: Fitted) -> str:

@@ -339,14 +339,12 @@ def _one_user(recommender: MetaRecommender, run: Path, quiet: bool) -> dict[str,
 
 def load_run(run: Path, *, device: str | None = None, dtype: Dtype | None = None) -> MetaRecommender:
     """Loads the recommender of a run's directory, on another device and in another precision if asked to."""
-    from metarec.artifacts import recover_dir
-
-    model = run / "model" if recover_dir(run / "model") else run
-    if not (model / "recommender.json").exists():
-        raise ConfigError(f"'{run}' holds no trained recommender", f"Run: metarec train --name {run.name}")
     from metarec.recommender import MetaRecommender
+    from metarec.recommender_files import recommender_dir
 
-    return MetaRecommender.from_pretrained(model, device=device, dtype=dtype)
+    if recommender_dir(run) is None:
+        raise ConfigError(f"'{run}' holds no trained recommender", f"Run: metarec train --name {run.name}")
+    return MetaRecommender.from_pretrained(run, device=device, dtype=dtype)
 
 
 def _adapted(recommender: MetaRecommender, ratings: list[str] | None, file: Path | None) -> AdaptedUser:

@@ -50,6 +50,9 @@ class Catalog:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        return f"Catalog(items={len(self)}, fields={list(self.fields)})"
+
     @cached_property
     def _code_of_id(self) -> dict[str, int]:
         return {item: code for code, item in enumerate(self.ids)}
@@ -129,6 +132,10 @@ class Ratings:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def __repr__(self) -> str:
+        labelled = "" if self.liked is None else f", liked={int(self.liked.sum())}"
+        return f"Ratings(ratings={len(self)}{labelled})"
 
     def rows(self, chosen: Codes | slice) -> Ratings:
         """Returns the ratings in some positions."""
@@ -251,6 +258,10 @@ class Interactions:
 
     def __len__(self) -> int:
         return len(self.user)
+
+    def __repr__(self) -> str:
+        sizes = f"ratings={len(self)}, users={len(self.users)}, items={len(self.catalog)}"
+        return f"Interactions({sizes}, scale='{self.scale}')"
 
     @cached_property
     def rows_of_user(self) -> tuple[Codes, ...]:

@@ -39,6 +39,10 @@ class TaskData:
     held_out: Interactions | None = None
     seen: Flags | None = None
 
+    def __repr__(self) -> str:
+        users = ", ".join(f"{part}={len(codes)}" for part, codes in self.parts.items())
+        return f"TaskData(task={self.task.name!r}, seed={self.seed}, {users}, {self.interactions!r})"
+
     def episodes(self, part: SplitPart) -> tuple[list[Episode], int]:
         """Returns the evaluation episodes of a part, and how many of its users have too few ratings."""
         split, query = self.task.split, self.task.query

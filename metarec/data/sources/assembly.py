@@ -64,6 +64,9 @@ class Tables:
     dropped: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"Tables(ratings={len(self.ratings)}, items={len(self.items)}, where={self.where!r})"
+
 
 def assemble(
     ratings: pd.DataFrame, items: pd.DataFrame, scale: RatingScale | None, where: str, *, quarantine: bool = False
