@@ -6,18 +6,22 @@ Knows nothing of how it was adapted: `MetaRecommender.adapt` and the service do 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn, overload
 
 import numpy as np
+import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from metarec.calibration import Calibration, at_count
 from metarec.config import RunConfig
 from metarec.data.interactions import Codes, Ratings, Values
 from metarec.errors import ConfigError
-from metarec.fitting import Fitted, adapted_model
+from metarec.explanations import Reason, explain
+from metarec.fitting import Fitted, adapted_model, meta_scorer
 from metarec.lm.answer_model import AnswerModel
 from metarec.metrics import rank_order
 from metarec.notebook import facts_table
@@ -25,7 +29,7 @@ from metarec.progress import progress
 from metarec.recommender_files import digest_of, write_user
 from metarec.scorers.language.score import score_adapted
 from metarec.scorers.term import weighted_sum
-from metarec.tensors import AdapterState, expand_users
+from metarec.tensors import AdapterState, expand_users, select_user
 
 _ITEMS_AT_ONCE = 512
 
@@ -83,37 +87,130 @@ class AdaptedUser:
             "Call save(path), pass the path, and call load_user(path) of the recommender in the worker",
         )
 
-    def score(self, items: Sequence[str]) -> list[float]:
+    @overload
+    def score(self, items: Sequence[str], *, as_frame: Literal[False] = False) -> list[float]: ...
+
+    @overload
+    def score(self, items: Sequence[str], *, as_frame: Literal[True]) -> pd.DataFrame: ...
+
+    def score(self, items: Sequence[str], *, as_frame: bool = False) -> list[float] | pd.DataFrame:
         """Scores items by id or title; higher is better.
+
+        Args:
+            items: The items.
+            as_frame: Returns a DataFrame with the columns ``item`` (the id), ``title``, ``score``.
 
         Raises:
             UnknownItemError: An item is not in the catalog.
         """
-        catalog = self.fitted.catalog
-        codes = np.array([catalog.find(item) for item in items], np.int64)
-        return [float(value) for value in self.scores(codes)]
+        codes = self._codes(items)
+        scores = [float(value) for value in self.scores(codes)]
+        return _frame(self._entries(codes, scores)) if as_frame else scores
 
-    def recommend(self, k: int = 10, *, exclude: Sequence[str] = ()) -> list[Recommendation]:
+    def _codes(self, items: Sequence[str]) -> Codes:
+        if isinstance(items, str):
+            raise ConfigError(f"items are '{items}'", f"Give a list: ['{items}']")
+        return np.array([self.fitted.catalog.find(item) for item in items], np.int64)
+
+    def _entries(self, codes: Codes, scores: Sequence[float]) -> list[Recommendation]:
+        catalog = self.fitted.catalog
+        named = zip(codes.tolist(), scores, strict=True)
+        return [Recommendation(catalog.ids[code], catalog.title(code), float(score)) for code, score in named]
+
+    @overload
+    def recommend(
+        self, k: int = 10, *, exclude: Sequence[str] = (), as_frame: Literal[False] = False
+    ) -> list[Recommendation]: ...
+
+    @overload
+    def recommend(self, k: int = 10, *, exclude: Sequence[str] = (), as_frame: Literal[True]) -> pd.DataFrame: ...
+
+    def recommend(
+        self, k: int = 10, *, exclude: Sequence[str] = (), as_frame: bool = False
+    ) -> list[Recommendation] | pd.DataFrame:
         """Ranks the whole catalog and returns its best items that the person has not rated.
 
         Args:
             k: How many items.
             exclude: More items to leave out, by id or title.
+            as_frame: Returns a DataFrame with the columns ``item`` (the id), ``title``, ``score``.
 
         Raises:
             ConfigError: `k` is not positive or exceeds what is left of the catalog.
         """
         catalog = self.fitted.catalog
-        left_out = {*self.support.items.tolist(), *(catalog.find(item) for item in exclude)}
+        left_out = {*self.support.items.tolist(), *self._codes(exclude).tolist()}
         codes = np.array([code for code in range(len(catalog)) if code not in left_out], np.int64)
         if not 1 <= k <= len(codes):
             raise ConfigError(f"k is {k}", f"There are {len(codes)} items to recommend: choose 1 to {len(codes)}")
         scores = self.scores(codes).numpy()
         order = rank_order(scores, [catalog.ids[code] for code in codes], self.config.seed)
-        return [
-            Recommendation(catalog.ids[codes[row]], catalog.title(int(codes[row])), float(scores[row]))
-            for row in order[:k]
-        ]
+        best = self._entries(codes[order[:k]], scores[order[:k]].tolist())
+        return _frame(best) if as_frame else best
+
+    def predict_rating(self, items: Sequence[str]) -> list[float]:
+        """Predicts the person's ratings of items, by id or title, on the scale of the recommender's task.
+
+        Scores become ratings by the line that evaluation uses, fitted on validation users.
+
+        Raises:
+            UnknownItemError: An item is not in the catalog.
+            ConfigError: The task has likes only, or no validation user had enough ratings.
+        """
+        calibration, codes = self._calibration(), self._codes(items)
+        if self.fitted.task.rule.kind == "implicit":
+            raise ConfigError(f"task '{self.fitted.task.name}' has likes only, no ratings", "Call predict_proba(items)")
+        return _floats(calibration.ratings(self.support.values, self.scores(codes).numpy()))
+
+    def predict_proba(self, items: Sequence[str]) -> list[float]:
+        """Predicts with which probabilities the person likes items, by id or title; see `predict_rating`."""
+        calibration, codes = self._calibration(), self._codes(items)
+        return _floats(calibration.probabilities(self.support.values, self.scores(codes).numpy()))
+
+    def predicted_ratings(self, scores: Sequence[float]) -> list[float] | None:
+        """Returns what scores of this person stand for as ratings; None where `predict_rating` refuses."""
+        if not self.fitted.calibration or self.fitted.task.rule.kind == "implicit":
+            return None
+        return _floats(self._calibration().ratings(self.support.values, np.array(scores, np.float32)))
+
+    def _calibration(self) -> Calibration:
+        if not self.fitted.calibration:
+            raise ConfigError(
+                "the recommender has no calibration: no validation user had enough ratings",
+                "Lower 'shots' or 'query.min' of the task",
+            )
+        return at_count(self.fitted.calibration, len(self.support))
+
+    def explain(self, item: str, most: int = 3) -> list[Reason]:
+        """Says which of the person's ratings moved an item's score most.
+
+        The person is adapted again without each rating; `Reason.moved` is how far the score would fall without it.
+
+        Args:
+            item: By id or title.
+            most: How many ratings.
+
+        Returns:
+            The largest change first; none for a person without ratings, or whose adapting diverged.
+
+        Raises:
+            UnknownItemError: The item is not in the catalog.
+        """
+        return self.reasons([item], most)[0]
+
+    def reasons(self, items: Sequence[str], most: int = 3) -> list[list[Reason]]:
+        """Says of each item which of the person's ratings moved its score most; see `explain`."""
+        codes = self._codes(items)
+        if self.diverged:
+            return [[] for _ in codes]
+
+        def scores_without(supports: Sequence[Ratings]) -> list[NDArray[np.float32]]:
+            adapted = meta_scorer(self.fitted, self.config).adapt(supports)
+            states = (select_user(adapted.state, row) for row in range(len(supports)))
+            pairs = zip(supports, states, strict=True)
+            return [replace(self, support=support, state=state).scores(codes).numpy() for support, state in pairs]
+
+        return explain(self.support, self.scores(codes).numpy(), scores_without, self.fitted.catalog, most)
 
     @torch.no_grad()
     def term_scores(self) -> Values:
@@ -170,3 +267,11 @@ class AdaptedUser:
                 )
                 advance(done)
         return torch.cat(values)
+
+
+def _frame(entries: Sequence[Recommendation]) -> pd.DataFrame:
+    return pd.DataFrame([vars(entry) for entry in entries], columns=["item", "title", "score"])
+
+
+def _floats(values: NDArray[np.float64]) -> list[float]:
+    return [float(value) for value in values]

@@ -1,4 +1,4 @@
-"""Evaluation of scorers on episodes: per-user values, and means, intervals and paired differences computed from them.
+"""Evaluation of scorers on episodes: every method at every K becomes values of each user, in a `Report`.
 
 All methods and all K share the same users and the same query of each.
 """
@@ -6,15 +6,15 @@ All methods and all K share the same users and the same query of each.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from metarec.artifacts import SCHEMA_VERSION
+from metarec.calibration import Calibration, fit_calibration
 from metarec.data.episodes import Episode
 from metarec.data.interactions import Catalog, Flags
 from metarec.errors import EvaluationError
@@ -26,161 +26,14 @@ from metarec.metrics import (
     RECBOLE,
     at_cutoff,
     auc,
-    bootstrap_interval,
     check_scores,
     recbole_ndcg,
-    table_interval,
-    table_metric,
 )
-from metarec.scorer import OwnLikeShare, Scorer, rating_line, request
+from metarec.report import Report
+from metarec.scorer import OwnLikeShare, Scorer, request
 
 # The row that gains are measured from, in every table.
 BASELINE = "item mean"
-
-
-@dataclass(frozen=True)
-class ShotSummary:
-    """One method at one K, summarized.
-
-    Args:
-        method: The scorer's name.
-        shots: K.
-        users: How many users were asked.
-        means: Mean of each metric over the users that it is defined for; metrics of a table as they are.
-        gain: Mean paired difference in AUC to the baseline.
-        interval: 95% paired bootstrap interval of `gain`.
-        seconds_per_user: Wall-clock time of scoring, adaptation included.
-        bytes_per_user: Bytes that are kept for a user between two requests.
-        intervals: 95% bootstrap intervals over people of the metrics of a table.
-    """
-
-    method: str
-    shots: int
-    users: int
-    means: Mapping[str, float]
-    gain: float
-    interval: tuple[float, float]
-    seconds_per_user: float
-    bytes_per_user: int
-    intervals: Mapping[str, tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Report:
-    """The results of an evaluation.
-
-    Args:
-        per_user: One row per method, K and user: columns ``method``, ``shots``, ``user`` and the metrics.
-        costs: One row per method and K: columns ``method``, ``shots``, ``seconds_per_user``, ``bytes_per_user``.
-        predictions: One row per method, K, user and candidate: columns ``method``, ``shots``, ``user``, ``item``,
-            ``rating``, ``liked`` and ``score``.
-        baseline: The method that paired differences are taken to.
-        seed: Seed of tie-breaking and bootstrap.
-        left_out: How many users were left out, by reason.
-        metrics: The metrics; differences and intervals are of the first.
-        hashes: Content hashes of data, split and prompt.
-        people: The person of each user, where one person has several episodes, as over split seeds; else empty.
-    """
-
-    per_user: pd.DataFrame
-    costs: pd.DataFrame
-    predictions: pd.DataFrame
-    baseline: str
-    seed: int
-    left_out: Mapping[str, int]
-    metrics: tuple[str, ...] = METRICS
-    hashes: Mapping[str, str] = field(default_factory=dict)
-    people: Mapping[str, str] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        shots, methods = (list(dict.fromkeys(self.costs[name])) for name in ("shots", "method"))
-        users = self.per_user["user"].nunique()
-        return f"Report(methods={methods}, shots={shots}, users={users}, baseline={self.baseline!r})"
-
-    def _repr_html_(self) -> str:
-        table: str = self.to_frame().to_html(index=False, float_format="{:.4f}".format, na_rep="")
-        return table
-
-    def to_frame(self) -> pd.DataFrame:
-        """Returns the table: one row per method and K, with the means of all metrics, gains and costs."""
-        return pd.DataFrame(self.to_json()["rows"])
-
-    def values(self, method: str, shots: int, metric: str = "auc") -> pd.Series:
-        """Returns a metric by user, sorted by user id; users for whom it is not defined are left out."""
-        rows = self.per_user[(self.per_user["method"] == method) & (self.per_user["shots"] == shots)]
-        return rows.set_index("user")[metric].dropna().sort_index()
-
-    def difference(
-        self, method: str, shots: int, other: str, other_shots: int, metric: str = "auc"
-    ) -> tuple[float, tuple[float, float]]:
-        """Returns the mean paired difference between two cells and its 95% bootstrap interval over people."""
-        paired = self.paired(method, shots, other, other_shots, metric)
-        people = [self.people.get(user, user) for user in paired.index]
-        return float(paired.mean()), bootstrap_interval(paired.to_numpy(), self.seed, people)
-
-    def paired(self, method: str, shots: int, other: str, other_shots: int, metric: str = "auc") -> pd.Series:
-        """Returns the difference between two cells by user, for the users that both have."""
-        return (self.values(method, shots, metric) - self.values(other, other_shots, metric)).dropna()
-
-    def of_table(self, method: str, shots: int, metric: str) -> tuple[float, tuple[float, float]]:
-        """Returns a metric of all users together and its 95% bootstrap interval over people; NaN where undefined."""
-        rows = self.predictions[(self.predictions["method"] == method) & (self.predictions["shots"] == shots)]
-        scores, liked, users = rows["score"].to_numpy(), rows["liked"].to_numpy(bool), rows["user"].tolist()
-        value = table_metric(metric, scores, liked, users)
-        people = [self.people.get(user, user) for user in users]
-        return np.nan if value is None else value, table_interval(metric, scores, liked, users, self.seed, people)
-
-    def cells(self) -> Iterator[ShotSummary]:
-        """Yields a summary of every method at every K, in the order of evaluation."""
-        for row in self.costs.to_dict("records"):
-            method, shots = str(row["method"]), int(row["shots"])
-            gain, interval = self.difference(method, shots, self.baseline, shots)
-            table = {metric: self.of_table(method, shots, metric) for metric in self.metrics if metric in OF_A_TABLE}
-            means = {
-                metric: table[metric][0] if metric in table else float(self.values(method, shots, metric).mean())
-                for metric in self.metrics
-            }
-            asked = (self.per_user["method"] == method) & (self.per_user["shots"] == shots)
-            yield ShotSummary(
-                method=method,
-                shots=shots,
-                users=int(asked.sum()),
-                means=means,
-                gain=gain,
-                interval=interval,
-                seconds_per_user=float(row["seconds_per_user"]),
-                bytes_per_user=int(row["bytes_per_user"]),
-                intervals={metric: interval for metric, (_, interval) in table.items()},
-            )
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the table as plain JSON values."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "baseline": self.baseline,
-            "seed": self.seed,
-            "left_out": dict(self.left_out),
-            "hashes": dict(self.hashes),
-            "rows": [
-                {
-                    "method": cell.method,
-                    "shots": cell.shots,
-                    "users": cell.users,
-                    **{metric: _number(value) for metric, value in cell.means.items()},
-                    **{
-                        f"{metric}_{end}": _number(value)
-                        for metric, interval in cell.intervals.items()
-                        for end, value in zip(("low", "high"), interval, strict=True)
-                    },
-                    "auc_gain": _number(cell.gain),
-                    "auc_gain_low": _number(cell.interval[0]),
-                    "auc_gain_high": _number(cell.interval[1]),
-                    "seconds_per_user": cell.seconds_per_user,
-                    "bytes_per_user": cell.bytes_per_user,
-                }
-                for cell in self.cells()
-            ],
-        }
 
 
 def evaluate(
@@ -195,6 +48,7 @@ def evaluate(
     left_out: Mapping[str, int],
     metrics: Sequence[str] = METRICS,
     calibration: Sequence[Episode] = (),
+    calibrated: Mapping[tuple[str, int], Calibration] | None = None,
     short_supports: bool = False,
     hashes: Mapping[str, str] | None = None,
 ) -> Report:
@@ -213,6 +67,7 @@ def evaluate(
             rating's units; they, ``recbole-*`` and metrics of a table are defined for users of one class too. With
             ``pooled_auc`` comes a row that knows nothing but each user's own share of likes.
         calibration: Validation users, on whom the line from score to rating is fitted that ``mae`` and ``rmse`` need.
+        calibrated: Lines that are there already, by method and K.
         short_supports: Users with fewer than K ratings are evaluated with all of theirs.
         hashes: Content hashes that the report carries.
 
@@ -235,7 +90,16 @@ def evaluate(
         raise EvaluationError(f"K = {max(shots)} asks for more ratings than some support has")
     one_class = len(episodes) - len(both)
     by_user = [metric for metric in metrics if metric not in OF_A_TABLE]
-    measured = [_measure_at(scorer, count, kept, by_user, calibration, seed) for scorer in scorers for count in shots]
+
+    def line(scorer: Scorer, count: int) -> Calibration | None:
+        if not set(metrics) & set(ERRORS):
+            return None
+        known = (calibrated or {}).get((scorer.name, count))
+        return known or fit_calibration(scorer, calibration, count, threshold)
+
+    measured = [
+        _measure_at(scorer, count, kept, by_user, line(scorer, count), seed) for scorer in scorers for count in shots
+    ]
     return Report(
         per_user=pd.DataFrame([row for cell in measured for row in cell.rows]).astype(dict.fromkeys(by_user, float)),
         costs=pd.DataFrame([cell.cost for cell in measured]),
@@ -335,7 +199,7 @@ def _measure_at(
     shots: int,
     queries: Sequence[_LabelledEpisode],
     metrics: Sequence[str],
-    calibration: Sequence[Episode],
+    line: Calibration | None,
     seed: int,
 ) -> _Measured:
     """Scores all queries with one method at one K, and measures each."""
@@ -349,13 +213,13 @@ def _measure_at(
         "seconds_per_user": seconds,
         "bytes_per_user": scorer.bytes_per_user if shots else 0,
     }
-    to_rating = rating_line(scorer, calibration, shots) if set(metrics) & set(ERRORS) else None
     rows, predictions = [], []
     for query, scores in zip(queries, scored, strict=True):
         episode, values = query.episode, scores.detach().numpy()
         check_scores(values, f"method '{scorer.name}', K = {shots}")
         predictions.append(_predictions(scorer.name, shots, query, values))
-        error = None if to_rating is None else to_rating(episode, values) - episode.query.values
+        given = episode.support.head(shots).values
+        error = None if line is None else line.ratings(given, values) - episode.query.values
         found = {metric: _measure(metric, values, query, error, seed) for metric in metrics}
         rows.append({"method": scorer.name, "shots": shots, "user": episode.user, **found})
     return _Measured(rows, cost, predictions)
@@ -373,10 +237,6 @@ def _predictions(method: str, shots: int, query: _LabelledEpisode, scores: NDArr
             "score": scores.astype(np.float32),
         }
     )
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _names(metrics: Sequence[str], measures: Sequence[str]) -> set[str]:

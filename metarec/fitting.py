@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from metarec.calibration import Calibration, fit_calibration
 from metarec.config import RunConfig
 from metarec.data.interactions import Catalog, RatingScale
 from metarec.data.seen_texts import check_texts
@@ -57,6 +58,8 @@ class Fitted:
         answer_model: The language model over this catalog; None where neither the score nor its features read one.
         split: The data it was fitted on, and the users it saw.
         training: A JSON-able summary of the training.
+        calibration: What turns scores into ratings and probabilities, for each K of the task; empty where no validation
+            user has enough ratings.
     """
 
     task: Task
@@ -68,6 +71,7 @@ class Fitted:
     answer_model: AnswerModel | None
     split: SplitRecord
     training: dict[str, Any]
+    calibration: tuple[Calibration, ...] = ()
 
     def __repr__(self) -> str:
         return f"Fitted(task={self.task.name!r}, items={len(self.catalog)}, terms={list(self.terms)})"
@@ -194,6 +198,16 @@ def meta_scorer(
         rate_scale=rate_scale,
         name=name,
     )
+
+
+def calibrated(fitted: Fitted, config: RunConfig, data: TaskData) -> Fitted:
+    """Returns a fitted recommender with its calibration, fitted on the task's validation users."""
+    episodes, _ = data.episodes("validation")
+    if not episodes:
+        return fitted
+    scorer, threshold = meta_scorer(fitted, config), data.task.like_threshold
+    found = tuple(fit_calibration(scorer, episodes, shots, threshold) for shots in data.task.shots)
+    return replace(fitted, calibration=found)
 
 
 def closed_form_head(config: RunConfig) -> ClosedFormHead | None:

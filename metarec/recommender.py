@@ -10,25 +10,31 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import pandas as pd
 
 from metarec.adapted_user import AdaptedUser
 from metarec.artifacts import recover_dir
 from metarec.config import Dtype, RunConfig, validated
+from metarec.data.given_ratings import GivenRatings, rating_pairs
 from metarec.data.interactions import Ratings, read_ratings
+from metarec.data.own_data import load_own, reload_own
+from metarec.data.source_options import is_table
 from metarec.data.sources import SOURCES
 from metarec.data.split_record import catalog_differences
 from metarec.data.task import Task
-from metarec.data.task_data import TaskData, load_task_data
+from metarec.data.task_data import IN_MEMORY, TaskData, load_task_data
 from metarec.data.task_files import load_task
 from metarec.data.training_users import refuse_small_data
 from metarec.devices import check_device
 from metarec.errors import ArtifactError, ConfigError
-from metarec.evaluate import Report, evaluate
+from metarec.evaluate import evaluate
 from metarec.fitting import (
     Fitted,
     Prepared,
     adapted_model,
+    calibrated,
     meta_scorer,
     needs_model,
     open_backbone,
@@ -40,13 +46,17 @@ from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
 from metarec.meta.outer_loop import check_checkpoint
 from metarec.notebook import facts_table
-from metarec.recommender_files import digest_of, read_recommender, read_user, recommender_dir, write_recommender
+from metarec.recommender_files import digest_of, read_recommender, read_user, write_recommender
+from metarec.report import Report
+from metarec.run_directory import recommender_dir
 from metarec.scorer import Scorer
 from metarec.scorers.language.adapted import MetaScorer
 from metarec.tensors import AdapterState, select_user
 from metarec.training import meta_train, training_identity
 
 BASELINE = "item mean"
+TaskLike: TypeAlias = "str | Path | Task | TaskData | pd.DataFrame"
+_TAKES = "Give a task's name, a YAML file, a table file (.csv, .parquet, ...), a DataFrame or a Task"
 
 
 class MetaRecommender:
@@ -65,6 +75,7 @@ class MetaRecommender:
         self._fitted = fitted
         self._place: dict[str, str] = {}
         self._saved: Path | None = None
+        self._data: TaskData | None = None
         self._from_file = False
 
     def __repr__(self) -> str:
@@ -154,17 +165,23 @@ class MetaRecommender:
 
     def fit(
         self,
-        task: str | Task | TaskData | None = None,
+        task: TaskLike | None = None,
         *,
         checkpoint: str | Path | None = None,
         resume: bool = False,
+        **own: Any,
     ) -> MetaRecommender:
         """Meta-trains on a task's meta-training users; hyper-parameters stop early on its validation users.
 
         Args:
-            task: A task's name, a YAML file's path, or a loaded task; None takes the configuration's.
+            task: A task's name, a YAML file's path, or a loaded task; None takes the configuration's. Or a table of
+                ratings: a DataFrame with the columns ``user``, ``item``, ``rating``, ``title``, optionally
+                ``timestamp``, and columns that describe items; or the path of a CSV, TSV, JSON lines or Parquet file.
             checkpoint: Where the training state is kept; None keeps it in a temporary directory.
             resume: Goes on from `checkpoint` if it is there, of the same data and settings; `train.steps` may be more.
+            **own: Of a table: columns by our name (``title="name"``, or ``columns={"title": "name"}``), options of the
+                file (``separator``, ``encoding``, ``scale``, ``items``, ``bad_rows``), and keys of a task (``shots``,
+                ``label``, ``prompt``, ``split``, ...); see docs/own-data.md for what is taken where they are left out.
 
         Returns:
             Itself, fitted.
@@ -174,7 +191,7 @@ class MetaRecommender:
         """
         if self.config.meta.engine == "learn2learn":
             learn2learn.check(self.config.meta.algorithm)
-        data = self.task_data(task)
+        data = self.task_data(task, **own)
         data.evaluated("validation")  # now, not after minutes of fitting
         refuse_small_data(data, self.config.train)
         identity = training_identity(data, self.config, self.backbone if needs_model(self.config) else None)
@@ -183,31 +200,57 @@ class MetaRecommender:
         prepared = self._prepare(data)
         with tempfile.TemporaryDirectory() as scratch:
             where = Path(checkpoint or Path(scratch) / "checkpoint")
-            self._saved = None
-            self._fitted = meta_train(data, prepared, self.config, identity, where, resume)
+            fitted = meta_train(data, prepared, self.config, identity, where, resume)
+        self._keep(fitted, data)
         return self
 
-    def prepare(self, task: str | Task | TaskData | None = None) -> MetaRecommender:
+    def prepare(self, task: TaskLike | None = None, **own: Any) -> MetaRecommender:
         """Fits everything but the meta-parameters, which stay as they start: nothing is meta-trained.
 
         Args:
             task: See `fit`.
+            **own: See `fit`.
 
         Returns:
             Itself, ready to score and to adapt from a fresh adapter.
         """
-        self._fitted = self._prepare(self.task_data(task)).fitted
-        self._saved = None
+        data = self.task_data(task, **own)
+        self._keep(self._prepare(data).fitted, data)
         return self
+
+    def _keep(self, fitted: Fitted, data: TaskData) -> None:
+        self._fitted = calibrated(fitted, self.config, data)
+        self._saved = None
+        self._data = data if data.task.dataset.source == IN_MEMORY else None
 
     def _prepare(self, data: TaskData) -> Prepared:
         return prepare(data, self.config, self.backbone if needs_model(self.config) else None)
 
-    def task_data(self, task: str | Task | TaskData | None = None) -> TaskData:
-        """Loads a task's data, split by the configuration's seed; None takes the fitted or configured task."""
+    def task_data(self, task: TaskLike | None = None, **own: Any) -> TaskData:
+        """Loads a task's data, split by the configuration's seed; None takes the fitted or configured task.
+
+        Args:
+            task: See `fit`.
+            **own: See `fit`.
+
+        Raises:
+            ConfigError: `task` is none of what `fit` takes, or choices are given for a task that brings its own.
+        """
         if isinstance(task, TaskData):
             return task
+        if isinstance(task, pd.DataFrame):
+            return load_own(task, own, self.config.seed)
+        if isinstance(task, str | Path) and is_table(task):
+            return load_own(Path(task), own, self.config.seed)
+        if own:
+            raise ConfigError(f"'{min(own)}' is given for a task, which says it itself", "Give it with a table")
+        if isinstance(task, Path):
+            task = str(task)
+        if not isinstance(task, str | Task | None):
+            raise ConfigError(f"a task is a {type(task).__name__}", _TAKES)
         if task is None:
+            if self._data is not None:
+                return self._data
             task = self._fitted.task if self._fitted else self.config.task
             if self._from_file and isinstance(task, Task):
                 for name in {
@@ -238,14 +281,15 @@ class MetaRecommender:
         rows = unadapted_rows(self.fitted, BASELINE)
         return [*rows, self.scorer(steps=0, name="metarec, before adaptation"), self.scorer()]
 
-    def evaluate(self, task: str | Task | TaskData | None = None, scorers: Sequence[Scorer] | None = None) -> Report:
+    def evaluate(self, task: TaskLike | None = None, scorers: Sequence[Scorer] | None = None) -> Report:
         """Scores the test users of a task.
 
         Where data or split changed since fitting, users are tested that fitting did not see; see
         `metarec.data.split_record.SplitRecord.without_seen`.
 
         Args:
-            task: None takes the task it was fitted on. Another task must have the same catalog.
+            task: None takes the task it was fitted on. Another task must have the same catalog. A table is read and
+                split as the one it was fitted on; a recommender that was fitted on a DataFrame and loaded needs it.
             scorers: The methods to compare; None takes `scorers()`. One of them is called ``item mean``.
 
         Raises:
@@ -253,13 +297,17 @@ class MetaRecommender:
             DataError: Fitting saw all users.
             EvaluationError: A score cannot be ranked.
         """
-        data = self.task_data(task)
+        if isinstance(task, pd.DataFrame) or (isinstance(task, str | Path) and is_table(task)):
+            data = reload_own(task, self.fitted.task, self.config.seed)
+        else:
+            data = self.task_data(task)
         if differences := catalog_differences(self.fitted.catalog, data.interactions.catalog):
             raise ConfigError(
                 f"task '{data.task.name}' has another catalog than was fitted: {differences}", "Fit on it again"
             )
         data = self.fitted.split.without_seen(data)
         episodes, too_few = data.evaluated("test")
+        own = self.scorer().name
         return evaluate(
             self.scorers() if scorers is None else scorers,
             episodes,
@@ -271,21 +319,23 @@ class MetaRecommender:
             left_out={"too few ratings": too_few} if too_few else {},
             metrics=data.task.metrics,
             calibration=data.episodes("validation")[0] if {"mae", "rmse"} & set(data.task.metrics) else (),
+            calibrated={(own, found.shots): found for found in self.fitted.calibration} if scorers is None else {},
             short_supports=data.task.short_supports,
             hashes=data.hashes,
         )
 
-    def adapt(self, ratings: Sequence[tuple[str, float]]) -> AdaptedUser:
+    def adapt(self, ratings: GivenRatings) -> AdaptedUser:
         """Adapts to one person.
 
         Args:
-            ratings: ``(title or id, rating)`` pairs; with none, the person gets the unadapted ranking.
+            ratings: ``(title or id, rating)`` pairs, a dictionary ``{title or id: rating}``, or a DataFrame with the
+                columns ``item`` and ``rating``; with none, the person gets the unadapted ranking.
 
         Raises:
             UnknownItemError: An item is not in the catalog.
             RatingError: A rating is not finite, off the scale, or an item is rated twice.
         """
-        support = read_ratings(ratings, self.fitted.catalog, self.fitted.scale)
+        support = read_ratings(rating_pairs(ratings), self.fitted.catalog, self.fitted.scale)
         started = time.perf_counter()
         adapted = self.scorer().adapt([support])
         seconds = time.perf_counter() - started

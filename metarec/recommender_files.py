@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from metarec.artifacts import dump_json, load_json, recover_dir, replace_dir, verify_dir
+from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
+from metarec.calibration import Calibration
 from metarec.config import RunConfig, validated
 from metarec.data.interactions import Catalog, RatingScale
 from metarec.data.split_record import SplitRecord
@@ -22,12 +23,10 @@ from metarec.lm.backbone import Backbone
 from metarec.lm.peft_files import load_adapter, save_adapter
 from metarec.meta.inner_loop import MetaState
 from metarec.registries import ADAPTER_KINDS, ALGORITHMS, LOSSES
+from metarec.run_directory import FACTS
 from metarec.scorers.serialization import read_scorer, write_scorer
 from metarec.tensors import AdapterState, read_tensors, write_tensors
 
-FACTS = "recommender.json"
-# Where a run's directory keeps its recommender.
-RUN_MODEL = "model"
 # Directories of another format are refused: their settings and tensors have other names.
 _FORMAT = 3
 _TERMS, _USERS = "terms", "users.safetensors"
@@ -50,6 +49,7 @@ def write_recommender(path: Path, fitted: Fitted, config: RunConfig) -> None:
         "scale": [fitted.scale.low, fitted.scale.high],
         "hashes": dict(fitted.split.hashes),
         "training": fitted.training,
+        "calibration": [found.to_json() for found in fitted.calibration],
     }
     users = {"train": fitted.split.train, "validation": fitted.split.validation}
     catalog = {"ids": fitted.catalog.ids, "fields": dict(fitted.catalog.fields)}
@@ -119,6 +119,7 @@ def read_recommender(path: Path, place: Mapping[str, str]) -> tuple[Backbone | N
         answer_model=answer_model,
         split=SplitRecord(facts["hashes"], **{part: digests.numpy() for part, digests in users.items()}),
         training=facts["training"],
+        calibration=tuple(Calibration.from_json(found) for found in facts["calibration"]),
     )
     return backbone, config, fitted
 
@@ -127,11 +128,6 @@ def _classes(config: RunConfig) -> dict[str, type[Any]]:
     """Returns the classes that the settings' own terms bring, by the names that files know them by."""
     terms = score_terms(config, from_file=True)
     return {f"{name}/{cls.__name__}": cls for name, term in terms.items() for cls in term.classes}
-
-
-def recommender_dir(path: Path) -> Path | None:
-    """Returns where a recommender lies: in a directory itself, or under `model` in the directory of a run."""
-    return next((part for part in (path, path / RUN_MODEL) if recover_dir(part) and (part / FACTS).exists()), None)
 
 
 def digest_of(fitted: Fitted) -> str:

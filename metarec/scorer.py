@@ -19,9 +19,6 @@ from metarec.data.interactions import Codes, Ratings
 from metarec.errors import UnknownItemError
 from metarec.threads import one_thread
 
-# Damping: pseudo-ratings that shrink a user's mean rating to the overall mean, when scores are turned into ratings.
-_USER_MEAN_DAMPING = 1.0
-
 
 @dataclass(frozen=True)
 class Request:
@@ -125,26 +122,3 @@ class OwnLikeShare:
 def request(episode: Episode, shots: int) -> Request:
     """Returns an episode as a request: K ratings without labels, and the query's items."""
     return Request(episode.user, episode.support.head(shots).unlabelled(), episode.query.items)
-
-
-def rating_line(
-    scorer: Scorer, calibration: Sequence[Episode], shots: int
-) -> Callable[[Episode, NDArray[np.floating]], NDArray[np.floating]]:
-    """Fits rating = a + b score + c (mean of the support's ratings, shrunk to the overall mean) on validation users.
-
-    A score is only an order within one user; a line fitted in the same way for every method and K makes errors
-    comparable.
-    """
-    scored = scorer.score([request(episode, shots) for episode in calibration])
-    overall = float(np.concatenate([episode.query.values for episode in calibration]).mean())
-
-    def features(episode: Episode, scores: NDArray[np.floating]) -> NDArray[np.float64]:
-        given = episode.support.head(shots).values
-        user_mean = float((given - overall).sum()) / (len(given) + _USER_MEAN_DAMPING)
-        return np.stack([np.ones(len(scores)), scores, np.full(len(scores), user_mean)], axis=1).astype(np.float64)
-
-    rows = [features(episode, scores.detach().numpy()) for episode, scores in zip(calibration, scored, strict=True)]
-    target = np.concatenate([episode.query.values for episode in calibration]).astype(np.float64)
-    weights = np.linalg.lstsq(np.concatenate(rows), target, rcond=None)[0]
-    low, high = float(target.min()), float(target.max())
-    return lambda episode, scores: np.clip(features(episode, scores) @ weights, low, high)

@@ -77,12 +77,17 @@ def test_a_new_user_rates_five_things_and_is_served_by_their_own_adapter(
     assert said["adapter"] == {"version": 5, "ratings": 5, "diverged": False, "stale": False}
     after = ranking(client, "ann", k=5)
     assert after["adapter"] == said["adapter"]
-    expected = recommender.adapt(sorted(LOVES_DRAMA)).recommend(5)
-    assert [entry["item"] for entry in after["items"]] == [entry.item for entry in expected]
+    person = recommender.adapt(sorted(LOVES_DRAMA))
+    best = [entry.item for entry in person.recommend(5)]
+    assert [entry["item"] for entry in after["items"]] == best
+    assert [entry["predicted_rating"] for entry in after["items"]] == pytest.approx(
+        person.predict_rating(best), abs=1e-4
+    )
     one = client.post("/v1/users/ann/feedback", json={"item": "m9", "rating": 1}).json()
     assert one["adapter"]["version"] == 6
     scores = client.post("/v1/users/ann/score", json={"items": ["m5", "m9"]}).json()
     assert (len(scores["scores"]), scores["adapter"]["version"]) == (2, 6)
+    assert len(scores["predicted_ratings"]) == 2
     reasons = ranking(client, "ann", k=2, explain=True)["items"][0]["because"]
     assert len(reasons) == 3
     assert {reason["item"] for reason in reasons} <= {"m0", "m1", "m2", "m3", "m4", "m9"}

@@ -95,7 +95,6 @@ def test_bulk_adapts_everybody_once_and_goes_on_where_it_stopped(
         (("adapt", "--users", "f.csv"), "--users and --store belong together"),
         (("adapt", "--users", "f.csv", "--store", "s", "--rating", "m1=4"), "one person's options are both given"),
         (("recommend", "--store", "s"), "--store is given without --user"),
-        (("recommend", "--explain"), "--explain is given without --store"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(

@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from metarec.bench.summary import REFERENCE, Summary, ranked
-from metarec.evaluate import Report, ShotSummary
 from metarec.metrics import CUTOFF, METRICS, OF_A_TABLE, POOLED
+from metarec.report import Report, ShotSummary
 from metarec.scorer import OwnLikeShare
 
 _SIGNIFICANT = 0.05

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from metarec.evaluate import Report
 from metarec.metrics import METRICS, calibrated, calibration_error, paired_p_value
 from metarec.progress import progress
+from metarec.report import Report
 
 # The method that every other is compared with, beside the baseline.
 REFERENCE = "metarec"

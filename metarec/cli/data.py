@@ -7,8 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metarec.cli.options import JsonOption, print_json
-from metarec.errors import ConfigError, shown
+from metarec.cli.options import (
+    ColumnOption,
+    EncodingOption,
+    ItemsFileOption,
+    ItemsIdOption,
+    JsonOption,
+    RatingsFileOption,
+    ScaleOption,
+    SeparatorOption,
+    print_json,
+    source_options,
+)
+from metarec.errors import ConfigError
 
 if TYPE_CHECKING:
     from metarec.data.checks.findings import DataFinding
@@ -17,8 +28,6 @@ if TYPE_CHECKING:
     from metarec.data.task import Task
 
 data_app = typer.Typer(help="Datasets: what they are, what is wrong with them, a copy.", no_args_is_help=True)
-
-_TABLES = (".csv", ".tsv", ".txt", ".dat", ".json", ".jsonl", ".ndjson", ".parquet", ".gz")
 
 WhatArgument = Annotated[
     str,
@@ -29,27 +38,6 @@ WhatArgument = Annotated[
 PathArgument = Annotated[
     Path | None, typer.Argument(help="Folder, zip or file of the dataset, where WHAT is a source.", show_default=False)
 ]
-RatingsFileOption = Annotated[
-    str | None, typer.Option("--ratings-file", help="Of table: the file with the ratings.", show_default=False)
-]
-ItemsFileOption = Annotated[
-    str | None, typer.Option("--items-file", help="Of table: the file with the items.", show_default=False)
-]
-ColumnOption = Annotated[
-    list[str] | None,
-    typer.Option("--column", help="Of table: OURS=THEIRS, e.g. user=customer_id; may be repeated.", show_default=False),
-]
-ItemsIdOption = Annotated[
-    str | None,
-    typer.Option(
-        "--items-id", help="Of table: the item file's column of ids, if it has another name.", show_default=False
-    ),
-]
-SeparatorOption = Annotated[
-    str | None, typer.Option(help="Of table: what separates fields (default: as the header looks).", show_default=False)
-]
-EncodingOption = Annotated[str, typer.Option(help="Of table: the encoding.")]
-ScaleOption = Annotated[str | None, typer.Option(help="LOW,HIGH: the rating scale.", show_default=False)]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to write; any task reads it in place of the original.")]
 
 
@@ -89,7 +77,9 @@ def check(
     from metarec.progress import progress
 
     thresholds = [verdict.read_threshold(text) for text in fail_on or []]
-    task, tables = _tables(what, path, _options(ratings_file, items_file, items_id, column, separator, encoding, scale))
+    task, tables = _tables(
+        what, path, source_options(ratings_file, items_file, items_id, column, separator, encoding, scale)
+    )
     with progress("checking", 3, after=2.0) as advance:
         data = read_for_checks(tables)
         findings = checks.check(data)
@@ -163,7 +153,9 @@ def describe(
     from metarec.data.checks.findings import read_for_checks
     from metarec.data.description import describe as described
 
-    _, tables = _tables(what, path, _options(ratings_file, items_file, items_id, column, separator, encoding, scale))
+    _, tables = _tables(
+        what, path, source_options(ratings_file, items_file, items_id, column, separator, encoding, scale)
+    )
     facts = described(read_for_checks(tables))
     if json:
         print_json(facts)
@@ -208,7 +200,9 @@ def convert(
     """Write a dataset as Parquet with a manifest; every task reads the folder in place of the original."""
     from metarec.data.sources import write_tables
 
-    _, tables = _tables(what, path, _options(ratings_file, items_file, items_id, column, separator, encoding, scale))
+    _, tables = _tables(
+        what, path, source_options(ratings_file, items_file, items_id, column, separator, encoding, scale)
+    )
     write_tables(tables, out)
     facts: dict[str, Any] = {"written": str(out), "ratings": len(tables.ratings), "items": len(tables.items)}
     facts |= {"dropped": dict(tables.dropped), "notes": [str(note) for note in tables.notes]}
@@ -222,45 +216,15 @@ def convert(
             typer.echo(f"note: {note}")
 
 
-def _options(
-    ratings: str | None,
-    items: str | None,
-    items_id: str | None,
-    columns: list[str] | None,
-    separator: str | None,
-    encoding: str,
-    scale: str | None,
-) -> SourceOptions:
-    from metarec.config import validated
-    from metarec.data.source_options import SourceOptions
-
-    named = {}
-    for entry in columns or []:
-        ours, equals, theirs = entry.partition("=")
-        if not equals:
-            raise ConfigError(f"--column {shown(entry)} has no '='", "Write --column user=customer_id")
-        named[ours] = theirs
-    values: dict[str, Any] = {"columns": named, "encoding": encoding}
-    if separator is not None:
-        values["separator"] = separator.replace("\\t", "\t")
-    # What is no row at all becomes a finding; a description and a copy count it.
-    values |= {
-        "bad_rows": "quarantine",
-        "ratings": ratings,
-        "items": {"file": items, "id": items_id} if items_id else items,
-        "scale": scale.split(",") if scale else None,
-    }
-    return validated(SourceOptions, values, "options")
-
-
 def _tables(what: str, path: Path | None, options: SourceOptions) -> tuple[Task | None, Tables]:
+    from metarec.data.source_options import is_table
     from metarec.data.sources import SOURCES, read_tables
     from metarec.data.task_files import load_task, task_names
 
     if what in SOURCES.names() or (":" in what and not Path(what).exists()):
         return None, read_tables(what, path, _with_separator(what, path, options))
     file = Path(what)
-    if file.suffix in _TABLES or (file.is_dir() and what not in task_names()):
+    if is_table(file) or (file.is_dir() and what not in task_names()):
         if not file.exists():
             raise ConfigError(f"the table '{what}' does not exist", "Check the path")
         if path is not None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from metarec.errors import ConfigError, shown
+
+if TYPE_CHECKING:
+    from metarec.data.source_options import SourceOptions
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.", show_default=False)]
 SetOption = Annotated[
@@ -48,6 +53,27 @@ RatingOption = Annotated[
 RatingsOption = Annotated[
     Path | None, typer.Option("--ratings", help="CSV file with the columns item,rating.", show_default=False)
 ]
+RatingsFileOption = Annotated[
+    str | None, typer.Option("--ratings-file", help="Of table: the file with the ratings.", show_default=False)
+]
+ItemsFileOption = Annotated[
+    str | None, typer.Option("--items-file", help="Of table: the file with the items.", show_default=False)
+]
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="Of table: OURS=THEIRS, e.g. user=customer_id; may be repeated.", show_default=False),
+]
+ItemsIdOption = Annotated[
+    str | None,
+    typer.Option(
+        "--items-id", help="Of table: the item file's column of ids, if it has another name.", show_default=False
+    ),
+]
+SeparatorOption = Annotated[
+    str | None, typer.Option(help="Of table: what separates fields (default: as the header looks).", show_default=False)
+]
+EncodingOption = Annotated[str, typer.Option(help="Of table: the encoding.")]
+ScaleOption = Annotated[str | None, typer.Option(help="LOW,HIGH: the rating scale.", show_default=False)]
 
 
 def show(facts: dict[str, Any], json: bool) -> None:
@@ -64,3 +90,34 @@ def print_json(value: Any) -> None:
     from metarec.artifacts import dump_json
 
     typer.echo(dump_json(value), nl=False)
+
+
+def source_options(
+    ratings: str | None,
+    items: str | None,
+    items_id: str | None,
+    columns: list[str] | None,
+    separator: str | None,
+    encoding: str,
+    scale: str | None,
+) -> SourceOptions:
+    """Returns the options of a table that the command line gives; bad rows are set aside and counted."""
+    from metarec.config import validated
+    from metarec.data.source_options import SourceOptions
+
+    named = {}
+    for entry in columns or []:
+        ours, equals, theirs = entry.partition("=")
+        if not equals:
+            raise ConfigError(f"--column {shown(entry)} has no '='", "Write --column user=customer_id")
+        named[ours] = theirs
+    values: dict[str, Any] = {"columns": named, "encoding": encoding}
+    if separator is not None:
+        values["separator"] = separator.replace("\\t", "\t")
+    values |= {
+        "bad_rows": "quarantine",
+        "ratings": ratings,
+        "items": {"file": items, "id": items_id} if items_id else items,
+        "scale": scale.split(",") if scale else None,
+    }
+    return validated(SourceOptions, values, "options")

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from metarec.cli.one_user import show_one_user
 from metarec.cli.options import (
     BackboneOption,
+    ColumnOption,
     ConfigOption,
     DeviceOption,
+    EncodingOption,
     EngineOption,
+    ItemsFileOption,
+    ItemsIdOption,
     JsonOption,
     NameOption,
     RatingOption,
     RatingsOption,
     RunsOption,
+    ScaleOption,
     SeedOption,
+    SeparatorOption,
     SetOption,
     TaskOption,
     print_json,
     show,
+    source_options,
 )
 from metarec.cli.run_dirs import clear_run, refuse_overwriting, run_dir
 from metarec.cli.store import AdaptersOption, StoreOption, adapt_bulk, recommend_stored
@@ -31,6 +40,7 @@ from metarec.errors import ConfigError, shown
 if TYPE_CHECKING:
     from metarec.adapted_user import AdaptedUser
     from metarec.config import Dtype
+    from metarec.data.task import Task
     from metarec.recommender import MetaRecommender
 
 app = typer.Typer()
@@ -81,8 +91,19 @@ def model_prepare(
     show(facts, json)
 
 
-@app.command(epilog="Example: metarec train --name mine --set train.steps=100 --set meta.inner_steps=5")
+@app.command(
+    epilog="Example: metarec train --name mine --set train.steps=100; of a table: "
+    "metarec train orders.csv --column title=name --name shop"
+)
 def train(
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TASK",
+            help="A task, by name or YAML file, as --task; or a table with user, item, rating, title: orders.csv.",
+            show_default=False,
+        ),
+    ] = None,
     name: NameOption = "default",
     config: ConfigOption = None,
     task: TaskOption = None,
@@ -92,15 +113,34 @@ def train(
     overrides: SetOption = None,
     engine: EngineOption = None,
     runs: RunsOption = Path("runs"),
+    column: ColumnOption = None,
+    items_file: ItemsFileOption = None,
+    items_id: ItemsIdOption = None,
+    separator: SeparatorOption = None,
+    encoding: EncodingOption = "utf-8",
+    scale: ScaleOption = None,
+    bad_rows: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a table: quarantine leaves rows that cannot be read out, however many (default: up to 5%); "
+            "error refuses the first.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run holds, and train anew.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Meta-train a recommender and keep it in RUNS/NAME."""
+    if what is not None and task is not None:
+        raise ConfigError(f"'{what}' and --task '{task}' are two tasks", "Give one")
+    options = source_options(None, items_file, items_id, column, separator, encoding, scale)
+    own = options.model_dump(exclude_defaults=True, exclude={"bad_rows"}) | ({"bad_rows": bad_rows} if bad_rows else {})
+    task = what or task
     run = run_dir(runs, name)
     refuse_overwriting(run, resume, fresh)
     go_on = "with --resume instead of --fresh" if fresh else "with --resume"
-    recommender = _train(run, config, task, backbone, device, seed, overrides, engine, resume, fresh, go_on)
+    recommender = _train(run, config, task, backbone, device, seed, overrides, engine, resume, fresh, go_on, own)
     fitted = recommender.fitted
     show({"run": str(run), **{key: value for key, value in fitted.training.items() if key != "history"}}, json)
 
@@ -167,9 +207,7 @@ def recommend(
     store: StoreOption = None,
     adapters: AdaptersOption = None,
     device: DeviceOption = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Say which ratings moved an item most (with --store).")
-    ] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say which ratings moved an item most.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Rank the catalog for a saved person, or for the ratings given here; with neither, as for anybody."""
@@ -181,11 +219,12 @@ def recommend(
         stored = recommend_stored(load_run(run, device=device), store, adapters, user, k, explain)
         _print_ranking(stored["items"], stored if json else None)
         return
-    if explain:
-        raise ConfigError("--explain is given without --store", "Only users of a store have explained rankings")
     recommender = load_run(run, device=device)
     person = recommender.load_user(user) if user else _adapted(recommender, rating, ratings)
     ranked = [vars(entry) for entry in person.recommend(k)]
+    if explain:
+        reasons = person.reasons([entry["item"] for entry in ranked])
+        ranked = [{**entry, "because": list(map(vars, found))} for entry, found in zip(ranked, reasons, strict=True)]
     _print_ranking(ranked, ranked if json else None)
 
 
@@ -218,7 +257,7 @@ def quickstart(
     go_on = "without --fresh" if fresh else "again"
     recommender = _train(run, config, task, backbone, device, seed, overrides, engine, not fresh, fresh, go_on)
     table = _evaluate(recommender, run, json=False, quiet=json)
-    story = _one_user(recommender, run, quiet=json)
+    story = show_one_user(recommender, run, quiet=json)
     if json:
         print_json({"table": table, "user": story})
     else:
@@ -237,6 +276,7 @@ def _train(
     resume: bool,
     fresh: bool,
     go_on: str,
+    own: Mapping[str, Any] | None = None,
 ) -> MetaRecommender:
     import yaml
 
@@ -248,16 +288,23 @@ def _train(
     values |= {key: value for key, value in named.items() if value is not None}
     assignments = [*(overrides or []), *([f"meta.engine={engine}"] if engine else [])]
     settings = validated(RunConfig, override(values, assignments), str(config) if config else "settings")
+    from metarec.data.source_options import is_table
     from metarec.data.task_files import load_task
+    from metarec.run_directory import RUN_MODEL
 
     # Before torch is imported: a name that is wrong is said at once.
-    chosen = load_task(settings.task)
+    chosen: str | Task = settings.task if is_table(settings.task) else load_task(settings.task)
     from metarec.data.training_users import refuse_small_data
     from metarec.recommender import MetaRecommender
 
     recommender = MetaRecommender.from_pretrained(settings.backbone, settings)
     text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-    data = recommender.task_data(chosen)
+    data = recommender.task_data(chosen, **(own or {}))
+    if is_table(settings.task):
+        from metarec.data.own_data import summary
+
+        for sentence in summary(data.task):
+            typer.echo(sentence, err=True)
     # What cannot be trained must not cost what was.
     refuse_small_data(data, settings.train)
     if fresh:
@@ -269,7 +316,7 @@ def _train(
         raise
     # Only now: settings that a checkpoint refuses must not replace those it was made with.
     replace_file(run / "config.yaml", lambda target: target.write_text(text, encoding="utf-8"))
-    recommender.save_pretrained(run / "model")
+    recommender.save_pretrained(run / RUN_MODEL)
     return recommender
 
 
@@ -306,44 +353,14 @@ def provenance(recommender: MetaRecommender) -> dict[str, Any]:
     }
 
 
-def _one_user(recommender: MetaRecommender, run: Path, quiet: bool) -> dict[str, Any]:
-    """Adapts to five ratings of the first test user, and shows the ranking before and after."""
-    from metarec.artifacts import write_json
-
-    catalog = recommender.fitted.catalog
-    episode = recommender.task_data().episodes("test")[0][0]
-    five = episode.support.head(5)
-    rated = [(catalog.ids[code], float(value)) for code, value in zip(five.items, five.values, strict=True)]
-    stranger, user = recommender.adapt([]), recommender.adapt(rated)
-    seen = [item for item, _ in rated]
-    before, after = stranger.recommend(10, exclude=seen), user.recommend(10)
-    user.save(run / "user")
-    story: dict[str, Any] = {
-        "rated": [{"item": item, "title": catalog.title(catalog.find(item)), "rating": value} for item, value in rated],
-        "before": [vars(entry) for entry in before],
-        "after": [vars(entry) for entry in after],
-        "seconds": user.seconds,
-    }
-    write_json(run / "user.json", story)
-    if not quiet:
-        typer.echo("\nA new user rates five movies:")
-        for line in story["rated"]:
-            typer.echo(f"  {line['rating']:g}  {line['title']}")
-        typer.echo(f"\n  {'top ten before':48s}top ten after adapting ({user.seconds:.2f} s)")
-        known = {entry.item for entry in before}
-        for old, new in zip(before, after, strict=True):
-            typer.echo(f"  {old.title[:46]:48s}{new.title[:46]}{'' if new.item in known else '  *'}")
-        typer.echo("  (* was not in the top ten before)")
-    return story
-
-
 def load_run(run: Path, *, device: str | None = None, dtype: Dtype | None = None) -> MetaRecommender:
     """Loads the recommender of a run's directory, on another device and in another precision if asked to."""
-    from metarec.recommender import MetaRecommender
-    from metarec.recommender_files import recommender_dir
+    from metarec.run_directory import recommender_dir
 
     if recommender_dir(run) is None:
         raise ConfigError(f"'{run}' holds no trained recommender", f"Run: metarec train --name {run.name}")
+    from metarec.recommender import MetaRecommender
+
     return MetaRecommender.from_pretrained(run, device=device, dtype=dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -9,7 +10,14 @@ from pydantic import Field, field_validator
 from metarec.config import Section
 from metarec.data.interactions import RatingScale
 
+# Names of table files end so.
+TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".dat", ".json", ".jsonl", ".ndjson", ".parquet", ".gz")
 BadRows = Literal["error", "quarantine"]
+
+
+def is_table(path: str | Path) -> bool:
+    """Says whether a path is named as table files are."""
+    return Path(path).suffix in TABLE_ENDINGS
 
 
 class ItemsTable(Section):

@@ -143,18 +143,23 @@ class TaskData:
         return found
 
 
-def load_task_data(task: Task, seed: int) -> TaskData:
+# The source of a task whose data were a DataFrame: they are kept nowhere.
+IN_MEMORY = "dataframe"
+
+
+def load_task_data(task: Task, seed: int, data: Interactions | None = None) -> TaskData:
     """Reads a task's dataset, applies its label rule and splits it.
 
     Args:
         task: The task.
         seed: Seed of the split, of episodes and of negatives, unless the task fixes its own.
+        data: The dataset, without labels, where it was read already.
 
     Raises:
         DataError: The data cannot be read, or is too small for the split.
     """
     seed = seed if task.split.seed is None else task.split.seed
-    data = load_dataset(task.dataset)
+    data = load_dataset(task.dataset, data)
     if len(data.catalog) < 2:
         raise DataError("the dataset has one item, and there is nothing to rank", "Check the column of the items' ids")
     if task.rating.transform == "log":
@@ -167,9 +172,21 @@ def load_task_data(task: Task, seed: int) -> TaskData:
     return _split(task, data, seed)
 
 
-def load_dataset(config: DatasetConfig) -> Interactions:
-    """Reads a dataset as a task names it: its source, its derived fields, its users of the right size."""
-    if config.source == "mix":
+def load_dataset(config: DatasetConfig, data: Interactions | None = None) -> Interactions:
+    """Reads a dataset as a task names it: its source, its derived fields, its users of the right size.
+
+    Args:
+        config: What the task says.
+        data: What its source holds, where it was read already.
+
+    Raises:
+        DataError: The data cannot be read, or were a DataFrame that is not given again.
+    """
+    if data is not None:
+        pass
+    elif config.source == IN_MEMORY:
+        raise DataError("the ratings were a DataFrame, which is kept nowhere", "Give it again, e.g. evaluate(frame)")
+    elif config.source == "mix":
         data = merge({name: load_dataset(part) for name, part in config.parts.items()})
     else:
         data = read_source(config.source, config.path, config.options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from http import HTTPStatus
@@ -126,11 +126,17 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
 
         def answer(person: Person) -> Recommendations:
             served, ranked = engine.recommend(person, k, exclude_seen=exclude_seen, explain=explain)
+            ratings = served.adapted.predicted_ratings([entry.score for entry, _ in ranked])
+            predicted: Sequence[float | None] = ratings or [None] * len(ranked)
             return Recommendations(
                 adapter=adapter_facts(served),
                 items=[
-                    Recommended(**vars(entry), because=[ReasonAnswer(**asdict(reason)) for reason in reasons])
-                    for entry, reasons in ranked
+                    Recommended(
+                        **vars(entry),
+                        predicted_rating=rating,
+                        because=[ReasonAnswer(**asdict(reason)) for reason in reasons],
+                    )
+                    for (entry, reasons), rating in zip(ranked, predicted, strict=True)
                 ],
             )
 
@@ -145,7 +151,8 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
 
         def answer(person: Person) -> ScoresAnswer:
             served, scores = engine.score(person, items.items)
-            return ScoresAnswer(adapter=adapter_facts(served), scores=scores)
+            predicted = served.adapted.predicted_ratings(scores)
+            return ScoresAnswer(adapter=adapter_facts(served), scores=scores, predicted_ratings=predicted)
 
         scored: ScoresAnswer = await service.person(user, answer)
         return scored

@@ -1,7 +1,7 @@
 """Serves a recommender over a store: adapters from ratings, rankings from adapters, explanations, added items.
 
 One thread calls it; it divides the work of a call among several. `batching` adapts and scores, `retrieval` chooses the
-items worth an exact score, `explanations` says which ratings mattered, `search` finds items by text.
+items worth an exact score, `search` finds items by text.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from metarec.adapted_user import AdaptedUser, Recommendation
 from metarec.data.interactions import Catalog, Codes, Ratings
 from metarec.errors import ArtifactError, ConfigError, ConflictError, MetarecError, UnknownItemError
+from metarec.explanations import Reason, explain
 from metarec.metrics import rank_order
 from metarec.recommender import MetaRecommender
 from metarec.serve.batching import BLOCK, USERS_AT_ONCE, BatchedModel, linearize_most_rated
-from metarec.serve.explanations import Reason, explain
 from metarec.serve.hot_adapters import HotAdapters
 from metarec.serve.items import check_fields, extend
 from metarec.serve.person import Person
@@ -295,8 +295,15 @@ class Engine:
         return self._retrieval.choose(person.adapted, codes, max(self._candidates, 2 * k))
 
     def explain(self, person: Person, codes: Codes, most: int = 3) -> list[list[Reason]]:
-        """Returns the ratings that changed some items' scores most; see `explanations.explain`."""
-        return explain(self._model, self.recommender, person.adapted, codes, most)
+        """Returns the ratings that changed some items' scores most; see `metarec.explanations.explain`."""
+        adapted = person.adapted
+        if adapted.diverged:
+            return [[] for _ in codes]
+
+        def scores_without(supports: Sequence[Ratings]) -> list[NDArray[np.float32]]:
+            return [self._model.scores(other, codes) for other, _ in self.adapt(supports)]
+
+        return explain(adapted.support, self._model.scores(adapted, codes), scores_without, self.catalog, most)
 
     def search(self, text: str, k: int, person: Person | None = None) -> list[Found]:
         """Finds items by text, and with a user by their scores too; see `TextSearch.find`."""

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from metarec.adapted_user import Recommendation
 from metarec.errors import ConfigError
-from metarec.serve.explanations import Reason
+from metarec.explanations import Reason
 from metarec.serve.person import Person
 from metarec.serve.service import Service
 

@@ -113,6 +113,9 @@ class Recommended(BaseModel):
     item: str
     title: str
     score: float
+    predicted_rating: float | None = Field(
+        None, description="On the scale of the recommender's task; null where it has likes only."
+    )
     because: list[ReasonAnswer] = []
 
 
@@ -128,6 +131,9 @@ class ScoresAnswer(BaseModel):
 
     adapter: Adapter
     scores: list[float]
+    predicted_ratings: list[float] | None = Field(
+        None, description="On the scale of the recommender's task; null where it has likes only."
+    )
 
 
 class SearchHit(BaseModel):

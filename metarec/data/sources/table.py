@@ -33,28 +33,59 @@ def table(path: Path | None, options: SourceOptions) -> Tables:
     bare = path is not None and path.is_file() and path.suffix != ".zip"
     ratings_file = File(path) if bare and path else need(path, options.ratings or "ratings.*")
     items_file = _items_file(path.parent if bare and path else path, bare, options)
-    layout = _layout_of_ratings(ratings_file, options, inside=items_file is None)
+    names = column_names(ratings_file, options)
+    layout = layout_of_ratings(ratings_file, names, options, inside=items_file is None)
     ratings = read_table(ratings_file, theirs_to_ours(layout.columns, ratings_file), options)
-    notes = layout.notes(
-        ratings_file, {*OWN, "title"} - set(layout.columns) if items_file is None else {*OWN} - set(layout.columns)
-    )
+    beside = None if items_file is None else _beside(items_file, layout.columns["item"], options)
+    first = 2 if _kind(ratings_file) in ("csv", "tsv", "txt", "dat") else 1
+    return _assembled(ratings, layout, str(ratings_file), options, first, beside)
+
+
+def frame_tables(frame: pd.DataFrame, options: SourceOptions) -> Tables:
+    """Reads a DataFrame as `table` reads a file: items stand in the rows of the ratings.
+
+    Raises:
+        DataError: A column is missing, or stands there twice.
+    """
+    where, names = "the DataFrame", [str(name) for name in frame.columns]
+    _refuse_repeated(where, names)
+    layout = layout_of_ratings(where, names, options)
+    columns = {str(name): _arrow_column(column) for name, column in frame.items()}
+    ratings = arrow_columns(pa.table(columns), theirs_to_ours(layout.columns, where), where)
+    return _assembled(ratings, layout, where, options, 1, None)
+
+
+def _arrow_column(column: pd.Series) -> pa.Array:
+    """Returns a column as Arrow holds it; whole floats, as of ids beside missing ones, are integers."""
+    if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 == 0).all() and (column.abs() < 2**53).any():
+        column = column.astype("Int64")
+    try:
+        return pa.Array.from_pandas(column)
+    except (pa.ArrowException, TypeError):
+        return pa.array([None if value is None or value != value else str(value) for value in column], pa.string())
+
+
+def _assembled(
+    ratings: pd.DataFrame,
+    layout: Layout,
+    where: str,
+    options: SourceOptions,
+    first: int,
+    beside: tuple[pd.DataFrame, list[Note]] | None,
+) -> Tables:
+    """Makes tables of the ratings' rows; items stand in them where there are none beside."""
+    notes = layout.notes(where, {*OWN, *(() if beside else ("title",))} - set(layout.columns))
     if "rating" not in ratings:
         cure = "Map one with 'columns' (--column rating=THEIRS) if people rated"
-        notes.append(
-            Note("no-rating-column", "note", f"{ratings_file} has no ratings: every row counts as 1", cure, ())
-        )
+        notes.append(Note("no-rating-column", "note", f"{where} has no ratings: every row counts as 1", cure, ()))
         ratings = ratings.assign(rating=1.0)
-    if items_file is None:
-        items, more = _inside(ratings)
-    else:
-        items, more = _beside(items_file, layout.columns["item"], options)
+    items, more = beside or _inside(ratings)
     for name in items.columns.drop(["item", "title"], errors="ignore"):
         items[name] = _lists_as_text(items[name])
     frame = ratings[[name for name in OWN if name in ratings]]
     frame.attrs = ratings.attrs
-    first = 2 if ratings_file.name.removesuffix(".gz").split(".")[-1] in ("csv", "tsv", "txt", "dat") else 1
-    dropped = malformed(ratings, *(() if items_file is None else (items,)))
-    return Tables(frame, items, str(ratings_file), options_scale(options), first, dropped, (*notes, *more))
+    dropped = malformed(ratings, *(() if beside is None else (items,)))
+    return Tables(frame, items, where, options_scale(options), first, dropped, (*notes, *more))
 
 
 def _items_file(folder: Path | None, bare: bool, options: SourceOptions) -> File | None:
@@ -64,8 +95,18 @@ def _items_file(folder: Path | None, bare: bool, options: SourceOptions) -> File
     return None if bare else find(folder, "items.*", needed=isinstance(options.items, ItemsTable))
 
 
-def _layout_of_ratings(file: File, options: SourceOptions, *, inside: bool) -> Layout:
-    names = column_names(file, options)
+def layout_of_ratings(file: object, names: Sequence[str], options: SourceOptions, *, inside: bool = True) -> Layout:
+    """Returns which columns of the ratings stand for what.
+
+    Args:
+        file: The file, for errors.
+        names: Its columns.
+        options: The columns that are named.
+        inside: Whether the items stand in the ratings' rows.
+
+    Raises:
+        DataError: There is no user, item or title.
+    """
     given = {ours: theirs for ours, theirs in options.columns.items() if theirs and (inside or ours in OWN)}
     sought = [ours for ours in (*OWN, *(["title"] if inside else [])) if ours not in options.columns]
     guessed = recognise(names, sought, given.values())
@@ -77,7 +118,7 @@ def _layout_of_ratings(file: File, options: SourceOptions, *, inside: bool) -> L
     return Layout(names, columns, {ours: theirs for ours, theirs in guessed.items() if ours != theirs})
 
 
-def _refuse_missing(file: File, ours: str, names: Sequence[str], options: SourceOptions) -> None:
+def _refuse_missing(file: object, ours: str, names: Sequence[str], options: SourceOptions) -> None:
     cure = header_cure(ours, names, options.separator)
     raise DataError(
         f"{file} has no column '{ours}'", f"{cure.rstrip('.')}. Name yours in 'columns' (--column {ours}=THEIRS)"
@@ -158,12 +199,16 @@ def column_names(file: File, options: SourceOptions) -> list[str]:
         raise DataError(f"{file} is empty", "Give a file with a header and rows")
     if any("\0" in name for name in names):
         raise DataError(f"{file} holds zero bytes, as UTF-16 without a mark does", "Set 'encoding' to 'utf-16-le'")
+    _refuse_repeated(file, names)
+    return names
+
+
+def _refuse_repeated(file: object, names: Sequence[str]) -> None:
     repeated = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
     if repeated:
         raise DataError(
             f"{file} has the column '{repeated[0]}' {names.count(repeated[0])} times", "Rename or remove one"
         )
-    return names
 
 
 def read_table(file: File, wanted: Mapping[str, str], options: SourceOptions) -> pd.DataFrame:

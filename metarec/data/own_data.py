@@ -1,0 +1,210 @@
+"""A task for a table of one's own: from a DataFrame or a table file to data, label rule, episodes and a prompt.
+
+What nobody states is read off the data: which columns describe items, how many ratings users have, what a like is.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from metarec.config import validated
+from metarec.data.interactions import Interactions
+from metarec.data.source_options import SourceOptions, is_table
+from metarec.data.sources import read_source
+from metarec.data.sources.assembly import assemble_tables
+from metarec.data.sources.columns import text_column
+from metarec.data.sources.files import File
+from metarec.data.sources.names import OWN
+from metarec.data.sources.table import column_names, frame_tables, guess_separator, layout_of_ratings, read_table
+from metarec.data.task import Task
+from metarec.data.task_data import IN_MEMORY, TaskData, load_task_data
+from metarec.errors import ConfigError, DataError, suggest
+
+_LOG = logging.getLogger(__name__)
+_SHOTS, _FEW_SHOTS = (5, 10, 20), (1, 2, 3)
+_MIN_QUERY = 5
+# Below this many users, more of them validate and test.
+_FEW_USERS = 500
+_MOST_DROPPED = 0.05
+_MOST_FIELDS = 6
+# A column describes items where so many rows agree with the item's first one.
+_AGREE = 0.95
+_FEWEST_ROWS = 10
+_UNNAMED_FIELDS = ("year", "genres", "authors")
+
+
+def own_task(data: pd.DataFrame | Path, choices: Mapping[str, Any], *, where: str = "fit") -> tuple[Task, Interactions]:
+    """Builds a task from a table.
+
+    Args:
+        data: Ratings with their items' titles and fields, as a DataFrame or a CSV, TSV, JSON lines or Parquet file.
+        choices: What the caller states: a source's options (`columns`, `scale`, `separator`, ...), columns by our name
+            (``title="name"``), and keys of a task (`shots`, `label`, `prompt`, ...).
+        where: Who asks, for errors.
+
+    Returns:
+        The task, and its data without labels.
+
+    Raises:
+        ConfigError: A choice is not known.
+        DataError: A column is missing, or more than 5% of the rows cannot be read.
+    """
+    options, keys = _options_and_keys(choices, where)
+    stated = "bad_rows" in options.model_fields_set
+    options = options.model_copy(update={"bad_rows": options.bad_rows if stated else "quarantine"})
+    if isinstance(data, Path):
+        data = data.absolute()
+        if not data.exists():
+            raise ConfigError(f"the table '{data}' does not exist", "Check the path")
+        if "separator" not in options.model_fields_set and data.is_file():
+            options = options.model_copy(update={"separator": guess_separator(data, options.encoding)})
+    options = options.model_copy(update={"columns": {**options.columns, **_item_fields(data, options)}})
+    interactions = read_own(data, options)
+    dropped = sum(count for reason, count in interactions.dropped.items() if reason != "repeated rating")
+    if dropped:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in interactions.dropped.items())
+        if not stated and dropped > _MOST_DROPPED * (dropped + len(interactions)):
+            raise DataError(
+                f"{dropped} of {dropped + len(interactions)} rows cannot be read ({reasons})",
+                "Run: metarec data check; bad_rows='quarantine' (--bad-rows quarantine) leaves them out all the same",
+            )
+        _LOG.warning("rows left out: %s", reasons)
+    values = {**_defaults(data, interactions, options), **keys}
+    if isinstance(values["prompt"], str):
+        values["prompt"] = {**default_prompt(()), "text": values["prompt"]}
+    return validated(Task, values, where), interactions
+
+
+def load_own(data: pd.DataFrame | Path, choices: Mapping[str, Any], seed: int) -> TaskData:
+    """Builds a task from a table, and splits its data; see `own_task`."""
+    task, interactions = own_task(data, choices)
+    return load_task_data(task, seed, interactions)
+
+
+def reload_own(data: pd.DataFrame | str | Path, task: Task, seed: int) -> TaskData:
+    """Reads a table for a task that was built from one."""
+    read = data if isinstance(data, pd.DataFrame) else Path(data)
+    return load_task_data(task, seed, read_own(read, task.dataset.options))
+
+
+def read_own(data: pd.DataFrame | Path, options: SourceOptions) -> Interactions:
+    """Reads a table with a source's options; see `own_task`."""
+    if isinstance(data, Path):
+        return read_source("table", data, options)
+    tables = frame_tables(data, options)
+    for note in tables.notes:
+        _LOG.warning("%s", note)
+    return assemble_tables(tables, quarantine=options.bad_rows == "quarantine")
+
+
+def summary(task: Task) -> list[str]:
+    """Says in sentences what a task measures."""
+    names = ", ".join(name for name in task.dataset.options.columns if name not in (*OWN, "title"))
+    return [
+        f"item fields: {names or 'the title alone'}",
+        f"a like: {task.label}; ratings per new user: {', '.join(map(str, task.shots))}",
+        f"prompt: {task.prompt.text!r}",
+    ]
+
+
+def default_prompt(fields: Sequence[str]) -> dict[str, str]:
+    """Returns a prompt that names an item's title and fields."""
+    line = "{{ title }}"
+    for name in fields:
+        said = f"{{{{ {name} }}}}" if name in _UNNAMED_FIELDS else f"{name.replace('_', ' ')}: {{{{ {name} }}}}"
+        line += f"{{% if {name} %}}, {said}{{% endif %}}"
+    text = f"One customer's taste: does the customer like it?\n{line}\nAnswer:"
+    return {"text": text, "positive": " Yes", "negative": " No"}
+
+
+def _options_and_keys(choices: Mapping[str, Any], where: str) -> tuple[SourceOptions, dict[str, Any]]:
+    """Tells options of the source, columns and keys of the task apart."""
+    left = dict(choices)
+    columns = dict(left.pop("columns", None) or {})
+    columns |= {ours: left.pop(ours) for ours in (*OWN, "title") if isinstance(left.get(ours), str)}
+    options = {name: left.pop(name) for name in SourceOptions.model_fields if name in left}
+    known = [*SourceOptions.model_fields, *OWN, "title", *(name for name in Task.model_fields if name != "dataset")]
+    for name in left:
+        if name not in known:
+            raise ConfigError(f"{where}: '{name}' is unknown", suggest(name, known))
+    return validated(SourceOptions, {**options, "columns": columns}, where), left
+
+
+def _item_fields(data: pd.DataFrame | Path, options: SourceOptions) -> dict[str, str]:
+    """Returns columns that describe items and that nobody named: our name to the table's.
+
+    A column that differs from row to row of one item, such as a review or a price paid, tells what is to be predicted.
+    """
+    if isinstance(data, Path):
+        if not data.is_file() or options.items is not None or not is_table(data):
+            return {}
+        names = column_names(File(data), options)
+        frame = read_table(File(data), {name: name for name in names if name}, options)
+    else:
+        names, frame = [str(name) for name in data.columns], data.rename(columns=str)
+    columns = layout_of_ratings(str(data) if isinstance(data, Path) else "the DataFrame", names, options).columns
+    item = text_column(frame[columns["item"]])
+    ignored = {theirs for theirs in options.columns.values() if theirs}
+    found: dict[str, str] = {}
+    for theirs in names:
+        if not theirs or theirs in columns.values() or theirs in ignored:
+            continue
+        name = _identifier(theirs)
+        if name not in (*columns, *found) and _describes_items(text_column(frame[theirs]), item):
+            found[name] = theirs
+    return found
+
+
+def _describes_items(column: pd.Series, item: pd.Series) -> bool:
+    filled = column.str.strip() != ""
+    values, items = column[filled], item[filled]
+    repeated = items.duplicated(keep=False)
+    values, items = values[repeated], items[repeated]
+    if len(values) < _FEWEST_ROWS or values.nunique() < 2:
+        return False
+    return bool((values == values.groupby(items).transform("first")).mean() >= _AGREE)
+
+
+def _identifier(name: str) -> str:
+    """Returns a column's name as a template can write it."""
+    plain = re.sub(r"\W+", "_", unicodedata.normalize("NFC", name).casefold()).strip("_")
+    return plain if plain.isidentifier() and plain not in ("id", "mask", *OWN) else f"field_{plain}"
+
+
+def _defaults(data: pd.DataFrame | Path, interactions: Interactions, options: SourceOptions) -> dict[str, Any]:
+    """Returns the values of a task that nobody states."""
+    stem = data.name.split(".")[0] if isinstance(data, Path) else "dataframe"
+    ratings = np.unique(interactions.rating)
+    counts = interactions.items_of_user
+    enough = {shots: (counts >= shots + _MIN_QUERY).mean() >= 0.5 for shots in (*_FEW_SHOTS, *_SHOTS)}
+    shots = [count for count in _SHOTS if enough[count]] or [count for count in _FEW_SHOTS if enough[count]]
+    fields = [name for name in interactions.catalog.fields if name != "title"][:_MOST_FIELDS]
+    values: dict[str, Any] = {
+        "name": f"own/{stem}",
+        "version": 1,
+        "description": f"Ratings of {stem}.",
+        "licence": "not stated",
+        "dataset": {
+            "source": "table" if isinstance(data, Path) else IN_MEMORY,
+            "path": data if isinstance(data, Path) else None,
+            "options": options,
+        },
+        "split": {"fractions": [0.6, 0.2, 0.2] if len(counts) < _FEW_USERS else [0.8, 0.1, 0.1]},
+        "shots": [0, *(shots or _SHOTS[:1])],
+        "query": {"max": 50, "min": _MIN_QUERY},
+        "label": "rating > user mean",
+        "prompt": default_prompt(fields),
+    }
+    if len(ratings) == 1:
+        values |= {"label": "implicit", "negatives": {"per_positive": 1}}
+    elif len(ratings) == 2:
+        values["label"] = f"rating >= {float(ratings[1]):g}"
+    return values

@@ -1,0 +1,135 @@
+"""Data as people have it become a task without YAML: from a DataFrame, from a table file, from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import Ran
+from test_python_api import FAST, fresh
+
+from metarec.errors import ConfigError, DataError, MetarecError
+from metarec.recommender import MetaRecommender
+
+
+def shop(users: int = 60, items: int = 30, seed: int = 0) -> pd.DataFrame:
+    """Sixty customers who like books of one kind or of the other; a review tells the rating."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for user in range(users):
+        for item in generator.choice(items, 16, replace=False):
+            rating = int(np.clip((4.5 if (item + user) % 2 else 2) + generator.choice([-1, 0, 1]), 1, 5))
+            rows.append(
+                {
+                    "user": f"u{user}",
+                    "item": int(item) + 100,
+                    "rating": rating,
+                    "title": f"Book {item}",
+                    "Kind (of book)": ("crime", "poetry")[item % 2],
+                    "review": f"I give it {rating}, says u{user}",
+                    "timestamp": pd.Timestamp("2024-01-01") + pd.Timedelta(days=int(generator.integers(300))),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def test_a_dataframe_is_fitted_evaluated_saved_and_loaded(tmp_path: Path) -> None:
+    frame = shop()
+    recommender = fresh().fit(frame)
+    task = recommender.fitted.task
+    assert (task.shots, task.label) == ((0, 5, 10), "rating > user mean")
+    assert set(recommender.fitted.catalog.fields) == {"title", "kind_of_book"}  # a review would tell the rating
+    assert "{{ kind_of_book }}" in task.prompt.text
+    report = recommender.evaluate()
+    recommender.save_pretrained(tmp_path / "model")
+    loaded = MetaRecommender.from_pretrained(tmp_path / "model")
+    assert loaded.adapt({"105": 5}).recommend(3) == recommender.adapt({"105": 5}).recommend(3)
+    with pytest.raises(DataError, match=r"kept nowhere. Give it again, e.g. evaluate\(frame\)"):
+        loaded.evaluate()
+    pd.testing.assert_frame_equal(loaded.evaluate(frame).per_user, report.per_user)
+
+
+def test_a_table_file_is_a_dataframe_is_a_yaml_file(tmp_path: Path) -> None:
+    frame = shop()
+    frame.to_csv(tmp_path / "shop.csv", sep=";", index=False)
+    frame.to_parquet(tmp_path / "shop.parquet")
+    expected = fresh().prepare(frame)
+    for name in ("shop.csv", "shop.parquet"):
+        read = fresh().prepare(tmp_path / name)
+        assert read.adapt({"105": 5}).score(["106"]) == expected.adapt({"105": 5}).score(["106"])
+    read.save_pretrained(tmp_path / "model")
+    loaded = MetaRecommender.from_pretrained(tmp_path / "model")  # the task names the file
+    pd.testing.assert_frame_equal(loaded.evaluate().per_user, expected.evaluate().per_user)
+
+
+def test_what_people_change_is_a_keyword(tmp_path: Path) -> None:
+    frame = shop().rename(columns={"title": "name", "rating": "stars"})
+    data = fresh().task_data(frame, title="name", columns={"rating": "stars"}, shots=[0, 3], label="rating >= 4")
+    assert data.task.shots == (0, 3)
+    assert data.task.label == "rating >= 4"
+    assert data.interactions.catalog.fields["title"][0].startswith("Book")
+    assert (
+        fresh().task_data(frame, title="name", rating="stars", prompt="{{ title }}?").task.prompt.text == "{{ title }}?"
+    )
+    likes = frame[frame["stars"] > 3].drop(columns="stars")
+    assert fresh().task_data(likes, title="name").task.label == "implicit"
+    with pytest.raises(ConfigError, match=r"'shot' is unknown. Did you mean 'shots'"):
+        fresh().task_data(frame, shot=[1])
+    with pytest.raises(ConfigError, match="'shots' is given for a task"):
+        fresh().task_data("movielens/user-cold", shots=[1])
+
+
+def test_users_with_few_ratings_get_a_task_that_fits_them() -> None:
+    few = shop().groupby("user").head(8)
+    assert fresh().task_data(few).task.shots == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("wrong", [7, 1.5, ["a.csv"], {"user": ["u"]}, np.zeros(3), object])
+def test_fit_says_what_it_takes(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=r"a task is .* Give a task's name, a YAML file, a table file"):
+        fresh().fit(wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda frame: frame.drop(columns="title"), "the DataFrame has no column 'title'"),
+        (lambda frame: frame.drop(columns="user"), "the DataFrame has no column 'user'"),
+        (lambda frame: frame.iloc[:0], "no ratings|cannot be read"),
+        (lambda frame: frame.assign(rating=["x"] * 900 + [3] * 60), "900 of 960 rows cannot be read"),
+        (lambda frame: pd.concat([frame, frame["user"]], axis=1), "column 'user' 2 times"),
+    ],
+)
+def test_a_frame_that_cannot_be_meant_is_refused(change: Callable[[pd.DataFrame], pd.DataFrame], message: str) -> None:
+    with pytest.raises(MetarecError, match=message):
+        fresh().fit(change(shop()))
+
+
+def test_a_bare_csv_becomes_recommendations_in_four_commands(metarec: Callable[..., Ran], tmp_path: Path) -> None:
+    frame = shop().rename(columns={"title": "name", "user": "Kunden-Nr"})
+    frame.loc[3, "rating"] = np.nan
+    orders = tmp_path / "orders.csv"
+    frame.to_csv(orders, sep=";", index=False)
+    settings = [
+        f"--set={name}={json.dumps(value)}" for name, value in FAST.items() if name in ("score", "collaborative")
+    ]
+    assert metarec("data", "check", orders, "--column", "title=name").status == 0
+    assert "60" in metarec("data", "describe", orders, "--column", "title=name").out
+    named = ("--name", "shop", "--runs", tmp_path, "--set", "train.steps=2", *settings)
+    trained = metarec("train", orders, "--column", "title=name", *named)
+    assert trained.status == 0, trained.err
+    assert "item fields: kind_of_book" in trained.err
+    ranked = metarec("recommend", tmp_path / "shop", "--rating", "Book 5=5", "-k", "3", "--explain", "--json")
+    assert ranked.status == 0, ranked.err
+    assert [reason["title"] for entry in json.loads(ranked.out) for reason in entry["because"]] == ["Book 5"] * 3
+    assert metarec("evaluate", tmp_path / "shop", "--json").status == 0
+    both = metarec("train", orders, "--task", "movielens/user-cold")
+    assert both.status == 2
+    assert "two tasks" in both.err
+    assert metarec("train", tmp_path / "none.csv").status == 2
+    assert metarec("train", "movielens/user-cold", "--column", "title=name").status == 2
