@@ -303,18 +303,24 @@ def flattened(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return flat
 
 
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns raw settings over others, section by section."""
+    both = {key for key in over if isinstance(over[key], Mapping) and isinstance(base.get(key), Mapping)}
+    return {**base, **over, **{key: merged(base[key], over[key]) for key in both}}
+
+
 def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """Applies ``section.key=value`` assignments; values are YAML.
 
     Raises:
         ConfigError: An assignment has no ``=``, or goes through something that is not a section.
     """
-    merged: dict[str, Any] = {**values}
+    changed: dict[str, Any] = {**values}
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise ConfigError(f"--set {shown(assignment)} has no '='", "Write --set train.steps=100")
-        section = merged
+        section = changed
         *parents, key = path.strip().split(".")
         for parent in parents:
             inner = section.get(parent, {})
@@ -326,4 +332,4 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
             section[key] = yaml.load(text, _PlainLoader)  # noqa: S506 - a SafeLoader
         except yaml.YAMLError:
             raise ConfigError(f"--set {shown(assignment)}: the value is not YAML", "Quote it") from None
-    return merged
+    return changed

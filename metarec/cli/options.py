@@ -25,6 +25,13 @@ EngineOption = Annotated[
         show_default=False,
     ),
 ]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="fast: no language model; quick: it reads prompts alone, and trains fewer steps; standard: all.",
+        show_default=False,
+    ),
+]
 SeedOption = Annotated[
     int | None, typer.Option(help="Seed of split, training and tie-breaking (default: 0).", show_default=False)
 ]

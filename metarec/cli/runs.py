@@ -21,6 +21,7 @@ from metarec.cli.options import (
     ItemsIdOption,
     JsonOption,
     NameOption,
+    PresetOption,
     RatingOption,
     RatingsOption,
     RunsOption,
@@ -106,6 +107,7 @@ def train(
     ] = None,
     name: NameOption = "default",
     config: ConfigOption = None,
+    preset: PresetOption = None,
     task: TaskOption = None,
     backbone: BackboneOption = None,
     device: DeviceOption = None,
@@ -140,7 +142,9 @@ def train(
     run = run_dir(runs, name)
     refuse_overwriting(run, resume, fresh)
     go_on = "with --resume instead of --fresh" if fresh else "with --resume"
-    recommender = _train(run, config, task, backbone, device, seed, overrides, engine, resume, fresh, go_on, own)
+    recommender = _train(
+        run, config, preset, task, backbone, device, seed, overrides, engine, resume, fresh, go_on, own
+    )
     fitted = recommender.fitted
     show({"run": str(run), **{key: value for key, value in fitted.training.items() if key != "history"}}, json)
 
@@ -242,6 +246,7 @@ def _print_ranking(entries: list[dict[str, Any]], as_json: Any | None) -> None:
 def quickstart(
     name: NameOption = "quickstart",
     config: ConfigOption = None,
+    preset: PresetOption = None,
     task: TaskOption = None,
     backbone: BackboneOption = None,
     device: DeviceOption = None,
@@ -255,7 +260,9 @@ def quickstart(
     """Train, evaluate and adapt to one person never seen: the whole thing, on real users, in minutes."""
     run = run_dir(runs, name)
     go_on = "without --fresh" if fresh else "again"
-    recommender = _train(run, config, task, backbone, device, seed, overrides, engine, not fresh, fresh, go_on)
+    recommender = _train(
+        run, config, preset or "quick", task, backbone, device, seed, overrides, engine, not fresh, fresh, go_on
+    )
     table = _evaluate(recommender, run, json=False, quiet=json)
     story = show_one_user(recommender, run, quiet=json)
     if json:
@@ -267,6 +274,7 @@ def quickstart(
 def _train(
     run: Path,
     config: Path | None,
+    preset: str | None,
     task: str | None,
     backbone: str | None,
     device: str | None,
@@ -282,8 +290,9 @@ def _train(
 
     from metarec.artifacts import replace_file
     from metarec.config import RunConfig, override, read_yaml, validated
+    from metarec.presets import with_preset
 
-    values = read_yaml(config) if config else {}
+    values = with_preset(preset or "standard", read_yaml(config) if config else {})
     named = {"task": task, "backbone": backbone, "device": device, "seed": seed}
     values |= {key: value for key, value in named.items() if value is not None}
     assignments = [*(overrides or []), *([f"meta.engine={engine}"] if engine else [])]
@@ -343,11 +352,12 @@ def provenance(recommender: MetaRecommender) -> dict[str, Any]:
     """Returns what a result is a function of: task, settings, weights, versions, hardware."""
     from metarec.doctor import environment
 
-    task = recommender.fitted.task
+    task, model = recommender.fitted.task, recommender.fitted.answer_model
     return {
         "task": {"name": task.name, "version": task.version, "digest": task.digest},
         "config": recommender.config.model_dump(mode="json"),
-        "backbone_fingerprint": recommender.backbone.fingerprint,
+        # Without loading one that the score does not read.
+        "backbone_fingerprint": None if model is None else model.backbone.fingerprint,
         "device": recommender.config.device,
         **environment(),
     }

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metarec.config import read_yaml, validated
+from metarec.config import merged, read_yaml, validated
 from metarec.data.task import DatasetConfig, GroupConfig, Task
 from metarec.errors import ConfigError, shown, suggest
 
@@ -82,15 +82,10 @@ def _with_includes(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     names = [included] if isinstance(included, str) else included
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"'{path}': 'include' is {shown(included)}", "Name a YAML file, or a list of them")
-    merged: dict[str, Any] = {}
+    base: dict[str, Any] = {}
     for name in names:
-        merged = _merged(merged, _with_includes(path.parent / name, (*above, path.resolve())))
-    return _merged(merged, values)
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    both = {key for key in over if isinstance(over[key], Mapping) and isinstance(base.get(key), Mapping)}
-    return {**base, **over, **{key: _merged(base[key], over[key]) for key in both}}
+        base = merged(base, _with_includes(path.parent / name, (*above, path.resolve())))
+    return merged(base, values)
 
 
 def _task_file(name: str, include_path: Sequence[Path]) -> Path:

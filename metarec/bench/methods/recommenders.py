@@ -11,6 +11,7 @@ from metarec.artifacts import recover_dir
 from metarec.bench.context import Method, MethodContext, MethodRow
 from metarec.errors import ConfigError
 from metarec.lm.answer_model import AnswerModel
+from metarec.presets import PRESETS
 from metarec.recommender import MetaRecommender
 from metarec.scorer import Request
 
@@ -85,7 +86,7 @@ _PARTS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     (
         "no language model",
         "item means and stack over ratings, fields and a sentence encoder's vectors of titles",
-        {"score": _COLLABORATIVE, "collaborative.features": ["text", "fields"]},
+        PRESETS["fast"],
     ),
     ("+ hidden states", "and hidden states of the language model", {"score": _COLLABORATIVE}),
     ("+ prompt", "and the frozen prompt's answer", {"score": [*_COLLABORATIVE, "prompt"]}),
@@ -122,6 +123,12 @@ RECOMMENDERS = {
         )
         for called, group, how, options in _VARIANTS
     },
+    "metarec, quick": Method(
+        _metarec,
+        "presets",
+        "preset quick: no hidden states, fewer steps; fast is 'metarec, no language model', standard is 'metarec'",
+        {"name": "metarec, quick", **PRESETS["quick"]},
+    ),
     "metarec, no stack": Method(
         _metarec, "ablation", "prior and adapted language model", {"name": "metarec, no stack", "score": NO_STACK}
     ),

@@ -1,0 +1,61 @@
+"""The quickstart from empty caches: wall clock, CPU seconds, peak memory and items read, written as JSON.
+
+    python benchmarks/quickstart.py                                        # benchmarks/results/quickstart.json
+    python benchmarks/quickstart.py --preset standard --out standard.json
+
+Models and data are unpacked anew, as after an installation. Nothing else should run on the machine meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from metarec.artifacts import write_json
+from metarec.doctor import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="quick", help="settings of the run (default: quick)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quickstart.json")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        measured = measure(given.preset, Path(folder))
+    write_json(given.out, {"preset": given.preset, **measured, **environment()})
+    for name, value in measured.items():
+        print(f"{name.replace('_', ' ')}: {value}")
+
+
+def measure(preset: str, folder: Path) -> dict[str, Any]:
+    """Runs the quickstart once; returns seconds, peak memory and the times at which its parts were done."""
+    command = [sys.executable, "-m", "metarec.cli", "quickstart", "--preset", preset, "--runs", str(folder / "runs")]
+    cached = {**os.environ, "METAREC_CACHE": str(folder / "cache")}
+    began = time.perf_counter()
+    with (folder / "log").open("w") as log:
+        subprocess.run(command, env=cached, check=True, stdout=log, stderr=log)
+    wall = time.perf_counter() - began
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run = folder / "runs" / "quickstart"
+    done = {"trained": run / "model" / "manifest.json", "evaluated": run / "table.json", "ranked": run / "user.json"}
+    since = time.time() - wall
+    return {
+        "wall_seconds": round(wall, 1),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        "peak_memory_mb": round(used.ru_maxrss / 1024),
+        "done_after_seconds": {name: round(file.stat().st_mtime - since, 1) for name, file in done.items()},
+        "cache_mb": round(sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file()) / 1e6),
+    }
+
+
+if __name__ == "__main__":
+    main()

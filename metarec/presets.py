@@ -1,0 +1,31 @@
+"""Presets: settings by what a run may cost. A file's settings, options and ``--set`` come on top of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from metarec.config import merged, override
+from metarec.errors import ConfigError, suggest
+
+# Dotted keys, as in --set; "standard" is the defaults.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "fast": {"score": ["item mean", "collaborative"], "collaborative.features": ["text", "fields"]},
+    "quick": {"collaborative.features": ["text", "fields"], "train.steps": 40, "train.validate_every": 20},
+    "standard": {},
+}
+
+
+def with_preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns raw settings above those of a preset.
+
+    Args:
+        name: The preset.
+        values: Settings as sections, as a file has them; these win.
+
+    Raises:
+        ConfigError: No preset has that name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"no preset is called '{name}'", suggest(name, PRESETS))
+    return merged(override({}, [f"{key}={value}" for key, value in PRESETS[name].items()]), values)

@@ -1,0 +1,37 @@
+"""Presets: what they set, and what wins over them."""
+
+from __future__ import annotations
+
+import pytest
+
+from metarec.bench.methods import METHODS
+from metarec.config import RunConfig, validated
+from metarec.errors import ConfigError
+from metarec.fitting import needs_model
+from metarec.presets import PRESETS, with_preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_made_of_settings_that_there_are(name: str) -> None:
+    validated(RunConfig, with_preset(name, {}), name)
+
+
+def test_fast_reads_no_language_model_and_standard_is_the_default() -> None:
+    assert not needs_model(validated(RunConfig, with_preset("fast", {}), "fast"))
+    assert needs_model(validated(RunConfig, with_preset("quick", {}), "quick"))
+    assert validated(RunConfig, with_preset("standard", {}), "standard") == RunConfig()
+
+
+def test_a_files_settings_win_over_a_preset_and_leave_the_others_of_their_section() -> None:
+    values = with_preset("quick", {"train": {"steps": 7}})
+    assert values["train"]["steps"] == 7
+    assert values["train"]["validate_every"] == PRESETS["quick"]["train.validate_every"]
+
+
+def test_a_misspelt_preset_is_named_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match="fast"):
+        with_preset("fats", {})
+
+
+def test_presets_are_methods_of_the_benchmark() -> None:
+    assert {"metarec", "metarec, no language model", "metarec, quick"} <= set(METHODS.names())
