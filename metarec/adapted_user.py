@@ -21,7 +21,7 @@ from metarec.config import RunConfig
 from metarec.data.interactions import Codes, Ratings, Values
 from metarec.errors import ConfigError
 from metarec.explanations import Reason, explain
-from metarec.fitting import Fitted, adapted_model, meta_scorer
+from metarec.fitting import Fitted, adapted_model, meta_scorer, score_terms
 from metarec.lm.answer_model import AnswerModel
 from metarec.metrics import rank_order
 from metarec.notebook import facts_table
@@ -32,6 +32,8 @@ from metarec.scorers.term import weighted_sum
 from metarec.tensors import AdapterState, expand_users, select_user
 
 _ITEMS_AT_ONCE = 512
+# How many items a ranking scores in full; see `AdaptedUser.recommend`.
+CANDIDATES = 200
 
 
 @dataclass(frozen=True)
@@ -119,20 +121,30 @@ class AdaptedUser:
 
     @overload
     def recommend(
-        self, k: int = 10, *, exclude: Sequence[str] = (), as_frame: Literal[False] = False
+        self,
+        k: int = 10,
+        *,
+        exclude: Sequence[str] = (),
+        candidates: int = CANDIDATES,
+        as_frame: Literal[False] = False,
     ) -> list[Recommendation]: ...
 
     @overload
-    def recommend(self, k: int = 10, *, exclude: Sequence[str] = (), as_frame: Literal[True]) -> pd.DataFrame: ...
+    def recommend(
+        self, k: int = 10, *, exclude: Sequence[str] = (), candidates: int = CANDIDATES, as_frame: Literal[True]
+    ) -> pd.DataFrame: ...
 
     def recommend(
-        self, k: int = 10, *, exclude: Sequence[str] = (), as_frame: bool = False
+        self, k: int = 10, *, exclude: Sequence[str] = (), candidates: int = CANDIDATES, as_frame: bool = False
     ) -> list[Recommendation] | pd.DataFrame:
-        """Ranks the whole catalog and returns its best items that the person has not rated.
+        """Ranks the catalog and returns its best items that the person has not rated.
+
+        The terms that need no language model choose candidates from the whole catalog; the whole score orders these.
 
         Args:
             k: How many items.
             exclude: More items to leave out, by id or title.
+            candidates: How many items the language model reads, at least twice `k`.
             as_frame: Returns a DataFrame with the columns ``item`` (the id), ``title``, ``score``.
 
         Raises:
@@ -143,6 +155,7 @@ class AdaptedUser:
         codes = np.array([code for code in range(len(catalog)) if code not in left_out], np.int64)
         if not 1 <= k <= len(codes):
             raise ConfigError(f"k is {k}", f"There are {len(codes)} items to recommend: choose 1 to {len(codes)}")
+        codes = self._retrieved(codes, max(candidates, 2 * k))
         scores = self.scores(codes).numpy()
         order = rank_order(scores, [catalog.ids[code] for code in codes], self.config.seed)
         best = self._entries(codes[order[:k]], scores[order[:k]].tolist())
@@ -212,16 +225,29 @@ class AdaptedUser:
 
         return explain(self.support, self.scores(codes).numpy(), scores_without, self.fitted.catalog, most)
 
+    def _retrieved(self, codes: Codes, count: int) -> Codes:
+        """Returns the best items by the terms that need no language model; all of them where no term says anything."""
+        chosen = score_terms(self.config)
+        cheap = [name for name in self.fitted.terms if not chosen[name].needs_model]
+        if len(codes) <= count or not cheap or len(cheap) == len(chosen):
+            return codes
+        best = np.argsort(-self.term_scores(cheap)[codes], kind="stable")[:count]
+        retrieved: Codes = np.sort(codes[best])
+        return retrieved
+
     @torch.no_grad()
-    def term_scores(self) -> Values:
-        """Returns every item's score without the adapter's part: all other terms, each times its weight, (items,)."""
-        fitted = self.fitted
-        everything = np.arange(len(fitted.catalog))
-        if not fitted.terms:
+    def term_scores(self, names: Sequence[str] | None = None) -> Values:
+        """Returns the sum of some terms of every item, each times its weight, shape (items,).
+
+        Args:
+            names: The terms; None takes all but the adapter.
+        """
+        terms = {name: self.fitted.terms[name] for name in (self.fitted.terms if names is None else names)}
+        everything = np.arange(len(self.fitted.catalog))
+        if not terms:
             return np.zeros(len(everything), np.float32)
         values = {
-            name: torch.from_numpy(term.values([self.support], [everything])[0])[None]
-            for name, term in fitted.terms.items()
+            name: torch.from_numpy(term.values([self.support], [everything])[0])[None] for name, term in terms.items()
         }
         state = {name: value.cpu() for name, value in expand_users(self.state, 1).items()}
         total: Values = weighted_sum(state, values)[0].numpy()

@@ -26,6 +26,8 @@ from metarec.data.task_data import TaskData
 from metarec.data.templates import review_sentence
 from metarec.errors import ArtifactError, ConfigError, DataError, EvaluationError, RatingError, UnknownItemError
 from metarec.evaluate import evaluate
+from metarec.lm.answer_model import AnswerModel
+from metarec.lm.forward import ItemBatch
 from metarec.recommender import MetaRecommender
 from metarec.registries import ALGORITHMS
 from metarec.scorer import Request, Scorer
@@ -190,6 +192,26 @@ def test_a_new_user_sees_the_ranking_move_towards_their_taste(fitted: MetaRecomm
     assert liked[1] > liked[0]
     assert not {entry.item for entry in after} & {item for item, _ in rated}
     assert [entry.score for entry in after] == sorted((entry.score for entry in after), reverse=True)
+
+
+def test_a_ranking_reads_the_candidates_alone(fitted: MetaRecommender, monkeypatch: pytest.MonkeyPatch) -> None:
+    user = fitted.adapt([("m1", 5.0), ("m2", 1.0)])
+    everything, model = user.recommend(10), fitted.fitted.answer_model
+    assert model is not None
+    read: list[int] = []
+    gather = type(model).gather
+
+    def reading(self: AnswerModel, items: torch.Tensor) -> ItemBatch:
+        read.extend(items.flatten().tolist())
+        return gather(self, items)
+
+    monkeypatch.setattr(type(model), "gather", reading)
+    few = user.recommend(5, candidates=12)
+    assert len(set(read)) == 12
+    known = {entry.item: entry.score for entry in user.recommend(len(fitted.fitted.catalog) - 2)}
+    for entry in few:
+        assert entry.score == pytest.approx(known[entry.item], abs=1e-4)
+    assert [entry.item for entry in user.recommend(5, candidates=1000)] == [entry.item for entry in everything[:5]]
 
 
 def test_a_saved_user_keeps_scores_ratings_and_exclusions(fitted: MetaRecommender, tmp_path: Path) -> None:
