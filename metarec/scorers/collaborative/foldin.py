@@ -6,6 +6,7 @@ prediction from the residuals of the user's support; without a support it is the
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -182,7 +183,7 @@ def fit_ease(
 
 
 @dataclass(frozen=True)
-class _Neighbours:
+class _Neighbours(ABC):
     """What both neighbourhood methods are: a prior, residuals to compare, and damping.
 
     Args:
@@ -214,8 +215,9 @@ class _Neighbours:
         residual = centred_residuals(self.prior, request.support, self.user_bias_damping)
         return prior + self._contribution(residual, request.support.items, request.candidates)
 
+    @abstractmethod
     def _contribution(self, residual: Floats, rated: Codes, candidates: Codes) -> Floats:
-        raise NotImplementedError
+        """Returns what the neighbours add to each candidate's mean, shape (candidates,)."""
 
 
 @dataclass(frozen=True)
