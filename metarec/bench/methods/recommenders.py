@@ -126,7 +126,7 @@ RECOMMENDERS = {
     "metarec, quick": Method(
         _metarec,
         "presets",
-        "preset quick: no hidden states, fewer steps; fast is 'metarec, no language model', standard is 'metarec'",
+        "preset quick: item mean, stack, prompt and adapter; fewer steps",
         {"name": "metarec, quick", **PRESETS["quick"]},
     ),
     "metarec, no stack": Method(

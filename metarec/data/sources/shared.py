@@ -22,10 +22,10 @@ def has(frame: pd.DataFrame, needed: Iterable[str], file: File) -> None:
             raise DataError(f"{file} has no column '{column}'", suggest(column, map(str, frame.columns)))
 
 
-def malformed(*frames: pd.DataFrame) -> dict[str, int]:
-    """Returns how many rows the readers set aside, by reason."""
-    count = sum(len(frame.attrs.get("malformed", ())) for frame in frames)
-    return {"malformed row": count} if count else {}
+def malformed(ratings: pd.DataFrame, *items: pd.DataFrame) -> dict[str, int]:
+    """Returns how many rows the readers set aside, by reason; those of item files are not ratings."""
+    count, of_items = (sum(len(frame.attrs.get("malformed", ())) for frame in some) for some in ([ratings], items))
+    return {reason: n for reason, n in (("malformed row", count), ("malformed item row", of_items)) if n}
 
 
 def seconds(text: str, form: str) -> float:
