@@ -44,8 +44,8 @@ def table(report: Report) -> Table:
         result.add_column(f"K = {count}", justify="right", no_wrap=True)
     more = [metric for metric in report.metrics if metric not in METRICS]
     paired = (f"AUC - {report.baseline}", "95% interval", "seconds/user", "bytes/user")
-    told = [line for metric in more for line in (metric, *(("95% interval",) if metric in OF_A_TABLE else ()))]
-    labels = ("AUC", f"nDCG@{CUTOFF}", *told, *paired)
+    further = [line for metric in more for line in (metric, *(("95% interval",) if metric in OF_A_TABLE else ()))]
+    labels = ("AUC", f"nDCG@{CUTOFF}", *further, *paired)
     for method in dict.fromkeys(cell.method for cell in cells):
         row = {cell.shots: cell for cell in cells if cell.method == method}
         columns = ["\n".join(_lines(row[count], report.baseline)) for count in shots]

@@ -21,7 +21,7 @@ _LOG = logging.getLogger(__name__)
 class SplitRecord:
     """What a fitted recommender keeps of its data and split, so that nobody is tested whom it was fitted on.
 
-    A user is kept as 64 bits of a digest salted with the data's hash: with a user's id it can be told whether they were
+    A user is kept as 64 bits of a digest salted with the data's hash: with a user's id one can check whether they were
     there, ids cannot be read off, and two recommenders fitted on different data share no digest.
 
     Args:

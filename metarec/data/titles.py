@@ -186,10 +186,10 @@ class TitleIndex:
         items = self._words[0]
         found = [(likeness, items[word]) for own in wanted for word, likeness in self._words_like(own).items()]
         found.sort(key=lambda one: len(one[1]))
-        told = [one for place, one in enumerate(found) if place == 0 or len(one[1]) <= _COMMON]
+        telling = [one for place, one in enumerate(found) if place == 0 or len(one[1]) <= _COMMON]
         weights: dict[int, float] = {}
-        for likeness, codes in told:
-            # A word counts for more the fewer titles it is in.
+        for likeness, codes in telling:
+            # A word weighs more the fewer titles it is in.
             for code in codes[:_COMMON].tolist():
                 weights[code] = weights.get(code, 0.0) + likeness * np.log(1 + len(self._titles) / len(codes))
         chosen = sorted(weights, key=lambda code: -weights[code])[:_COMPARED]

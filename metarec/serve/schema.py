@@ -207,14 +207,14 @@ def faults(errors: Sequence[Any]) -> tuple[str, str]:
     """Says what is wrong with a request, and how to cure it, without the values: they are private.
 
     Args:
-        errors: What `fastapi.exceptions.RequestValidationError.errors` returns; the first five are told.
+        errors: What `fastapi.exceptions.RequestValidationError.errors` returns; the first five are described.
 
     Returns:
         The message and the cure, each with the field and in the errors' order.
     """
-    told = [_fault(error) for error in errors[:5]]
-    cures = [cure if len(told) == 1 else f"{field}: {cure}" for field, _, cure in told]
-    return "; ".join(f"{field} {problem}" for field, problem, _ in told), "; ".join(cures)
+    described = [_fault(error) for error in errors[:5]]
+    cures = [cure if len(described) == 1 else f"{field}: {cure}" for field, _, cure in described]
+    return "; ".join(f"{field} {problem}" for field, problem, _ in described), "; ".join(cures)
 
 
 def _fault(error: Any) -> tuple[str, str, str]:
