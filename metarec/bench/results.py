@@ -51,8 +51,13 @@ def read_cells(out: Path, baseline: str = BASELINE, folders: Sequence[Path] | No
 
 
 def _with_row_names(group: Sequence[_Measured]) -> list[_Measured]:
-    """Returns cells whose rows are called apart: by the settings, and by the method where two give a row one name."""
-    owners = {row["method"]: facts["identity"]["method"] for facts, _ in reversed(group) for row in facts["rows"]}
+    """Returns cells whose rows are called apart: by the settings, and by the method where two give a row one name.
+
+    The first of the methods in the alphabet keeps the plain name, whichever was measured first: with several jobs,
+    that order differs from run to run.
+    """
+    methods_of_rows = ((row["method"], facts["identity"]["method"]) for facts, _ in group for row in facts["rows"])
+    owners = dict(sorted(methods_of_rows, reverse=True))
     methods = {facts["identity"]["method"] for facts, _ in group}
     owners |= {name: name for name in owners if name in methods}
     renamed = []
