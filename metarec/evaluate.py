@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from metarec.calibration import Calibration, fit_calibration
 from metarec.data.episodes import Episode
 from metarec.data.interactions import Catalog, Flags
+from metarec.data.task import Task
 from metarec.errors import EvaluationError
 from metarec.metrics import (
     ERRORS,
@@ -64,8 +65,7 @@ def evaluate(
         baseline: Name of the scorer that paired differences are taken to.
         left_out: Users already left out, by reason; those whose query holds one class only are added.
         metrics: What is measured; `METRICS` always come first. ``mae`` and ``rmse`` are a user's mean error, in the
-            rating's units; they, ``recbole-*`` and metrics of a table are defined for users of one class too. With
-            ``pooled_auc`` comes a row that knows nothing but each user's own share of likes.
+            rating's units; they, ``recbole-*`` and metrics of a table are defined for users of one class too.
         calibration: Validation users, on whom the line from score to rating is fitted that ``mae`` and ``rmse`` need.
         calibrated: Lines that are there already, by method and K.
         short_supports: Users with fewer than K ratings are evaluated with all of theirs.
@@ -80,8 +80,6 @@ def evaluate(
         raise EvaluationError(f"there is no user to evaluate{f': {reasons}' if reasons else ''}", "Give episodes")
     metrics = tuple(dict.fromkeys((*METRICS, *metrics)))
     _check_request(scorers, baseline, metrics, calibration)
-    if POOLED in metrics and OwnLikeShare.name not in [scorer.name for scorer in scorers]:
-        scorers = [*scorers, OwnLikeShare(len(catalog), threshold)]
     queries = [_LabelledEpisode.of(episode, catalog, threshold) for episode in episodes]
     whole = bool(set(metrics) & {POOLED, *ERRORS, *_names(metrics, RECBOLE)})
     both = _with_both_classes(queries, together=POOLED in metrics)
@@ -110,6 +108,11 @@ def evaluate(
         metrics=metrics,
         hashes=hashes or {},
     )
+
+
+def beside_pooled(task: Task, catalog: Catalog) -> list[Scorer]:
+    """Returns the row that belongs beside a task's pooled AUC, each user's own share of likes; none without it."""
+    return [OwnLikeShare(len(catalog), task.like_threshold)] if POOLED in task.metrics else []
 
 
 def validation_auc(scorer: Scorer, episodes: Sequence[Episode], shots: Sequence[int], threshold: float) -> float:

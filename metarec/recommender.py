@@ -29,7 +29,7 @@ from metarec.data.task_files import load_task
 from metarec.data.training_users import refuse_small_data
 from metarec.devices import check_device
 from metarec.errors import ArtifactError, ConfigError
-from metarec.evaluate import evaluate
+from metarec.evaluate import beside_pooled, evaluate
 from metarec.fitting import (
     Fitted,
     Prepared,
@@ -309,7 +309,7 @@ class MetaRecommender:
         episodes, too_few = data.evaluated("test")
         own = self.scorer().name
         return evaluate(
-            self.scorers() if scorers is None else scorers,
+            [*(self.scorers() if scorers is None else scorers), *beside_pooled(data.task, data.interactions.catalog)],
             episodes,
             data.task.shots,
             data.interactions.catalog,

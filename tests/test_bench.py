@@ -73,6 +73,30 @@ def plan(task: str, *names: str, seeds: int = 2, **more: object) -> Plan:
     return Plan.model_validate({"name": "t", "parts": [{"tasks": [task], "methods": names, "seeds": seeds, **more}]})
 
 
+@pytest.mark.parametrize("one_item", [False, True])
+def test_a_benchmark_measures_what_the_task_asks_for(
+    one_item: bool, task: str, tmp_path: Path, metarec: Callable[..., Ran]
+) -> None:
+    """Pooled AUC and errors too, with the row that knows each user's own share of likes alone."""
+    asked = yaml.safe_load(Path(task).read_text()) | {"metrics": ["pooled_auc", "uauc_weighted", "mae", "recall@5"]}
+    asked |= {"query": {"max": 1, "min": 1}} if one_item else {}
+    file = tmp_path / "pooled.yaml"
+    file.write_text(yaml.safe_dump(asked))
+    bench.run(plan(str(file), BASELINE, "popularity", seeds=1), tmp_path / "out")
+    (table,) = read_cells(tmp_path / "out")
+    rows = {row["method"]: row for row in table.rows() if row["shots"] == 10}
+    assert set(rows) == {BASELINE, "popularity", "own like share"}
+    for row in rows.values():
+        assert row["pooled_auc_low"] <= row["pooled_auc"] <= row["pooled_auc_high"]
+        assert row["mae"] > 0
+        assert np.isnan(row["auc"]) == one_item
+    assert len({row["pooled_auc"] for row in rows.values()}) == 3
+    result = tmp_path / "out.json"
+    done = metarec("report", str(tmp_path / "out"), "--results", str(result), "--html", str(tmp_path / "page.html"))
+    assert (done.status, "pooled_auc" in done.out) == (0, True)
+    assert (load_json(result)["tables"][0]["rows"][0]["auc"] is None) == one_item
+
+
 @pytest.fixture
 def oracle(monkeypatch: pytest.MonkeyPatch) -> None:
     """A method that knows the two tastes, with a trajectory, prompts and tokens; ``broken`` fails to fit."""

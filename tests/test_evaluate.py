@@ -21,7 +21,7 @@ from metarec.data.episodes import SplitPart
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.errors import DataError, EvaluationError
-from metarec.evaluate import evaluate, validation_auc
+from metarec.evaluate import beside_pooled, evaluate, validation_auc
 from metarec.report import Report
 from metarec.scorer import Request, Scorer
 
@@ -54,7 +54,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., TaskData]:
 
 def report(data: TaskData, *scorers: Scorer, shots: Sequence[int] = (0, 5)) -> Report:
     return evaluate(
-        scorers,
+        [*scorers, *beside_pooled(data.task, data.interactions.catalog)],
         data.episodes("test")[0],
         shots,
         data.interactions.catalog,

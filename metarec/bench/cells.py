@@ -27,7 +27,8 @@ from metarec.data.task_files import load_task
 from metarec.devices import check_device
 from metarec.doctor import environment
 from metarec.errors import ArtifactError, ConfigError, EvaluationError
-from metarec.evaluate import evaluate
+from metarec.evaluate import BASELINE, beside_pooled, evaluate
+from metarec.metrics import ERRORS
 from metarec.progress import QUIET, progress
 from metarec.scorer import Request, request
 
@@ -176,7 +177,9 @@ def _measure(cell: Cell, out: Path, fresh: bool) -> None:
     both = [episode for episode, liked in zip(episodes, labels, strict=True) if 0 < liked.sum() < len(liked)]
     chosen = episodes if cell.users is None else both[: cell.users]
     started = time.perf_counter()
-    rows = method.rows(context)
+    rows = list(method.rows(context))
+    if cell.method == BASELINE:
+        rows += map(MethodRow, beside_pooled(data.task, data.interactions.catalog))
     fit_seconds = time.perf_counter() - started
     report = evaluate(
         [row.scorer for row in rows],
@@ -187,6 +190,8 @@ def _measure(cell: Cell, out: Path, fresh: bool) -> None:
         seed=cell.seed,
         baseline=rows[0].scorer.name,
         left_out={"too few ratings": short} if short else {},
+        metrics=data.task.metrics,
+        calibration=data.episodes("validation")[0] if set(ERRORS) & set(data.task.metrics) else (),
         short_supports=data.task.short_supports,
         hashes=data.hashes,
     )
@@ -198,6 +203,7 @@ def _measure(cell: Cell, out: Path, fresh: bool) -> None:
         "began": began.isoformat(timespec="seconds"),
         "seconds": time.perf_counter() - began_at,
         "left_out": dict(report.left_out),
+        "metrics": report.metrics,
         "hashes": data.hashes,
         **environment(),
         "rows": [_row_facts(row, chosen, data) for row in rows],

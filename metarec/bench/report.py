@@ -80,7 +80,8 @@ def standings(summary: Summary, reference: str | None = None) -> Table:
     result.add_column("method")
     for count in shots:
         result.add_column(f"K = {count}", justify="right", no_wrap=True)
-    for column in ("hurt\nECE", "fit s\ns/user", "users\nB/user"):
+    more = [metric for metric in summary.report.metrics if metric not in METRICS]
+    for column in (*more, "hurt\nECE", "fit s\ns/user", "users\nB/user"):
         result.add_column(column, justify="right", no_wrap=True)
     for cells in by_method.values():
         last = cells[shots[-1]]
@@ -96,9 +97,19 @@ def standings(summary: Summary, reference: str | None = None) -> Table:
             f"{last['fit_seconds']:.1f}\n{last['seconds_per_user']:.4f}",
             f"{last['episodes']}\n{last['bytes_per_user']:,}",
         )
-        result.add_row(last["method"], *texts, *costs)
-    result.caption = "* differs after Holm's correction (signed ranks, 5%); hurt: users worse off than at K = 0"
+        further = [_with_ends(last, metric) for metric in more]
+        result.add_row(last["method"], *texts, *further, *costs)
+    caption = "* differs after Holm's correction (signed ranks, 5%); hurt: users worse off than at K = 0"
+    result.caption = caption + (f"; {', '.join(more)} at K = {shots[-1]}" if more else "")
     return result
+
+
+def _with_ends(row: Mapping[str, Any], metric: str) -> str:
+    """Returns a metric's value, with its interval where the row has one."""
+    value = f"{row[metric]:.4f}"
+    if f"{metric}_low" not in row:
+        return value
+    return f"{value}\n{row[f'{metric}_low']:.4f} {row[f'{metric}_high']:.4f}"
 
 
 def markdown(summary: Summary, reference: str | None = None) -> str:
@@ -153,8 +164,10 @@ def _difference(one: Mapping[str, float]) -> str:
     return f"{_short(one['difference'], '+.4f')}{star} [{_short(one['low'], '+.4f')} {_short(one['high'], '+.4f')}]"
 
 
-def _short(value: float, form: str) -> str:
-    """Formats a number without the zero before the point."""
+def _short(value: float | None, form: str) -> str:
+    """Formats a number without the zero before the point; one that is not defined is nothing."""
+    if value is None or value != value:
+        return ""
     return re.sub(r"0(?=[.])", "", format(value, form))
 
 

@@ -17,7 +17,7 @@ from metarec.data.sources.arrow import parquet_table
 from metarec.errors import ArtifactError
 from metarec.evaluate import BASELINE
 from metarec.exchange import is_temporary
-from metarec.metrics import bootstrap_interval, paired_p_value
+from metarec.metrics import METRICS, bootstrap_interval, paired_p_value
 from metarec.report import Report
 
 CELL_FACTS = "cell.json"
@@ -160,6 +160,8 @@ def _pool(task: str, train_users: int | None, group: Sequence[_Measured], baseli
         baseline=baseline,
         seed=0,
         left_out=_left_out([facts for facts, _ in group]),
+        # Cells that were measured before a task asked for more have the usual ones alone.
+        metrics=tuple(dict.fromkeys(name for facts, _ in group for name in facts.get("metrics", METRICS))),
         hashes={},
         people=people,
     )
@@ -234,7 +236,7 @@ def as_json(summaries: Sequence[Summary], reference: str) -> dict[str, Any]:
         summaries: The tables, one per task and size of meta-training.
         reference: The method that every other is compared with, beside the baseline.
     """
-    return {
+    tables = {
         "baseline": summaries[0].report.baseline,
         "tables": [
             {
@@ -248,3 +250,13 @@ def as_json(summaries: Sequence[Summary], reference: str) -> dict[str, Any]:
             for group in summaries
         ],
     }
+    return dict(_without_nan(tables))
+
+
+def _without_nan(value: Any) -> Any:
+    """Returns JSON values with null for numbers that are not defined, as a user's AUC in queries of one item."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from metarec.metrics import METRICS, calibrated, calibration_error, paired_p_value
+from metarec.metrics import OF_A_TABLE, calibrated, calibration_error, paired_p_value
 from metarec.progress import progress
 from metarec.report import Report
 
@@ -116,7 +116,7 @@ class Summary:
             "episodes": len(values),
             "people": len({report.people.get(user, user) for user in values.index}),
             "seeds": len(method.seeds),
-            **{metric: float(report.values(name, shots, metric).mean()) for metric in METRICS},
+            **self._metrics(name, shots),
             "hurt": float((moved < 0).mean()),
             "over no ratings": {"difference": mean, "low": low, "high": high},
             **self._calibration(name, shots),
@@ -126,6 +126,17 @@ class Summary:
             "parameters": method.parameters,
             "tokens": method.tokens[shots],
         }
+
+    def _metrics(self, name: str, shots: int) -> dict[str, float]:
+        """Means over users, and metrics of all users together with the ends of their intervals."""
+        found = {}
+        for metric in self.report.metrics:
+            if metric not in OF_A_TABLE:
+                found[metric] = float(self.report.values(name, shots, metric).mean())
+                continue
+            found[metric], ends = self.report.of_table(name, shots, metric)
+            found |= {f"{metric}_{end}": value for end, value in zip(("low", "high"), ends, strict=True)}
+        return found
 
     def _comparison(self, name: str, shots: int, other: str) -> dict[str, float]:
         mean, (low, high) = self.report.difference(name, shots, other, shots)

@@ -237,7 +237,7 @@ def _tables(what: str, path: Path | None, options: SourceOptions) -> tuple[Task 
     if dataset.source == "mix":
         raise ConfigError(f"'{what}' joins several datasets", f"Check each: {', '.join(dataset.parts)}")
     options = dataset.options.model_copy(update={"bad_rows": "quarantine"})
-    return task, read_tables(dataset.source, dataset.path, options)
+    return task, read_tables(dataset.source, dataset.path, options, task.split.files)
 
 
 def _with_separator(source: str, path: Path | None, options: SourceOptions) -> SourceOptions:

@@ -14,12 +14,11 @@ from typing import Literal
 
 import numpy as np
 
-from metarec.data.interactions import Codes, Flags, Interactions, Ratings
+from metarec.data.interactions import Codes, Flags, Interactions, Ratings, SplitPart
 from metarec.errors import ConfigError, DataError
 
 Order = Literal["random", "time"]
 Candidates = Literal["rated", "sampled", "full"]
-SplitPart = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,12 @@ def split_users(
     held_out = [round(len(order) * fraction) for fraction in fractions[1:]]
     validation, test, train = np.split(order, np.cumsum(held_out))
     parts: dict[SplitPart, Codes] = {"train": np.sort(train), "validation": np.sort(validation), "test": np.sort(test)}
-    _no_part_is_empty(parts, len(interactions.users))
+    no_part_is_empty(parts, len(interactions.users))
     return parts
 
 
-def _no_part_is_empty(parts: Mapping[SplitPart, Codes], users: int) -> None:
+def no_part_is_empty(parts: Mapping[SplitPart, Codes], users: int) -> None:
+    """Raises a `DataError` if a part of a split has no users."""
     for name, part in parts.items():
         if len(part) == 0:
             raise DataError(f"{users} users leave none for {name}", "Use more users or other fractions")
@@ -123,7 +123,7 @@ def split_by_time(
     parts: dict[SplitPart, Codes] = {
         name: np.sort(users) for name, users in zip(names, np.split(order, bounds), strict=True)
     }
-    _no_part_is_empty(parts, len(interactions.users))
+    no_part_is_empty(parts, len(interactions.users))
     end = np.full_like(first, latest)
     end[parts["train"]] = first[parts["validation"]].min()
     end[parts["validation"]] = first[parts["test"]].min()
@@ -141,6 +141,8 @@ def evaluation_episodes(
     seed: int,
     support_from: Flags | None = None,
     query_from: Flags | None = None,
+    support_rows: Flags | None = None,
+    query_rows: Flags | None = None,
     short_supports: bool = False,
     candidates: Candidates = "rated",
     sampled: int = 0,
@@ -157,6 +159,8 @@ def evaluation_episodes(
         seed: Seed of the random order, and of sampled candidates.
         support_from: Items that a support may hold, shape (items,); None for all.
         query_from: Items that a query may hold, shape (items,); None for all.
+        support_rows: Ratings that a support may hold, shape (rows,); None for all.
+        query_rows: Ratings that a query may hold, shape (rows,); None for all.
         short_supports: Keeps users with fewer than `max_support` ratings beside their query, with a shorter support.
         candidates: ``rated`` queries held-out ratings alone; ``sampled`` adds items that the user never rated, ``full``
             all of them. These have the lowest rating and are not liked.
@@ -171,17 +175,20 @@ def evaluation_episodes(
     everything = np.ones(len(interactions.catalog), bool)
     support_from = everything if support_from is None else support_from
     query_from = everything if query_from is None else query_from
+    shown, asked = support_from[interactions.item], query_from[interactions.item]
+    shown = shown if support_rows is None else shown & support_rows
+    asked = asked if query_rows is None else asked & query_rows
     # If both are cut from the same ratings, a short support must leave enough for the query.
-    reserved = min_query if (support_from & query_from).any() else 0
+    reserved = min_query if (shown & asked).any() else 0
     episodes = []
     for user in users:
         name = interactions.users[user]
         rows = _first_of_each_item(interactions, _ordered_rows(interactions, user, order, seed))
-        usable = rows[support_from[interactions.item[rows]]]
+        usable = rows[shown[rows]]
         size = min(max_support, len(usable) - reserved) if short_supports else max_support
         support = usable[: max(size, 0)]
         rest = rows[~np.isin(rows, support)]
-        query = interactions.ratings(rest[query_from[interactions.item[rest]]][:max_query])
+        query = interactions.ratings(rest[asked[rest]][:max_query])
         if (len(support) < max_support and not short_supports) or len(query) < min_query:
             continue
         if candidates != "rated":

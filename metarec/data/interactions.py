@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ Codes = NDArray[np.int64]
 Values = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 Times = NDArray[np.int64] | NDArray[np.float64]
+# The parts of a split; `Interactions.part` holds positions in here.
+SplitPart = Literal["train", "validation", "test"]
+PART_NAMES: tuple[SplitPart, ...] = ("train", "validation", "test")
 # Parts of a field's name that say when an item appeared, the surest first.
 _YEAR_FIELDS = ("year", "released", "published", "date")
 
@@ -243,6 +247,8 @@ class Interactions:
         dropped: How many source rows were left out, by reason.
         liked: What the task's label rule says of each row, shape (rows,); None where no rule was applied.
         notes: What the source did that a person should know, in sentences.
+        part: Which part of a given split each row belongs to, as a position in `PART_NAMES`, shape (rows,); None where
+            the split is not given with the data.
     """
 
     users: tuple[str, ...]
@@ -255,6 +261,7 @@ class Interactions:
     dropped: Mapping[str, int]
     liked: Flags | None = None
     notes: tuple[str, ...] = ()
+    part: Codes | None = None
 
     def __len__(self) -> int:
         return len(self.user)
@@ -298,6 +305,7 @@ class Interactions:
             rating=self.rating[rows],
             timestamp=None if self.timestamp is None else self.timestamp[rows],
             liked=None if self.liked is None else self.liked[rows],
+            part=None if self.part is None else self.part[rows],
         )
 
     @cached_property

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from metarec.data.episodes import SplitPart
-from metarec.data.interactions import Catalog, Codes
+from metarec.data.interactions import Catalog, Codes, SplitPart
 from metarec.data.task_data import TaskData
 from metarec.errors import ConfigError, DataError, shown
 
@@ -69,7 +68,7 @@ class SplitRecord:
         digests = _digests(self.hashes["data"], users)
         validated = np.isin(digests, self.validation)
         seen = validated | np.isin(digests, self.train)
-        by_part = same or split.by == "time" or split.transfer is not None
+        by_part = same or split.by == "time" or split.transfer is not None or bool(split.files)
         test = data.parts["test"] if by_part else np.arange(len(users))
         test = test[~seen[test]]
         if len(test) == 0:

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from metarec.artifacts import content_hash
 from metarec.config import Section
 from metarec.data.episodes import Candidates, Order
-from metarec.data.interactions import Catalog
+from metarec.data.interactions import PART_NAMES, Catalog, SplitPart
 from metarec.data.item_fields import FieldChoice, FieldKind, choose_fields
 from metarec.data.labels import LabelRule, read_rule
 from metarec.data.source_options import SourceOptions
@@ -50,9 +50,19 @@ class TransferConfig(Section):
     test: str
 
 
-class SplitConfig(Section):
-    """How users, items and ratings are divided."""
+def _unset(value: object) -> bool:
+    """Says whether a setting is left out, so that tasks without it keep the digest they had before there was one."""
+    return value is None
 
+
+class SplitConfig(Section):
+    """How users, items and ratings are divided: by a seed, or as files of ratings say."""
+
+    train: str | None = Field(None, description="of a given split: the file of its training ratings", exclude_if=_unset)
+    validation: str | None = Field(
+        None, description="its file of validation ratings; null: a share of the training users", exclude_if=_unset
+    )
+    test: str | None = Field(None, description="its file of test ratings", exclude_if=_unset)
     by: Literal["user", "item", "both", "time"] = "user"
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     order: Order = "random"
@@ -62,6 +72,12 @@ class SplitConfig(Section):
     users: Literal["new", "known"] = Field("new", description="known: test users' other ratings are trained on")
     transfer: TransferConfig | None = None
     seed: int | None = Field(None, ge=0, description="null takes the run's")
+
+    @property
+    def files(self) -> dict[SplitPart, str]:
+        """The file of each part, where the split is given; nothing where a seed divides."""
+        named = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {part: named[part] for part in PART_NAMES if named[part]}  # type: ignore[misc]
 
     @property
     def asks_unrated(self) -> bool:
@@ -74,6 +90,14 @@ class SplitConfig(Section):
             raise ValueError("a split by time has new users, all items and one dataset")
         if self.by in ("item", "both") and self.unseen is None:
             raise ValueError(f"a split by {self.by} says which items are 'unseen', e.g. 0.2 of them")
+        if self.files and not (self.train and self.test):
+            raise ValueError(
+                "a split by files names those of 'train' and 'test', and of 'validation' where there is one"
+            )
+        if self.files and (self.by != "user" or self.unseen or self.transfer):
+            raise ValueError("a split by files says all there is to divide: leave out 'by', 'unseen' and 'transfer'")
+        if self.files and self.users == "known" and not self.validation:
+            raise ValueError("known users need a file of 'validation' ratings beside those of 'train' and 'test'")
         return self
 
 
@@ -240,6 +264,10 @@ class Task(Section):
             raise ValueError("label 'implicit' reads no ratings that 'rating.transform' could change")
         if self.rule.kind == "rating" and self.query.candidates != "rated":
             raise ValueError("label 'rating' asks about rated items, the others have no rating")
+        if self.split.files and (self.by == "domain" or self.dataset.source != "table"):
+            raise ValueError("a split by files divides users of source 'table'")
+        if self.split.files and self.dataset.options.ratings:
+            raise ValueError("'split' names the files of ratings: leave out 'ratings' in the dataset's options")
         transfer = self.split.transfer
         if transfer and not {transfer.train, transfer.test} <= set(self.dataset.parts):
             raise ValueError(f"split.transfer names no parts of the mix: {sorted(self.dataset.parts)}")

@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from metarec.artifacts import content_hash
-from metarec.data.episodes import Episode, SplitPart, evaluation_episodes, split_by_time, split_items, split_users
-from metarec.data.interactions import Codes, Flags, Interactions
+from metarec.data.episodes import (
+    Episode,
+    evaluation_episodes,
+    no_part_is_empty,
+    split_by_time,
+    split_items,
+    split_users,
+)
+from metarec.data.interactions import PART_NAMES, Codes, Flags, Interactions, SplitPart
 from metarec.data.sources import read_source
 from metarec.data.task import DatasetConfig, QueryConfig, SplitConfig, Task, UnseenFrom
 from metarec.data.templates import derive_fields
 from metarec.data.transforms import as_domains, keep_users, log_ratings, merge, with_negatives
-from metarec.errors import DataError, suggest
+from metarec.errors import DataError, shown, suggest
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,14 @@ class TaskData:
             short_supports=self.task.short_supports,
             candidates=query.candidates,
             sampled=query.sampled,
+            **self._rows_of_a_given_split(part),
         )
+
+    def _rows_of_a_given_split(self, part: SplitPart) -> dict[str, Flags]:
+        """Which ratings a support and a query may hold, where known users' ratings are divided by files."""
+        if self.held_out is None or self.held_out.part is None:
+            return {}
+        return {"support_rows": self.held_out.part == 0, "query_rows": self.held_out.part == PART_NAMES.index(part)}
 
     def evaluated(self, part: SplitPart) -> tuple[list[Episode], int]:
         """Returns what `episodes` does, for a part in which somebody must be left.
@@ -109,6 +124,8 @@ class TaskData:
         if self.seen is not None:
             split["seen"] = np.flatnonzero(self.seen).tolist()
         whole = self.interactions if self.held_out is None else self.held_out
+        if whole.part is not None:
+            split["rows"] = whole.part.tolist()
         return {
             "data": whole.digest,
             "split": content_hash(split),
@@ -159,7 +176,7 @@ def load_task_data(task: Task, seed: int, data: Interactions | None = None) -> T
         DataError: The data cannot be read, or is too small for the split.
     """
     seed = seed if task.split.seed is None else task.split.seed
-    data = load_dataset(task.dataset, data)
+    data = load_dataset(task.dataset, data, task.split.files)
     if len(data.catalog) < 2:
         raise DataError("the dataset has one item, and there is nothing to rank", "Check the column of the items' ids")
     if task.rating.transform == "log":
@@ -172,12 +189,15 @@ def load_task_data(task: Task, seed: int, data: Interactions | None = None) -> T
     return _split(task, data, seed)
 
 
-def load_dataset(config: DatasetConfig, data: Interactions | None = None) -> Interactions:
+def load_dataset(
+    config: DatasetConfig, data: Interactions | None = None, files: Mapping[SplitPart, str] | None = None
+) -> Interactions:
     """Reads a dataset as a task names it: its source, its derived fields, its users of the right size.
 
     Args:
         config: What the task says.
         data: What its source holds, where it was read already.
+        files: The file of each part of a given split.
 
     Raises:
         DataError: The data cannot be read, or were a DataFrame that is not given again.
@@ -189,7 +209,7 @@ def load_dataset(config: DatasetConfig, data: Interactions | None = None) -> Int
     elif config.source == "mix":
         data = merge({name: load_dataset(part) for name, part in config.parts.items()})
     else:
-        data = read_source(config.source, config.path, config.options)
+        data = read_source(config.source, config.path, config.options, files)
     if config.fields:
         data = replace(data, catalog=derive_fields(data.catalog, config.fields))
     return keep_users(data, *config.ratings_per_user)
@@ -197,6 +217,8 @@ def load_dataset(config: DatasetConfig, data: Interactions | None = None) -> Int
 
 def _split(task: Task, data: Interactions, seed: int) -> TaskData:
     split = task.split
+    if split.files:
+        return _given_split(task, data, seed)
     if split.by == "time":
         parts, usable = split_by_time(data, split.fractions)
         return TaskData(task, data.subset(usable), parts, seed)
@@ -212,6 +234,36 @@ def _split(task: Task, data: Interactions, seed: int) -> TaskData:
     if split.users == "known":
         trained &= ~_asked(TaskData(task, data, parts, seed, data, seen))
     return TaskData(task, data.subset(trained), parts, seed, data, seen)
+
+
+def _given_split(task: Task, data: Interactions, seed: int) -> TaskData:
+    """Divides users, or with known users their ratings, as the files of the task's split do."""
+    if data.part is None:
+        raise DataError(f"the split of task '{task.name}' is by files", "Give the path, not ratings read before")
+    users: dict[SplitPart, Codes] = {
+        name: np.unique(data.user[data.part == place]) for place, name in enumerate(PART_NAMES)
+    }
+    if task.split.users == "known":
+        if strangers := len(np.setdiff1d(np.union1d(users["validation"], users["test"]), users["train"])):
+            raise DataError(
+                f"{strangers} validation or test users have no ratings in '{task.split.train}'",
+                "Remove them, or set split.users to 'new' where no user is in two files",
+            )
+        return TaskData(task, data.subset(data.part == 0), users, seed, data)
+    for first, other in combinations(PART_NAMES, 2):
+        both = np.intersect1d(users[first], users[other])
+        if len(both):
+            files = task.split.files
+            raise DataError(
+                f"{len(both)} users are in '{files[first]}' and in '{files[other]}', e.g. {shown(data.users[both[0]])}",
+                "Set split.users to 'known' where these files divide the ratings of the same users",
+            )
+    if not task.split.validation:
+        held_out = np.random.default_rng(seed).permutation(users["train"])
+        count = round(len(held_out) * task.split.fractions[1])
+        users = {**users, "validation": np.sort(held_out[:count]), "train": np.sort(held_out[count:])}
+    no_part_is_empty(users, len(data.users))
+    return TaskData(task, data, users, seed)
 
 
 def _transfer(data: Interactions, split: SplitConfig, seed: int) -> Mapping[SplitPart, Codes]:

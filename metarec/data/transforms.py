@@ -125,7 +125,7 @@ def with_negatives(interactions: Interactions, per_positive: int, seed: int, pop
     extra_user, extra_item, source = (
         np.concatenate([*part, np.zeros(0, np.int64)]) for part in (users, items, sources)
     )
-    time = interactions.timestamp
+    time, part = interactions.timestamp, interactions.part
     return replace(
         interactions,
         user=np.concatenate([interactions.user, extra_user]).astype(np.int64),
@@ -134,6 +134,7 @@ def with_negatives(interactions: Interactions, per_positive: int, seed: int, pop
         timestamp=None if time is None else np.concatenate([time, time[source.astype(np.int64)]]),
         scale=RatingScale(0.0, 1.0),
         liked=None,
+        part=None if part is None else np.concatenate([part, part[source.astype(np.int64)]]),
     )
 
 

@@ -103,8 +103,11 @@ class Checked:
 
     @property
     def where(self) -> np.ndarray:
-        """Rows of the file."""
-        return np.arange(len(self.user)) + self.tables.first_row
+        """Rows of the file; with the file's name where there are several."""
+        if not self.tables.files:
+            return np.arange(len(self.user)) + self.tables.first_row
+        named = [f"{name} {row + first}" for name, first, count in self.tables.files for row in range(count)]
+        return np.array(named, object)
 
 
 def read_for_checks(tables: Tables, now: float | None = None) -> Checked:

@@ -8,16 +8,17 @@ Nothing is ever fetched from a network.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from metarec.artifacts import load_json, recover_dir, replace_dir, verify_dir, write_json
-from metarec.data.interactions import Interactions, RatingScale
+from metarec.data.interactions import Interactions, RatingScale, SplitPart
 from metarec.data.source_options import SourceOptions, options_scale
-from metarec.data.sources.assembly import Note, Tables, assemble, assemble_tables
+from metarec.data.sources.assembly import PART, Note, Tables, assemble, assemble_tables
+from metarec.data.sources.split_files import split_tables
 from metarec.errors import DataError
 from metarec.registry import Registry
 
@@ -45,7 +46,12 @@ _LOG = logging.getLogger(__name__)
 _CONVERTED = "dataset.json"
 
 
-def read_source(name: str, path: Path | None = None, options: SourceOptions | None = None) -> Interactions:
+def read_source(
+    name: str,
+    path: Path | None = None,
+    options: SourceOptions | None = None,
+    files: Mapping[SplitPart, str] | None = None,
+) -> Interactions:
     """Reads a dataset.
 
     Args:
@@ -53,25 +59,31 @@ def read_source(name: str, path: Path | None = None, options: SourceOptions | No
         path: The dataset's folder or zip, for sources that are not embedded. What `write_tables` wrote there is read
             whatever the source.
         options: The source's options.
+        files: The file of each part of a given split; the source is ``table`` then.
 
     Raises:
         ConfigError: There is no such source.
         DataError: Its files are missing or malformed.
     """
     options = options or SourceOptions()
-    tables = read_tables(name, path, options)
+    tables = read_tables(name, path, options, files)
     for note in tables.notes:
         _LOG.warning("%s", note)
     return assemble_tables(tables, quarantine=options.bad_rows == "quarantine")
 
 
-def read_tables(name: str, path: Path | None = None, options: SourceOptions | None = None) -> Tables:
+def read_tables(
+    name: str,
+    path: Path | None = None,
+    options: SourceOptions | None = None,
+    files: Mapping[SplitPart, str] | None = None,
+) -> Tables:
     """Reads a dataset's raw tables, unchecked but for their format; see `read_source`."""
     SOURCES.check(name)
     options = options or SourceOptions()
     if path is not None and recover_dir(path) and (path / _CONVERTED).is_file():
         return _read_converted(path)
-    tables = SOURCES.get(name)(path, options)
+    tables = split_tables(path, options, files) if files else SOURCES.get(name)(path, options)
     if not isinstance(tables, Tables):
         raise DataError(
             f"the dataset source '{name}' returned a {type(tables).__name__}",
@@ -89,7 +101,7 @@ def write_tables(tables: Tables, path: Path) -> None:
     """
     scale = [tables.scale.low, tables.scale.high] if tables.scale else None
     with replace_dir(path, "dataset") as folder:
-        _texts(tables.ratings, ("rating", "timestamp")).to_parquet(folder / "ratings.parquet", index=False)
+        _texts(tables.ratings, ("rating", "timestamp", PART)).to_parquet(folder / "ratings.parquet", index=False)
         _texts(tables.items, ()).to_parquet(folder / "items.parquet", index=False)
         write_json(folder / _CONVERTED, {"source": tables.where, "scale": scale, "dropped": dict(tables.dropped)})
 

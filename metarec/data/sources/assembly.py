@@ -12,10 +12,13 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from metarec.data.interactions import Catalog, Flags, Interactions, RatingScale
+from metarec.data.interactions import PART_NAMES, Catalog, Flags, Interactions, RatingScale
 from metarec.data.sources.columns import ids, rating_numbers, text_column, times
 from metarec.data.text import MAX_TEXT
-from metarec.errors import DataError
+from metarec.errors import DataError, shown
+
+# Column of the ratings that says which part of a given split a row belongs to, as a position in `PART_NAMES`.
+PART = "part"
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,14 @@ class Tables:
     """A dataset as its source gives it, before anything is checked.
 
     Args:
-        ratings: Columns ``user``, ``item``, ``rating`` and optionally ``timestamp``.
+        ratings: Columns ``user``, ``item``, ``rating`` and optionally ``timestamp`` and ``part`` (see `PART`).
         items: Columns ``item``, ``title`` and any text fields.
         where: The source's name, for errors.
         scale: The rating scale; None takes the lowest and highest rating there is.
         first_row: Row of the file that the first rating stands in, for errors.
         dropped: Rows that the source itself left out, by reason.
         notes: What else the source did that a person should know.
+        files: Name, first row and number of ratings of each file, where there are several.
     """
 
     ratings: pd.DataFrame
@@ -63,6 +67,15 @@ class Tables:
     first_row: int = 1
     dropped: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
+    files: tuple[tuple[str, int, int], ...] = ()
+
+    def place(self, row: int) -> str:
+        """Returns the file and row that a rating stands in."""
+        for name, first_row, count in self.files:
+            if row < count:
+                return f"{name} row {row + first_row}"
+            row -= count
+        return f"{self.where} row {row + self.first_row}"
 
     def __repr__(self) -> str:
         return f"Tables(ratings={len(self.ratings)}, items={len(self.items)}, where={self.where!r})"
@@ -98,6 +111,9 @@ def assemble_tables(tables: Tables, *, quarantine: bool = False) -> Interactions
     rows = np.flatnonzero(sieve.kept)
     if not len(rows):
         raise DataError(f"{where}: none of {len(ratings)} ratings can be read", "Run: metarec data check")
+    part = ratings[PART].to_numpy(np.int64) if PART in ratings else None
+    if part is not None:
+        _refuse_shared_ratings(tables, rows, user_codes * len(items) + item_codes, part)
     latest = rows[_latest(user_codes[rows], item_codes[rows], len(items), None if time is None else time[rows])]
     # Users are numbered as they first appear, as the fast readers' dictionaries need not be.
     user, seen = pd.factorize(user_codes[rows if quarantine else slice(None)])
@@ -116,6 +132,23 @@ def assemble_tables(tables: Tables, *, quarantine: bool = False) -> Interactions
         scale=scale,
         dropped={**tables.dropped, **sieve.dropped, **({"repeated rating": repeated} if repeated else {})},
         notes=tuple(map(str, tables.notes)),
+        part=None if part is None else part[latest],
+    )
+
+
+def _refuse_shared_ratings(tables: Tables, rows: np.ndarray, pair: np.ndarray, part: np.ndarray) -> None:
+    """Refuses a rating that stands in two parts of a given split: training would see what is asked about."""
+    parts = pd.Series(part[rows]).groupby(pair[rows]).agg(["min", "max"])
+    shared = parts.index[parts["min"] != parts["max"]]
+    if not len(shared):
+        return
+    there = rows[pair[rows] == shared[0]]
+    first, other = int(there[0]), int(there[part[there] != part[there[0]]][0])
+    user, item = (str(tables.ratings[name].iloc[first]) for name in ("user", "item"))
+    places = " and ".join(f"{tables.place(row)} ({PART_NAMES[part[row]]})" for row in (first, other))
+    raise DataError(
+        f"{len(shared)} ratings stand in two parts of the split, e.g. user {shown(user)}, item {shown(item)}: {places}",
+        "Remove them from one of the files",
     )
 
 
@@ -186,7 +219,7 @@ class _Sieve:
         if not self._quarantine:
             row = int(rows[0])
             many = f"{cure or 'Repair it'}, or drop the {len(rows)} such rows: set 'bad_rows' to 'quarantine'"
-            raise DataError(f"{self._tables.where} row {row + self._tables.first_row}: {say(row)}", many)  # type: ignore[operator]
+            raise DataError(f"{self._tables.place(row)}: {say(row)}", many)  # type: ignore[operator]
         self.kept[rows] = False
         self.dropped[reason] = len(rows)
 
