@@ -73,6 +73,25 @@ def plan(task: str, *names: str, seeds: int = 2, **more: object) -> Plan:
     return Plan.model_validate({"name": "t", "parts": [{"tasks": [task], "methods": names, "seeds": seeds, **more}]})
 
 
+@pytest.mark.parametrize(("columns", "costs"), [(80, False), (160, True)])
+def test_a_report_shows_intervals_and_as_many_columns_as_the_terminal_is_wide(
+    columns: int,
+    costs: bool,
+    task: str,
+    tmp_path: Path,
+    metarec: Callable[..., Ran],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench.run(plan(task, BASELINE, "popularity", seeds=1), tmp_path)
+    (table,) = read_cells(tmp_path)
+    versus = next(r for r in table.rows() if r["method"] == "popularity" and r["shots"] == 10)[f"versus {BASELINE}"]
+    monkeypatch.setenv("COLUMNS", str(columns))
+    done = metarec("report", str(tmp_path))
+    assert f"{versus['low']:+.4f} {versus['high']:+.4f}" in done.out
+    assert ("B/user" in done.out) == costs
+    assert max(map(len, done.out.splitlines())) <= columns
+
+
 @pytest.mark.parametrize("one_item", [False, True])
 def test_a_benchmark_measures_what_the_task_asks_for(
     one_item: bool, task: str, tmp_path: Path, metarec: Callable[..., Ran]

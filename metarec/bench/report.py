@@ -71,8 +71,18 @@ def _values(cell: ShotSummary, metric: str) -> list[str]:
     return [f"{cell.means[metric]:.4f}", *([] if ends is None else [f"{ends[0]:.4f} {ends[1]:.4f}"])]
 
 
-def standings(summary: Summary, reference: str | None = None) -> Table:
-    """Returns a benchmark's table: a line per method, most gained at the largest K first, a column per K."""
+# Characters that a name, a K with its interval, and the costs take in `standings`.
+_NAME_WIDTH, _SHOTS_WIDTH, _COSTS_WIDTH = 24, 18, 36
+
+
+def standings(summary: Summary, reference: str | None = None, width: int = 140) -> Table:
+    """Returns a benchmark's table: a line per method, most gained at the largest K first, a column per K.
+
+    Args:
+        summary: The cells of one task.
+        reference: The method that every other is compared with beside the baseline.
+        width: Characters that the table may take; a narrow one leaves costs out, and says so.
+    """
     by_method = summary.ranked(reference)
     shots = sorted(next(iter(by_method.values())))
     size = "" if summary.train_users is None else f", {summary.train_users} meta-training users"
@@ -81,16 +91,14 @@ def standings(summary: Summary, reference: str | None = None) -> Table:
     for count in shots:
         result.add_column(f"K = {count}", justify="right", no_wrap=True)
     more = [metric for metric in summary.report.metrics if metric not in METRICS]
-    for column in (*more, "hurt\nECE", "fit s\ns/user", "users\nB/user"):
+    wide = width >= _NAME_WIDTH + _SHOTS_WIDTH * (len(shots) + len(more)) + _COSTS_WIDTH
+    for column in (*more, *(("hurt\nECE", "fit s\ns/user", "users\nB/user") if wide else ())):
         result.add_column(column, justify="right", no_wrap=True)
     for cells in by_method.values():
         last = cells[shots[-1]]
         versus = f"versus {summary.report.baseline}"
         texts = [
-            f"{cells[count]['auc']:.4f} "
-            + (f"\n{cells[count][versus]['difference']:+.4f}" if versus in last else "")
-            + ("*" if versus in last and cells[count][versus]["p_holm"] < _SIGNIFICANT else " ")
-            for count in shots
+            f"{cells[count]['auc']:.4f} " + (_paired(cells[count][versus]) if versus in last else "") for count in shots
         ]
         costs = (
             f"{last['hurt']:.0%}\n{last['ece']:.3f}",
@@ -98,10 +106,18 @@ def standings(summary: Summary, reference: str | None = None) -> Table:
             f"{last['episodes']}\n{last['bytes_per_user']:,}",
         )
         further = [_with_ends(last, metric) for metric in more]
-        result.add_row(last["method"], *texts, *further, *costs)
-    caption = "* differs after Holm's correction (signed ranks, 5%); hurt: users worse off than at K = 0"
-    result.caption = caption + (f"; {', '.join(more)} at K = {shots[-1]}" if more else "")
+        result.add_row(last["method"], *texts, *further, *(costs if wide else ()))
+    caption = "95% intervals over people; * differs after Holm's correction (signed ranks, 5%)"
+    hidden = "costs need a wider terminal, or --json"
+    result.caption = f"{caption}; {'hurt: users worse off than at K = 0' if wide else hidden}"
+    result.caption += f"; {', '.join(more)} at K = {shots[-1]}" if more else ""
     return result
+
+
+def _paired(versus: Mapping[str, float]) -> str:
+    """Returns a paired difference and, below it, its interval."""
+    star = "*" if versus["p_holm"] < _SIGNIFICANT else " "
+    return f"\n{versus['difference']:+.4f}{star}\n{versus['low']:+.4f} {versus['high']:+.4f}"
 
 
 def _with_ends(row: Mapping[str, Any], metric: str) -> str:

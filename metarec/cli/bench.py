@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metarec.cli.options import BackboneOption, DeviceOption, JsonOption, SetOption, print_json
+from metarec.cli.options import BackboneOption, DeviceOption, JsonOption, SetOption, console, print_json
 from metarec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -167,7 +167,6 @@ def compare(
     if json:
         print_json(rows)
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{second} minus {first}, AUC, paired by user", title_justify="left")
@@ -177,7 +176,7 @@ def compare(
         interval = f"{row['low']:+.4f} {row['high']:+.4f}"
         cells = (row["task"], row["method"], row["shots"], row["episodes"], f"{row['difference']:+.4f}", interval)
         table.add_row(*map(str, cells), f"{row['p_holm']:.3g}")
-    Console().print(table)
+    console().print(table)
 
 
 def _show(summaries: list[Summary], json: bool, facts: dict[str, Any]) -> None:
@@ -188,10 +187,8 @@ def _show(summaries: list[Summary], json: bool, facts: dict[str, Any]) -> None:
     if json:
         print_json({**facts, **as_json(summaries, REFERENCE)})
         return
-    from rich.console import Console
-
     from metarec.bench.report import standings
 
-    console = Console()
+    wide = console()
     for group in summaries:
-        console.print(standings(group, REFERENCE))
+        wide.print(standings(group, REFERENCE, wide.width))

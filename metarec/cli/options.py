@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +12,8 @@ import typer
 from metarec.errors import ConfigError, shown
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from metarec.data.source_options import SourceOptions
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.", show_default=False)]
@@ -97,6 +101,13 @@ def print_json(value: Any) -> None:
     from metarec.artifacts import dump_json
 
     typer.echo(dump_json(value), nl=False)
+
+
+def console() -> Console:
+    """Returns where tables are printed: as wide as the terminal or COLUMNS; 140 characters in a file or pipe."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
 
 
 def source_options(

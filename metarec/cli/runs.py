@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +29,7 @@ from metarec.cli.options import (
     SeparatorOption,
     SetOption,
     TaskOption,
+    console,
     print_json,
     show,
     source_options,
@@ -340,9 +340,7 @@ def _evaluate(recommender: MetaRecommender, run: Path, json: bool, quiet: bool =
     if json:
         print_json(result)
     elif not quiet:
-        from rich.console import Console
-
-        Console(width=None if sys.stdout.isatty() else 140).print(table(report))
+        console().print(table(report))
         for line in findings(report, "metarec, adapted", "metarec, before adaptation"):
             typer.echo(line)
     return result
