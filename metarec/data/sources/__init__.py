@@ -35,6 +35,7 @@ SOURCES: Registry[Source] = Registry(
         "book-crossing": "metarec.data.sources.books:book_crossing",
         "goodbooks": "metarec.data.sources.books:goodbooks",
         "mind": "metarec.data.sources.clicks:mind",
+        "dkn": "metarec.data.sources.clicks:dkn",
         "steam": "metarec.data.sources.reviews:steam",
         "yelp": "metarec.data.sources.reviews:yelp",
         "lastfm": "metarec.data.sources.clicks:lastfm",

@@ -42,7 +42,8 @@ class Note:
     of: str = "columns"
 
     def __str__(self) -> str:
-        return f"{self.message}: {', '.join(self.names[:10])}{', ...' if len(self.names) > 10 else ''}. {self.cure}"
+        names = f": {', '.join(self.names[:10])}{', ...' if len(self.names) > 10 else ''}" if self.names else ""
+        return f"{self.message}{names}. {self.cure}"
 
 
 @dataclass(frozen=True)

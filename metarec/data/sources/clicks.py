@@ -1,7 +1,8 @@
-"""Datasets without ratings: MIND and Last.fm."""
+"""Datasets without ratings: MIND, DKN and Last.fm."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from metarec.data.source_options import SourceOptions
-from metarec.data.sources.assembly import Tables
+from metarec.data.sources.assembly import Tables, first_filled
+from metarec.data.sources.columns import numbers
 from metarec.data.sources.delimited import delimited
-from metarec.data.sources.files import need
+from metarec.data.sources.files import find, need
 from metarec.data.sources.shared import CLICKS, malformed, seconds
 
 
@@ -37,6 +39,38 @@ def mind(path: Path | None, options: SourceOptions) -> Tables:
     wanted = {name: name for name in ("item", "title", "category", "subcategory", "abstract")}
     news = delimited(need(path, "news.tsv"), wanted, header=header, **shape)
     return Tables(ratings, news, str(file), CLICKS, 1, malformed(shown, news))
+
+
+def dkn(path: Path | None, options: SourceOptions) -> Tables:
+    """Reads DKN's sample of Bing news: every headline that a user was shown, clicked or not.
+
+    The files are the repository's ``raw_train.txt`` and ``raw_test.txt``, or one ``clicks.csv`` with the columns ``user``,
+    ``title``, ``clicked`` and ``entities``. A headline is its own id; one that a user was shown several times counts as
+    clicked if it ever was. The words for people, places and things that it names are the field ``entities``.
+    """
+    names = ("user", "title", "rating", "entities")
+    if table := find(path, "clicks.csv", needed=False):
+        files, first = [table], 2
+        wanted = dict(zip(("user", "title", "clicked", "entities"), names, strict=True))
+        parts = [delimited(table, wanted, bad_rows=options.bad_rows)]
+    else:
+        later = find(path, "raw_test.txt", needed=False)
+        files, first = [need(path, "raw_train.txt"), *([later] if later else [])], 1
+        shape: dict[str, Any] = {"separator": "\t", "quotes": False, "bad_rows": options.bad_rows}
+        parts = [delimited(file, {}, header=names, **shape) for file in files]
+    shown = pd.concat([part.astype(object) for part in parts], ignore_index=True).assign(
+        item=lambda rows: rows["title"]
+    )
+    clicked = numbers(shown["rating"])
+    ever = pd.Series(clicked).groupby([shown["user"], shown["item"]]).transform("max")
+    ratings = shown[["user", "item"]].assign(rating=shown["rating"].where(~np.isfinite(clicked), ever))
+    items = first_filled(shown[["item", "title", "entities"]])
+    items["entities"] = [
+        ", ".join(entry.partition(":")[2].strip() for entry in str(entries).split(";") if ":" in entry)
+        for entries in items["entities"]
+    ]
+    where = " and then ".join(map(str, files))
+    return Tables(ratings, items, where, CLICKS, first, sum(map(Counter, map(malformed, parts)), Counter()))
 
 
 def lastfm(path: Path | None, options: SourceOptions) -> Tables:

@@ -75,9 +75,10 @@ def _assembled(
 ) -> Tables:
     """Makes tables of the ratings' rows; items stand in them where there are none beside."""
     notes = layout.notes(where, {*OWN, *(() if beside else ("title",))} - set(layout.columns))
-    if "rating" not in ratings:
+    if "rating" not in ratings and options.columns.get("rating") != "":
         cure = "Map one with 'columns' (--column rating=THEIRS) if people rated"
         notes.append(Note("no-rating-column", "note", f"{where} has no ratings: every row counts as 1", cure, ()))
+    if "rating" not in ratings:
         ratings = ratings.assign(rating=1.0)
     items, more = beside or _inside(ratings)
     for name in items.columns.drop(["item", "title"], errors="ignore"):
