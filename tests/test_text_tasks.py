@@ -1,4 +1,4 @@
-"""Tasks whose texts carry taste, on small made files in the layouts that they read, and on the real ones where they are."""
+"""Tasks whose texts carry taste, on small made files, and on the real ones where they are."""
 
 from __future__ import annotations
 
@@ -104,7 +104,8 @@ def test_a_game_that_was_not_bought_is_drawn_as_often_as_it_sells(load: Callable
 
 
 def test_dkn_files_are_read_with_entities_and_a_click_outlasts_a_refusal(tmp_path: Path) -> None:
-    train = '7\tkite "over" sea\t1\t3:Sea: the film;5:Kite\n7\tkite "over" sea\t0\t3:Sea: the film;5:Kite\n8\tplain news\t0\t\n'
+    kite = '7\tkite "over" sea\t{}\t3:Sea: the film;5:Kite\n'
+    train = f"{kite.format(1)}{kite.format(0)}8\tplain news\t0\t\n"
     folder = write(tmp_path, raw_train__txt=train, raw_test__txt="8\tplain news\t1\t2:News\n")
     data = read_source("dkn", folder)
     assert data.users == ("7", "8")

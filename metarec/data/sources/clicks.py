@@ -44,9 +44,9 @@ def mind(path: Path | None, options: SourceOptions) -> Tables:
 def dkn(path: Path | None, options: SourceOptions) -> Tables:
     """Reads DKN's sample of Bing news: every headline that a user was shown, clicked or not.
 
-    The files are the repository's ``raw_train.txt`` and ``raw_test.txt``, or one ``clicks.csv`` with the columns ``user``,
-    ``title``, ``clicked`` and ``entities``. A headline is its own id; one that a user was shown several times counts as
-    clicked if it ever was. The words for people, places and things that it names are the field ``entities``.
+    The files are the repository's ``raw_train.txt`` and ``raw_test.txt``, or one ``clicks.csv`` with the columns
+    ``user``, ``title``, ``clicked`` and ``entities``. A headline is its own id; one that a user was shown several times
+    counts as clicked if it ever was. The people, places and things that it names are the field ``entities``.
     """
     names = ("user", "title", "rating", "entities")
     if table := find(path, "clicks.csv", needed=False):
