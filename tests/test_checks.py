@@ -96,6 +96,15 @@ def copied(user: str, copy: str) -> Callable[[Tables], Tables]:
     return plant
 
 
+def both(*plants: Callable[[Tables], Tables]) -> Callable[[Tables], Tables]:
+    def plant(tables: Tables) -> Tables:
+        for one in plants:
+            tables = one(tables)
+        return tables
+
+    return plant
+
+
 def hours() -> Callable[[Tables], Tables]:
     def plant(tables: Tables) -> Tables:
         ratings = tables.ratings.assign(rating=[f"{(300, 1, 2, 3, 2)[row % 5]}" for row in range(len(tables.ratings))])
@@ -131,6 +140,7 @@ PLANTED: list[tuple[str, Callable[[Tables], Tables], tuple[str, ...]]] = [
     ("duplicate-item-id", text("i1", "item", 9), ("10 (i1)",)),
     ("empty-title", text("  "), ("4 (i3)",)),
     ("repeated-title", text("heat"), ("2 (i1)", "4 (i3)")),
+    ("shared-title", both(text("heat"), text("1978", "year")), ("2 (i1)", "4 (i3)")),
     ("text-too-long", text("x" * (MAX_TEXT + 1)), ("4 (i3)",)),
     ("cut-text", text("word " * 70), ("4 (i3)",)),
     ("wrong-encoding", text("AmÃ©lie"), ("4 (i3)",)),

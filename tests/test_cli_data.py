@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -174,7 +176,7 @@ def test_a_bare_table_is_described_and_what_was_guessed_is_said(metarec: Callabl
     assert "first: 2020-10-19" in said
     assert "(--column OURS=THEIRS)" in said
     facts = json.loads(metarec("data", "describe", bookshop, "--column", "title=Autor", "--json").out)
-    assert (facts["ratings"], facts["items"], len(facts["notes"])) == (6, 3, 2)
+    assert (facts["ratings"], facts["items"], len(facts["notes"])) == (6, 3, 3)
     assert "title" not in facts["notes"][0].split("read by their usual names")[1]
     assert facts["fields"]["title"]["distinct"] == 3
 
@@ -188,6 +190,82 @@ def test_a_check_of_a_bare_table_tells_all_that_is_wrong(metarec: Callable[..., 
     assert codes["repeated-title"]["count"] == 2
     assert codes["unused-column"]["rows"] == ["'Autor'", "'Käufer-Gruppe'"]
     assert "empty-title" not in codes
+
+
+SHOP_HEADER = ["Kunden-Nr", "ISBN", "Sterne (1-5)", "Kaufdatum", "Buchtitel", "Autor", "Warengruppe"]
+
+
+def made_bookshop(path: Path, users: int = 40, books: int = 24) -> Path:
+    """A made export with the faults that shops' exports have: two ratings, one date and some authors are empty."""
+    generator = random.Random(0)
+    titles = ["The Lost Garden", *(f"Garden of Orchard, A Tale {book}" for book in range(1, books - 1))]
+    titles.append("The Lost Garden")  # by somebody else
+    rows: list[list[object]] = []
+    for user in range(users):
+        for book in generator.sample(range(books), 14):
+            stars = generator.choice((4, 5) if (user + book) % 2 else (1, 2))
+            author = "" if generator.random() < 0.1 else ("Müller", "O'Brien")[book % 2]
+            genre = ("Krimi", "Roman", "Kinder")[book % 3]
+            day = f"20{generator.randint(20, 24)}-{generator.randint(1, 12):02}-{generator.randint(1, 28):02}"
+            rows.append([f"K-{user:05}", f"03534{book:05}", stars, day, titles[book], author, genre])
+    rows[3][2] = rows[17][2] = rows[29][3] = ""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([SHOP_HEADER, *rows])
+    return path
+
+
+def test_a_bookshops_export_is_checked_described_trained_and_recommended_from_without_yaml(
+    metarec: Callable[..., Ran], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    orders = made_bookshop(tmp_path / "orders.csv")
+    told = metarec("data", "check", orders)
+    assert told.status == 0, told.err
+    for said in (
+        "'Sterne (1-5)' as rating",
+        "'Autor' as autor, 'Warengruppe' as warengruppe",
+        "empty-cell: 3 of 3 columns",
+        "'Sterne (1-5)' in 2 of 560 rows",
+        "'Kaufdatum' in 1 of 560 rows",
+        "rating-not-a-number: 2 of 560 ratings",
+        "rows: 5, 19",
+        "time-not-a-number: 1 of 560 ratings",
+        "shared-title: 2 of 24 items",
+    ):
+        assert said in told.out
+    assert "unused-column" not in told.out
+    described = metarec("data", "describe", orders, "--column", "rating=Sterne (1-5)")
+    assert "ratings: 560\nusers: 40\nitems: 24" in described.out
+    assert "warengruppe: filled 1, distinct 3" in described.out
+    assert "autor" not in metarec("data", "describe", orders, "--column", "autor=").out.split("fields:")[1]
+    named = ("--column", "rating=Sterne (1-5)", "--preset", "fast", "--name", "shop", "--runs", tmp_path)
+    trained = metarec("train", orders, *named, "--set", "train.steps=2")
+    assert trained.status == 0, trained.err
+    assert "item fields: autor, warengruppe" in trained.err
+    assert "rating not a number: 2, timestamp not a number: 1" in caplog.text
+    ranked = metarec("recommend", tmp_path / "shop", "--rating", "Garden of Orchard, A Tale 3=5", "-k", "3", "--json")
+    assert ranked.status == 0, ranked.err
+    assert len(json.loads(ranked.out)) == 3
+    twice = metarec("recommend", tmp_path / "shop", "--rating", "The Lost Garden=5")
+    assert twice.status == 2  # two books have this title
+    assert "0353400000" in twice.err
+    assert "0353400023" in twice.err
+
+
+SHARED_SHOP = Path(__file__).parents[2] / "shared" / "faults" / "bookshop" / "orders.csv"
+
+
+@pytest.mark.skipif(not SHARED_SHOP.exists(), reason="the bookshop's export is not beside the clone")
+def test_the_shared_bookshop_is_told_as_it_is(metarec: Callable[..., Ran]) -> None:
+    found = json.loads(metarec("data", "check", SHARED_SHOP, "--json").out)["findings"]
+    counts = {finding["code"]: finding["count"] for finding in found}
+    assert counts == {
+        "guessed-column": 5,
+        "item-field": 2,
+        "empty-cell": 3,
+        "rating-not-a-number": 25,
+        "time-not-a-number": 10,
+        "shared-title": 6,
+    }
 
 
 def test_tables_in_a_folder_need_no_name_either(metarec: Callable[..., Ran], tmp_path: Path) -> None:

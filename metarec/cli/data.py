@@ -161,6 +161,8 @@ def describe(
         print_json(facts)
         return
     for key, value in facts.items():
+        if value == {}:
+            continue
         if isinstance(value, dict):
             typer.echo(f"{key.replace('_', ' ')}:")
             for name, inner in value.items():
@@ -217,19 +219,21 @@ def convert(
 
 
 def _tables(what: str, path: Path | None, options: SourceOptions) -> tuple[Task | None, Tables]:
+    from metarec.data.own_data import own_tables
     from metarec.data.source_options import is_table
     from metarec.data.sources import SOURCES, read_tables
     from metarec.data.task_files import load_task, task_names
 
     if what in SOURCES.names() or (":" in what and not Path(what).exists()):
-        return None, read_tables(what, path, _with_separator(what, path, options))
+        options = _with_separator(what, path, options)
+        return None, own_tables(path, options) if what == "table" and path else read_tables(what, path, options)
     file = Path(what)
     if is_table(file) or (file.is_dir() and what not in task_names()):
         if not file.exists():
             raise ConfigError(f"the table '{what}' does not exist", "Check the path")
         if path is not None:
             raise ConfigError(f"'{what}' and '{path}' are two datasets", "Give one; --items-file names the items' file")
-        return None, read_tables("table", file, _with_separator("table", file, options))
+        return None, own_tables(file, _with_separator("table", file, options))
     task = load_task(what)
     if path is not None:
         raise ConfigError(f"'{what}' is a task and brings its own path, got '{path}'", "Leave the path out")

@@ -9,6 +9,7 @@ import logging
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import pandas as pd
 from metarec.config import validated
 from metarec.data.interactions import Interactions
 from metarec.data.source_options import SourceOptions, is_table
-from metarec.data.sources import read_source
-from metarec.data.sources.assembly import assemble_tables
+from metarec.data.sources import read_source, read_tables
+from metarec.data.sources.assembly import Note, Tables, assemble_tables
 from metarec.data.sources.columns import text_column
 from metarec.data.sources.files import File
 from metarec.data.sources.names import OWN
@@ -66,7 +67,7 @@ def own_task(data: pd.DataFrame | Path, choices: Mapping[str, Any], *, where: st
             raise ConfigError(f"the table '{data}' does not exist", "Check the path")
         if "separator" not in options.model_fields_set and data.is_file():
             options = options.model_copy(update={"separator": guess_separator(data, options.encoding)})
-    options = options.model_copy(update={"columns": {**options.columns, **_item_fields(data, options)}})
+    options = with_item_fields(data, options)
     interactions = read_own(data, options)
     dropped = sum(count for reason, count in interactions.dropped.items() if reason != "repeated rating")
     if dropped:
@@ -103,6 +104,23 @@ def read_own(data: pd.DataFrame | Path, options: SourceOptions) -> Interactions:
     for note in tables.notes:
         _LOG.warning("%s", note)
     return assemble_tables(tables, quarantine=options.bad_rows == "quarantine")
+
+
+def with_item_fields(data: pd.DataFrame | Path, options: SourceOptions) -> SourceOptions:
+    """Returns options that also name the columns which describe items, and which nobody named."""
+    return options.model_copy(update={"columns": {**options.columns, **_item_fields(data, options)}})
+
+
+def own_tables(path: Path, options: SourceOptions) -> Tables:
+    """Reads a table unchecked, with the item fields that `own_task` takes from it; see `read_tables`."""
+    named = with_item_fields(path, options)
+    tables = read_tables("table", path, named)
+    fields = tuple(f"'{theirs}' as {ours}" for ours, theirs in named.columns.items() if ours not in options.columns)
+    if not fields:
+        return tables
+    cure = "Name others in 'columns' (--column OURS=THEIRS); --column OURS= leaves one out"
+    note = Note("item-field", "note", f"columns of {tables.where} that describe items", cure, fields)
+    return replace(tables, notes=(*tables.notes, note))
 
 
 def summary(task: Task) -> list[str]:
@@ -158,7 +176,7 @@ def _item_fields(data: pd.DataFrame | Path, options: SourceOptions) -> dict[str,
         if not theirs or theirs in columns.values() or theirs in ignored:
             continue
         name = _identifier(theirs)
-        if name not in (*columns, *found) and _describes_items(text_column(frame[theirs]), item):
+        if name not in (*options.columns, *columns, *found) and _describes_items(text_column(frame[theirs]), item):
             found[name] = theirs
     return found
 

@@ -12,7 +12,16 @@ from metarec.data.checks.ratings import RATING_CHECKS
 from metarec.data.sources.assembly import Note, Tables
 
 CHECKS = {**RATING_CHECKS, **ITEM_CHECKS}
-NOTES = ("guessed-column", "misspelt-column", "unused-column", "no-rating-column", "several-titles", "some-timed")
+NOTES = (
+    "guessed-column",
+    "misspelt-column",
+    "unused-column",
+    "item-field",
+    "empty-cell",
+    "no-rating-column",
+    "several-titles",
+    "some-timed",
+)
 CODES = ("malformed-row", *NOTES, *CHECKS, "near-duplicate-item", "leak")
 
 

@@ -54,12 +54,19 @@ ITEM_CHECKS: dict[str, Check] = {
         None,
     ),
     "repeated-title": Check(
-        lambda data, _: Fault(
-            (_same_text(data).duplicated(keep=False) & (_titles(data) != "")).to_numpy(bool), "items"
-        ),
+        lambda data, _: Fault((_same(_same_text(data)) & (_titles(data) != "")).to_numpy(bool), "items"),
         "warning",
         "items whose text is the same as another's",
         "Merge them, or add what tells them apart",
+        None,
+    ),
+    "shared-title": Check(
+        lambda data, _: Fault(
+            (_same(_titles(data)) & ~_same(_same_text(data)) & (_titles(data) != "")).to_numpy(bool), "items"
+        ),
+        "note",
+        "items that have their title in common with another, and differ in a field alone",
+        "Name them by their id where a title is asked for; show the field in the prompt",
         None,
     ),
     "text-too-long": Check(
@@ -107,8 +114,11 @@ ITEM_CHECKS: dict[str, Check] = {
 }
 
 
+def _same(texts: pd.Series) -> pd.Series:
+    plain = pd.Series([" ".join(text.casefold().split()) for text in texts], dtype=object)
+    return plain.duplicated(keep=False)
+
+
 def _same_text(data: Checked) -> pd.Series:
     columns = [data.catalog[name] for name in data.catalog.columns.drop("item")]
-    return pd.Series(
-        ["\0".join(" ".join(text.casefold().split()) for text in row) for row in zip(*columns, strict=True)]
-    )
+    return pd.Series(["\0".join(map(str.strip, row)) for row in zip(*columns, strict=True)], dtype=object)

@@ -40,6 +40,14 @@ def text_column(column: pd.Series) -> pd.Series:
     return pd.Series(np.array(texts, object)[codes], dtype=object).reset_index(drop=True).astype("object")
 
 
+def blanks(column: pd.Series) -> int:
+    """Returns how many cells of a column hold nothing."""
+    if pd.api.types.is_numeric_dtype(column):
+        return int(column.isna().sum())
+    texts, codes = coded(column)
+    return int(np.array([not text.strip() for text in texts], bool)[codes].sum())
+
+
 def rating_numbers(column: pd.Series) -> np.ndarray:
     """Returns ratings as floats, infinite where single precision, in which they are kept, cannot hold them."""
     number = numbers(column)

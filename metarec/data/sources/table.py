@@ -13,7 +13,7 @@ import pyarrow as pa
 from metarec.data.source_options import ItemsTable, SourceOptions, options_scale
 from metarec.data.sources.arrow import arrow_columns, parquet_table
 from metarec.data.sources.assembly import Note, Tables, first_filled
-from metarec.data.sources.columns import coded, text_column
+from metarec.data.sources.columns import blanks, coded, text_column
 from metarec.data.sources.delimited import delimited, header, header_cure
 from metarec.data.sources.files import File, find, need
 from metarec.data.sources.json_lines import json_lines, keys_of
@@ -75,6 +75,7 @@ def _assembled(
 ) -> Tables:
     """Makes tables of the ratings' rows; items stand in them where there are none beside."""
     notes = layout.notes(where, {*OWN, *(() if beside else ("title",))} - set(layout.columns))
+    notes += _empty_cells(ratings, layout, where)
     if "rating" not in ratings and options.columns.get("rating") != "":
         cure = "Map one with 'columns' (--column rating=THEIRS) if people rated"
         notes.append(Note("no-rating-column", "note", f"{where} has no ratings: every row counts as 1", cure, ()))
@@ -87,6 +88,16 @@ def _assembled(
     frame.attrs = ratings.attrs
     dropped = malformed(ratings, *(() if beside is None else (items,)))
     return Tables(frame, items, where, options_scale(options), first, dropped, (*notes, *more))
+
+
+def _empty_cells(ratings: pd.DataFrame, layout: Layout, where: str) -> list[Note]:
+    """Counts cells without a value, column by column."""
+    counts = {str(ours): blanks(ratings[ours]) for ours in ratings.columns}
+    found = [
+        f"'{layout.columns[ours]}' in {count:,} of {len(ratings):,} rows" for ours, count in counts.items() if count
+    ]
+    cure = "Fill them in the source; of an item's fields the first filled one is read"
+    return [Note("empty-cell", "note", f"columns of {where} with empty cells", cure, tuple(found))] if found else []
 
 
 def _items_file(folder: Path | None, bare: bool, options: SourceOptions) -> File | None:
