@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from metarec.devices import check_device
-from metarec.errors import BackboneError, MetarecError, suggest
+from metarec.errors import BackboneError, MetarecError
 from metarec.lm.embedded import MINILM as MINILM
 from metarec.lm.embedded import SMOLLM2 as SMOLLM2
 from metarec.lm.embedded import minilm_dir, smollm2_gguf, unpack_smollm2, unpacked_smollm2
 from metarec.lm.families import BlockModel, TakenApart, take_apart
 from metarec.lm.fingerprint import weights_fingerprint
+from metarec.lm.hub import find_on_hub, known_names
 from metarec.lm.logits import LogitRule, logit_rule
 from metarec.lm.model_files import check_model_dir, refuse_missing_weights
 
@@ -269,15 +270,17 @@ def load_backbone(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.
         dtype: Type of the weights.
 
     Raises:
-        BackboneError: The model is missing, needs remote code, or has no safetensors weights.
+        BackboneError: The model is missing or cannot be fetched, needs remote code, or has no safetensors weights.
         ConfigError: This machine has no such device.
     """
     check_device(device)
     location = prepare_backbone(name)
+    # No loader asks the network for what is here already.
+    here = {"trust_remote_code": False, "local_files_only": Path(location).is_dir() or find_on_hub(name)}
     transformers = _transformers()
     _keep_freed_memory()
     try:
-        config = transformers.AutoConfig.from_pretrained(location, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(location, **here)
         _refuse_remote_code(name, config)
         kind = _kind(config)
         loader = {
@@ -285,11 +288,11 @@ def load_backbone(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.
             "masked": transformers.AutoModelForMaskedLM,
             "encoder": transformers.AutoModel,
         }[kind]
-        tokenizer = transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(location, **here)
         # Eager attention is the only one of transformers' kernels with a second derivative on every device.
         model, loading = loader.from_pretrained(
             location,
-            trust_remote_code=False,
+            **here,
             use_safetensors=True,
             dtype=dtype,
             attn_implementation="eager",
@@ -331,8 +334,7 @@ def prepare_backbone(name: str) -> str:
 
 
 def _missing_model_cure(name: str) -> str:
-    near = suggest(name, (SMOLLM2, MINILM))
-    return f"A directory or a Hugging Face name with safetensors weights works. {near}"
+    return f"A directory or a Hugging Face name with safetensors weights works. {known_names(name)}"
 
 
 def _transformers() -> Any:

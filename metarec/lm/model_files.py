@@ -11,13 +11,15 @@ from metarec.artifacts import MANIFEST, load_json, verify_dir
 from metarec.errors import BackboneError
 
 _CURE = "Fetch the model again, or convert its weights to safetensors"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def check_model_dir(directory: Path) -> None:
     """Checks a model's weights and the indexes that name them.
 
     Raises:
-        BackboneError: An index names a file that is not safetensors, not there or elsewhere; weights are damaged.
+        BackboneError: An index names a file that is not safetensors, not there or elsewhere; weights are damaged, or
+            pickled alone.
         ArtifactError: An index is not JSON, or the directory is metarec's own and a byte of it changed.
     """
     if (directory / MANIFEST).exists():
@@ -36,6 +38,33 @@ def check_model_dir(directory: Path) -> None:
                 raise BackboneError(f"'{directory / file}', which '{index.name}' names, is missing", _CURE)
     for file in sorted(directory.glob("*.safetensors")):
         _check_weights(file)
+    refuse_pickles(str(directory), [file.name for file in directory.iterdir()])
+
+
+def missing_shards(directory: Path) -> list[str]:
+    """Returns the files that a directory's indexes of safetensors name and that are not there."""
+    named = {
+        file
+        for index in directory.glob("*.safetensors.index.json")
+        for file in load_json(index).get("weight_map", {}).values()
+    }
+    return sorted(file for file in named if not (directory / file).is_file())
+
+
+def refuse_pickles(name: str, files: Iterable[str]) -> None:
+    """Raises a `BackboneError` where a model's only weights are pickled, which could run code when they are read.
+
+    Args:
+        name: The model's name.
+        files: The names of its files; those in folders of their own belong to other uses of the model.
+    """
+    beside = [file for file in files if "/" not in file]
+    pickled = sorted(file for file in beside if file.endswith(_PICKLED))
+    if pickled and not any(file.endswith(".safetensors") for file in beside):
+        raise BackboneError(
+            f"the model '{name}' has pickled weights alone ('{pickled[0]}'), which could run code when they are read",
+            "Convert them to safetensors where you trust their source, and give the directory",
+        )
 
 
 def refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
