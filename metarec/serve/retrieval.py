@@ -25,6 +25,7 @@ from metarec.recommender import MetaRecommender
 from metarec.scorers.language.adapted import InnerLoop
 from metarec.scorers.language.linearized import Linearized, linearize
 from metarec.scorers.language.score import ADAPTER_WEIGHT, HEAD, adapter_tensors
+from metarec.scorers.term import ADAPTER_TERM, weighted_sum
 from metarec.tensors import expand_users
 
 _DIRECTIONS = 128
@@ -60,10 +61,13 @@ class Effects:
         if not self.names:
             return np.zeros(len(self), np.float32)
         moved = torch.cat([(state[name] - start.get(name, 0.0)).flatten() for name in self.names])
-        if self.directions is not None:
-            moved = state[ADAPTER_WEIGHT] * (moved @ self.directions)
-        effect: NDArray[np.float32] = self.coordinates @ moved.cpu().numpy()
-        return effect
+        along = moved if self.directions is None else moved @ self.directions
+        effect = torch.from_numpy(self.coordinates) @ along.cpu()
+        if self.directions is not None:  # of the log-odds; a head's product has no weight
+            weights = {ADAPTER_WEIGHT: state[ADAPTER_WEIGHT].cpu()}
+            effect = weighted_sum(expand_users(weights, 1), {ADAPTER_TERM: effect[None]})[0]
+        values: NDArray[np.float32] = effect.numpy()
+        return values
 
 
 def fit_effects(answer_model: AnswerModel | None, meta: MetaState, inner: InnerLoop) -> Effects:
