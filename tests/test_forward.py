@@ -50,6 +50,18 @@ def test_the_cached_forward_matches_the_whole_model(
     torch.testing.assert_close(fast.frozen_log_odds(items.numpy()), frozen, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bert", "encoder"])
+def test_frozen_log_odds_are_the_same_bits_whatever_items_are_asked_for_with_them(
+    family: str, backbone: Backbones, prompts: Prompts
+) -> None:
+    """A matrix product rounds a row differently with the number of rows; one person's company would change scores."""
+    fast, _ = both(backbone(family), prompts(family), placement_of(backbone(family), prompts(family), None))
+    everything = fast.frozen_log_odds(np.arange(40))
+    for first in range(0, 40, 3):
+        for count in range(1, 41 - first):
+            assert torch.equal(fast.frozen_log_odds(np.arange(first, first + count)), everything[first : first + count])
+
+
 @pytest.mark.parametrize(("family", "active"), CASES)
 def test_batched_adapters_match_one_user_at_a_time(
     family: str, active: int | None, backbone: Backbones, prompts: Prompts

@@ -16,6 +16,7 @@ from metarec.lm.adapter_kinds import Adapters, AdapterSpec
 from metarec.lm.backbone import Backbone
 from metarec.lm.cached_forward import CachedForward
 from metarec.lm.forward import Forward, ItemBatch, pool
+from metarec.lm.logits import row_products
 from metarec.lm.placement import Placement, adapter_spec, check_placement
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts
@@ -133,12 +134,12 @@ class AnswerModel:
         return self.backbone.answer_direction(*self.prompts.answers)
 
     def answer(self, state: Tensor) -> Tensor:
-        """Turns states into log p(yes) - log p(no)."""
+        """Turns states into log p(yes) - log p(no), each the same bits whatever states are beside it."""
         if self.prompts.answers is not None and self.backbone.logit_rule.cap is not None:
             yes, no = self.backbone.word_logits(state, self.prompts.answers).unbind(-1)
             return yes - no
         direction, offset = self._answer_axis
-        return state.to(direction.dtype) @ direction + offset
+        return row_products(state.to(direction.dtype), direction[None])[..., 0] + offset
 
 
 @torch.no_grad()

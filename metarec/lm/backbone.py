@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from metarec.devices import check_device
 from metarec.errors import BackboneError, MetarecError
@@ -27,7 +26,7 @@ from metarec.lm.embedded import minilm_dir, smollm2_gguf, unpack_smollm2, unpack
 from metarec.lm.families import BlockModel, TakenApart, take_apart
 from metarec.lm.fingerprint import weights_fingerprint
 from metarec.lm.hub import find_on_hub, known_names
-from metarec.lm.logits import LogitRule, logit_rule
+from metarec.lm.logits import LogitRule, logit_rule, row_products
 from metarec.lm.model_files import check_model_dir, refuse_missing_weights
 
 if TYPE_CHECKING:
@@ -152,10 +151,8 @@ class Backbone:
         precise = _at_least_float32(head.weight.dtype)
         rows = list(words)
         bias = getattr(head, "bias", None)
-        products = functional.linear(
-            states.to(precise), head.weight[rows].to(precise), None if bias is None else bias[rows].to(precise)
-        )
-        return self.logit_rule(products)
+        products = row_products(states.to(precise), head.weight[rows].to(precise))
+        return self.logit_rule(products if bias is None else products + bias[rows].to(precise))
 
     def last_states(self, texts: Sequence[Sequence[int]], shared: int) -> Tensor:
         """Reads texts that begin alike with the whole model, what they share once only; differentiable.

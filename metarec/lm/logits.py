@@ -36,6 +36,21 @@ class LogitRule:
         return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
 
 
+def row_products(states: Tensor, vectors: Tensor) -> Tensor:
+    """Multiplies states by a few vectors; a state's products are the same bits whatever states lie beside it.
+
+    A matrix product rounds a row differently with the number of rows.
+
+    Args:
+        states: Shape (..., width).
+        vectors: Shape (vectors, width).
+
+    Returns:
+        Shape (..., vectors).
+    """
+    return torch.stack([(states * vector).sum(-1) for vector in vectors], -1)
+
+
 def logit_rule(config: Any) -> LogitRule:
     """Returns what a causal model of a configuration does to its vocabulary head's products."""
     scale = next((rule(config) for kind, rule in _SCALES.items() if config.model_type.startswith(kind)), 1.0)
