@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -66,7 +67,18 @@ def run_dir(task_file: Path, model_dir: Callable[[str], Path], tmp_path_factory:
     assert "new user rates five movies" in done.stdout
     assert "top ten after adapting" in done.stdout
     assert "K = 5" in done.stdout
+    (runs / "printed").write_text(done.stdout)
     return runs / "first"
+
+
+def test_a_quickstart_prints_a_table_before_it_reads_a_language_model(run_dir: Path) -> None:
+    printed = (run_dir.parent / "printed").read_text()
+    parts = re.split(r"^\d/4 ", printed, flags=re.MULTILINE)
+    assert parts[0].count("\n  ") == 4  # what it will do
+    assert "stacked" in parts[1]
+    assert "zero-shot prompt" not in parts[1]
+    assert "zero-shot prompt" in parts[3]
+    assert all(re.search(r"^\(\d+ s\)$", part, re.MULTILINE) for part in parts[1:])
 
 
 def test_a_quickstart_leaves_everything_in_its_run(run_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: verbs of a run (`runs`), of tasks and data, of the service (`serve`) and its store (`store`).
+"""The command line: verbs of a run (`runs`, `quickstart`), of tasks and data, of the service and its store.
 
 Results go to standard output (with ``--json`` as JSON alone), progress and errors to standard error. A user's mistake
 ends with one line and status 2, Ctrl-C with status 130 and a checkpoint. Heavy imports happen inside the commands, so
@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from metarec.cli import bench, data, runs, serve, store, tasks
+from metarec.cli import bench, data, quickstart, runs, serve, store, tasks
 from metarec.errors import MetarecError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(runs.app)
+app.add_typer(quickstart.app)
 app.add_typer(bench.app)
 app.add_typer(tasks.tasks_app, name="tasks")
 app.add_typer(data.data_app, name="data")

@@ -1,4 +1,4 @@
-"""The verbs of a run: ``doctor | model prepare | train | evaluate | adapt | recommend | quickstart``."""
+"""The verbs of a run: ``doctor | model prepare | train | evaluate | adapt | recommend``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metarec.cli.one_user import show_one_user
 from metarec.cli.options import (
     BackboneOption,
     ColumnOption,
@@ -40,7 +39,7 @@ from metarec.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from metarec.adapted_user import AdaptedUser
-    from metarec.config import Dtype
+    from metarec.config import Dtype, RunConfig
     from metarec.data.task import Task
     from metarec.recommender import MetaRecommender
 
@@ -142,9 +141,9 @@ def train(
     run = run_dir(runs, name)
     refuse_overwriting(run, resume, fresh)
     go_on = "with --resume instead of --fresh" if fresh else "with --resume"
-    recommender = _train(
-        run, config, preset, task, backbone, device, seed, overrides, engine, resume, fresh, go_on, own
-    )
+    named = {"task": task, "backbone": backbone, "device": device, "seed": seed}
+    settings = run_settings(config, preset, named, overrides, engine)
+    recommender = train_run(run, settings, resume, fresh, go_on, own)
     fitted = recommender.fitted
     show({"run": str(run), **{key: value for key, value in fitted.training.items() if key != "history"}}, json)
 
@@ -156,7 +155,7 @@ def evaluate(
     json: JsonOption = False,
 ) -> None:
     """Score the test users of the run's task and print the table; per-user results go into the run."""
-    _evaluate(load_run(run, device=device), run, json)
+    evaluate_run(load_run(run, device=device), run, json)
 
 
 @app.command(
@@ -242,61 +241,39 @@ def _print_ranking(entries: list[dict[str, Any]], as_json: Any | None) -> None:
             typer.echo(f"             {reason['moved']:+.3f} by {reason['rating']:g} for {reason['title']}")
 
 
-@app.command(epilog="Example: metarec quickstart --seed 1 --name second")
-def quickstart(
-    name: NameOption = "quickstart",
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    task: TaskOption = None,
-    backbone: BackboneOption = None,
-    device: DeviceOption = None,
-    seed: SeedOption = None,
-    overrides: SetOption = None,
-    engine: EngineOption = None,
-    runs: RunsOption = Path("runs"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Train again even if the run is there.")] = False,
-    json: JsonOption = False,
-) -> None:
-    """Train, evaluate and adapt to one person never seen: the whole thing, on real users, in minutes."""
-    run = run_dir(runs, name)
-    go_on = "without --fresh" if fresh else "again"
-    recommender = _train(
-        run, config, preset or "quick", task, backbone, device, seed, overrides, engine, not fresh, fresh, go_on
-    )
-    table = _evaluate(recommender, run, json=False, quiet=json)
-    story = show_one_user(recommender, run, quiet=json)
-    if json:
-        print_json({"table": table, "user": story})
-    else:
-        typer.echo(f"\nEverything is in {run}; go on with: metarec recommend {run} --rating 'Toy Story=5'")
-
-
-def _train(
-    run: Path,
+def run_settings(
     config: Path | None,
     preset: str | None,
-    task: str | None,
-    backbone: str | None,
-    device: str | None,
-    seed: int | None,
+    named: Mapping[str, Any],
     overrides: list[str] | None,
     engine: str | None,
-    resume: bool,
-    fresh: bool,
-    go_on: str,
-    own: Mapping[str, Any] | None = None,
-) -> MetaRecommender:
-    import yaml
-
-    from metarec.artifacts import replace_file
+) -> RunConfig:
+    """Returns the settings that a command line says: a preset, under a file, under options, under ``--set``."""
     from metarec.config import RunConfig, override, read_yaml, validated
     from metarec.presets import with_preset
 
     values = with_preset(preset or "standard", read_yaml(config) if config else {})
-    named = {"task": task, "backbone": backbone, "device": device, "seed": seed}
     values |= {key: value for key, value in named.items() if value is not None}
     assignments = [*(overrides or []), *([f"meta.engine={engine}"] if engine else [])]
-    settings = validated(RunConfig, override(values, assignments), str(config) if config else "settings")
+    return validated(RunConfig, override(values, assignments), str(config) if config else "settings")
+
+
+def train_run(
+    run: Path, settings: RunConfig, resume: bool, fresh: bool, go_on: str, own: Mapping[str, Any] | None = None
+) -> MetaRecommender:
+    """Meta-trains by some settings, and keeps the recommender in the run.
+
+    Args:
+        run: The run's directory.
+        settings: The settings.
+        resume: Goes on from the run's checkpoint.
+        fresh: Deletes what the run holds first.
+        go_on: What a person adds to the command to go on after an interruption.
+        own: Of a table: see `MetaRecommender.fit`.
+    """
+    import yaml
+
+    from metarec.artifacts import replace_file
     from metarec.data.source_options import is_table
     from metarec.data.task_files import load_task
     from metarec.run_directory import RUN_MODEL
@@ -329,7 +306,8 @@ def _train(
     return recommender
 
 
-def _evaluate(recommender: MetaRecommender, run: Path, json: bool, quiet: bool = False) -> dict[str, Any]:
+def evaluate_run(recommender: MetaRecommender, run: Path, json: bool, quiet: bool = False) -> dict[str, Any]:
+    """Scores the test users of a run's task, keeps the results in the run, and prints the table."""
     from metarec.artifacts import replace_file, write_json
     from metarec.bench.report import findings, table
 
