@@ -105,6 +105,10 @@ def both(*plants: Callable[[Tables], Tables]) -> Callable[[Tables], Tables]:
     return plant
 
 
+def unscaled(plant: Callable[[Tables], Tables]) -> Callable[[Tables], Tables]:
+    return lambda tables: replace(plant(tables), scale=None)
+
+
 def hours() -> Callable[[Tables], Tables]:
     def plant(tables: Tables) -> Tables:
         ratings = tables.ratings.assign(rating=[f"{(300, 1, 2, 3, 2)[row % 5]}" for row in range(len(tables.ratings))])
@@ -134,6 +138,7 @@ PLANTED: list[tuple[str, Callable[[Tables], Tables], tuple[str, ...]]] = [
     ("thin-user", more(("alone", "i1", "3", NOW - 9)), ("alone",)),
     ("one-value-rater", more(*(("flat", f"i{item}", "4", NOW - 9 - 86_400 * item) for item in range(5))), ("flat",)),
     ("near-duplicate-user", copied("u0", "u9"), ("u0", "u9")),
+    ("zero-rating", unscaled(rating(3, "rating", "0")), ("5",)),
     ("skewed-rating", hours(), ("2", "7", "12", "17", "22", "27", "32", "37", "42", "47")),
     ("suspicious-user", more(*(("bot", f"i{row % 10}", str(1 + row % 5), NOW - row) for row in range(40))), ("bot",)),
     ("empty-item-id", text("", "item", 9), ("10 ()",)),

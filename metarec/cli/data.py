@@ -10,9 +10,11 @@ import typer
 from metarec.cli.options import (
     ColumnOption,
     EncodingOption,
+    HeaderOption,
     ItemsFileOption,
     ItemsIdOption,
     JsonOption,
+    LineBreaksOption,
     RatingsFileOption,
     ScaleOption,
     SeparatorOption,
@@ -52,6 +54,8 @@ def check(
     separator: SeparatorOption = None,
     encoding: EncodingOption = "utf-8",
     scale: ScaleOption = None,
+    header: HeaderOption = None,
+    line_breaks: LineBreaksOption = False,
     fix: Annotated[
         Path | None, typer.Option("--fix", help="Write a cleaned copy to this folder.", show_default=False)
     ] = None,
@@ -78,7 +82,9 @@ def check(
 
     thresholds = [verdict.read_threshold(text) for text in fail_on or []]
     task, tables = _tables(
-        what, path, source_options(ratings_file, items_file, items_id, column, separator, encoding, scale)
+        what,
+        path,
+        source_options(ratings_file, items_file, items_id, column, separator, encoding, scale, header, line_breaks),
     )
     with progress("checking", 3, after=2.0) as advance:
         data = read_for_checks(tables)
@@ -147,6 +153,8 @@ def describe(
     separator: SeparatorOption = None,
     encoding: EncodingOption = "utf-8",
     scale: ScaleOption = None,
+    header: HeaderOption = None,
+    line_breaks: LineBreaksOption = False,
     json: JsonOption = False,
 ) -> None:
     """Say what a dataset is: sizes, density, ratings per user and item, histogram, time span, fields."""
@@ -154,7 +162,9 @@ def describe(
     from metarec.data.description import describe as described
 
     _, tables = _tables(
-        what, path, source_options(ratings_file, items_file, items_id, column, separator, encoding, scale)
+        what,
+        path,
+        source_options(ratings_file, items_file, items_id, column, separator, encoding, scale, header, line_breaks),
     )
     facts = described(read_for_checks(tables))
     if json:
@@ -197,13 +207,17 @@ def convert(
     separator: SeparatorOption = None,
     encoding: EncodingOption = "utf-8",
     scale: ScaleOption = None,
+    header: HeaderOption = None,
+    line_breaks: LineBreaksOption = False,
     json: JsonOption = False,
 ) -> None:
     """Write a dataset as Parquet with a manifest; every task reads the folder in place of the original."""
     from metarec.data.sources import write_tables
 
     _, tables = _tables(
-        what, path, source_options(ratings_file, items_file, items_id, column, separator, encoding, scale)
+        what,
+        path,
+        source_options(ratings_file, items_file, items_id, column, separator, encoding, scale, header, line_breaks),
     )
     write_tables(tables, out)
     facts: dict[str, Any] = {"written": str(out), "ratings": len(tables.ratings), "items": len(tables.items)}

@@ -83,6 +83,17 @@ ItemsIdOption = Annotated[
 SeparatorOption = Annotated[
     str | None, typer.Option(help="Of table: what separates fields (default: as the header looks).", show_default=False)
 ]
+HeaderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--header",
+        help="Of table: names of its columns, where the first row is data: user,item,rating,timestamp.",
+        show_default=False,
+    ),
+]
+LineBreaksOption = Annotated[
+    bool, typer.Option("--line-breaks", help="Of table: quoted fields may hold line breaks, as reviews do.")
+]
 EncodingOption = Annotated[str, typer.Option(help="Of table: the encoding.")]
 ScaleOption = Annotated[str | None, typer.Option(help="LOW,HIGH: the rating scale.", show_default=False)]
 
@@ -118,6 +129,8 @@ def source_options(
     separator: str | None,
     encoding: str,
     scale: str | None,
+    header: str | None,
+    line_breaks: bool,
 ) -> SourceOptions:
     """Returns the options of a table that the command line gives; bad rows are set aside and counted."""
     from metarec.config import validated
@@ -137,5 +150,7 @@ def source_options(
         "ratings": ratings,
         "items": {"file": items, "id": items_id} if items_id else items,
         "scale": scale.split(",") if scale else None,
+        "header": header.split(",") if header else None,
+        "line_breaks": line_breaks,
     }
     return validated(SourceOptions, values, "options")

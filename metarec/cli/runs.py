@@ -15,9 +15,11 @@ from metarec.cli.options import (
     DeviceOption,
     EncodingOption,
     EngineOption,
+    HeaderOption,
     ItemsFileOption,
     ItemsIdOption,
     JsonOption,
+    LineBreaksOption,
     NameOption,
     PresetOption,
     RatingOption,
@@ -120,6 +122,8 @@ def train(
     separator: SeparatorOption = None,
     encoding: EncodingOption = "utf-8",
     scale: ScaleOption = None,
+    header: HeaderOption = None,
+    line_breaks: LineBreaksOption = False,
     bad_rows: Annotated[
         str | None,
         typer.Option(
@@ -135,7 +139,7 @@ def train(
     """Meta-train a recommender and keep it in RUNS/NAME."""
     if what is not None and task is not None:
         raise ConfigError(f"'{what}' and --task '{task}' are two tasks", "Give one")
-    options = source_options(None, items_file, items_id, column, separator, encoding, scale)
+    options = source_options(None, items_file, items_id, column, separator, encoding, scale, header, line_breaks)
     own = options.model_dump(exclude_defaults=True, exclude={"bad_rows"}) | ({"bad_rows": bad_rows} if bad_rows else {})
     task = what or task
     run = run_dir(runs, name)
@@ -358,7 +362,7 @@ def _adapted(recommender: MetaRecommender, ratings: list[str] | None, file: Path
             raise ConfigError(f"--rating {shown(entry)} has no '='", "Write --rating 'Toy Story=5'")
         pairs.append((item, value))
     if file is not None:
-        from metarec.data.sources.rated import rated_rows
+        from metarec.data.sources.rated import own_ratings
 
-        pairs += [(item, value) for item, value in rated_rows(file, ("item", "rating"))]
+        pairs += own_ratings(file, recommender.fitted.catalog, recommender.fitted.scale)
     return recommender.adapt(pairs)

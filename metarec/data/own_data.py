@@ -20,8 +20,8 @@ from metarec.config import validated
 from metarec.data.interactions import Interactions
 from metarec.data.source_options import SourceOptions, is_table
 from metarec.data.sources import read_source, read_tables
-from metarec.data.sources.assembly import Note, Tables, assemble_tables
-from metarec.data.sources.columns import text_column
+from metarec.data.sources.assembly import NOT_RATED, Note, Tables, assemble_tables
+from metarec.data.sources.columns import scale_without_zero, text_column
 from metarec.data.sources.files import File
 from metarec.data.sources.names import OWN
 from metarec.data.sources.table import column_names, frame_tables, guess_separator, layout_of_ratings, read_table
@@ -69,8 +69,17 @@ def own_task(data: pd.DataFrame | Path, choices: Mapping[str, Any], *, where: st
             options = options.model_copy(update={"separator": guess_separator(data, options.encoding)})
     options = with_item_fields(data, options)
     interactions = read_own(data, options)
-    dropped = sum(count for reason, count in interactions.dropped.items() if reason != "repeated rating")
-    if dropped:
+    if options.scale is None and (stars := scale_without_zero(interactions.rating)):
+        low, high = (f"{end:g}" for end in stars)
+        raise DataError(
+            f"{int((interactions.rating == 0).sum())} of {len(interactions)} ratings are 0 beside {low} to {high}: "
+            "in many exports 0 means 'not rated'",
+            f"State the scale: scale=({low}, {high}) (--scale {low},{high}) leaves them out, scale=(0, {high}) "
+            f"(--scale 0,{high}) counts them as ratings",
+        )
+    unasked = ("repeated rating", NOT_RATED)
+    dropped = sum(count for reason, count in interactions.dropped.items() if reason not in unasked)
+    if dropped or NOT_RATED in interactions.dropped:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in interactions.dropped.items())
         if not stated and dropped > _MOST_DROPPED * (dropped + len(interactions)):
             raise DataError(
@@ -164,12 +173,12 @@ def _item_fields(data: pd.DataFrame | Path, options: SourceOptions) -> dict[str,
     if isinstance(data, Path):
         if not data.is_file() or options.items is not None or not is_table(data):
             return {}
-        names = column_names(File(data), options)
-        frame = read_table(File(data), {name: name for name in names if name}, options)
+        names = column_names(File(data), options, options.header)
+        frame = read_table(File(data), {name: name for name in names if name}, options, options.header)
     else:
         names, frame = [str(name) for name in data.columns], data.rename(columns=str)
     columns = layout_of_ratings(str(data) if isinstance(data, Path) else "the DataFrame", names, options).columns
-    item = text_column(frame[columns["item"]])
+    item = text_column(frame[columns.get("item", columns["title"])])
     ignored = {theirs for theirs in options.columns.values() if theirs}
     found: dict[str, str] = {}
     for theirs in names:

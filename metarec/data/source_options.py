@@ -39,6 +39,9 @@ class SourceOptions(Section):
         {},
         description="of 'table': user, item, rating, timestamp, title, other fields to the file's columns; '': none",
     )
+    header: tuple[str, ...] | None = Field(
+        None, description="of 'table': names of the ratings' columns, where the file's first row is data"
+    )
     separator: str = ","
     encoding: str = "utf-8"
     line_breaks: bool = Field(False, description="whether quoted fields may hold line breaks")

@@ -18,6 +18,7 @@ NOTES = (
     "unused-column",
     "item-field",
     "empty-cell",
+    "no-item-column",
     "no-rating-column",
     "several-titles",
     "some-timed",

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from metarec.data.checks.findings import Check, Checked, CheckLimits, Fault
+from metarec.data.sources.columns import scale_without_zero
 
 _MOST_COMPARED = 50  # users who share a hash: a bound on what a made-up set can cost
 _FACTORS = (  # odd numbers without a pattern: each orders hashes anew
@@ -48,6 +49,11 @@ def _off_scale(data: Checked, _: CheckLimits) -> Fault:
     if scale is None:
         return Fault(np.zeros(len(data.rating), bool), "ratings")
     return Fault(np.isfinite(data.rating) & ((data.rating < scale.low) | (data.rating > scale.high)), "ratings")
+
+
+def _zeros(data: Checked, _: CheckLimits) -> Fault:
+    odd = data.tables.scale is None and scale_without_zero(data.rating) is not None
+    return Fault((data.rating == 0) & odd, "ratings")
 
 
 def _unknown_items(data: Checked, _: CheckLimits) -> Fault:
@@ -174,6 +180,13 @@ RATING_CHECKS: dict[str, Check] = {
     ),
     "rating-off-scale": Check(
         _off_scale, "error", "ratings off the stated scale", "Drop them, or state another scale", "drop"
+    ),
+    "zero-rating": Check(
+        _zeros,
+        "warning",
+        "ratings of 0 beside stars from 1 on, or one half: in many exports 0 means 'not rated'",
+        "State the scale: --scale 1,5 leaves them out, --scale 0,5 counts them as ratings",
+        None,
     ),
     "skewed-rating": Check(
         _skewed,

@@ -20,6 +20,8 @@ from metarec.errors import DataError, shown
 # Column of the ratings that says which part of a given split a row belongs to, as a position in `PART_NAMES`.
 PART = "part"
 
+NOT_RATED = "not rated (0)"
+
 
 @dataclass(frozen=True)
 class Note:
@@ -175,6 +177,12 @@ def _numbers(tables: Tables, sieve: _Sieve) -> tuple[np.ndarray, np.ndarray | No
     scale = tables.scale or RatingScale(
         float(finite.min(initial=0.0 if not len(finite) else np.inf)),
         float(finite.max(initial=0.0 if not len(finite) else -np.inf)),
+    )
+    sieve.refuse(
+        (number == 0) & (scale.low > 0),
+        lambda row: "rating 0 is off the scale, as where nobody rated",
+        NOT_RATED,
+        f"Rate {scale}",
     )
     sieve.refuse(
         np.isfinite(number) & ((number < scale.low) | (number > scale.high)),

@@ -55,6 +55,15 @@ def rating_numbers(column: pd.Series) -> np.ndarray:
         return np.where(np.isinf(number.astype(np.float32)), np.inf, number)
 
 
+def scale_without_zero(ratings: np.ndarray) -> tuple[float, float] | None:
+    """Returns the scale of ratings whose zeros may mean "not rated", as of 1 to 5 stars; None where nothing says so."""
+    values = np.unique(ratings[np.isfinite(ratings)])
+    stars = values[values > 0]
+    if values.min(initial=1) != 0 or len(stars) < 3 or not 3 <= stars[-1] <= 10 or (stars * 2 % 1).any():
+        return None
+    return float(min(stars[0], 1.0)), float(stars[-1])
+
+
 def numbers(column: pd.Series) -> np.ndarray:
     """Returns a column as floats, NaN where it is no number. Underscores and other alphabets' digits are no numbers."""
     if isinstance(column.dtype, pd.CategoricalDtype):
@@ -126,6 +135,15 @@ def _are_compact_dates(numbers_: np.ndarray) -> bool:
 
 
 _FIGURES = re.compile(r"([0-9]{1,2})([./-])([0-9]{1,2})\2([0-9]{4})(?:,?[ T]+(.+))?")
+# Dates with the name of a month, as in exports: Fri Nov 10 09:53:41 -0800 2017, Nov 10, 2017, 10 November 2017.
+_NAMED_MONTHS = (
+    "%a %b %d %H:%M:%S %z %Y",
+    "%a, %d %b %Y %H:%M:%S %z",
+    "%b %d, %Y",
+    "%B %d, %Y",
+    "%d %b %Y",
+    "%d %B %Y",
+)
 _FRACTION = re.compile(r"(:[0-9]{2}),(?=[0-9])")
 _ZONE = re.compile(r" ?(?:UTC|GMT|Z)$")
 
@@ -146,4 +164,6 @@ def _dates(texts: list[str]) -> np.ndarray:
                 plain = f"{found[4]}-{month:0>2}-{day:0>2} {found[5] or '00:00'}"
         written.append(_ZONE.sub("Z", _FRACTION.sub(r"\1.", plain)) if plain.isascii() else "")
     stamps = pd.to_datetime(pd.Series(written, dtype=object), format="ISO8601", utc=True, errors="coerce")
+    for form in _NAMED_MONTHS if any(re.search("[A-Za-z]{3}", text) for text in written) else ():
+        stamps = stamps.fillna(pd.to_datetime(pd.Series(written, dtype=object), format=form, utc=True, errors="coerce"))
     return np.array((stamps - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1), np.float64)

@@ -195,7 +195,7 @@ def _strict_rows(
         if broken:
             raise DataError(
                 f"{file} row {number}: a quoted field goes on over the line's end; a quote is open",
-                "Close the quote, or set 'line_breaks' if fields may hold line breaks",
+                "Close the quote, or set 'line_breaks' (--line-breaks) if fields may hold line breaks",
             )
         if len(row) == len(names):
             rows.append(row)

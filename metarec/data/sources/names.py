@@ -22,11 +22,12 @@ _USUAL: dict[str, str] = {
     "produktnr movieid filmid bookid animeid gameid appid songid trackid artistid businessid recipeid "
     "courseid newsid hotelid beerid movie film book buch anime game song track artist business recipe "
     "course",
-    "rating": "rating ratings userrating ratingvalue starrating bookrating reviewrating overall star stars score "
-    "sterne bewertung wertung punkte note nota puntuacion liked like",
+    "rating": "rating ratings userrating myrating ratingvalue starrating bookrating reviewrating overall star stars "
+    "score sterne bewertung wertung punkte note nota puntuacion liked like "
+    "recommended recommend isrecommended votedup",
     "timestamp": "timestamp ts unixreviewtime unixtime time date datetime ratingtimestamp ratingtime ratingdate "
     "ratedat reviewtime reviewdate eventtime createdat created createdate purchasedate purchasetime "
-    "orderdate ordertime updatedat datum zeit zeitpunkt zeitstempel uhrzeit kaufdatum bestelldatum "
+    "orderdate ordertime updatedat dateadded datum zeit zeitpunkt zeitstempel uhrzeit kaufdatum bestelldatum "
     "bewertungsdatum fecha",
     "title": "title titel itemtitle itemname producttitle productname movietitle moviename filmtitle filmtitel "
     "booktitle bookname buchtitel gametitle gamename appname songtitle trackname artistname artikelname "

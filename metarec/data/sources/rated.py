@@ -1,18 +1,22 @@
-"""Reads people's ratings to adapt to from one delimited file, as spreadsheets write it."""
+"""Reads people's ratings to adapt to from one delimited file, as spreadsheets and one person's exports have them."""
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from metarec.data.interactions import Catalog, RatingScale
 from metarec.data.sources.columns import numbers
 from metarec.data.sources.delimited import delimited, header, header_cure
 from metarec.data.sources.files import File
 from metarec.data.sources.names import recognise
 from metarec.errors import DataError
 
+_LOG = logging.getLogger(__name__)
 _SEPARATORS = (",", ";", "\t", "|")
 
 
@@ -31,18 +35,88 @@ def rated_rows(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
     """
     file = File(path)
     start = f"Start the file with: {','.join(columns)}"
-    for separator in _SEPARATORS:
-        names = header(file, separator, "utf-8")
-        found = recognise(names, columns)
-        if len(found) == len(columns):
-            break
-    else:
+    separator, found = _layout(file, columns)
+    if len(found) < len(columns):
         names = header(file, ",", "utf-8")
         if not any(names):
             raise DataError(f"{file} is empty", f"{start}, then one row for each rating")
         missing = next(name for name in columns if name not in recognise(names, columns))
         raise DataError(f"{file} has no column '{missing}'", f"{header_cure(missing, names, ',').rstrip('.')}. {start}")
-    frame = delimited(file, {theirs: ours for ours, theirs in found.items()}, separator=separator)
+    return _rows(file, separator, found, columns)
+
+
+def own_ratings(path: Path, catalog: Catalog, scale: RatingScale) -> list[tuple[str, Any]]:
+    """Reads one person's ratings: a file of items and ratings, or an export with titles, as of Goodreads or Letterboxd.
+
+    Of an export, an item is the one with its id, or with its title and year; of two rows about one item the later
+    counts. What the catalog does not hold is left out with a count, and so are ratings of 0 where the scale begins
+    above.
+
+    Args:
+        path: The file.
+        catalog: Where items are looked up.
+        scale: The scale of the ratings.
+
+    Returns:
+        Items by id or title, and their ratings.
+
+    Raises:
+        DataError: The file cannot be read, has no such column, or nothing of it is in the catalog.
+    """
+    file = File(path)
+    separator, found = _layout(file, ("rating", "title", "item", "year"))
+    if not {"rating", "title"} <= set(found):
+        return [(item, rating) for item, rating in rated_rows(path, ("item", "rating"))]
+    columns: list[str] = [name for name in ("item", "title", "year", "rating") if name in found]
+    kept: dict[str, Any] = {}
+    unrated, unknown, ids = 0, [], set(catalog.ids)
+    for row in _rows(file, separator, found, columns, line_breaks=True):
+        named = dict(zip(columns, row, strict=True))
+        rating: Any = named["rating"]
+        if rating in (0, "") and scale.low > 0:
+            unrated += 1
+        elif (item := named.get("item") if named.get("item") in ids else _titled(catalog, named)) is None:
+            unknown.append(named["title"])
+        else:
+            kept[item] = rating
+    if unrated:
+        _LOG.warning("%s: %d rows without a rating are left out", file, unrated)
+    if unknown:
+        said = ", ".join(repr(title) for title in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        if not kept:
+            raise DataError(
+                f"none of {len(unknown)} rated titles of {file} is found: {said}", "Give titles that it has"
+            )
+        _LOG.warning(
+            "%s: %d rated titles are left out: the catalog has none, or several, of %s", file, len(unknown), said
+        )
+    return list(kept.items())
+
+
+def _titled(catalog: Catalog, named: dict[str, str]) -> str | None:
+    """Returns the id of the one item with the title, and the year if there is one, of a row of an export."""
+    dated = f"{named['title']} ({named['year']})" if named.get("year") else named["title"]
+    # Goodreads writes the series behind a title: The Lost Garden (Tales, #1).
+    for name in (dated, named["title"], re.sub(r"\s*\([^()]*\)\s*$", "", named["title"])):
+        codes = catalog.titles.find(name)
+        if len(codes) == 1:
+            return catalog.ids[codes[0]]
+    return None
+
+
+def _layout(file: File, columns: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """Returns the separator by which most of some columns are found, and these: our name to the file's."""
+    found = {separator: recognise(header(file, separator, "utf-8"), columns) for separator in _SEPARATORS}
+    best = max(_SEPARATORS, key=lambda separator: len(found[separator]))
+    return best, found[best]
+
+
+def _rows(
+    file: File, separator: str, found: dict[str, str], columns: Sequence[str], *, line_breaks: bool = False
+) -> list[tuple[str, ...]]:
+    """Returns some columns, ``rating`` last, as rows; a rating that is no number stays as it was written."""
+    wanted = {theirs: ours for ours, theirs in found.items() if ours in columns}
+    frame = delimited(file, wanted, separator=separator, line_breaks=line_breaks)
     if frame.empty:
         raise DataError(f"{file} holds no rating", "Write one row for each rating, or leave the file out")
     *texts, rating = (frame[name] for name in columns)

@@ -13,7 +13,7 @@ import pyarrow as pa
 from metarec.data.source_options import ItemsTable, SourceOptions, options_scale
 from metarec.data.sources.arrow import arrow_columns, parquet_table
 from metarec.data.sources.assembly import Note, Tables, first_filled
-from metarec.data.sources.columns import blanks, coded, text_column
+from metarec.data.sources.columns import blanks, coded, numbers, text_column
 from metarec.data.sources.delimited import delimited, header, header_cure
 from metarec.data.sources.files import File, find, need
 from metarec.data.sources.json_lines import json_lines, keys_of
@@ -33,11 +33,11 @@ def table(path: Path | None, options: SourceOptions) -> Tables:
     bare = path is not None and path.is_file() and path.suffix != ".zip"
     ratings_file = File(path) if bare and path else need(path, options.ratings or "ratings.*")
     items_file = _items_file(path.parent if bare and path else path, bare, options)
-    names = column_names(ratings_file, options)
+    names = column_names(ratings_file, options, options.header)
     layout = layout_of_ratings(ratings_file, names, options, inside=items_file is None)
-    ratings = read_table(ratings_file, theirs_to_ours(layout.columns, ratings_file), options)
+    ratings = read_table(ratings_file, theirs_to_ours(layout.columns, ratings_file), options, options.header)
     beside = None if items_file is None else _beside(items_file, layout.columns["item"], options)
-    first = 2 if _kind(ratings_file) in ("csv", "tsv", "txt", "dat") else 1
+    first = 2 if _kind(ratings_file) in ("csv", "tsv", "txt", "dat") and options.header is None else 1
     return _assembled(ratings, layout, str(ratings_file), options, first, beside)
 
 
@@ -76,6 +76,11 @@ def _assembled(
     """Makes tables of the ratings' rows; items stand in them where there are none beside."""
     notes = layout.notes(where, {*OWN, *(() if beside else ("title",))} - set(layout.columns))
     notes += _empty_cells(ratings, layout, where)
+    if "item" not in ratings:
+        ratings = ratings.assign(item=titles_as_ids(ratings))
+        cure = "Name the column of ids, if there is one: --column item=THEIRS"
+        said = f"{where} has no ids of items: their titles stand for them"
+        notes.append(Note("no-item-column", "note", said, cure, ()))
     if "rating" not in ratings and options.columns.get("rating") != "":
         cure = "Map one with 'columns' (--column rating=THEIRS) if people rated"
         notes.append(Note("no-rating-column", "note", f"{where} has no ratings: every row counts as 1", cure, ()))
@@ -117,13 +122,16 @@ def layout_of_ratings(file: object, names: Sequence[str], options: SourceOptions
         inside: Whether the items stand in the ratings' rows.
 
     Raises:
-        DataError: There is no user, item or title.
+        DataError: There is no user or title, or neither an item nor a title.
     """
     given = {ours: theirs for ours, theirs in options.columns.items() if theirs and (inside or ours in OWN)}
     sought = [ours for ours in (*OWN, *(["title"] if inside else [])) if ours not in options.columns]
     guessed = recognise(names, sought, given.values())
     columns = {**given, **guessed}
-    for ours in ("user", "item", *(["title"] if inside else [])):
+    titled = inside and "title" in columns
+    if titled and "item" not in columns:
+        theirs_to_ours({**columns, "item": "item"}, file)  # a column of this name may be taken for the title
+    for ours in ("user", *([] if titled else ["item"]), *(["title"] if inside else [])):
         if ours not in columns:
             theirs_to_ours({**columns, ours: ours}, file)  # its own column may be taken
             _refuse_missing(file, ours, names, options)
@@ -131,10 +139,25 @@ def layout_of_ratings(file: object, names: Sequence[str], options: SourceOptions
 
 
 def _refuse_missing(file: object, ours: str, names: Sequence[str], options: SourceOptions) -> None:
-    cure = header_cure(ours, names, options.separator)
-    raise DataError(
-        f"{file} has no column '{ours}'", f"{cure.rstrip('.')}. Name yours in 'columns' (--column {ours}=THEIRS)"
-    )
+    if options.header is None and any(np.isfinite(numbers(pd.Series(names, dtype=object)))):
+        raise DataError(
+            f"{file} has no column '{ours}': its first row is data, {', '.join(map(repr, names[:4]))}",
+            "Name its columns in 'header', in their order: --header user,item,rating,timestamp",
+        )
+    cure = header_cure(ours, names, options.separator).rstrip(".")
+    cure += f". Name yours in 'columns' (--column {ours}=THEIRS)"
+    if ours == "user" and recognise(names, ["rating"]):
+        cure += "; one person's own ratings are adapted to: metarec recommend RUN --ratings FILE"
+    raise DataError(f"{file} has no column '{ours}'", cure)
+
+
+def titles_as_ids(rows: pd.DataFrame) -> pd.Series:
+    """Returns titles, with the year where there is one, as ids of items that have no others."""
+    title = text_column(rows["title"]).str.strip()
+    if "year" not in rows:
+        return title
+    year = text_column(rows["year"]).str.strip()
+    return title.where((year == "") | (title == ""), title + " (" + year + ")")
 
 
 def _inside(ratings: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
@@ -189,8 +212,13 @@ def guess_separator(path: Path, encoding: str) -> str:
     return max((",", ";", "\t", "|"), key=lambda mark: len(header(File(path), mark, encoding)))
 
 
-def column_names(file: File, options: SourceOptions) -> list[str]:
+def column_names(file: File, options: SourceOptions, header_given: Sequence[str] | None = None) -> list[str]:
     """Returns the names of a table's columns.
+
+    Args:
+        file: The table.
+        options: How it is read.
+        header_given: Names of its columns, where its first row is data.
 
     Raises:
         DataError: The file is empty, or a name stands there twice.
@@ -204,7 +232,7 @@ def column_names(file: File, options: SourceOptions) -> list[str]:
     elif kind == "parquet":
         names = list(_parquet(file).column_names)
     elif kind in ("csv", "tsv", "txt", "dat"):
-        names = header(file, _separator(kind, options), options.encoding)
+        names = list(header_given or header(file, _separator(kind, options), options.encoding))
     else:
         raise DataError(f"{file} is of no kind that is read", "Give a .csv, .tsv, .jsonl or .parquet file")
     if not any(name.strip() for name in names):
@@ -223,8 +251,16 @@ def _refuse_repeated(file: object, names: Sequence[str]) -> None:
         )
 
 
-def read_table(file: File, wanted: Mapping[str, str], options: SourceOptions) -> pd.DataFrame:
+def read_table(
+    file: File, wanted: Mapping[str, str], options: SourceOptions, header_given: Sequence[str] | None = None
+) -> pd.DataFrame:
     """Reads columns of a CSV, TSV, JSON lines or Parquet file, by the ending of its name.
+
+    Args:
+        file: The table.
+        wanted: Its columns to the names that they get here.
+        options: How it is read.
+        header_given: Names of its columns, where its first row is data.
 
     Raises:
         DataError: The kind is none of these, or the file is not what its name says.
@@ -238,6 +274,7 @@ def read_table(file: File, wanted: Mapping[str, str], options: SourceOptions) ->
         file,
         wanted,
         separator=_separator(kind, options),
+        header=header_given,
         encoding=options.encoding,
         line_breaks=options.line_breaks,
         bad_rows=options.bad_rows,
