@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pandas as pd
 
@@ -18,14 +18,14 @@ from metarec.adapted_user import AdaptedUser
 from metarec.artifacts import recover_dir
 from metarec.config import Dtype, RunConfig, validated
 from metarec.data.given_ratings import GivenRatings, rating_pairs
+from metarec.data.given_task import TaskLike, load_given
 from metarec.data.interactions import Ratings, read_ratings
-from metarec.data.own_data import load_own, reload_own
+from metarec.data.own_data import reload_own
 from metarec.data.source_options import is_table
 from metarec.data.sources import SOURCES
 from metarec.data.split_record import catalog_differences
 from metarec.data.task import Task
-from metarec.data.task_data import IN_MEMORY, TaskData, load_task_data
-from metarec.data.task_files import load_task
+from metarec.data.task_data import IN_MEMORY, TaskData
 from metarec.data.training_users import refuse_small_data
 from metarec.devices import check_device
 from metarec.errors import ArtifactError, ConfigError
@@ -55,8 +55,6 @@ from metarec.tensors import AdapterState, select_user
 from metarec.training import meta_train, training_identity
 
 BASELINE = "item mean"
-TaskLike: TypeAlias = "str | Path | Task | TaskData | pd.DataFrame"
-_TAKES = "Give a task's name, a YAML file, a table file (.csv, .parquet, ...), a DataFrame or a Task"
 
 
 class MetaRecommender:
@@ -176,7 +174,8 @@ class MetaRecommender:
         Args:
             task: A task's name, a YAML file's path, or a loaded task; None takes the configuration's. Or a table of
                 ratings: a DataFrame with the columns ``user``, ``item``, ``rating``, ``title``, optionally
-                ``timestamp``, and columns that describe items; or the path of a CSV, TSV, JSON lines or Parquet file.
+                ``timestamp``, and columns that describe items (or ``items=``, a DataFrame of items: ``item``, ``title``
+                and fields); or the path of a CSV, TSV, JSON lines or Parquet file.
             checkpoint: Where the training state is kept; None keeps it in a temporary directory.
             resume: Goes on from `checkpoint` if it is there, of the same data and settings; `train.steps` may be more.
             **own: Of a table: columns by our name (``title="name"``, or ``columns={"title": "name"}``), options of the
@@ -236,28 +235,17 @@ class MetaRecommender:
         Raises:
             ConfigError: `task` is none of what `fit` takes, or choices are given for a task that brings its own.
         """
-        if isinstance(task, TaskData):
-            return task
-        if isinstance(task, pd.DataFrame):
-            return load_own(task, own, self.config.seed)
-        if isinstance(task, str | Path) and is_table(task):
-            return load_own(Path(task), own, self.config.seed)
+        if task is not None:
+            return load_given(task, own, self.config.seed)
         if own:
-            raise ConfigError(f"'{min(own)}' is given for a task, which says it itself", "Give it with a table")
-        if isinstance(task, Path):
-            task = str(task)
-        if not isinstance(task, str | Task | None):
-            raise ConfigError(f"a task is a {type(task).__name__}", _TAKES)
-        if task is None:
-            if self._data is not None:
-                return self._data
-            task = self._fitted.task if self._fitted else self.config.task
-            if self._from_file and isinstance(task, Task):
-                for name in {
-                    part.source for part in (task.dataset, *task.dataset.parts.values()) if ":" in part.source
-                }:
-                    SOURCES.get(name, from_file=True)
-        return load_task_data(load_task(task) if isinstance(task, str) else task, self.config.seed)
+            raise ConfigError(f"'{min(own)}' is given without a table", "Give the table, too")
+        if self._data is not None:
+            return self._data
+        task = self._fitted.task if self._fitted else self.config.task
+        if self._from_file and isinstance(task, Task):
+            for name in {part.source for part in (task.dataset, *task.dataset.parts.values()) if ":" in part.source}:
+                SOURCES.get(name, from_file=True)
+        return load_given(task, {}, self.config.seed)
 
     def scorer(
         self, *, rate_scale: float = 1.0, steps: int | None = None, name: str = "metarec, adapted"
@@ -281,7 +269,13 @@ class MetaRecommender:
         rows = unadapted_rows(self.fitted, BASELINE)
         return [*rows, self.scorer(steps=0, name="metarec, before adaptation"), self.scorer()]
 
-    def evaluate(self, task: TaskLike | None = None, scorers: Sequence[Scorer] | None = None) -> Report:
+    def evaluate(
+        self,
+        task: TaskLike | None = None,
+        scorers: Sequence[Scorer] | None = None,
+        *,
+        items: pd.DataFrame | None = None,
+    ) -> Report:
         """Scores the test users of a task.
 
         Where data or split changed since fitting, users are tested that fitting did not see; see
@@ -291,6 +285,7 @@ class MetaRecommender:
             task: None takes the task it was fitted on. Another task must have the same catalog. A table is read and
                 split as the one it was fitted on; a recommender that was fitted on a DataFrame and loaded needs it.
             scorers: The methods to compare; None takes `scorers()`. One of them is called ``item mean``.
+            items: The items, where `task` is a DataFrame that was fitted with items of their own.
 
         Raises:
             ConfigError: The task has another catalog.
@@ -298,7 +293,7 @@ class MetaRecommender:
             EvaluationError: A score cannot be ranked.
         """
         if isinstance(task, pd.DataFrame) or (isinstance(task, str | Path) and is_table(task)):
-            data = reload_own(task, self.fitted.task, self.config.seed)
+            data = reload_own(task, self.fitted.task, self.config.seed, items)
         else:
             data = self.task_data(task)
         if differences := catalog_differences(self.fitted.catalog, data.interactions.catalog):

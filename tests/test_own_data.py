@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,43 @@ def test_a_bare_csv_becomes_recommendations_in_four_commands(metarec: Callable[.
     assert "two tasks" in both.err
     assert metarec("train", tmp_path / "none.csv").status == 2
     assert metarec("train", "movielens/user-cold", "--column", "title=name").status == 2
+
+
+def apart(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Returns the ratings, and the items in a table of their own under another name of the ids."""
+    of_items = ["item", "title", "Kind (of book)"]
+    return frame.drop(columns=of_items[1:]), frame[of_items].drop_duplicates().rename(columns={"item": "ISBN"})
+
+
+def test_items_may_be_a_dataframe_of_their_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ratings, items = apart(shop())
+    ratings = ratings.rename(columns={"timestamp": "tiemstamp"})
+    with caplog.at_level(logging.WARNING):
+        recommender = fresh().fit(ratings, items=items)
+    assert "'tiemstamp' (did you mean 'timestamp'?)" in caplog.text
+    assert "columns of the DataFrame that nothing reads: 'review'" in caplog.text
+    assert set(recommender.fitted.catalog.fields) == {"title", "Kind (of book)"}
+    assert "Kind (of book)" not in recommender.fitted.task.prompt.text  # no template can name it
+    report = recommender.evaluate()
+    recommender.save_pretrained(tmp_path / "model")
+    loaded = MetaRecommender.from_pretrained(tmp_path / "model")
+    pd.testing.assert_frame_equal(loaded.evaluate(ratings, items=items).per_user, report.per_user)
+    indexed = fresh().task_data(ratings, items=items.set_index("ISBN"))
+    assert indexed.interactions.catalog.digest == recommender.fitted.catalog.digest
+    ratings.to_csv(tmp_path / "ratings.csv", index=False)
+    items.to_csv(tmp_path / "items.csv", index=False)
+    read = fresh().task_data(tmp_path / "ratings.csv", items="items.csv")
+    assert read.interactions.catalog.digest == recommender.fitted.catalog.digest
+
+
+def test_a_dataframe_and_a_file_do_not_mix(tmp_path: Path) -> None:
+    ratings, items = apart(shop())
+    with pytest.raises(ConfigError, match="the ratings are a DataFrame, the items a file"):
+        fresh().task_data(ratings, items="items.csv")
+    ratings.to_csv(tmp_path / "ratings.csv", index=False)
+    with pytest.raises(ConfigError, match="the ratings are a file, the items a DataFrame"):
+        fresh().task_data(tmp_path / "ratings.csv", items=items)
+    with pytest.raises(DataError, match="the items' DataFrame has no column 'item'"):
+        fresh().task_data(ratings, items=items[["title"]])
+    with pytest.raises(DataError, match="cannot be read"):
+        fresh().task_data(ratings, items=items.iloc[:2])

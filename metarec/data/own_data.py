@@ -48,7 +48,8 @@ def own_task(data: pd.DataFrame | Path, choices: Mapping[str, Any], *, where: st
     Args:
         data: Ratings with their items' titles and fields, as a DataFrame or a CSV, TSV, JSON lines or Parquet file.
         choices: What the caller states: a source's options (`columns`, `scale`, `separator`, ...), columns by our name
-            (``title="name"``), and keys of a task (`shots`, `label`, `prompt`, ...).
+            (``title="name"``), and keys of a task (`shots`, `label`, `prompt`, ...). Of a DataFrame, `items` may be
+            one of its own.
         where: Who asks, for errors.
 
     Returns:
@@ -58,6 +59,7 @@ def own_task(data: pd.DataFrame | Path, choices: Mapping[str, Any], *, where: st
         ConfigError: A choice is not known.
         DataError: A column is missing, or more than 5% of the rows cannot be read.
     """
+    choices, items = _without_items(data, choices, where)
     options, keys = _options_and_keys(choices, where)
     stated = "bad_rows" in options.model_fields_set
     options = options.model_copy(update={"bad_rows": options.bad_rows if stated else "quarantine"})
@@ -67,8 +69,9 @@ def own_task(data: pd.DataFrame | Path, choices: Mapping[str, Any], *, where: st
             raise ConfigError(f"the table '{data}' does not exist", "Check the path")
         if "separator" not in options.model_fields_set and data.is_file():
             options = options.model_copy(update={"separator": guess_separator(data, options.encoding)})
-    options = with_item_fields(data, options)
-    interactions = read_own(data, options)
+    if items is None:
+        options = with_item_fields(data, options)
+    interactions = read_own(data, options, items)
     if options.scale is None and (stars := scale_without_zero(interactions.rating)):
         low, high = (f"{end:g}" for end in stars)
         raise DataError(
@@ -99,17 +102,17 @@ def load_own(data: pd.DataFrame | Path, choices: Mapping[str, Any], seed: int) -
     return load_task_data(task, seed, interactions)
 
 
-def reload_own(data: pd.DataFrame | str | Path, task: Task, seed: int) -> TaskData:
-    """Reads a table for a task that was built from one."""
+def reload_own(data: pd.DataFrame | str | Path, task: Task, seed: int, items: pd.DataFrame | None = None) -> TaskData:
+    """Reads a table for a task that was built from one; items of a table of their own are given again."""
     read = data if isinstance(data, pd.DataFrame) else Path(data)
-    return load_task_data(task, seed, read_own(read, task.dataset.options))
+    return load_task_data(task, seed, read_own(read, task.dataset.options, items))
 
 
-def read_own(data: pd.DataFrame | Path, options: SourceOptions) -> Interactions:
+def read_own(data: pd.DataFrame | Path, options: SourceOptions, items: pd.DataFrame | None = None) -> Interactions:
     """Reads a table with a source's options; see `own_task`."""
     if isinstance(data, Path):
         return read_source("table", data, options)
-    tables = frame_tables(data, options)
+    tables = frame_tables(data, options, items)
     for note in tables.notes:
         _LOG.warning("%s", note)
     return assemble_tables(tables, quarantine=options.bad_rows == "quarantine")
@@ -150,6 +153,19 @@ def default_prompt(fields: Sequence[str]) -> dict[str, str]:
         line += f"{{% if {name} %}}, {said}{{% endif %}}"
     text = f"One customer's taste: does the customer like it?\n{line}\nAnswer:"
     return {"text": text, "positive": " Yes", "negative": " No"}
+
+
+def _without_items(
+    data: pd.DataFrame | Path, choices: Mapping[str, Any], where: str
+) -> tuple[dict[str, Any], pd.DataFrame | None]:
+    """Takes a DataFrame of items out of what the caller states."""
+    left, items = dict(choices), choices.get("items")
+    if isinstance(data, pd.DataFrame) != isinstance(items, pd.DataFrame) and items is not None:
+        kinds = ("a DataFrame", "a file") if isinstance(data, pd.DataFrame) else ("a file", "a DataFrame")
+        raise ConfigError(
+            f"{where}: the ratings are {kinds[0]}, the items {kinds[1]}", "Give two DataFrames, or two files"
+        )
+    return (left, None) if not isinstance(items, pd.DataFrame) else (left, left.pop("items"))
 
 
 def _options_and_keys(choices: Mapping[str, Any], where: str) -> tuple[SourceOptions, dict[str, Any]]:
@@ -213,7 +229,7 @@ def _defaults(data: pd.DataFrame | Path, interactions: Interactions, options: So
     counts = interactions.items_of_user
     enough = {shots: (counts >= shots + _MIN_QUERY).mean() >= 0.5 for shots in (*_FEW_SHOTS, *_SHOTS)}
     shots = [count for count in _SHOTS if enough[count]] or [count for count in _FEW_SHOTS if enough[count]]
-    fields = [name for name in interactions.catalog.fields if name != "title"][:_MOST_FIELDS]
+    fields = [name for name in interactions.catalog.fields if name != "title" and name.isidentifier()]
     values: dict[str, Any] = {
         "name": f"own/{stem}",
         "version": 1,
@@ -228,7 +244,7 @@ def _defaults(data: pd.DataFrame | Path, interactions: Interactions, options: So
         "shots": [0, *(shots or _SHOTS[:1])],
         "query": {"max": 50, "min": _MIN_QUERY},
         "label": "rating > user mean",
-        "prompt": default_prompt(fields),
+        "prompt": default_prompt(fields[:_MOST_FIELDS]),
     }
     if len(ratings) == 1:
         values |= {"label": "implicit", "negatives": {"per_positive": 1}}

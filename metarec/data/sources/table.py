@@ -41,18 +41,39 @@ def table(path: Path | None, options: SourceOptions) -> Tables:
     return _assembled(ratings, layout, str(ratings_file), options, first, beside)
 
 
-def frame_tables(frame: pd.DataFrame, options: SourceOptions) -> Tables:
-    """Reads a DataFrame as `table` reads a file: items stand in the rows of the ratings.
+def frame_tables(frame: pd.DataFrame, options: SourceOptions, items: pd.DataFrame | None = None) -> Tables:
+    """Reads DataFrames as `table` reads files.
+
+    Args:
+        frame: The ratings.
+        options: Which columns stand for what.
+        items: The items; None where they stand in the rows of the ratings.
 
     Raises:
         DataError: A column is missing, or stands there twice.
     """
-    where, names = "the DataFrame", [str(name) for name in frame.columns]
+    where = "the DataFrame"
+    layout = layout_of_ratings(where, _names_of(frame, where), options, inside=items is None)
+    ratings = _columns_of(frame, layout, where)
+    if items is None:
+        return _assembled(ratings, layout, where, options, 1, None)
+    where_items = "the items' DataFrame"
+    if items.index.name is not None:
+        items = items.reset_index()
+    found = _layout_of_items(where_items, _names_of(items, where_items), layout.columns["item"], options)
+    beside = _columns_of(items, found, where_items), found.notes(where_items, {"title"} - set(found.columns))
+    return _assembled(ratings, layout, where, options, 1, beside)
+
+
+def _names_of(frame: pd.DataFrame, where: str) -> list[str]:
+    names = [str(name) for name in frame.columns]
     _refuse_repeated(where, names)
-    layout = layout_of_ratings(where, names, options)
+    return names
+
+
+def _columns_of(frame: pd.DataFrame, layout: Layout, where: str) -> pd.DataFrame:
     columns = {str(name): _arrow_column(column) for name, column in frame.items()}
-    ratings = arrow_columns(pa.table(columns), theirs_to_ours(layout.columns, where), where)
-    return _assembled(ratings, layout, where, options, 1, None)
+    return arrow_columns(pa.table(columns), theirs_to_ours(layout.columns, where), where)
 
 
 def _arrow_column(column: pd.Series) -> pa.Array:
@@ -174,7 +195,13 @@ def _inside(ratings: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
 
 def _beside(file: File, ratings_item: str, options: SourceOptions) -> tuple[pd.DataFrame, list[Note]]:
     """Reads the item file: the fields that are named, or all of its columns."""
-    names = column_names(file, options)
+    layout = _layout_of_items(file, column_names(file, options), ratings_item, options)
+    items = read_table(file, theirs_to_ours(layout.columns, file), options)
+    return items, layout.notes(file, {"title"} - set(layout.columns))
+
+
+def _layout_of_items(file: object, names: Sequence[str], ratings_item: str, options: SourceOptions) -> Layout:
+    """Returns which columns of the items stand for what: their ids, their title, and fields."""
     stated = options.items.id if isinstance(options.items, ItemsTable) else None
     own = [name for name in (stated, *((ratings_item, "item") if stated is None else ())) if name in names]
     key = own[0] if own else None if stated else recognise(names, ["item"]).get("item")
@@ -191,10 +218,7 @@ def _beside(file: File, ratings_item: str, options: SourceOptions) -> tuple[pd.D
     layout = Layout(
         names, {"item": key, **fields}, {ours: theirs for ours, theirs in guessed.items() if ours != theirs}
     )
-    if own == []:
-        layout = replace(layout, guessed={"item": key, **layout.guessed})
-    items = read_table(file, theirs_to_ours(layout.columns, file), options)
-    return items, layout.notes(file, {"title"} - set(layout.columns))
+    return layout if own else replace(layout, guessed={"item": key, **layout.guessed})
 
 
 def _lists_as_text(column: pd.Series) -> pd.Series:
