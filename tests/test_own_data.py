@@ -14,6 +14,7 @@ import pytest
 from conftest import Ran
 from test_python_api import FAST, fresh
 
+from metarec.data.own_data import summary
 from metarec.errors import ConfigError, DataError, MetarecError
 from metarec.recommender import MetaRecommender
 
@@ -174,3 +175,33 @@ def test_a_dataframe_and_a_file_do_not_mix(tmp_path: Path) -> None:
         fresh().task_data(ratings, items=items[["title"]])
     with pytest.raises(DataError, match="cannot be read"):
         fresh().task_data(ratings, items=items.iloc[:2])
+
+
+def test_a_fixed_copy_is_trained_on_as_the_table(metarec: Callable[..., Ran], tmp_path: Path) -> None:
+    frame = shop()
+    frame.loc[3, "rating"] = np.nan
+    frame.to_csv(tmp_path / "orders.csv", index=False)
+    fixed = metarec("data", "check", tmp_path / "orders.csv", "--fix", tmp_path / "cleaned")
+    assert fixed.status == 0, fixed.err
+    named = ("--runs", tmp_path, "--preset", "fast", "--set", "train.steps=2")
+    trained = metarec("train", tmp_path / "cleaned", "--name", "shop", *named)
+    assert trained.status == 0, trained.err
+    assert "item fields: kind_of_book" in trained.err
+    assert metarec("evaluate", tmp_path / "shop", "--json").status == 0
+    frame["rating"] = frame["rating"].mask(frame.index < 100)
+    frame.to_csv(tmp_path / "orders.csv", index=False)
+    # What --force dropped is not held against the copy.
+    metarec("data", "check", tmp_path / "orders.csv", "--fix", tmp_path / "forced", "--force")
+    assert len(fresh().task_data(tmp_path / "forced").interactions) == 860
+    assert metarec("train", tmp_path / "nothing", "--name", "none", *named).status == 2
+    counted = fresh().task_data(tmp_path / "cleaned", scale=(0, 10)).interactions
+    assert (len(counted), str(counted.scale)) == (959, "from 0 to 10")
+
+
+def test_a_folder_of_ratings_and_items_is_a_table(tmp_path: Path) -> None:
+    ratings, items = apart(shop())
+    ratings.to_csv(tmp_path / "ratings.csv", index=False)
+    items.rename(columns={"ISBN": "item"}).to_csv(tmp_path / "items.csv", index=False)
+    data = fresh().task_data(str(tmp_path))
+    assert data.task.name == f"own/{tmp_path.name}"
+    assert summary(data.task, data.interactions.catalog)[0] == "item fields: Kind (of book)"

@@ -102,7 +102,8 @@ def train(
         str | None,
         typer.Argument(
             metavar="TASK",
-            help="A task, by name or YAML file, as --task; or a table with user, item, rating, title: orders.csv.",
+            help="A task, by name or YAML file, as --task; or a table with user, item, rating, title: orders.csv, "
+            "or a folder that 'metarec data check --fix' or 'data convert' wrote.",
             show_default=False,
         ),
     ] = None,
@@ -293,7 +294,7 @@ def train_run(
     if is_table(settings.task):
         from metarec.data.own_data import summary
 
-        for sentence in summary(data.task):
+        for sentence in summary(data.task, data.interactions.catalog):
             typer.echo(sentence, err=True)
     # What cannot be trained must not cost what was.
     refuse_small_data(data, settings.train)

@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 
 from metarec.config import validated
-from metarec.data.interactions import Interactions
+from metarec.data.interactions import Catalog, Interactions
 from metarec.data.source_options import SourceOptions, is_table
-from metarec.data.sources import read_source, read_tables
+from metarec.data.sources import dropped_before, read_source, read_tables
 from metarec.data.sources.assembly import NOT_RATED, Note, Tables, assemble_tables
 from metarec.data.sources.columns import scale_without_zero, text_column
 from metarec.data.sources.files import File
@@ -80,7 +80,7 @@ def own_task(data: pd.DataFrame | Path, choices: Mapping[str, Any], *, where: st
             f"State the scale: scale=({low}, {high}) (--scale {low},{high}) leaves them out, scale=(0, {high}) "
             f"(--scale 0,{high}) counts them as ratings",
         )
-    unasked = ("repeated rating", NOT_RATED)
+    unasked = {"repeated rating", NOT_RATED, *(dropped_before(data) if isinstance(data, Path) else ())}
     dropped = sum(count for reason, count in interactions.dropped.items() if reason not in unasked)
     if dropped or NOT_RATED in interactions.dropped:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in interactions.dropped.items())
@@ -135,9 +135,9 @@ def own_tables(path: Path, options: SourceOptions) -> Tables:
     return replace(tables, notes=(*tables.notes, note))
 
 
-def summary(task: Task) -> list[str]:
-    """Says in sentences what a task measures."""
-    names = ", ".join(name for name in task.dataset.options.columns if name not in (*OWN, "title"))
+def summary(task: Task, catalog: Catalog) -> list[str]:
+    """Says in sentences what a task measures on a catalog."""
+    names = ", ".join(name for name in catalog.fields if name != "title")
     return [
         f"item fields: {names or 'the title alone'}",
         f"a like: {task.label}; ratings per new user: {', '.join(map(str, task.shots))}",

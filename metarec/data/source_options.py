@@ -12,12 +12,15 @@ from metarec.data.interactions import RatingScale
 
 # Names of table files end so.
 TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".dat", ".json", ".jsonl", ".ndjson", ".parquet", ".gz")
+# What describes a folder that `metarec.data.sources.write_tables` wrote.
+CONVERTED = "dataset.json"
 BadRows = Literal["error", "quarantine"]
 
 
 def is_table(path: str | Path) -> bool:
-    """Says whether a path is named as table files are."""
-    return Path(path).suffix in TABLE_ENDINGS
+    """Says whether a path is named as table files are, or is a folder with a table, or with a converted copy of one."""
+    path = Path(path)
+    return path.suffix in TABLE_ENDINGS or (path / CONVERTED).is_file() or any(path.glob("ratings.*"))
 
 
 class ItemsTable(Section):

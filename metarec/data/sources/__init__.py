@@ -16,7 +16,7 @@ import pandas as pd
 
 from metarec.artifacts import load_json, recover_dir, replace_dir, verify_dir, write_json
 from metarec.data.interactions import Interactions, RatingScale, SplitPart
-from metarec.data.source_options import SourceOptions, options_scale
+from metarec.data.source_options import CONVERTED, SourceOptions, options_scale
 from metarec.data.sources.assembly import PART, Note, Tables, assemble, assemble_tables
 from metarec.data.sources.split_files import split_tables
 from metarec.errors import DataError
@@ -44,7 +44,6 @@ SOURCES: Registry[Source] = Registry(
     },
 )
 _LOG = logging.getLogger(__name__)
-_CONVERTED = "dataset.json"
 
 
 def read_source(
@@ -82,9 +81,10 @@ def read_tables(
     """Reads a dataset's raw tables, unchecked but for their format; see `read_source`."""
     SOURCES.check(name)
     options = options or SourceOptions()
-    if path is not None and recover_dir(path) and (path / _CONVERTED).is_file():
-        return _read_converted(path)
-    tables = split_tables(path, options, files) if files else SOURCES.get(name)(path, options)
+    if path is not None and recover_dir(path) and (path / CONVERTED).is_file():
+        tables = _read_converted(path)
+    else:
+        tables = split_tables(path, options, files) if files else SOURCES.get(name)(path, options)
     if not isinstance(tables, Tables):
         raise DataError(
             f"the dataset source '{name}' returned a {type(tables).__name__}",
@@ -104,7 +104,12 @@ def write_tables(tables: Tables, path: Path) -> None:
     with replace_dir(path, "dataset") as folder:
         _texts(tables.ratings, ("rating", "timestamp", PART)).to_parquet(folder / "ratings.parquet", index=False)
         _texts(tables.items, ()).to_parquet(folder / "items.parquet", index=False)
-        write_json(folder / _CONVERTED, {"source": tables.where, "scale": scale, "dropped": dict(tables.dropped)})
+        write_json(folder / CONVERTED, {"source": tables.where, "scale": scale, "dropped": dict(tables.dropped)})
+
+
+def dropped_before(path: Path) -> Mapping[str, int]:
+    """Returns by reason the rows that were dropped before `write_tables` wrote a folder; none of another one."""
+    return dict(load_json(path / CONVERTED)["dropped"]) if (path / CONVERTED).is_file() else {}
 
 
 def _texts(frame: pd.DataFrame, as_they_are: tuple[str, ...]) -> pd.DataFrame:
@@ -117,7 +122,7 @@ def _texts(frame: pd.DataFrame, as_they_are: tuple[str, ...]) -> pd.DataFrame:
 
 def _read_converted(path: Path) -> Tables:
     verify_dir(path, "dataset")
-    facts = load_json(path / _CONVERTED)
+    facts = load_json(path / CONVERTED)
     return Tables(
         pd.read_parquet(path / "ratings.parquet"),
         pd.read_parquet(path / "items.parquet"),
