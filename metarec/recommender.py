@@ -44,7 +44,7 @@ from metarec.fitting import (
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
-from metarec.meta.outer_loop import check_checkpoint
+from metarec.meta.outer_loop import check_checkpoint, clear_checkpoint, refuse_overwriting
 from metarec.notebook import facts_table
 from metarec.recommender_files import digest_of, read_recommender, read_user, write_recommender
 from metarec.report import Report
@@ -167,6 +167,7 @@ class MetaRecommender:
         *,
         checkpoint: str | Path | None = None,
         resume: bool = False,
+        fresh: bool = False,
         **own: Any,
     ) -> MetaRecommender:
         """Meta-trains on a task's meta-training users; hyper-parameters stop early on its validation users.
@@ -178,6 +179,7 @@ class MetaRecommender:
                 and fields); or the path of a CSV, TSV, JSON lines or Parquet file.
             checkpoint: Where the training state is kept; None keeps it in a temporary directory.
             resume: Goes on from `checkpoint` if it is there, of the same data and settings; `train.steps` may be more.
+            fresh: Deletes `checkpoint` if it is there, and trains anew; without either, one that is there is refused.
             **own: Of a table: columns by our name (``title="name"``, or ``columns={"title": "name"}``), options of the
                 file (``separator``, ``encoding``, ``scale``, ``items``, ``bad_rows``), and keys of a task (``shots``,
                 ``label``, ``prompt``, ``split``, ...); see docs/own-data.md for what is taken where they are left out.
@@ -186,15 +188,21 @@ class MetaRecommender:
             Itself, fitted.
 
         Raises:
-            MetarecError: The task or its data are not usable, or the checkpoint is of another run.
+            MetarecError: The task or its data are not usable, or the checkpoint is of another run or to be overwritten.
         """
+        if resume and fresh:
+            raise ConfigError("resume and fresh are both given", "Choose one of the two")
+        if checkpoint is not None and not fresh:
+            refuse_overwriting(Path(checkpoint), resume=resume)
         if self.config.meta.engine == "learn2learn":
             learn2learn.check(self.config.meta.algorithm)
         data = self.task_data(task, **own)
         data.evaluated("validation")  # now, not after minutes of fitting
         refuse_small_data(data, self.config.train)
         identity = training_identity(data, self.config, self.backbone if needs_model(self.config) else None)
-        if resume and checkpoint is not None and recover_dir(Path(checkpoint)):
+        if checkpoint is not None and fresh:
+            clear_checkpoint(Path(checkpoint))
+        elif checkpoint is not None and resume and recover_dir(Path(checkpoint)):
             check_checkpoint(Path(checkpoint), identity, self.config.train.steps)
         prepared = self._prepare(data)
         with tempfile.TemporaryDirectory() as scratch:

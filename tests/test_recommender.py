@@ -407,6 +407,27 @@ def test_resume_refuses_other_data(change: Callable[[TaskData], TaskData], names
         other.fit(change(known_task()), checkpoint=tmp_path / "run", resume=True)
 
 
+def test_fit_never_overwrites_a_checkpoint_unless_told(tmp_path: Path) -> None:
+    config = validated(RunConfig, NO_MODEL, "test")
+    (tmp_path / "run").mkdir()  # an empty directory is no checkpoint
+    MetaRecommender(None, config).fit(known_task(), checkpoint=tmp_path / "run")
+    kept = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    other = MetaRecommender(None, validated(RunConfig, {**NO_MODEL, "seed": 5}, "test"))
+    with pytest.raises(ArtifactError, match=r"holds a checkpoint already\. Go on with resume=True, .*fresh=True"):
+        other.fit(known_task(), checkpoint=tmp_path / "run")
+    with pytest.raises(ConfigError, match="resume and fresh are both given"):
+        other.fit(known_task(), checkpoint=tmp_path / "run", resume=True, fresh=True)
+    assert {file: file.read_bytes() for file in (tmp_path / "run").iterdir()} == kept
+    other.fit(known_task(), checkpoint=tmp_path / "run", fresh=True)
+    assert (tmp_path / "run" / "state.json").read_bytes() != kept[tmp_path / "run" / "state.json"]
+    other.fit(known_task(), checkpoint=tmp_path / "run", resume=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="was not written by metarec"):
+        other.fit(known_task(), checkpoint=tmp_path / "mine", fresh=True)
+    assert (tmp_path / "mine" / "note.txt").read_text() == "mine"
+
+
 def test_fit_refuses_too_few_ratings_before_anything_slow() -> None:
     config = validated(RunConfig, {**NO_MODEL, "train": {**NO_MODEL["train"], "shots": [5, 25]}}, "test")
     recommender = MetaRecommender(None, config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarec.artifacts import dump_json, load_json, recover_dir, replace_dir, verify_dir
+from metarec.artifacts import MANIFEST, dump_json, load_json, recover_dir, replace_dir, verify_dir
 from metarec.config import TrainConfig
 from metarec.errors import ArtifactError, TrainingError, shown
 from metarec.meta.algorithms import MetaGradient
@@ -138,7 +139,7 @@ def train(
         description: Text of the progress bar.
 
     Raises:
-        ArtifactError: The checkpoint is damaged or of another run.
+        ArtifactError: The checkpoint is damaged or of another run, or there is one and nobody said to go on from it.
         TrainingError: Most of the last steps' inner loops diverged.
         KeyboardInterrupt: After the checkpoint was written.
     """
@@ -146,6 +147,7 @@ def train(
     optimizer, schedule = _optimizer(tensors, config)
     best = {name: value.clone() for name, value in tensors.items()}
     at = _Progress()
+    refuse_overwriting(checkpoint, resume=resume)
     if resume and recover_dir(checkpoint):
         at, best = _load(checkpoint, tensors, optimizer, identity, config.steps)
     meta = MetaState.from_tensors(tensors)
@@ -265,6 +267,32 @@ def _save(
         write_tensors(directory / "best.safetensors", best)
         write_tensors(directory / "optimizer.safetensors", moments)
         (directory / _STATE).write_text(dump_json({"identity": dict(identity), **state}), encoding="utf-8")
+
+
+def refuse_overwriting(path: Path, *, resume: bool) -> None:
+    """Refuses to train over a checkpoint that nobody said to go on from.
+
+    Raises:
+        ArtifactError: There is one, or something else; an empty directory is nothing.
+    """
+    if recover_dir(path) and not resume and not (path.is_dir() and not any(path.iterdir())):
+        raise ArtifactError(
+            f"'{path}' holds a checkpoint already",
+            "Go on with resume=True, train anew with fresh=True, or choose another directory",
+        )
+
+
+def clear_checkpoint(path: Path) -> None:
+    """Deletes a checkpoint, if there is one.
+
+    Raises:
+        ArtifactError: Something else is there.
+    """
+    if not recover_dir(path) or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path / MANIFEST).exists():
+        raise ArtifactError(f"'{path}' was not written by metarec", "Move it, or choose another directory")
+    shutil.rmtree(path)
 
 
 def check_checkpoint(path: Path, identity: Mapping[str, Any], steps: int) -> None:
