@@ -103,7 +103,13 @@ def put_back(path: Path, whole: Callable[[Path], bool]) -> Path | None:
 
 def is_temporary(path: Path) -> bool:
     """Says whether a name is one that `beside` gives."""
-    return bool(re.fullmatch(r"\..+\.[0-9a-f]{16}(\.old)?", path.name))
+    return belongs_at(path) is not None
+
+
+def belongs_at(path: Path) -> Path | None:
+    """Returns the path beside which `beside` made a temporary one, or None for any other name."""
+    found = re.fullmatch(r"\.(.+)\.[0-9a-f]{16}(\.old)?", path.name)
+    return path.with_name(found[1]) if found else None
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import csv
 import json
 import multiprocessing
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -187,6 +188,53 @@ def test_a_cell_with_other_options_or_a_changed_byte_is_measured_again(
 
 
 @pytest.mark.usefixtures("oracle")
+def test_cells_that_were_measured_on_other_data_are_measured_again(
+    task: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(Path(task).parent, folder)
+    described = yaml.safe_load(Path(task).read_text()) | {"dataset": {"source": "table", "path": str(folder)}}
+    task = str(folder / "known.yaml")
+    Path(task).write_text(yaml.safe_dump(described))
+    wanted = cells(plan(task, BASELINE))
+    bench.run(plan(task, BASELINE), tmp_path / "out")
+    assert bench.missing(wanted, tmp_path / "out") == []
+    ratings = Path(task).parent / "ratings.csv"
+    before = ratings.read_text()
+    head, first, *rest = before.splitlines()
+    user, item, rating, *more = first.split(",")
+    flipped = ",".join([user, item, "1" if float(rating) > 3 else "5", *more])
+    ratings.write_text("\n".join([head, flipped, *rest]) + "\n")
+    assert bench.missing(wanted, tmp_path / "out") == wanted
+    assert "2 cells were measured on other data" in caplog.text
+    bench.run(plan(task, BASELINE), tmp_path / "out")
+    assert bench.missing(wanted, tmp_path / "out") == []
+    ratings.rename(ratings.with_name("elsewhere.csv"))
+    assert bench.missing(wanted, tmp_path / "out") == []  # nothing to compare with, which is said
+    assert "cannot be compared with what was measured" in caplog.text
+
+
+def test_embedded_data_are_not_read_to_see_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = cells(plan("movielens/user-cold", BASELINE, seeds=1))
+    monkeypatch.setattr(bench, "_is_done", lambda cell, out: True)
+    monkeypatch.setattr(bench, "load_dataset", pytest.fail)
+    assert bench.missing(wanted, tmp_path) == []
+
+
+def test_a_report_puts_back_the_cell_that_a_killed_process_had_put_aside(
+    task: str, tmp_path: Path, metarec: Callable[..., Ran]
+) -> None:
+    bench.run(plan(task, BASELINE, "popularity", seeds=1), tmp_path)
+    before = metarec("report", tmp_path).out
+    for cell in cells(plan(task, BASELINE, "popularity", seeds=1)):
+        folder = tmp_path / "cells" / cell.folder
+        folder.rename(folder.with_name(f".{folder.name}.{'0' * 16}.old"))
+    again = metarec("report", tmp_path)
+    assert again.status == 0, again.err
+    assert again.out == before
+    assert all((tmp_path / "cells" / cell.folder).is_dir() for cell in cells(plan(task, BASELINE, seeds=1)))
+
+
 def test_a_method_that_fails_stops_no_other_and_is_named_at_the_end(task: str, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"1 of 3 cells failed, the first 'broken' .* nothing fits"):
         bench.run(plan(task, "broken", "random", seeds=1), tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import shutil
@@ -22,16 +23,17 @@ from metarec.bench.methods import METHODS, MethodContext, MethodRow
 from metarec.bench.plan import Cell, Plan, cells
 from metarec.bench.results import CELL_FACTS, CELL_TABLES
 from metarec.data.episodes import Episode
-from metarec.data.task_data import TaskData, load_task_data
+from metarec.data.task_data import TaskData, load_dataset, load_task_data
 from metarec.data.task_files import load_task
 from metarec.devices import check_device
 from metarec.doctor import environment
-from metarec.errors import ArtifactError, ConfigError, EvaluationError
+from metarec.errors import ArtifactError, ConfigError, EvaluationError, MetarecError
 from metarec.evaluate import BASELINE, beside_pooled, evaluate
 from metarec.metrics import ERRORS
 from metarec.progress import QUIET, progress
 from metarec.scorer import Request, request
 
+_LOG = logging.getLogger(__name__)
 _SHOWN_USERS, _SHOWN_PROMPTS = 3, 2
 
 
@@ -49,6 +51,7 @@ def run(plan: Plan, out: Path, *, jobs: int = 1, fresh: bool = False) -> None:
         EvaluationError: A cell failed; all others were measured first.
         KeyboardInterrupt: Everything that is done is kept, trainings in their checkpoints.
     """
+    _data.cache_clear()  # files may have changed since
     wanted = cells(plan)
     for task in {cell.task for cell in wanted}:
         load_task(task)  # so that a task that cannot be read ends it here, and not every cell
@@ -71,8 +74,41 @@ def run(plan: Plan, out: Path, *, jobs: int = 1, fresh: bool = False) -> None:
 
 
 def missing(wanted: Sequence[Cell], out: Path) -> list[Cell]:
-    """Returns the cells that were not measured yet, or not as they would be now."""
-    return [cell for cell in wanted if not _is_done(cell, out)]
+    """Returns the cells that were not measured yet, or not as they would be now, on the data that are there now."""
+    done = [cell for cell in wanted if _is_done(cell, out)]
+    stale = _on_other_data(done, out)
+    if stale:
+        _LOG.warning("%d cells were measured on other data than there are now, and count as missing", len(stale))
+    fresh = set(done) - stale
+    return [cell for cell in wanted if cell not in fresh]
+
+
+def _on_other_data(done: Sequence[Cell], out: Path) -> set[Cell]:
+    """Returns measured cells whose data changed since; a task's files are read once for all seeds.
+
+    What metarec embeds does not change. Data that cannot be read cannot be compared, which is said.
+    """
+    stale: set[Cell] = set()
+    for name in dict.fromkeys(cell.task for cell in done):
+        task = load_task(name)
+        sets = [*task.dataset.parts.values()] or [task.dataset]
+        if all(part.path is None and ":" not in part.source for part in sets):
+            continue
+        cells_of_task = [cell for cell in done if cell.task == name]
+        try:
+            # Without what `load_task_data` does after reading.
+            source = task.dataset.model_copy(update={"fields": {}, "ratings_per_user": (1, None)})
+            read = load_dataset(source, files=task.split.files)
+            hashes = {seed: load_task_data(task, seed, read).hashes for seed in {cell.seed for cell in cells_of_task}}
+        except MetarecError as error:
+            _LOG.warning("the data of '%s' cannot be compared with what was measured: %s", name, error)
+            continue
+        stale |= {
+            cell
+            for cell in cells_of_task
+            if load_json(out / "cells" / cell.folder / CELL_FACTS)["hashes"] != hashes[cell.seed]
+        }
+    return stale
 
 
 def _measured(wanted: Sequence[Cell], out: Path, jobs: int, fresh: bool) -> Iterator[tuple[Cell, str]]:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from metarec.artifacts import load_json, verify_dir
+from metarec.artifacts import load_json, recover_dir, verify_dir
 from metarec.bench.settings import label
 from metarec.bench.summary import MethodFacts, Summary, holm
 from metarec.data.sources.arrow import parquet_table
 from metarec.errors import ArtifactError
 from metarec.evaluate import BASELINE
-from metarec.exchange import is_temporary
+from metarec.exchange import belongs_at, is_temporary
 from metarec.metrics import METRICS, bootstrap_interval, paired_p_value
 from metarec.report import Report
 
@@ -74,7 +74,13 @@ def _with_row_names(group: Sequence[_Measured]) -> list[_Measured]:
 
 
 def _cell_folders(root: Path) -> list[Path]:
-    """Returns the cells below a folder in the order they were measured in, so that tables keep a plan's order."""
+    """Returns the cells below a folder in the order they were measured in, so that tables keep a plan's order.
+
+    One that a killed process had put aside is put back first.
+    """
+    for home in {belongs_at(file.parent) for file in root.rglob(CELL_FACTS)}:
+        if home is not None:
+            recover_dir(home)
     whole = (file for file in root.rglob(CELL_FACTS) if not is_temporary(file.parent))
     files = sorted(whole, key=lambda file: (file.stat().st_mtime, str(file)))
     return [file.parent for file in files]
