@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,8 @@ from metarec.data.interactions import Ratings
 from metarec.errors import ArtifactError, BackboneError, ConfigError, UnknownItemError
 from metarec.evaluate import evaluate
 from metarec.lm.backbone import Backbone
+from metarec.lm.cached_forward import CachedForward
+from metarec.lm.reference_forward import ReferenceForward
 from metarec.meta.losses import pairwise_logistic
 from metarec.scorer import Request, Scorer
 from metarec.scorers.collaborative.item_mean import fit_item_mean
@@ -306,6 +309,24 @@ def test_a_fresh_lora_per_user_starts_at_the_fine_tuned_model_and_helps(tuned: C
     )
     gain, (low, _) = report.difference(after.name, 8, "before", 8)
     assert low > 0, gain
+
+
+def test_a_per_user_lora_reads_nothing_that_was_kept_of_another_model(
+    tuned: Callable[[str], FineTuned], backbone: Backbones
+) -> None:
+    """Neither of the model before fine-tuning nor of another fine-tuning, on the same prompts in the same cache."""
+    base, items = backbone("llama"), np.arange(40)
+    opened = [then_per_user_lora(tuned(trainable), layers=2).answer_model for trainable in ("lora", "all")]
+    assert opened[0] is not None
+    before = replace(opened[0], backbone=base, forward=CachedForward(base, opened[0].prompts, opened[0].placement))
+    found = []
+    for model in [before, *opened]:
+        assert model is not None
+        whole = replace(model, forward=ReferenceForward(model.backbone, model.prompts, model.placement))
+        found.append(model.frozen_log_odds(items))
+        torch.testing.assert_close(found[-1], whole.frozen_log_odds(items), atol=1e-4, rtol=1e-4)
+    for one, other in itertools.combinations(found, 2):
+        assert (one - other).abs().max() > 0.01
 
 
 @both

@@ -21,41 +21,61 @@ from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.residuals import Floats, centred_residuals, training_residuals
 
 
-@dataclass(frozen=True)
-class ALS:
-    """Matrix factorization of residuals; a new user's factors are a ridge regression on the support.
+@dataclass(frozen=True, kw_only=True)
+class _FoldIn(ABC):
+    """Scores by the prior plus what a method makes of the residuals of the user's support.
 
     Args:
         prior: The item prior.
-        factors: Item factors, shape (items, factors).
-        penalty: Ridge penalty of the user's factors.
         user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
-        name: How the method is called in tables.
-        penalty_per_rating: What every rating of the support adds to the penalty.
     """
 
     prior: ItemPrior
+    user_bias_damping: float
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        """See `Scorer.score`."""
+        return score_each(requests, len(self.prior.count), self._values)
+
+    def _values(self, request: Request) -> ScoreArray:
+        prior = self.prior.values(request.candidates)
+        if len(request.support) == 0:
+            return prior
+        residual = centred_residuals(self.prior, request.support, self.user_bias_damping)
+        return prior + self._contribution(residual, request.support.items, request.candidates)
+
+    @abstractmethod
+    def _contribution(self, residual: Floats, rated: Codes, candidates: Codes) -> Floats:
+        """Returns what the residuals of the rated items add to each candidate's prior, shape (candidates,)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ALS(_FoldIn):
+    """Matrix factorization of residuals; a new user's factors are a ridge regression on the support.
+
+    Args:
+        factors: Item factors, shape (items, factors).
+        penalty: Ridge penalty of the user's factors.
+        penalty_per_rating: What every rating of the support adds to the penalty.
+        name: How the method is called in tables.
+    """
+
     factors: Floats
     penalty: float
-    user_bias_damping: float
-    name: str = "ALS"
     penalty_per_rating: float = 0.0
+    name: str = "ALS"
 
     @property
     def bytes_per_user(self) -> int:
         """The user's factors in float32."""
         return 4 * int(self.factors.shape[1])
 
-    def score(self, requests: Sequence[Request]) -> list[Tensor]:
-        """See `Scorer.score`."""
-        return score_each(requests, len(self.factors), self._values)
-
-    def _values(self, request: Request) -> ScoreArray:
-        residual = centred_residuals(self.prior, request.support, self.user_bias_damping)
-        rated = self.factors[request.support.items]
+    def _contribution(self, residual: Floats, rated: Codes, candidates: Codes) -> Floats:
+        known = self.factors[rated]
         penalty = self.penalty + self.penalty_per_rating * len(residual)
-        user_factors = np.linalg.solve(rated.T @ rated + penalty * np.eye(rated.shape[1]), rated.T @ residual)
-        return self.prior.values(request.candidates) + self.factors[request.candidates] @ user_factors
+        user_factors = np.linalg.solve(known.T @ known + penalty * np.eye(known.shape[1]), known.T @ residual)
+        contribution: Floats = self.factors[candidates] @ user_factors
+        return contribution
 
 
 def fit_als(
@@ -96,7 +116,13 @@ def fit_als(
     for _ in range(sweeps):
         user_factors = _ridge(by_user, item_factors, user_penalty, penalty_per_rating)
         item_factors = _ridge(by_item, user_factors, item_penalty, penalty_per_rating)
-    return ALS(prior, item_factors, user_penalty, user_bias_damping, penalty_per_rating=penalty_per_rating)
+    return ALS(
+        prior=prior,
+        user_bias_damping=user_bias_damping,
+        factors=item_factors,
+        penalty=user_penalty,
+        penalty_per_rating=penalty_per_rating,
+    )
 
 
 def _ridge(ratings: csr_array, factors: Floats, penalty: float, penalty_per_rating: float) -> Floats:
@@ -110,35 +136,26 @@ def _ridge(ratings: csr_array, factors: Floats, penalty: float, penalty_per_rati
     return solved
 
 
-@dataclass(frozen=True)
-class EASE:
+@dataclass(frozen=True, kw_only=True)
+class EASE(_FoldIn):
     """A linear autoencoder of residuals over the items that have enough ratings.
 
     Args:
-        prior: The item prior.
         weights: Weight of the row's residual in the column's score, over kept items, shape (kept, kept).
         place: Each item's row in `weights`, -1 where it is not kept, shape (items,).
-        user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
         name: How the method is called in tables.
         bytes_per_user: 0, since only the ratings are kept.
     """
 
-    prior: ItemPrior
     weights: Floats
     place: Codes
-    user_bias_damping: float
     name: str = "EASE"
     bytes_per_user: int = 0
 
-    def score(self, requests: Sequence[Request]) -> list[Tensor]:
-        """See `Scorer.score`."""
-        return score_each(requests, len(self.place), self._values)
-
-    def _values(self, request: Request) -> ScoreArray:
-        residual = centred_residuals(self.prior, request.support, self.user_bias_damping)
-        rows, columns = self.place[request.support.items], self.place[request.candidates]
+    def _contribution(self, residual: Floats, rated: Codes, candidates: Codes) -> Floats:
+        rows, columns = self.place[rated], self.place[candidates]
         contribution = residual[rows >= 0] @ self.weights[rows[rows >= 0]][:, columns]
-        return self.prior.values(request.candidates) + np.where(columns >= 0, contribution, 0.0)
+        return np.where(columns >= 0, contribution, 0.0)
 
 
 def fit_ease(
@@ -179,48 +196,27 @@ def fit_ease(
     np.fill_diagonal(weights, 0.0)
     place = np.full(len(count), -1, np.int64)
     place[kept] = np.arange(len(kept))
-    return EASE(prior, weights.astype(np.float32), place, user_bias_damping)
+    return EASE(prior=prior, user_bias_damping=user_bias_damping, weights=weights.astype(np.float32), place=place)
 
 
-@dataclass(frozen=True)
-class _Neighbours(ABC):
-    """What both neighbourhood methods are: a prior, residuals to compare, and damping.
+@dataclass(frozen=True, kw_only=True)
+class _Neighbours(_FoldIn):
+    """What both neighbourhood methods have: residuals to compare, and damping.
 
     Args:
-        prior: The item prior.
         ratings: Centred residuals, sparse.
         shrinkage: Damping: common raters or items of similarity 0 that shrink a similarity to 0.
         strength: Damping: total similarity that shrinks the score to the prior.
-        user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
-        name: How the method is called in tables.
         bytes_per_user: 0, since only the ratings are kept.
     """
 
-    prior: ItemPrior
     ratings: csr_array
     shrinkage: float
     strength: float
-    user_bias_damping: float
-    name: str = ""
     bytes_per_user: int = 0
 
-    def score(self, requests: Sequence[Request]) -> list[Tensor]:
-        """See `Scorer.score`."""
-        return score_each(requests, len(self.prior.count), self._values)
 
-    def _values(self, request: Request) -> ScoreArray:
-        prior = self.prior.values(request.candidates)
-        if len(request.support) == 0:
-            return prior
-        residual = centred_residuals(self.prior, request.support, self.user_bias_damping)
-        return prior + self._contribution(residual, request.support.items, request.candidates)
-
-    @abstractmethod
-    def _contribution(self, residual: Floats, rated: Codes, candidates: Codes) -> Floats:
-        """Returns what the neighbours add to each candidate's mean, shape (candidates,)."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ItemKNN(_Neighbours):
     """Predicts a candidate's residual from those of rated items, weighted by similarity of the items' ratings.
 
@@ -257,7 +253,13 @@ def fit_item_knn(
     Source: Koren 2010, "Factor in the neighbors", eq. 3 and 4.
     """
     residuals = training_residuals(interactions, users, prior).centred(user_bias_damping)
-    return ItemKNN(prior, residuals.matrix().T.tocsr(), shrinkage, strength, user_bias_damping)
+    return ItemKNN(
+        prior=prior,
+        user_bias_damping=user_bias_damping,
+        ratings=residuals.matrix().T.tocsr(),
+        shrinkage=shrinkage,
+        strength=strength,
+    )
 
 
 def similarity(left: csr_array, right: csr_array, shrinkage: float) -> Floats:
@@ -275,7 +277,7 @@ def similarity(left: csr_array, right: csr_array, shrinkage: float) -> Floats:
     return shrunk
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UserKNN(_Neighbours):
     """Predicts a candidate's residual from those of meta-training users, weighted by similarity to the new user.
 
@@ -322,4 +324,11 @@ def fit_user_knn(
     Source: Herlocker et al. 1999, "An algorithmic framework for performing collaborative filtering", sections 3 to 5.
     """
     residuals = training_residuals(interactions, users, prior).centred(user_bias_damping)
-    return UserKNN(prior, residuals.matrix(), shrinkage, strength, user_bias_damping, neighbours=neighbours)
+    return UserKNN(
+        prior=prior,
+        user_bias_damping=user_bias_damping,
+        ratings=residuals.matrix(),
+        shrinkage=shrinkage,
+        strength=strength,
+        neighbours=neighbours,
+    )

@@ -6,6 +6,7 @@ support alone, in closed form or by Newton's method.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,34 +31,47 @@ def unit_vectors(vectors: Floats) -> Floats:
     return unit
 
 
-@dataclass(frozen=True)
-class TextRidge:
-    """Ridge regression of the support's ratings on item vectors.
+@dataclass(frozen=True, kw_only=True)
+class _OnVectors(ABC):
+    """What every method here has: unit vectors of the items, and one vector of that width per user.
 
     Args:
-        prior: The item prior.
         vectors: Unit vectors of the items, shape (items, features).
-        penalty: Ridge penalty.
-        user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
-        offset: Regresses the residuals from the prior and adds the prediction to it; otherwise the prior is not used.
         name: How the method is called in tables.
     """
 
-    prior: ItemPrior
     vectors: Floats
-    penalty: float
-    user_bias_damping: float
-    offset: bool
     name: str
 
     @property
     def bytes_per_user(self) -> int:
-        """The user's coefficients in float32."""
+        """The user's coefficients, or vector, in float32."""
         return 4 * int(self.vectors.shape[1])
 
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
         return score_each(requests, len(self.vectors), self._values)
+
+    @abstractmethod
+    def _values(self, request: Request) -> ScoreArray:
+        """Returns the candidates' scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRidge(_OnVectors):
+    """Ridge regression of the support's ratings on item vectors.
+
+    Args:
+        prior: The item prior.
+        penalty: Ridge penalty.
+        user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
+        offset: Regresses the residuals from the prior and adds the prediction to it; otherwise the prior is not used.
+    """
+
+    prior: ItemPrior
+    penalty: float
+    user_bias_damping: float
+    offset: bool
 
     def _values(self, request: Request) -> ScoreArray:
         support = request.support
@@ -84,39 +98,33 @@ def fit_text_ridge(
         user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
     """
     name = "text ridge" if offset else "text ridge, no prior"
-    return TextRidge(prior, unit_vectors(vectors), penalty, user_bias_damping, offset, name)
+    return TextRidge(
+        vectors=unit_vectors(vectors),
+        name=name,
+        prior=prior,
+        penalty=penalty,
+        user_bias_damping=user_bias_damping,
+        offset=offset,
+    )
 
 
-@dataclass(frozen=True)
-class TextLogistic:
+@dataclass(frozen=True, kw_only=True)
+class TextLogistic(_OnVectors):
     """Logistic regression of the support's likes on item vectors.
 
     Args:
         prior: The item prior.
-        vectors: Unit vectors of the items, shape (items, features).
         penalty: Ridge penalty of the coefficients.
         slope: Log-odds of a like per unit of the prior; 0 leaves the prior out.
         intercept: Log-odds of a like where the prior is zero.
         threshold: See `Ratings.likes`.
-        name: How the method is called in tables.
     """
 
     prior: ItemPrior
-    vectors: Floats
     penalty: float
     slope: float
     intercept: float
     threshold: float
-    name: str
-
-    @property
-    def bytes_per_user(self) -> int:
-        """The user's coefficients in float32."""
-        return 4 * int(self.vectors.shape[1])
-
-    def score(self, requests: Sequence[Request]) -> list[Tensor]:
-        """See `Scorer.score`."""
-        return score_each(requests, len(self.vectors), self._values)
 
     def _values(self, request: Request) -> ScoreArray:
         support = request.support
@@ -192,33 +200,28 @@ def fit_text_logistic(
         model = LogisticRegression(C=1e6).fit(prior.values_without(own)[:, None], interactions.likes(threshold)[kept])
         slope, intercept = float(model.coef_[0, 0]), float(model.intercept_[0])
     name = "text logistic" if offset else "text logistic, no prior"
-    return TextLogistic(prior, unit_vectors(vectors), penalty, slope, intercept, threshold, name)
+    return TextLogistic(
+        vectors=unit_vectors(vectors),
+        name=name,
+        prior=prior,
+        penalty=penalty,
+        slope=slope,
+        intercept=intercept,
+        threshold=threshold,
+    )
 
 
-@dataclass(frozen=True)
-class TwoTower:
+@dataclass(frozen=True, kw_only=True)
+class TwoTower(_OnVectors):
     """Scores by the cosine of an item's vector and the user's: the mean of liked items minus the mean of the others.
 
     All scores are 0 without a support, or if the user's vector is zero.
 
     Args:
-        vectors: Unit vectors of the items, shape (items, features).
         threshold: See `Ratings.likes`.
-        name: How the method is called in tables.
     """
 
-    vectors: Floats
     threshold: float
-    name: str = "two-tower cosine"
-
-    @property
-    def bytes_per_user(self) -> int:
-        """The user's vector in float32."""
-        return 4 * int(self.vectors.shape[1])
-
-    def score(self, requests: Sequence[Request]) -> list[Tensor]:
-        """See `Scorer.score`."""
-        return score_each(requests, len(self.vectors), self._values)
 
     def _values(self, request: Request) -> ScoreArray:
         liked = request.support.likes(self.threshold)
@@ -238,4 +241,4 @@ def fit_two_tower(vectors: Floats, *, threshold: float, name: str = "two-tower c
         threshold: See `Ratings.likes`.
         name: How the method is called in tables.
     """
-    return TwoTower(unit_vectors(vectors), threshold, name)
+    return TwoTower(vectors=unit_vectors(vectors), name=name, threshold=threshold)
