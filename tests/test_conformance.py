@@ -49,6 +49,7 @@ from metarec.scorer import Request, Scorer
 from metarec.scorers.collaborative.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn
 from metarec.scorers.collaborative.gp import fit_gp
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
+from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
 from metarec.scorers.collaborative.networks import Form, fit_network
 from metarec.scorers.collaborative.text import fit_text_logistic, fit_text_ridge, fit_two_tower
 from metarec.scorers.collaborative.trivial import Constant, ItemMean, Popularity, Random
@@ -161,6 +162,7 @@ FITS: dict[str, Callable[[Given], Scorer]] = {
     ),
     "two-tower cosine": lambda given: fit_two_tower(VECTORS, threshold=given.threshold),
     "GP": lambda given: fit_gp(given.data, TRAIN, {"text": VECTORS, "genres": GENRE}, factors=4),
+    "TF-IDF kernel": lambda given: fit_linear_kernel(given.data, TRAIN, VECTORS, name="TF-IDF kernel"),
     "MeLU": network("melu"),
     "neural process": network("neural process"),
     "zero-shot prompt": lambda given: ZeroShot(given.recommender().fitted.answer_model),
@@ -204,6 +206,7 @@ BANDS = {
     "text logistic, no prior": (0.90, 1.0),
     "two-tower cosine": (0.90, 1.0),
     "GP": (0.90, 1.0),
+    "TF-IDF kernel": (0.90, 1.0),
     "MeLU": (0.80, 1.0),
     "neural process": (0.80, 1.0),
     "zero-shot prompt": (0.35, 0.65),

@@ -1,9 +1,9 @@
 """Every method of a benchmark, by name.
 
-A file here holds the methods of one kind: `trivial`, `foldin`, `networks`, `prompts`, `finetuning`, `recommenders`. To
-add one, write a function from a `MethodContext` to rows into the file of its kind and give it a line in that file's
-table. A method outside metarec is an entry point of the group ``metarec.methods``, or named as ``module:attribute``;
-either stands for a `Method`, or for such a function.
+A file here holds the methods of one kind: `trivial`, `foldin`, `controls`, `networks`, `prompts`, `finetuning`,
+`recommenders`. To add one, write a function from a `MethodContext` to rows into the file of its kind and give it a line
+in that file's table. A method outside metarec is an entry point of the group ``metarec.methods``, or named as
+``module:attribute``; either stands for a `Method`, or for such a function.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from metarec.bench.context import Method, MethodContext, MethodRow
+from metarec.bench.methods.controls import CONTROLS, PERMUTED, permuted
 from metarec.bench.methods.finetuning import FINE_TUNED
 from metarec.bench.methods.foldin import FOLD_IN
 from metarec.bench.methods.networks import NETWORKS
@@ -31,7 +32,10 @@ _GROUP_OF_FUNCTIONS = "other"
 
 
 class Methods(Registry[Method]):
-    """The registry of methods, with their groups; a plain function becomes a `Method` of the group ``other``."""
+    """The registry of methods, with their groups; a plain function becomes a `Method` of the group ``other``.
+
+    A method's name followed by ``, titles permuted`` is that method on a catalog whose texts were permuted.
+    """
 
     def get(self, name: str, *, from_file: bool = False) -> Method:
         """Returns a method, importing it where it has not been yet.
@@ -39,6 +43,8 @@ class Methods(Registry[Method]):
         Raises:
             ConfigError: The name is not known, cannot be imported, or stands for no method.
         """
+        if (base := self._permuted_of(name)) is not None:
+            return permuted(self.get(base, from_file=from_file))
         try:
             found: Any = super().get(name, from_file=from_file)
         except (ImportError, AttributeError) as error:
@@ -58,6 +64,12 @@ class Methods(Registry[Method]):
         about = (getattr(function, "__doc__", None) or name).strip().splitlines()[0]
         return Method(function, _GROUP_OF_FUNCTIONS, about, options)
 
+    def _permuted_of(self, name: str) -> str | None:
+        """Returns the method that a name ending in ``, titles permuted`` is the control of."""
+        if name in self.names() or not name.endswith(PERMUTED):
+            return None
+        return name.removesuffix(PERMUTED)
+
     def groups(self) -> dict[str, list[str]]:
         """Returns the names of every group's methods, by group."""
         members: dict[str, list[str]] = {}
@@ -71,7 +83,7 @@ class Methods(Registry[Method]):
         Raises:
             ConfigError: Neither a method nor a group is called so.
         """
-        if name in self.names() or ":" in name:
+        if name in self.names() or ":" in name or self._permuted_of(name) is not None:
             self.get(name)
             return [name]
         groups = self.groups()
@@ -87,6 +99,8 @@ class Methods(Registry[Method]):
 
         So a cell is measured again once that file has changed, with it options that are not in `Method.options`.
         """
+        if (base := self._permuted_of(name)) is not None:
+            return self.code(base)
         if name in self._builtin:
             return None
         outside = {entry.name: entry.module for entry in entry_points(group=self.group)}
@@ -97,5 +111,5 @@ class Methods(Registry[Method]):
         return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
-_ALL: Mapping[str, Method] = {**TRIVIAL, **FOLD_IN, **PROMPTS, **FINE_TUNED, **NETWORKS, **RECOMMENDERS}
+_ALL: Mapping[str, Method] = {**TRIVIAL, **FOLD_IN, **CONTROLS, **PROMPTS, **FINE_TUNED, **NETWORKS, **RECOMMENDERS}
 METHODS = Methods("method", "metarec.methods", _ALL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,11 +19,13 @@ from metarec.scorers.collaborative.text import unit_vectors
 from metarec.threads import one_thread
 
 _COMPONENTS = 128
+_WORD_COMPONENTS = 64
 _NARROW = 48
 _LANDMARKS = 1000
 # Width of the kernel that `kernel_features` approximates.
 _LANDMARK_KERNEL_GAMMA = 0.3
 _MAX_CATEGORIES = 1000
+_WORD = re.compile(r"\w+")
 _YEAR = re.compile(r"-?\d{1,4}")
 
 
@@ -37,6 +39,25 @@ def state_vectors(states: Tensor) -> Floats:
 
     unit = unit_vectors(StandardScaler().fit_transform(states.cpu().numpy()).astype(np.float64))
     return principal_components(unit, _COMPONENTS)
+
+
+def word_vectors(texts: Sequence[str], components: int = _WORD_COMPONENTS) -> Floats:
+    """Returns latent semantic vectors of texts by their words alone, shape (texts, components) or fewer.
+
+    Args:
+        texts: One text per item; without any word in all of them, the vectors have no width.
+        components: Width of the vectors at most.
+
+    Source: Deerwester et al. 1990, "Indexing by latent semantic analysis", of TF-IDF weights.
+    """
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    if not any(_WORD.search(text) for text in texts):
+        return np.zeros((len(texts), 0))
+    weights = TfidfVectorizer(sublinear_tf=True, token_pattern=_WORD.pattern).fit_transform(texts)
+    vectors: Floats = TruncatedSVD(min(components, *weights.shape), random_state=0).fit_transform(weights)
+    return vectors
 
 
 def unrated_features(read: Mapping[str, Floats], fields: Mapping[str, Floats]) -> Features:

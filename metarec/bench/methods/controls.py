@@ -1,0 +1,103 @@
+"""Controls: what words and fields are worth without a language model, and what is left when texts are permuted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from metarec.bench.context import NO_SETTINGS, Method, MethodContext, MethodRow, one_row
+from metarec.data.episodes import seeded
+from metarec.data.interactions import Catalog, Interactions
+from metarec.data.task_data import TaskData
+from metarec.scorer import Request, Scorer
+from metarec.scorers.collaborative.features import word_vectors
+from metarec.scorers.collaborative.gp import GaussianProcess
+from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
+
+# A method's name with this behind it is the method on a catalog whose texts were permuted.
+PERMUTED = ", titles permuted"
+
+
+def _words_kernel(context: MethodContext, **options: Any) -> GaussianProcess:
+    catalog, text = context.interactions.catalog, context.data.task.item_text
+    vectors = word_vectors([text.render(catalog, code) for code in range(len(catalog))])
+    return fit_linear_kernel(context.interactions, context.users, vectors, name="TF-IDF kernel", **options)
+
+
+def _fields_kernel(context: MethodContext, **options: Any) -> GaussianProcess:
+    blocks = [np.zeros((len(context.interactions.catalog), 0)), *context.fields.values()]
+    vectors = np.concatenate(blocks, 1)
+    return fit_linear_kernel(context.interactions, context.users, vectors, name="fields kernel", **options)
+
+
+def permuted_catalog(catalog: Catalog, seed: int) -> Catalog:
+    """Returns the catalog with titles and all other fields moved together to other items, as a function of the seed."""
+    order = seeded(seed, "titles permuted").permutation(len(catalog))
+    return replace(catalog, fields={name: tuple(column[at] for at in order) for name, column in catalog.fields.items()})
+
+
+def permuted_data(data: TaskData) -> TaskData:
+    """Returns a task's data with permuted texts; who rated what, the split and the episodes stay."""
+    catalog = permuted_catalog(data.interactions.catalog, data.seed)
+
+    def moved(interactions: Interactions) -> Interactions:
+        return replace(interactions, catalog=catalog)
+
+    return replace(
+        data,
+        interactions=moved(data.interactions),
+        held_out=None if data.held_out is None else moved(data.held_out),
+    )
+
+
+@dataclass(frozen=True)
+class _Renamed:
+    """A scorer under another name."""
+
+    scorer: Scorer
+    name: str
+
+    @property
+    def bytes_per_user(self) -> int:
+        return self.scorer.bytes_per_user
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        return self.scorer.score(requests)
+
+
+def permuted(method: Method) -> Method:
+    """Returns a method as a control: nothing that it reads of an item's text and fields is that item's.
+
+    Whatever it gains over item means because texts say what people like is gone; what is left comes from ratings alone.
+    """
+
+    def rows(context: MethodContext, **options: Any) -> Sequence[MethodRow]:
+        moved = MethodContext(permuted_data(context.data), context.workspace, context.train_users, context.settings)
+        return [
+            replace(row, scorer=_Renamed(row.scorer, f"{row.scorer.name}{PERMUTED}"))
+            for row in method.fit(moved, **options)
+        ]
+
+    return replace(method, fit=rows, group="control", about=f"texts of other items: {method.about}"[:89])
+
+
+_WORDS = Method(
+    one_row(_words_kernel, lambda process: process.loadings.size),
+    "control",
+    "a kernel of the items' words (TF-IDF), its covariance learned from users",
+    settings=NO_SETTINGS,
+)
+CONTROLS = {
+    "TF-IDF kernel": _WORDS,
+    f"TF-IDF kernel{PERMUTED}": permuted(_WORDS),
+    "fields kernel": Method(
+        one_row(_fields_kernel, lambda process: process.loadings.size),
+        "control",
+        "the same kernel of the items' fields, without their text",
+        settings=NO_SETTINGS,
+    ),
+}
