@@ -241,8 +241,9 @@ def table_metric(
     """A metric that is defined for all users together.
 
     ``pooled_auc`` compares items of different users too, so that a score which only tells generous users from others
-    is worth something. ``uauc`` is the mean AUC of users with both classes (Zhang et al. 2023, "CoLLM"),
-    ``uauc_weighted`` their mean weighted by the number of items (Zhou et al. 2018, "Deep interest network").
+    is worth something. ``uauc`` is the mean AUC of users with both classes, as in Zhang et al. 2023,
+    "CoLLM", arXiv 2310.19488, ``uauc_weighted`` their mean weighted by the number of items, as Zhou et al. 2018, "Deep
+    interest network", arXiv 1706.06978, weight it by impressions.
 
     Args:
         metric: One of `OF_A_TABLE`.
