@@ -197,8 +197,8 @@ class MetaRecommender:
         if self.config.meta.engine == "learn2learn":
             learn2learn.check(self.config.meta.algorithm)
         data = self.task_data(task, **own)
-        data.evaluated("validation")  # now, not after minutes of fitting
         refuse_small_data(data, self.config.train)
+        data.evaluated("validation")  # now, not after minutes of fitting
         identity = training_identity(data, self.config, self.backbone if needs_model(self.config) else None)
         if checkpoint is not None and fresh:
             clear_checkpoint(Path(checkpoint))

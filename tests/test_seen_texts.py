@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TEMPLATES
+import yaml
+from conftest import TEMPLATES, Ran
 from small_recommenders import SETTINGS, TASK, known_task
 
 from metarec import MetaRecommender
 from metarec.config import RunConfig, validated
 from metarec.data.interactions import Catalog
+from metarec.data.own_data import own_task
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.errors import BackboneError, ConfigError, DataError
@@ -93,3 +96,50 @@ def test_a_catalog_of_one_item_is_refused(tmp_path: Path) -> None:
     task = validated(Task, TASK | {"dataset": {"source": "table", "path": str(tmp_path)}}, "test")
     with pytest.raises(DataError, match="one item"):
         load_task_data(task, 0)
+
+
+def test_items_whose_prompts_are_the_same_tokens_are_refused(model_dir: Callable[[str], Path]) -> None:
+    words = tuple(f"w{code}" for code in range(40))  # all are unknown to the tokenizer
+    with pytest.raises(ConfigError, match=r"all 40 texts of 'prompt\.text' are the same \d+ tokens"):
+        recommender(model_dir).prepare(titled(words))
+
+
+def long_texts(folder: Path) -> Path:
+    """A table of people whose items have titles of up to seventy words."""
+    people = range(12)
+    rows = [f"u{user},i{item},{1 + (user + item) % 5},{'war ' * item}end" for user in people for item in range(1, 70)]
+    (folder / "long.csv").write_text("\n".join(["user,item,rating,title", *rows]) + "\n")
+    return folder / "long.csv"
+
+
+def test_validate_and_check_count_tokens_with_a_named_model(
+    metarec: Callable[..., Ran], model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    table = long_texts(tmp_path)
+    over = json.loads(metarec("data", "check", table, "--backbone", model_dir("bert"), "--json").out)["findings"]
+    (found,) = [finding for finding in over if finding["code"] == "long-prompt"]
+    assert (found["severity"], found["of"], found["total"]) == ("error", "items", 69)
+    assert 0 < found["count"] < 69
+    cut = metarec("data", "check", table, "--backbone", model_dir("encoder")).out
+    assert "warning long-prompt" in cut
+    assert "their ends are cut off" in cut
+    fits = metarec("data", "check", table, "--backbone", model_dir("llama"))
+    assert "long-prompt" not in fits.out
+    assert "the 69 prompts have at most" in fits.err
+    prompt = {"text": "{{ title }}\nAnswer:{% if mask %} {{ mask }}{% endif %}", "positive": " Yes", "negative": " No"}
+    task = TASK | {"dataset": {"source": "table", "path": str(table)}, "prompt": prompt}
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(task))
+    sound = metarec("tasks", "validate", tmp_path / "long.yaml", "--backbone", model_dir("llama"))
+    assert "tokens of a prompt:" in sound.out
+    broken = metarec("tasks", "validate", tmp_path / "long.yaml", "--backbone", model_dir("bert"))
+    assert broken.status == 1
+    assert "are longer than the 64 tokens" in broken.out
+    shortened = metarec("tasks", "validate", tmp_path / "long.yaml", "--backbone", model_dir("encoder"))
+    assert "texts are cut at the 64 tokens" in shortened.out
+
+
+def test_the_prompt_of_a_table_has_a_blank_for_a_masked_model(backbone: Backbones, tmp_path: Path) -> None:
+    (tmp_path / "few.csv").write_text(long_texts(tmp_path).read_text().replace("war " * 20, ""))
+    task, data = own_task(tmp_path / "few.csv", {})
+    assert tokenize_catalog(backbone("bert"), task.template, data.catalog).mask_token is not None
+    assert task.template.render(data.catalog, 0).endswith("\nAnswer:")

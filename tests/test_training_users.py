@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import known_interactions
 from small_recommenders import TASK, known_task
+from test_python_api import FAST
 
 from metarec.config import RunConfig, TrainConfig, validated
 from metarec.data.episodes import training_batch
@@ -17,6 +20,7 @@ from metarec.data.task_data import TaskData
 from metarec.data.task_files import load_task
 from metarec.data.training_users import EpisodeSizes, episode_sizes, refuse_small_data, users_by_shots
 from metarec.errors import ConfigError, DataError
+from metarec.recommender import MetaRecommender
 
 
 def uneven(**changes: object) -> TaskData:
@@ -102,3 +106,41 @@ def test_short_supports_are_drawn_from_whoever_has_a_support_and_a_query(hide: b
         assert len(episode.query) >= 4
         assert not set(episode.query.items) & set(episode.support.items)
         assert len(episode.support) == 20 if not hide else 1 <= len(episode.support) < 24
+
+
+def unset() -> MetaRecommender:
+    """A recommender that reads no language model and takes the sizes of its episodes from the task."""
+    settings = {**FAST, "train": {**FAST["train"], "shots": None}}
+    return MetaRecommender.from_pretrained("no-model-is-read", validated(RunConfig, settings, "test"))
+
+
+def few(path: Path, items: int) -> Path:
+    """Sixty people who rated all of a few items, those of one kind higher."""
+    rows = [f"u{user},i{item},{5 - (user + item) % 2 * 3},T{item}" for user in range(60) for item in range(items)]
+    path.write_text("\n".join(["user,item,rating,title", *rows]) + "\n")
+    return path
+
+
+def test_a_catalog_of_two_items_is_refused_with_what_training_takes(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the most are 2\..* takes users with 3 rated items at least"):
+        unset().fit(few(tmp_path / "two.csv", 2))
+
+
+@pytest.mark.parametrize("items", [3, 4, 5, 6, 8])
+def test_a_catalog_of_a_few_items_is_trained_and_ranked(items: int, tmp_path: Path) -> None:
+    recommender = unset().fit(few(tmp_path / "few.csv", items), label="rating >= 3")
+    assert len(recommender.adapt({"T0": 5}).recommend(items - 1)) == items - 1
+    assert recommender.evaluate().per_user["auc"].notna().any()
+
+
+def test_two_items_are_ranked_by_a_task_without_shots(tmp_path: Path) -> None:
+    task = {"shots": [0], "query": {"max": 2, "min": 2}, "label": "rating >= 3"}
+    recommender = unset().fit(few(tmp_path / "two.csv", 2), **task)
+    assert [entry.title for entry in recommender.adapt({}).recommend(2)]
+
+
+@pytest.mark.parametrize(("most", "cure"), [(7, "train.shots to [2]"), (5, "train.min_query=4"), (2, "3 rated items")])
+def test_the_cure_for_too_few_ratings_is_one_that_helps(most: int, cure: str, tmp_path: Path) -> None:
+    choices = {"shots": [0, 5], "query": {"max": 10, "min": 5}}
+    with pytest.raises(DataError, match=re.escape(cure)):
+        unset().fit(few(tmp_path / "few.csv", most), **choices)

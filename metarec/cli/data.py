@@ -9,6 +9,7 @@ import typer
 
 from metarec.cli.options import (
     ColumnOption,
+    CountingOption,
     EncodingOption,
     HeaderOption,
     ItemsFileOption,
@@ -21,7 +22,7 @@ from metarec.cli.options import (
     print_json,
     source_options,
 )
-from metarec.errors import ConfigError
+from metarec.errors import ConfigError, MetarecError
 
 if TYPE_CHECKING:
     from metarec.data.checks.findings import DataFinding
@@ -71,6 +72,7 @@ def check(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of a task: the seed of the split that is checked for leaks.")] = 0,
+    backbone: CountingOption = None,
     json: JsonOption = False,
 ) -> None:
     """Say what is wrong with a dataset, with rows and cures; of a task also whether its split leaks."""
@@ -81,11 +83,10 @@ def check(
     from metarec.progress import progress
 
     thresholds = [verdict.read_threshold(text) for text in fail_on or []]
-    task, tables = _tables(
-        what,
-        path,
-        source_options(ratings_file, items_file, items_id, column, separator, encoding, scale, header, line_breaks),
+    options = source_options(
+        ratings_file, items_file, items_id, column, separator, encoding, scale, header, line_breaks
     )
+    task, tables = _tables(what, path, options)
     with progress("checking", 3, after=2.0) as advance:
         data = read_for_checks(tables)
         findings = checks.check(data)
@@ -94,6 +95,8 @@ def check(
         advance(2)
         if task is not None:
             findings += _of_the_split(task, seed)
+        if backbone is not None:
+            findings += _of_the_prompts(task, Path(what if path is None else path), options, backbone)
         advance(3)
     if fix:
         write_tables(mended, fix)
@@ -140,6 +143,40 @@ def _of_the_split(task: Task, seed: int) -> list[DataFinding]:
     if data.seen is not None:
         found.append(near_duplicates(data.interactions.catalog, data.seen))
     return [finding for finding in found if finding]
+
+
+def _of_the_prompts(task: Task | None, file: Path, options: SourceOptions, name: str) -> list[DataFinding]:
+    """Prompts that are longer than a model reads; of a table those of the task that `train` makes of it."""
+    from metarec.data.checks.findings import SHOWN, DataFinding
+    from metarec.data.own_data import own_task
+    from metarec.data.task_data import load_dataset
+    from metarec.lm.backbone import load_backbone
+    from metarec.lm.tokenized import count_tokens
+
+    backbone = load_backbone(name)
+    try:
+        if task is None:
+            task, data = own_task(file, options.model_dump(exclude_unset=True))
+        else:
+            data = load_dataset(task.dataset, files=task.split.files)
+    except MetarecError as error:
+        typer.echo(f"the prompts were not counted: {error}", err=True)
+        return []
+    encodes = backbone.kind == "encoder"
+    counts = count_tokens(backbone, task.item_text if encodes else task.template, data.catalog)
+    if not counts.over:
+        said = f"the {len(data.catalog)} prompts have at most {counts.longest} tokens; '{name}' reads {counts.limit}"
+        typer.echo(said, err=True)
+        return []
+    shown = tuple(data.catalog.ids[code] for code in counts.over[:SHOWN])
+    return [
+        DataFinding(
+            "long-prompt", "warning" if encodes else "error", len(counts.over), "items", len(data.catalog),
+            f"prompts of more than the {counts.limit} tokens that '{name}' reads, the longest of {counts.longest}"
+            + (": their ends are cut off" if encodes else ": fit refuses them"),
+            "Cut a field in the template, such as {{ text[:200] }}, or choose another model", shown, False,
+        )
+    ]  # fmt: skip
 
 
 @data_app.command("describe", epilog="Example: metarec data describe orders.csv --column user=customer --json")

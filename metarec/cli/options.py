@@ -48,6 +48,12 @@ BackboneOption = Annotated[
         help="Embedded name, directory or Hugging Face name (default: smollm2-135m-instruct).", show_default=False
     ),
 ]
+CountingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--backbone", help="Count the prompts' tokens as this model does, and say which it cuts.", show_default=False
+    ),
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option("--device", help="Where it runs, e.g. cuda (default: as the settings say).", show_default=False),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metarec.cli.options import JsonOption, print_json
+from metarec.cli.options import CountingOption, JsonOption, print_json
 from metarec.errors import MetarecError
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def validate(
     ] = None,
     include_path: IncludeOption = None,
     seed: SeedOption = 0,
+    backbone: CountingOption = None,
     json: JsonOption = False,
 ) -> None:
     """Load, label, split and render tasks for real, and look for leaks; status 1 if one is not sound."""
@@ -103,7 +104,7 @@ def validate(
                 if not names and _data(task) == "absent":
                     found.append({"name": name, "sound": None, "said": "data absent, not checked"})
                 else:
-                    found.append({"name": name, **_validated(task, seed)})
+                    found.append({"name": name, **_validated(task, seed, backbone)})
             except MetarecError as error:
                 found.append({"name": name, "sound": False, "said": str(error)})
             advance(done, name)
@@ -118,6 +119,9 @@ def validate(
                     f"{part} {found['enough']} (left out: {found['left_out']})" for part, found in parts.items()
                 )
                 typer.echo(f"         {count} shots, enough ratings: {users}")
+            if "tokens" in entry:
+                facts = entry["tokens"]
+                typer.echo(f"         tokens of a prompt: {facts['median']:g} (median), {facts['longest']} (longest)")
             if "features" in entry:
                 typer.echo(f"         features: {_features(entry['features'])}")
             for sentence in entry.get("warnings", []):
@@ -126,7 +130,7 @@ def validate(
         raise typer.Exit(1)
 
 
-def _validated(task: Task, seed: int) -> dict[str, Any]:
+def _validated(task: Task, seed: int, backbone: str | None) -> dict[str, Any]:
     from metarec.data.seen_texts import cut_sentences
     from metarec.data.task_data import load_task_data
     from metarec.data.templates import cut_fields, hidden_state_texts
@@ -154,6 +158,7 @@ def _validated(task: Task, seed: int) -> dict[str, Any]:
         or f"{len(data.parts['train'])} meta-training {task.by}s, {episodes}, {repeated} items share a prompt"
     )
     cut = cut_fields(catalog, [task.prompt.text, task.item_text.text, *task.hidden_states])
+    tokens = _tokens(task, data, backbone) if backbone else {}
     task.item_text.render(catalog, 0)
     chosen = task.read_fields(catalog)
     return {
@@ -163,12 +168,39 @@ def _validated(task: Task, seed: int) -> dict[str, Any]:
             str(count): {part: {"enough": kept, "left_out": left} for part, (kept, left) in found.items()}
             for count, found in shots.items()
         },
-        "warnings": [*data.interactions.notes, *cut_sentences(cut), *_left_out(task, shots)],
+        "warnings": [
+            *data.interactions.notes,
+            *cut_sentences(cut),
+            *_left_out(task, shots),
+            *([tokens.pop("cut")] if "cut" in tokens else []),
+        ],
+        **({"tokens": tokens} if tokens else {}),
         "cut_fields": cut,
         "features": {"text": task.item_text.text, "fields": dict(chosen.read), "unread": dict(chosen.unread)},
         "hashes": data.hashes,
         "dropped": dict(data.interactions.dropped),
     }
+
+
+def _tokens(task: Task, data: TaskData, name: str) -> dict[str, Any]:
+    """Counts the tokens of every item's prompt, or of its text where an encoder reads it.
+
+    Raises:
+        MetarecError: The model cannot take the prompts, as `fit` would say.
+    """
+    from metarec.lm.backbone import load_backbone
+    from metarec.lm.tokenized import count_tokens, tokenize_catalog
+
+    backbone, catalog = load_backbone(name), data.interactions.catalog
+    template = task.item_text if backbone.kind == "encoder" else task.template
+    counts = count_tokens(backbone, template, catalog)
+    if backbone.kind != "encoder":
+        tokenize_catalog(backbone, template, catalog)
+    facts = {"model": name, "longest": counts.longest, "median": counts.median, "limit": counts.limit}
+    facts["cut_items"] = len(counts.over)
+    if counts.over:
+        facts["cut"] = f"{len(counts.over)} of {len(catalog)} texts are cut at the {counts.limit} tokens of '{name}'"
+    return facts
 
 
 def _features(found: dict[str, Any]) -> str:
@@ -180,8 +212,10 @@ def _features(found: dict[str, Any]) -> str:
 
 def _left_out(task: Task, shots: dict[int, Any]) -> list[str]:
     """Says of which parts nobody has enough ratings for some number of shots, and what to do."""
-    possible = [count for count, found in shots.items() if count and found["train"][0]] or [1]
-    in_training = f"fit needs train.shots (--set 'train.shots={possible}'), or a lower 'query.min'"
+    possible = [count for count, found in shots.items() if count and found["train"][0]]
+    needed = f"train.shots (--set 'train.shots={possible}')" if possible else "lower 'shots'"
+    in_training = f"fit needs {needed}, or a lower 'query.min'"
+    asked = {"train": task.query.min_to_train, "validation": task.query.min, "test": task.query.min}
     said = []
     for count, found in shots.items():
         for part, (kept, _) in found.items():
@@ -190,7 +224,7 @@ def _left_out(task: Task, shots: dict[int, Any]) -> list[str]:
                     ("meta-training", in_training) if part == "train" else (part, "lower 'shots' or 'query.min'")
                 )
                 said.append(
-                    f"with {count} shots no {whom} {task.by} has the {count} ratings and {task.query.min} to ask "
+                    f"with {count} shots no {whom} {task.by} has the {count} ratings and {asked[part]} to ask "
                     f"about: {cure}"
                 )
     return said

@@ -31,7 +31,8 @@ from metarec.errors import ConfigError, DataError, suggest
 
 _LOG = logging.getLogger(__name__)
 _SHOTS, _FEW_SHOTS = (5, 10, 20), (1, 2, 3)
-_MIN_QUERY = 5
+# Ratings to ask about; the least where users have few.
+_MIN_QUERY, _LEAST_QUERY = 5, 2
 # Below this many users, more of them validate and test.
 _FEW_USERS = 500
 _MOST_DROPPED = 0.05
@@ -151,7 +152,8 @@ def default_prompt(fields: Sequence[str]) -> dict[str, str]:
     for name in fields:
         said = f"{{{{ {name} }}}}" if name in _UNNAMED_FIELDS else f"{name.replace('_', ' ')}: {{{{ {name} }}}}"
         line += f"{{% if {name} %}}, {said}{{% endif %}}"
-    text = f"One customer's taste: does the customer like it?\n{line}\nAnswer:"
+    blank = "{% if mask %} {{ mask }}{% endif %}"  # a masked language model answers there
+    text = f"One customer's taste: does the customer like it?\n{line}\nAnswer:{blank}"
     return {"text": text, "positive": " Yes", "negative": " No"}
 
 
@@ -227,8 +229,10 @@ def _defaults(data: pd.DataFrame | Path, interactions: Interactions, options: So
     stem = data.name.split(".")[0] if isinstance(data, Path) else "dataframe"
     ratings = np.unique(interactions.rating)
     counts = interactions.items_of_user
-    enough = {shots: (counts >= shots + _MIN_QUERY).mean() >= 0.5 for shots in (*_FEW_SHOTS, *_SHOTS)}
-    shots = [count for count in _SHOTS if enough[count]] or [count for count in _FEW_SHOTS if enough[count]]
+    typical = float(np.median(counts))  # half of the users have as many
+    query = _MIN_QUERY if typical > _MIN_QUERY or typical < 1 + _LEAST_QUERY else _LEAST_QUERY
+    shots = [count for count in _SHOTS if typical >= count + query]
+    shots = shots or [count for count in _FEW_SHOTS if typical >= count + query]
     fields = [name for name in interactions.catalog.fields if name != "title" and name.isidentifier()]
     values: dict[str, Any] = {
         "name": f"own/{stem}",
@@ -242,7 +246,7 @@ def _defaults(data: pd.DataFrame | Path, interactions: Interactions, options: So
         },
         "split": {"fractions": [0.6, 0.2, 0.2] if len(counts) < _FEW_USERS else [0.8, 0.1, 0.1]},
         "shots": [0, *(shots or _SHOTS[:1])],
-        "query": {"max": 50, "min": _MIN_QUERY},
+        "query": {"max": 50, "min": query},
         "label": "rating > user mean",
         "prompt": default_prompt(fields[:_MOST_FIELDS]),
     }

@@ -18,6 +18,8 @@ from metarec.errors import DataError
 _LOG = logging.getLogger(__name__)
 # Said as a warning where so large a share of the users is left out.
 _MANY = 0.5
+# A loss compares two ratings at least.
+_FEWEST_ASKED = 2
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,17 @@ def _too_few(task: Task, sizes: EpisodeSizes, found: dict[int, dict[str, int]], 
     kind = " of hidden items" if hides else ""
     counted = ", ".join(f"{counts['enough']} for K = {shots}" for shots, counts in found.items())
     possible = [shots for shots, counts in found.items() if counts["enough"]]
-    cure = f"Set train.shots to {possible}" if possible else "Lower train.shots (--set train.shots=[1])"
+    if possible or most > sizes.min_query:
+        lower = possible or [min(lacking, most - sizes.min_query)]
+        cure = f"Set train.shots to {lower}, or lower train.min_query (now {sizes.min_query})"
+    elif most > _FEWEST_ASKED:
+        cure = f"Ask for less: --set train.shots=[1] --set train.min_query={most - 1}"
+    else:
+        cure = f"Meta-training takes {task.by}s with 3 rated items at least, one to adapt to and two to compare"
     return DataError(
         f"no meta-training {task.by} has {sizes.needed(lacking)} ratings, which K = {lacking} and a query of "
         f"{sizes.min_query}{kind} take: the most are {most}. Enough have {counted}",
-        f"{cure}, or lower train.min_query (now {sizes.min_query})",
+        cure,
     )
 
 

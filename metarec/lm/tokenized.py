@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from metarec.artifacts import content_hash
 from metarec.data.interactions import Catalog
@@ -50,7 +51,8 @@ def tokenize_catalog(backbone: Backbone, template: PromptTemplate, catalog: Cata
     nothing is cut off it.
 
     Raises:
-        ConfigError: A masked LM's template has no ``{{ mask }}``, or a prompt is longer than the model reads.
+        ConfigError: A masked LM's template has no ``{{ mask }}``, a prompt is longer than the model reads, or all of
+            them are the same tokens.
         BackboneError: An answer word is not one token.
     """
     mask = backbone.tokenizer.mask_token if backbone.kind == "masked" else ""
@@ -61,6 +63,11 @@ def tokenize_catalog(backbone: Backbone, template: PromptTemplate, catalog: Cata
             f"the prompt leaves '{backbone.name}' no blank to fill in", "Put {{ mask }} where the answer goes"
         )
     tokens = _within(backbone, backbone.tokenize(texts), catalog, template.where)
+    if len(tokens) > 1 and len(set(tokens)) == 1:
+        raise ConfigError(
+            f"all {len(tokens)} texts of '{template.where}' are the same {len(tokens[0])} tokens to '{backbone.name}'",
+            "Choose a model whose tokenizer knows the words, or name a field in the template that tells items apart",
+        )
     answers = None
     if backbone.kind != "encoder":
         answers = (
@@ -80,6 +87,33 @@ def tokenize_catalog(backbone: Backbone, template: PromptTemplate, catalog: Cata
         mask_token=backbone.tokenizer.mask_token_id if backbone.kind == "masked" else None,
         answer_texts=(tuple(yes_text), tuple(no_text)),
     )
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """How long a catalog's prompts are to a model.
+
+    Args:
+        longest: Tokens of the longest prompt.
+        median: Tokens of the median prompt.
+        limit: Tokens that the model has positions for; None where nothing limits them.
+        over: Items whose prompts are longer.
+    """
+
+    longest: int
+    median: float
+    limit: int | None
+    over: tuple[int, ...]
+
+
+def count_tokens(backbone: Backbone, template: PromptTemplate, catalog: Catalog) -> TokenCounts:
+    """Returns how long every item's prompt is to a model, and which are too long; nothing is refused."""
+    mask = backbone.tokenizer.mask_token if backbone.kind == "masked" else ""
+    texts = [template.render(catalog, code, backbone.special_tokens, mask) for code in range(len(catalog))]
+    lengths = [len(ids) for ids in backbone.tokenize(texts)]
+    limit = backbone.max_tokens
+    over = () if limit is None else tuple(code for code, length in enumerate(lengths) if length > limit)
+    return TokenCounts(max(lengths), median(lengths), limit, over)
 
 
 def _within(

@@ -23,7 +23,7 @@ NOTES = (
     "several-titles",
     "some-timed",
 )
-CODES = ("malformed-row", *NOTES, *CHECKS, "near-duplicate-item", "leak")
+CODES = ("malformed-row", *NOTES, *CHECKS, "near-duplicate-item", "leak", "long-prompt")
 
 
 def check(data: Checked, limits: CheckLimits | None = None) -> list[DataFinding]:
