@@ -283,6 +283,11 @@ def test_an_unfitted_recommender_says_so(model_dir: Callable[[str], Path]) -> No
 
 @pytest.mark.parametrize("family", ["bert", "encoder", "gpt2"])
 def test_other_backbones_learn_the_same_task(family: str, model_dir: Callable[[str], Path]) -> None:
+    """Gains where .1 is asked for: BERT .34 to .53, encoder .35, GPT-2 .26 to .63.
+
+    Measured with `ATEN_CPU_CAPABILITY` default, avx2 and avx512, with and without noise of 1e-6 on the weights, and
+    BERT on two threads too.
+    """
     template = TEMPLATES[{"bert": "masked", "encoder": "encoder"}.get(family, "causal")]
     prompt = {"text": template.text, "positive": template.positive, "negative": template.negative}
     data = known_task()
@@ -291,7 +296,6 @@ def test_other_backbones_learn_the_same_task(family: str, model_dir: Callable[[s
     config = validated(RunConfig, SETTINGS | STRONG | {"score": ["prompt", "adapter"]}, "test")
     report = MetaRecommender.from_pretrained(model_dir(family), config).fit(data).evaluate(data)
     gain, _ = report.difference("metarec, adapted", 10, "metarec, before adaptation", 10)
-    # Measured with and without AVX2 and with noise on the weights: GPT-2 .40 to .63, BERT .42, encoder .35.
     assert gain > 0.1
 
 
@@ -347,7 +351,12 @@ def test_every_algorithm_trains_a_recommender(algorithm: str, model_dir: Callabl
 # On a model as small and random as this one, a prefix learns from some starts and stays at chance from others.
 PREFIX_TRAINING = {"steps": 200, "lr": 0.01, "warmup": 10, "patience": 20}
 ADAPTATIONS: dict[str, dict[str, Any]] = {
-    "biases": {"adapter": {"kind": "bias", "active_tokens": None, "layers": 3}},
+    # With item means, or with fewer steps, biases learn on some processors and stay at chance on others.
+    "biases": {
+        "adapter": {"kind": "bias", "active_tokens": None, "layers": 3},
+        "score": ["prompt", "adapter"],
+        "train": {"steps": 200},
+    },
     "a prefix": {"adapter": {"kind": "prefix", "active_tokens": None}, "train": PREFIX_TRAINING, "seed": 2},
     "an activated prefix": {"adapter": {"kind": "prefix"}, "train": PREFIX_TRAINING, "seed": 2},
     "rsLoRA everywhere": {"adapter": {"rslora": True, "active_tokens": None}},
@@ -360,6 +369,11 @@ ADAPTATIONS: dict[str, dict[str, Any]] = {
 def test_every_kind_of_adaptation_learns_the_task_and_survives_saving(
     kind: str, model_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    """Gains where .1 is asked for, on several instruction sets and with noise on the weights.
+
+    Biases .39 to .42 (three draws of noise of 1e-5 on AVX-512); prefixes .40 to .42, rsLoRA .42, the ridge head .52,
+    prototypes .28 (`ATEN_CPU_CAPABILITY` default, avx2 with noise of 1e-6, and avx512).
+    """
     settings = SETTINGS | STRONG
     changed = {
         name: {**settings[name], **value} if isinstance(value, dict) else value
