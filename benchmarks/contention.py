@@ -83,7 +83,7 @@ def measure(config: RunConfig) -> dict[str, float]:
     data = load_task_data(load_task(config.task), config.seed)
     interactions, users = data.interactions, data.parts["train"]
     threshold = data.task.like_threshold
-    features = collaborative_features(None, interactions.catalog, config, data.task)
+    features = collaborative_features(None, data, config)
     collaborative = config.collaborative
     still = collaborative.kernel.model_copy(update={"steps": 0})
     without_kernel = collaborative.model_copy(update={"kernel": still})

@@ -127,6 +127,14 @@ class StackConfig(Section):
     narrow_sweeps: int = Field(4, ge=1, description="of the second process: rounds of expectation maximization")
 
 
+class LinearConfig(Section):
+    """The linear kernel over items' features; see `metarec.scorers.collaborative.linear_kernel`."""
+
+    sweeps: int = Field(8, ge=1, description="rounds of expectation maximization")
+    damping: float = Field(20.0, ge=0, description="pseudo-users of independent weights that shrink the covariance")
+    item_damping: float = Field(4.0, gt=0, description="pseudo-ratings that shrink an item's own effect to 0")
+
+
 class KernelConfig(Section):
     """How the first process's kernel is meta-learned; see `metarec.scorers.collaborative.kernel_learning`."""
 
@@ -137,21 +145,39 @@ class KernelConfig(Section):
     sharpness: float = Field(2.0, gt=0, description="factor on score differences in the loss")
 
 
+class EncoderTuningConfig(Section):
+    """How the LoRA of `tuned text` is learned; see `metarec.scorers.language.encoder_tuning`."""
+
+    steps: int = Field(300, ge=1, description="steps at most; the best by validation users is kept")
+    pairs: int = Field(64, ge=2, description="users per step, each with a pair of liked items")
+    rank: int = Field(16, ge=1)
+    lr: float = Field(6e-4, gt=0)
+    temperature: float = Field(0.05, gt=0, description="divides the cosine of two items")
+    frequency: float = Field(0.5, ge=0, description="share of an item's log frequency that is taken off its score")
+    validate_every: int = Field(50, ge=1)
+    validation_users: int = Field(100, ge=1, description="validate on the first so many validation users at most")
+
+
 class CollaborativeConfig(Section):
     """The collaborative term: what it reads of items, and how it is fitted."""
 
-    members: Literal["stack", "gp", "none"] = Field(
-        "stack", description="several predictors with fitted weights, one Gaussian process, or item means alone"
+    members: Literal["stack", "gp", "linear", "none"] = Field(
+        "stack",
+        description="several predictors with fitted weights; one Gaussian process with learned factors; one with a "
+        "linear kernel over features; or item means alone",
     )
-    features: tuple[Literal["text", "fields", "lm"], ...] = Field(
+    features: tuple[Literal["words", "text", "tuned text", "fields", "lm"], ...] = Field(
         ("text", "fields", "lm"),
-        description="what it and rarely rated items' means read: titles by the sentence encoder, the catalog's fields, "
-        "hidden states of the language model",
+        description="what it and rarely rated items' means read: words of titles (TF-IDF), titles by the sentence "
+        "encoder, by that encoder with a LoRA learned from what users like, the catalog's fields, hidden states of the "
+        "language model",
     )
-    encoder: str = Field("minilm-l6-v2", description="the sentence encoder of `text`")
+    encoder: str = Field("minilm-l6-v2", description="the sentence encoder of `text` and `tuned text`")
+    tuning: EncoderTuningConfig = EncoderTuningConfig()
     gp: GPConfig = GPConfig()
     stack: StackConfig = StackConfig()
     kernel: KernelConfig = KernelConfig()
+    linear: LinearConfig = LinearConfig()
 
 
 class TrainConfig(Section):

@@ -27,13 +27,20 @@ from metarec.meta.heads import ClosedFormHead
 from metarec.meta.inner_loop import MetaState
 from metarec.registries import ADAPTER_KINDS, ALGORITHMS, TERMS
 from metarec.scorer import Scorer
-from metarec.scorers.collaborative.features import Features, item_features, state_vectors, unrated_features
+from metarec.scorers.collaborative.features import (
+    Features,
+    item_features,
+    state_vectors,
+    unrated_features,
+    word_vectors,
+)
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.terms import CollaborativeTerm
 from metarec.scorers.collaborative.text import unit_vectors
 from metarec.scorers.collaborative.trivial import ItemMean
 from metarec.scorers.language.adapted import InnerLoop, MetaScorer
+from metarec.scorers.language.encoder_tuning import tuned_text_vectors
 from metarec.scorers.language.expected_rating import expected_rating
 from metarec.scorers.language.item_vectors import hidden_state_vectors, text_vectors
 from metarec.scorers.language.score import initial_state
@@ -127,7 +134,7 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
     stack = cached_stack(
         data.interactions,
         data.parts["train"],
-        collaborative_features(answer_model, catalog, config, data.task),
+        collaborative_features(answer_model, data, config),
         collaborative,
         threshold=data.task.like_threshold,
         hide=collaborative.stack.hidden_share if data.task.split.asks_unrated else 0.0,
@@ -255,18 +262,16 @@ def catalog_answer_model(
     return open_answer_model(backbone, prompts, placement, torch.bfloat16 if config.dtype == "mixed" else None)
 
 
-def collaborative_features(
-    answer_model: AnswerModel | None, catalog: Catalog, config: RunConfig, task: Task
-) -> Features:
+def collaborative_features(answer_model: AnswerModel | None, data: TaskData, config: RunConfig) -> Features:
     """Returns what the collaborative term, and the means of rarely rated items, know of items.
 
     Args:
         answer_model: The language model over the catalog; None where the settings leave its states out.
-        catalog: The items.
+        data: The task's data; the task says what is read of an item: text, fields, and sentences where unrated items
+            are queried.
         config: The settings; `collaborative.features` says what is read.
-        task: Says what is read of an item: text, fields, and sentences where unrated items are queried.
     """
-    wanted = config.collaborative.features
+    wanted, task, catalog = config.collaborative.features, data.task, data.interactions.catalog
     read: dict[str, Floats] = {}
     if "lm" in wanted:
         assert answer_model is not None
@@ -277,6 +282,11 @@ def collaborative_features(
             read["lm"] = state_vectors(answer_model.states)
     if "text" in wanted:
         read["text"] = text_vectors(catalog, task.item_text, config.collaborative.encoder)
+    if "tuned text" in wanted:
+        settings = config.collaborative.tuning
+        read["tuned text"] = tuned_text_vectors(data, config.collaborative.encoder, settings, config.seed)
+    if "words" in wanted:
+        read["words"] = word_vectors([task.item_text.render(catalog, code) for code in range(len(catalog))])
     fields = item_features(catalog, task.read_fields(catalog).read) if "fields" in wanted else {}
     if not read and not fields:
         read["nothing"] = np.zeros((len(catalog), 1))

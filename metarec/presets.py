@@ -12,6 +12,11 @@ from metarec.errors import ConfigError, suggest
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"score": ["item mean", "collaborative"], "collaborative.features": ["text", "fields"]},
     "quick": {"collaborative.features": ["text", "fields"], "train.steps": 40, "train.validate_every": 20},
+    "text": {
+        "score": ["item mean", "collaborative"],
+        "collaborative.members": "linear",
+        "collaborative.features": ["words", "text", "tuned text", "fields"],
+    },
     "standard": {},
 }
 

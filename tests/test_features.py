@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from known import WORLD
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF
@@ -111,3 +112,16 @@ def test_where_items_are_unrated_the_stack_has_one_process() -> None:
         (replace(features, unrated=None), [GaussianProcess, GaussianProcess, TextRidge]),
     ):
         assert [type(member) for member in fit_members(data, users, prior, known, settings, 0)] == kinds
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_linear_kernel_alone_reads_every_block_but_the_gaussian_kernels(cold: bool) -> None:
+    generator = np.random.default_rng(0)
+    data = rated(generator.normal(size=120), np.full(120, 12))
+    blocks = {"text": generator.normal(size=(120, 6)), "words": generator.normal(size=(120, 3))}
+    features = unrated_features(blocks, {}) if cold else Features(blocks, blocks["text"])
+    assert features.linear.shape == (120, 9)
+    users = np.arange(USERS)
+    settings = CollaborativeConfig(members="linear")
+    (process,) = fit_members(data, users, fit_item_mean(data, users), features, settings, 0)
+    assert (process.name, process.loadings.shape) == ("linear kernel", (120, 10))  # type: ignore[union-attr]

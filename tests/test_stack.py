@@ -85,7 +85,7 @@ def test_the_stack_is_at_least_as_good_as_its_first_member() -> None:
     assert report.values("stacked", 5).mean() >= report.values("first", 5).mean() - 0.02
 
 
-@pytest.mark.parametrize("members", ["none", "gp", "stack"])
+@pytest.mark.parametrize("members", ["none", "gp", "linear", "stack"])
 def test_a_fold_does_not_change_with_the_users_it_has_not_seen(members: str) -> None:
     _, _, crossed = fit(WORLD, members)
     name = WORLD.users[TRAIN[0]]

@@ -27,7 +27,8 @@ class PlanPart(Section):
 
     tasks: tuple[str, ...] = Field(min_length=1)
     methods: tuple[str, ...] = Field(min_length=1, description="names, groups such as fold-in, or module:attribute")
-    seeds: int = Field(10, ge=1, description="number of split seeds, from 0")
+    seeds: int = Field(10, ge=1, description="number of split seeds")
+    first_seed: int = Field(0, ge=0, description="the first of them: to keep splits that choices were made on apart")
     users: int | None = Field(None, ge=2, description="test users of each split at most, the same for all methods")
     train_users: tuple[int | None, ...] = Field(
         (None,), min_length=1, description="sizes of meta-training; null is all"
@@ -135,7 +136,8 @@ def cells(plan: Plan) -> list[Cell]:
         given = {**flattened(plan.settings), **flattened(part.settings)}
         settings = canonical(given, f"settings of plan '{plan.name}'")
         unread |= dict.fromkeys(settings)
-        for task, seed, method, size in product(part.tasks, range(part.seeds), methods, part.train_users):
+        seeds = range(part.first_seed, part.first_seed + part.seeds)
+        for task, seed, method, size in product(part.tasks, seeds, methods, part.train_users):
             read = tuple((key, _one_line(value)) for key, value in settings.items() if METHODS.get(method).reads(key))
             found[Cell(task, method, seed, part.users, size, read)] = None
     for cell in found:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from metarec.bench.context import Method, MethodContext, MethodRow
-from metarec.bench.methods.controls import CONTROLS, PERMUTED, permuted
+from metarec.bench.methods.controls import CONTROLS, KERNELS, PERMUTED, permuted
 from metarec.bench.methods.finetuning import FINE_TUNED
 from metarec.bench.methods.foldin import FOLD_IN
 from metarec.bench.methods.networks import NETWORKS
@@ -111,5 +111,14 @@ class Methods(Registry[Method]):
         return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
-_ALL: Mapping[str, Method] = {**TRIVIAL, **FOLD_IN, **CONTROLS, **PROMPTS, **FINE_TUNED, **NETWORKS, **RECOMMENDERS}
+_ALL: Mapping[str, Method] = {
+    **TRIVIAL,
+    **FOLD_IN,
+    **CONTROLS,
+    **KERNELS,
+    **PROMPTS,
+    **FINE_TUNED,
+    **NETWORKS,
+    **RECOMMENDERS,
+}
 METHODS = Methods("method", "metarec.methods", _ALL)

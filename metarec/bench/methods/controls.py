@@ -1,22 +1,24 @@
-"""Controls: what words and fields are worth without a language model, and what is left when texts are permuted."""
+"""Kernels of items' texts, with controls: words and fields without a language model, and permuted texts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from metarec.bench.context import NO_SETTINGS, Method, MethodContext, MethodRow, one_row
+from metarec.bench.context import ENCODER, NO_SETTINGS, Method, MethodContext, MethodRow, one_row
 from metarec.data.episodes import seeded
 from metarec.data.interactions import Catalog, Interactions
 from metarec.data.task_data import TaskData
 from metarec.scorer import Request, Scorer
-from metarec.scorers.collaborative.features import word_vectors
+from metarec.scorers.collaborative.features import side_by_side, word_vectors
 from metarec.scorers.collaborative.gp import GaussianProcess
 from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
+from metarec.scorers.language.encoder_tuning import tuned_text_vectors
 
 # A method's name with this behind it is the method on a catalog whose texts were permuted.
 PERMUTED = ", titles permuted"
@@ -32,6 +34,16 @@ def _fields_kernel(context: MethodContext, **options: Any) -> GaussianProcess:
     blocks = [np.zeros((len(context.interactions.catalog), 0)), *context.fields.values()]
     vectors = np.concatenate(blocks, 1)
     return fit_linear_kernel(context.interactions, context.users, vectors, name="fields kernel", **options)
+
+
+def _text_kernel(context: MethodContext, *, tuned: bool = False, **options: Any) -> GaussianProcess:
+    catalog, text, settings = context.interactions.catalog, context.data.task.item_text, context.config.collaborative
+    blocks = [word_vectors([text.render(catalog, code) for code in range(len(catalog))]), context.vectors]
+    if tuned:
+        blocks.append(tuned_text_vectors(context.task_data, settings.encoder, settings.tuning, context.seed))
+    vectors = side_by_side([*blocks, *context.fields.values()])
+    name = "tuned text kernel" if tuned else "text kernel"
+    return fit_linear_kernel(context.interactions, context.users, vectors, name=name, **options)
 
 
 def permuted_catalog(catalog: Catalog, seed: int) -> Catalog:
@@ -91,6 +103,20 @@ _WORDS = Method(
     "a kernel of the items' words (TF-IDF), its covariance learned from users",
     settings=NO_SETTINGS,
 )
+KERNELS = {
+    "text kernel": Method(
+        one_row(_text_kernel, lambda process: process.loadings.size),
+        "kernel",
+        "the TF-IDF kernel with fields and a frozen sentence encoder's vectors beside the words",
+        settings=ENCODER,
+    ),
+    "tuned text kernel": Method(
+        one_row(partial(_text_kernel, tuned=True), lambda process: process.loadings.size),
+        "kernel",
+        "and vectors of that encoder with a LoRA learned from what users like together",
+        settings=(*ENCODER, "collaborative.tuning"),
+    ),
+}
 CONTROLS = {
     "TF-IDF kernel": _WORDS,
     f"TF-IDF kernel{PERMUTED}": permuted(_WORDS),

@@ -129,6 +129,12 @@ RECOMMENDERS = {
         "preset quick: item mean, stack, prompt and adapter; fewer steps",
         {"name": "metarec, quick", **PRESETS["quick"]},
     ),
+    "metarec, text": Method(
+        _metarec,
+        "presets",
+        "preset text: item mean and a kernel over words, a sentence encoder and its LoRA",
+        {"name": "metarec, text", **PRESETS["text"]},
+    ),
     "metarec, no stack": Method(
         _metarec, "ablation", "prior and adapted language model", {"name": "metarec, no stack", "score": NO_STACK}
     ),

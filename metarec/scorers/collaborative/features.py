@@ -19,12 +19,17 @@ from metarec.scorers.collaborative.text import unit_vectors
 from metarec.threads import one_thread
 
 _COMPONENTS = 128
-_WORD_COMPONENTS = 64
+_WORD_COMPONENTS = 256
 _NARROW = 48
+# Name of the block of features of a Gaussian kernel.
+_KERNEL = "kernel"
+_LEAST_LENGTH = 1e-12
 _LANDMARKS = 1000
 # Width of the kernel that `kernel_features` approximates.
 _LANDMARK_KERNEL_GAMMA = 0.3
 _MAX_CATEGORIES = 1000
+# Words and pairs of words that fewer texts have say nothing about other items.
+_FEWEST_TEXTS = 2
 _WORD = re.compile(r"\w+")
 _YEAR = re.compile(r"-?\d{1,4}")
 
@@ -45,7 +50,7 @@ def word_vectors(texts: Sequence[str], components: int = _WORD_COMPONENTS) -> Fl
     """Returns latent semantic vectors of texts by their words alone, shape (texts, components) or fewer.
 
     Args:
-        texts: One text per item; without any word in all of them, the vectors have no width.
+        texts: One text per item; where no word is in two of them, the vectors have no width.
         components: Width of the vectors at most.
 
     Source: Deerwester et al. 1990, "Indexing by latent semantic analysis", of TF-IDF weights.
@@ -53,9 +58,11 @@ def word_vectors(texts: Sequence[str], components: int = _WORD_COMPONENTS) -> Fl
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    if not any(_WORD.search(text) for text in texts):
+    common = Counter(word for text in texts for word in set(_WORD.findall(text.lower())))
+    if max(common.values(), default=0) < _FEWEST_TEXTS:
         return np.zeros((len(texts), 0))
-    weights = TfidfVectorizer(sublinear_tf=True, token_pattern=_WORD.pattern).fit_transform(texts)
+    words = TfidfVectorizer(sublinear_tf=True, token_pattern=_WORD.pattern, ngram_range=(1, 2), min_df=_FEWEST_TEXTS)
+    weights = words.fit_transform(texts)
     vectors: Floats = TruncatedSVD(min(components, *weights.shape), random_state=0).fit_transform(weights)
     return vectors
 
@@ -72,7 +79,14 @@ def unrated_features(read: Mapping[str, Floats], fields: Mapping[str, Floats]) -
     together = [np.concatenate(list(fields.values()), 1)] if fields else []
     unit = np.concatenate([unit_vectors(block) for block in (*read.values(), *together)], 1)
     kernel = kernel_features(unit)
-    return Features({**read, **fields, "kernel": principal_components(kernel, _NARROW)}, kernel, unit)
+    return Features({**read, **fields, _KERNEL: principal_components(kernel, _NARROW)}, kernel, unit)
+
+
+def side_by_side(blocks: Sequence[Floats]) -> Floats:
+    """Returns blocks of features as one, each centred and of mean squared length one, shape (items, width)."""
+    centred = [np.asarray(block, np.float64) - block.mean(0) for block in blocks if block.shape[1]]
+    lengths = [np.sqrt(max((block**2).sum(1).mean(), _LEAST_LENGTH)) for block in centred]
+    return np.concatenate([block / length for block, length in zip(centred, lengths, strict=True)], 1)
 
 
 def kernel_features(vectors: Floats) -> Floats:
@@ -183,6 +197,11 @@ class Features:
     def principal(self) -> Mapping[str, Floats]:
         """All principal components of every block, each of shape (items, width); the fits of all folds share them."""
         return {name: all_components(block) for name, block in self.blocks.items()}
+
+    @cached_property
+    def linear(self) -> Floats:
+        """All blocks but the Gaussian kernel's side by side, for the linear kernel, shape (items, width)."""
+        return side_by_side([block for name, block in self.blocks.items() if name != _KERNEL])
 
     def smoothed(self, prior: ItemPrior, seed: int) -> ItemPrior:
         """Returns item means shrunk towards their prediction from the features."""

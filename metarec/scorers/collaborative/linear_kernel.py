@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import torch
-from scipy.sparse import csr_array
 
-from metarec.data.interactions import Codes, Interactions
+from metarec.data.interactions import Codes, Interactions, Values
+from metarec.progress import progress
 from metarec.scorers.collaborative.gp import GaussianProcess
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.residuals import Floats
@@ -24,7 +23,11 @@ from metarec.threads import one_thread
 _FIRST_VARIANCE = 0.3
 _FIRST_NOISE = 0.6
 _LEAST_NOISE = 1e-3
-_CHUNK = 256
+_LEAST_LENGTH = 1e-12
+# Loadings kept at most: directions in which users differ most.
+_LOADINGS = 256
+# Users whose ratings' features are in memory at once.
+_CHUNK = 512
 
 
 @one_thread()
@@ -34,8 +37,8 @@ def fit_linear_kernel(
     features: Floats,
     *,
     name: str,
-    sweeps: int = 12,
-    damping: float = 1.0,
+    sweeps: int = 8,
+    damping: float = 20.0,
     item_damping: float = 4.0,
 ) -> GaussianProcess:
     """Learns the mean and covariance of users' weights on items' features by expectation maximization.
@@ -43,63 +46,65 @@ def fit_linear_kernel(
     Args:
         interactions: The dataset.
         users: The meta-training users; only their ratings are used.
-        features: A vector of each item, shape (items, width); a few hundred wide at most.
+        features: A vector of each item, shape (items, width).
         name: How the method is called in tables.
         sweeps: Rounds of expectation and maximization.
-        damping: Damping: pseudo-users for each feature, of independent weights, that shrink the covariance.
+        damping: Damping: pseudo-users of independent weights that shrink the covariance.
         item_damping: Damping: pseudo-ratings that shrink what an item's mean has beyond its features to 0.
 
     Raises:
         DataError: The users have no ratings, or all the same one.
 
     Source: Dempster, Laird and Rubin 1977, section 4.5 (random effects); the posterior as in Rasmussen and Williams
-    2006, section 2.1.
+    2006, section 2.2, so that a sweep takes time quadratic in the width and memory that does not grow with users.
     """
     baseline = fit_item_mean(interactions, users)
     wide = np.asarray(features, np.float64)
-    unit = wide / np.sqrt(max((wide**2).sum(1).mean(), 1e-12))
+    unit = wide / np.sqrt(max((wide**2).sum(1).mean(), _LEAST_LENGTH))
     # The last weight is the user's bias.
-    design = np.concatenate([unit, np.ones((len(unit), 1))], 1)
+    design = np.concatenate([unit, np.ones((len(unit), 1))], 1).astype(np.float32)
     kept = np.isin(interactions.user, users)
     order = np.argsort(interactions.user[kept], kind="stable")
     user = np.searchsorted(np.sort(users), interactions.user[kept][order])
-    value = baseline.standardize(interactions.rating[kept][order]).astype(np.float64)
-    rows = _Rows(user, interactions.item[kept][order], value, len(users))
-    learned = _expectation_maximization(rows, design, sweeps, damping, item_damping)
-    # The last column of a lower triangle is a single number, so that the bias's loading is constant.
-    loadings = design @ np.linalg.cholesky(learned.covariance)
+    rows = _Rows(
+        np.searchsorted(user, np.arange(len(users) + 1)),
+        interactions.item[kept][order],
+        baseline.standardize(interactions.rating[kept][order]).astype(np.float64),
+    )
+    width = design.shape[1]
+    found = _Learned(np.zeros(width), np.eye(width) * _FIRST_VARIANCE, np.zeros(len(design)), _FIRST_NOISE)
+    with progress(f"fitting the {name}", sweeps, after=2.0) as advance:
+        for sweep in range(sweeps):
+            found = _sweep(rows, design, found, damping, item_damping)
+            advance(sweep + 1)
+    loadings = design.astype(np.float64) @ _root(found.covariance, _LOADINGS)
     return GaussianProcess(
         mean_rating=baseline.mean,
         scale=baseline.scale,
-        mean=design @ learned.weights + learned.items,
+        mean=design @ found.weights + found.items,
         loadings=loadings,
-        noise=np.full(len(unit), learned.noise),
-        centre=loadings[rows.item].mean(0),
+        noise=np.full(len(unit), found.noise),
+        centre=np.bincount(rows.item, minlength=len(unit)) @ loadings / len(rows.item),
         selection_effect=np.zeros(loadings.shape[1]),
         selection_damping=1.0,
         name=name,
     )
 
 
+def _root(covariance: Floats, rank: int) -> Floats:
+    """Returns a matrix whose product with its transpose is nearest a covariance, shape (width, rank or fewer)."""
+    values, vectors = np.linalg.eigh(covariance)
+    root: Floats = vectors[:, ::-1][:, :rank] * np.sqrt(np.clip(values[::-1][:rank], 0.0, None))
+    return root
+
+
 @dataclass(frozen=True)
 class _Rows:
-    """Ratings in the order of their users: row of the user, item code, standardized value; number of users."""
+    """Ratings in the order of their users: where each user's start, item codes, standardized values."""
 
-    user: Codes
+    bounds: Codes
     item: Codes
     value: Floats
-    users: int
-
-    def moments(self, design: Floats) -> torch.Tensor:
-        """Returns the inner products of every user's features, shape (users, width, width)."""
-        bounds = np.searchsorted(self.user, np.arange(self.users + 1)).tolist()
-        rated = (design[self.item[start:end]] for start, end in pairwise(bounds))
-        return torch.from_numpy(np.stack([some.T @ some for some in rated]).astype(np.float32))
-
-    def totals(self, values: Floats, design: Floats) -> Floats:
-        """Returns every user's sum of features, each times the rating's value, shape (users, width)."""
-        sums: Floats = csr_array((values, (self.user, self.item)), (self.users, len(design))) @ design
-        return sums
 
 
 @dataclass(frozen=True)
@@ -112,37 +117,65 @@ class _Learned:
     noise: float
 
 
-def _expectation_maximization(
-    rows: _Rows, design: Floats, sweeps: int, damping: float, item_damping: float
-) -> _Learned:
-    width, features = design.shape[1], design[rows.item]
-    grams, count = rows.moments(design), np.bincount(rows.item, minlength=len(design))
-    found = _Learned(np.zeros(width), np.eye(width) * _FIRST_VARIANCE, np.zeros(len(design)), _FIRST_NOISE)
-    for _ in range(sweeps):
-        # Users: the posterior of their weights.
-        rest = rows.value - found.items[rows.item] - features @ found.weights
-        targets = rows.totals(rest, design) / found.noise
-        precision = torch.from_numpy(np.linalg.inv(found.covariance))
-        away = np.empty((rows.users, width))
-        spread, unsure = np.zeros((width, width)), 0.0
-        for start in range(0, rows.users, _CHUNK):
-            some = slice(start, start + _CHUNK)
-            gram = grams[some].double()
-            posterior = torch.cholesky_inverse(torch.linalg.cholesky(precision + gram / found.noise))
-            away[some] = (posterior @ torch.from_numpy(targets[some, :, None]))[..., 0].numpy()
-            spread += posterior.sum(0).numpy()
-            unsure += float((gram * posterior).sum())
-        # Everybody: mean and covariance of the weights, items' means beyond their features, and the noise.
-        mean = away.mean(0)
-        moments = spread + (away - mean).T @ (away - mean)
-        even = np.trace(moments) / width / rows.users * np.eye(width)
-        left = rest + found.items[rows.item] - np.einsum("ij,ij->i", features, away[rows.user])
-        items = np.bincount(rows.item, left, len(design)) / (count + item_damping)
-        error = ((left - items[rows.item]) ** 2).sum() + unsure
-        found = _Learned(
-            weights=found.weights + mean,
-            covariance=(moments + damping * width * even) / (rows.users + damping * width),
-            items=items,
-            noise=max(float(error) / len(rows.value), _LEAST_NOISE),
-        )
-    return found
+@dataclass(frozen=True)
+class _Posteriors:
+    """What the expectation step leaves of some users.
+
+    Args:
+        away: Posterior mean of each user's weights around the mean of all, shape (users, width).
+        reduction: Sum of the differences between the covariance and each user's posterior one, shape (width, width).
+        unexplained: Each rating around its posterior mean, shape (ratings,).
+        unsure: Sum of the posterior variances of the ratings' predictions.
+    """
+
+    away: Floats
+    reduction: Floats
+    unexplained: Floats
+    unsure: float
+
+
+def _sweep(rows: _Rows, design: Values, found: _Learned, damping: float, item_damping: float) -> _Learned:
+    """Returns the parameters after one round of expectation and maximization."""
+    users = len(rows.bounds) - 1
+    rest = rows.value - found.items[rows.item] - design[rows.item] @ found.weights
+    parts = [
+        _posteriors(rows, design, found, rest, slice(first, min(first + _CHUNK, users)))
+        for first in range(0, users, _CHUNK)
+    ]
+    away = np.concatenate([part.away for part in parts])
+    mean = away.mean(0)
+    spread = users * found.covariance - sum(part.reduction for part in parts)
+    moments = spread + (away - mean).T @ (away - mean)
+    even = np.diag(moments).copy()
+    even[:-1] = even[:-1].mean() if len(even) > 1 else 0.0
+    covariance = (moments + damping * np.diag(even / users)) / (users + damping)
+    left = np.concatenate([part.unexplained for part in parts]) + found.items[rows.item]
+    count = np.bincount(rows.item, minlength=len(design))
+    items = np.bincount(rows.item, left, len(design)) / (count + item_damping)
+    error = float(((left - items[rows.item]) ** 2).sum()) + sum(part.unsure for part in parts)
+    return _Learned(
+        weights=found.weights + mean,
+        covariance=(covariance + covariance.T) / 2,
+        items=items,
+        noise=max(error / len(rows.value), _LEAST_NOISE),
+    )
+
+
+def _posteriors(rows: _Rows, design: Values, found: _Learned, rest: Floats, some: slice) -> _Posteriors:
+    """Returns the posteriors of some users' weights, by systems as large as their numbers of ratings."""
+    bounds = rows.bounds[some.start : some.stop + 1]
+    rated = design[rows.item[bounds[0] : bounds[-1]]]
+    spread = rated @ found.covariance.astype(np.float32)
+    gains, away = np.empty_like(spread), np.empty((len(bounds) - 1, design.shape[1]))
+    unexplained, unsure = np.empty(len(rated)), 0.0
+    for user, (start, end) in enumerate(pairwise((bounds - bounds[0]).tolist())):
+        covariance = (spread[start:end] @ rated[start:end].T).astype(np.float64)
+        covariance[np.diag_indices(end - start)] += found.noise
+        inverse = np.linalg.inv(covariance)
+        ratings = rest[bounds[user] : bounds[user + 1]]
+        dual = inverse @ ratings
+        gains[start:end] = inverse @ spread[start:end]
+        away[user] = spread[start:end].T @ dual
+        unexplained[start:end] = found.noise * dual
+        unsure += found.noise * (end - start) - found.noise**2 * float(np.trace(inverse))
+    return _Posteriors(away, (spread.T @ gains).astype(np.float64), unexplained, unsure)

@@ -22,6 +22,7 @@ from metarec.scorers.collaborative.features import Features
 from metarec.scorers.collaborative.gp import GaussianProcess, fit_processes
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
 from metarec.scorers.collaborative.kernel_learning import aligned, learn_kernel_update, step_schedule
+from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.stack_weights import Fit, Member, fit_weights
 from metarec.scorers.collaborative.text import fit_text_ridge
@@ -136,6 +137,9 @@ def fit_members(
     """
     if settings.members == "none":
         return ()
+    if settings.members == "linear":
+        how = settings.linear.model_dump()
+        return (fit_linear_kernel(interactions, users, features.linear, name="linear kernel", **how),)
     options = [settings.gp.model_dump()]
     if settings.members == "stack" and features.unrated is None:
         stack = settings.stack

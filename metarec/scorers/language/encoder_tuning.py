@@ -1,0 +1,214 @@
+"""Vectors of items' texts by a sentence encoder whose LoRA is meta-learned from what users like together.
+
+Two items that the same meta-training user likes are a pair; the encoder learns to tell an item's partner from those of
+other users (InfoNCE). A user's ratings then say more about items that nobody rated: what adapts to the user, in closed
+form, are weights over these vectors.
+
+Sources: van den Oord et al. 2018, "Representation learning with contrastive predictive coding", eq. 4; frequent items
+are corrected for as in Yi et al. 2019, "Sampling-bias-corrected neural modeling"; Hu et al. 2021, "LoRA".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from metarec.artifacts import cache_dir, content_hash, is_whole, replace_dir
+from metarec.config import EncoderTuningConfig, TrainConfig
+from metarec.data.episodes import Episode
+from metarec.data.interactions import Codes
+from metarec.data.task_data import TaskData
+from metarec.errors import ConfigError, DataError
+from metarec.evaluate import validation_auc
+from metarec.lm.backbone import Backbone, load_backbone
+from metarec.lm.placement import default_placement
+from metarec.lm.reference_forward import ReferenceForward
+from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
+from metarec.meta.algorithms import MetaGradient
+from metarec.meta.inner_loop import MetaState
+from metarec.meta.outer_loop import train
+from metarec.scorers.collaborative.residuals import Floats
+from metarec.scorers.collaborative.text import fit_two_tower
+from metarec.scorers.language.trainable_copy import Recipe, TrainableCopy, trainable_copy
+from metarec.tensors import read_tensors, write_tensors
+
+_KIND = "tuned-encoder"
+_FILE, _VECTORS = "vectors.safetensors", "vectors"
+# Texts of similar length that are read side by side.
+_TEXTS_AT_ONCE = 32
+
+
+def tuned_text_vectors(data: TaskData, encoder: str, settings: EncoderTuningConfig, seed: int) -> Floats:
+    """Returns the tuned encoder's vector of every item, shape (items, hidden), from the cache or by training.
+
+    Args:
+        data: The task's data; the LoRA is learned from the meta-training users' likes, and stops early on what the
+            validation users like.
+        encoder: A text encoder's name or directory.
+        settings: How the LoRA is learned.
+        seed: Seed of its start and of the pairs.
+
+    Raises:
+        ConfigError: The encoder is none.
+        DataError: Too few users like two items.
+        KeyboardInterrupt: After a checkpoint was written, from which the next call goes on.
+    """
+    backbone = load_backbone(encoder)
+    if backbone.kind != "encoder":
+        raise ConfigError(f"'{encoder}' is a {backbone.kind} model", "Name a sentence encoder in collaborative.encoder")
+    prompts = tokenize_catalog(backbone, data.task.item_text, data.interactions.catalog)
+    pairs = _liked(data)
+    if len(pairs) < settings.pairs:
+        raise DataError(
+            f"{len(pairs)} meta-training users like two items, and a step takes a pair of each of {settings.pairs}",
+            "Lower collaborative.tuning.pairs, or leave 'tuned text' out of collaborative.features",
+        )
+    identity = {
+        "encoder": backbone.fingerprint,
+        "texts": prompts.digest,
+        "data": data.hashes,
+        "task": data.task.digest,
+        "users": content_hash(data.parts["train"].tolist()),
+        "seed": seed,
+        **settings.model_dump(mode="json"),
+    }
+    path = cache_dir() / _KIND / content_hash(identity)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Processes that want the same vectors at the same time wait for the first one.
+    with FileLock(path.with_suffix(".lock")):
+        if not is_whole(path, _KIND):
+            vectors = _train(data, backbone, prompts, pairs, settings, seed, path.with_suffix(".checkpoint"), identity)
+            with replace_dir(path, _KIND) as directory:
+                write_tensors(directory / _FILE, {_VECTORS: vectors})
+        return read_tensors(path / _FILE, "cpu")[_VECTORS].numpy().astype(np.float64)
+
+
+def _liked(data: TaskData) -> list[Codes]:
+    """Returns the liked items of every meta-training user who likes two or more."""
+    known = data.interactions
+    likes = known.likes(data.task.like_threshold)
+    rows = (known.rows_of_user[user] for user in data.parts["train"])
+    liked = (np.unique(known.item[some[likes[some]]]) for some in rows)
+    return [items for items in liked if len(items) > 1]
+
+
+def _train(
+    data: TaskData,
+    backbone: Backbone,
+    prompts: CatalogPrompts,
+    pairs: Sequence[Codes],
+    settings: EncoderTuningConfig,
+    seed: int,
+    checkpoint: Path,
+    identity: dict[str, Any],
+) -> Tensor:
+    layers = {name.rsplit(".", 1)[-1] for name, module in backbone.model.named_modules() if _is_linear(module)}
+    recipe = Recipe("lora", settings.rank, 2.0 * settings.rank, tuple(sorted(layers)), seed)
+    tuning = _Tuning(trainable_copy(backbone, recipe), prompts, pairs, data, settings, seed)
+    initial = {name: parameter.detach() for name, parameter in tuning.student.parameters.items()}
+    config = TrainConfig(
+        steps=settings.steps,
+        users=settings.pairs,
+        lr=settings.lr,
+        warmup=min(20, settings.steps),
+        validate_every=settings.validate_every,
+    )
+    trained = train(
+        MetaState(initial, {}),
+        tuning.gradient_at,
+        tuning.validate,
+        config,
+        checkpoint=checkpoint,
+        identity=identity,
+        resume=True,
+        description="tuning the encoder",
+    )
+    tuning.student.take(trained.best.init)
+    return tuning.vectors(np.arange(len(prompts.tokens)))
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear)
+
+
+@dataclass(frozen=True)
+class _Tuning:
+    """An encoder in training, its texts, and the likes it learns from."""
+
+    student: TrainableCopy
+    prompts: CatalogPrompts
+    pairs: Sequence[Codes]
+    data: TaskData
+    settings: EncoderTuningConfig
+    seed: int
+
+    @cached_property
+    def forward(self) -> ReferenceForward:
+        """The encoder with its LoRA over the items' texts."""
+        placement = default_placement(
+            self.student.backbone, self.prompts, layers=1, targets=None, rank=1, alpha=1.0, active_tokens=None
+        )
+        return ReferenceForward(self.student.backbone, self.prompts, placement)
+
+    @cached_property
+    def log_frequency(self) -> Tensor:
+        """Logarithm of each item's share of the pairs, shape (items,)."""
+        count = np.bincount(np.concatenate(self.pairs), minlength=len(self.prompts.tokens))
+        return torch.from_numpy(np.log(np.maximum(count, 1) / count.sum())).float()
+
+    def encode(self, items: Codes) -> Tensor:
+        """Returns the vectors of some items, differentiable, shape (items, hidden)."""
+        # Texts of similar length are read side by side.
+        order = np.argsort([len(self.prompts.tokens[code]) for code in items], kind="stable")
+        blocks = torch.from_numpy(items[order]).split(_TEXTS_AT_ONCE)
+        read = torch.cat([self.forward.last_states(self.forward.gather(block[None]), None)[0] for block in blocks])
+        return read[torch.from_numpy(np.argsort(order))]
+
+    @torch.no_grad()
+    def vectors(self, items: Codes) -> Tensor:
+        """Returns the vectors of some items, shape (items, hidden)."""
+        return self.encode(items)
+
+    def gradient_at(self, meta: MetaState, step: int) -> MetaGradient:
+        """Returns the gradient of the mean loss over a step's pairs."""
+        self.student.take(meta.init)
+        generator = np.random.default_rng([self.seed, step])
+        users = generator.choice(len(self.pairs), self.settings.pairs, replace=False)
+        drawn = np.stack([generator.choice(self.pairs[user], 2, replace=False) for user in users])
+        first, second = self.encode(drawn.T.ravel()).split(len(drawn))
+        scores = first @ second.T / self.settings.temperature
+        scores = scores - self.settings.frequency * self.log_frequency[drawn[:, 1]]
+        # Another user's partner that this user likes too is no wrong answer.
+        also = np.stack([np.isin(drawn[:, 1], self.pairs[user]) for user in users])
+        np.fill_diagonal(also, False)
+        scores = scores.masked_fill(torch.from_numpy(also), -torch.inf)
+        losses = torch.nn.functional.cross_entropy(scores, torch.arange(len(drawn)), reduction="none")
+        losses.mean().backward()
+        gradients = {}
+        for name, leaf in self.student.parameters.items():
+            gradients[f"init/{name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            leaf.grad = None
+        return MetaGradient(losses.detach(), gradients, ~losses.detach().isfinite())
+
+    @cached_property
+    def validation(self) -> list[Episode]:
+        """Episodes of the validation users."""
+        return self.data.evaluated("validation")[0][: self.settings.validation_users]
+
+    def validate(self, meta: MetaState) -> float:
+        """Returns the validation users' AUC by the cosine of an item and what the user likes."""
+        self.student.take(meta.init)
+        asked = [np.concatenate([episode.support.items, episode.query.items]) for episode in self.validation]
+        items = np.unique(np.concatenate(asked))
+        whole = np.zeros((len(self.prompts.tokens), self.student.backbone.hidden_size))
+        whole[items] = self.vectors(items).numpy()
+        scorer = fit_two_tower(whole, threshold=self.data.task.like_threshold)
+        return validation_auc(scorer, self.validation, [max(self.data.task.shots)], self.data.task.like_threshold)
