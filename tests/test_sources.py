@@ -22,6 +22,7 @@ from small_tasks import BASE, TOY, ml_1m, write
 from metarec.data.interactions import Interactions
 from metarec.data.source_options import SourceOptions
 from metarec.data.sources import SOURCES, read_source, read_tables, write_tables
+from metarec.data.sources.columns import times
 from metarec.data.task_data import load_dataset, load_task_data
 from metarec.data.task_files import load_task
 from metarec.data.titles import read_title
@@ -443,6 +444,10 @@ def test_a_time_that_can_be_meant_in_two_ways_is_an_error_with_its_cure(written:
     with pytest.raises(DataError, match=r"row 2: timestamp .* is neither a number nor a date.*2024-08-07"):
         read_source("table", folder)
     assert read_source("table", folder, SourceOptions(columns={"timestamp": ""})).timestamp is None
+
+
+def test_times_too_large_to_be_averaged_are_no_overflow() -> None:
+    assert np.isfinite(times(pd.Series([1.7e308, 1.7e308]))).all()
 
 
 @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])

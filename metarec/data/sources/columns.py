@@ -123,7 +123,8 @@ def _in_seconds(number: np.ndarray) -> np.ndarray:
     if _are_compact_dates(finite):
         written = ["" if np.isnan(value) else f"{value:.0f}" for value in number]
         return _dates([f"{text[:4]}-{text[4:6]}-{text[6:]}" for text in written])
-    size = float(np.median(finite))
+    # One of the numbers: the mean of two huge ones would be infinite.
+    size = float(np.quantile(finite, 0.5, method="lower"))
     unit = next((unit for unit in (1e9, 1e6, 1e3) if size >= 1e8 * unit), 1.0)
     return np.array(number / unit, np.float64)
 
