@@ -11,7 +11,8 @@ import pytest
 import torch
 from small_recommenders import TASK, known_task
 
-from metarec.config import EncoderTuningConfig, validated
+from metarec import MetaRecommender
+from metarec.config import EncoderTuningConfig, RunConfig, validated
 from metarec.data.interactions import Codes
 from metarec.data.task import FeaturesConfig, Task
 from metarec.data.task_data import TaskData
@@ -20,6 +21,7 @@ from metarec.lm.backbone import load_backbone
 from metarec.lm.tokenized import tokenize_catalog
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import MetaState
+from metarec.presets import with_preset
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.language import encoder_tuning
 from metarec.scorers.language.encoder_tuning import tuned_text_vectors
@@ -134,3 +136,26 @@ def test_what_cannot_be_tuned_is_refused(data: TaskData, model_dir: Callable[[st
         tuned_text_vectors(data, str(model_dir("llama")), SETTINGS, 0)
     with pytest.raises(DataError, match=r"36 meta-training users like two items.*collaborative\.tuning\.pairs"):
         tuned_text_vectors(data, str(model_dir("encoder")), SETTINGS.model_copy(update={"pairs": 64}), 0)
+
+
+def test_the_preset_fits_evaluates_saves_and_serves_without_its_encoder(
+    data: TaskData, model_dir: Callable[[str], Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = {
+        "collaborative": {"encoder": str(model_dir("encoder")), "tuning": LEARNING.model_dump(), "stack": {"folds": 2}},
+        "train": {"steps": 2, "validate_every": 2},
+    }
+    recommender = MetaRecommender(None, validated(RunConfig, with_preset("text", changed), "test")).fit(data)
+    report = recommender.evaluate(data)
+    assert report.values("metarec, adapted", 10).mean() > report.values("item mean", 10).mean() + 0.2
+    rated = [("m0", 5.0), ("m2", 1.0), ("m5", 5.0), ("m7", 1.5)]
+    before = recommender.adapt(rated).recommend(5)
+    recommender.save_pretrained(tmp_path / "saved")
+
+    def refused(*_: object) -> None:
+        raise AssertionError("a saved recommender keeps what it needs of the encoder")
+
+    monkeypatch.setattr(encoder_tuning, "tuned_text_vectors", refused)
+    monkeypatch.setattr(encoder_tuning, "load_backbone", refused)
+    loaded = MetaRecommender.from_pretrained(tmp_path / "saved")
+    assert loaded.adapt(rated).recommend(5) == before

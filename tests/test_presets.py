@@ -34,4 +34,5 @@ def test_a_misspelt_preset_is_named_with_the_nearest_one() -> None:
 
 
 def test_presets_are_methods_of_the_benchmark() -> None:
-    assert {"metarec", "metarec, no language model", "metarec, quick"} <= set(METHODS.names())
+    presets = {"metarec", "metarec, no language model", "metarec, quick", "metarec, text"}
+    assert presets <= set(METHODS.names())
