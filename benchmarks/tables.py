@@ -9,6 +9,7 @@ A document holds a table between two comments; what is between them is replaced:
     <!-- end -->
 
 ``rows`` are names of rows (all without it); ``columns`` follow the AUC (names in `metarec.bench.report.COLUMNS`);
+``versus`` is the row that differences are to (without it the item mean; else that of ``metarec report --reference``);
 ``task`` is needed where the JSON holds several tasks, and ``sizes="each"`` gives one table line per method and size of
 meta-training. A picture of the gain over the baseline by K is a block of its own, drawn beside the document:
 
@@ -41,7 +42,7 @@ BLOCK = re.compile(
     r"(?P<body>.*?)(?P<end><!-- end -->)",
     re.S,
 )
-_KNOWN = {"table": {"rows", "columns", "task", "sizes"}, "picture": {"file", "rows", "task"}}
+_KNOWN = {"table": {"rows", "columns", "task", "sizes", "versus"}, "picture": {"file", "rows", "task"}}
 _COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#7f7f7f", "#e377c2", "#17becf")
 _MARKERS = "osD^vPX*"
 
@@ -114,12 +115,12 @@ def table(results: Mapping[str, Any], options: Mapping[str, str]) -> str:
 
     Args:
         results: As ``metarec report --results`` writes it.
-        options: A block's options: ``rows``, ``columns``, ``task``, ``sizes``.
+        options: A block's options: ``rows``, ``columns``, ``task``, ``sizes``, ``versus``.
 
     Raises:
         ValueError: A row, a column or the task is not there.
     """
-    baseline = results["baseline"]
+    baseline = options.get("versus", results["baseline"])
     columns = _names(options["columns"]) if "columns" in options else None
     for column in columns or ():
         if column not in COLUMNS:

@@ -93,6 +93,20 @@ def test_a_report_shows_intervals_and_as_many_columns_as_the_terminal_is_wide(
     assert max(map(len, done.out.splitlines())) <= columns
 
 
+def test_a_report_compares_with_any_of_its_rows(task: str, tmp_path: Path, metarec: Callable[..., Ran]) -> None:
+    bench.run(plan(task, BASELINE, "popularity", "random", seeds=1), tmp_path)
+    result = tmp_path / "out.json"
+    done = metarec("report", str(tmp_path), "--results", str(result), "--reference", "popularity")
+    assert done.status == 0
+    (table,) = load_json(result)["tables"]
+    rows = {row["method"]: row for row in table["rows"] if row["shots"] == 5}
+    gap = rows["random"]["auc"] - rows["popularity"]["auc"]
+    assert rows["random"]["versus popularity"]["difference"] == pytest.approx(gap)
+    assert "popularity is ahead from" in table
+    wrong = metarec("report", str(tmp_path), "--reference", "popularty")
+    assert (wrong.status, "'popularity'" in wrong.err) == (2, True)
+
+
 @pytest.mark.parametrize("one_item", [False, True])
 def test_a_benchmark_measures_what_the_task_asks_for(
     one_item: bool, task: str, tmp_path: Path, metarec: Callable[..., Ran]

@@ -86,6 +86,17 @@ def test_a_table_has_the_rows_and_columns_that_its_comment_names(results: Path) 
     assert last.endswith("| never |")
 
 
+def test_differences_are_to_the_row_that_a_comment_names(results: Path) -> None:
+    rows = [{**row, "versus B": row["versus item mean"]} for row in ROWS if row["method"] == "metarec"]
+    others = [row for row in ROWS if row["method"] == "B"]
+    (results / "b.json").write_text(
+        json.dumps({**RESULTS, "tables": [{**RESULTS["tables"][0], "rows": rows + others}]})
+    )
+    head, _, first, *_ = tables.written(block(file="b.json", options=' versus="B"'), results)[0].splitlines()[3:]
+    assert head.startswith("| AUC (difference to B) |")
+    assert "+.0500* [+.0400 +.0600]" in first
+
+
 def test_sizes_of_meta_training_are_lines_of_one_table(results: Path) -> None:
     text, _ = tables.written(block(options=' sizes="each" rows="B; item mean"'), results)
     lines = text.splitlines()[3:-3]

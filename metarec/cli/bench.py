@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from metarec.cli.options import BackboneOption, DeviceOption, JsonOption, SetOption, console, print_json
-from metarec.errors import ConfigError
+from metarec.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
     from metarec.bench.plan import Cell, Plan
@@ -130,6 +130,12 @@ def report(
     ] = None,
     results: Annotated[Path | None, typer.Option(help="Write the table as JSON.", show_default=False)] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare every row with this one, beside the item mean (default: metarec).", show_default=False
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Pool the cells of a benchmark into a table: printed, as JSON, or as a page with charts."""
@@ -138,20 +144,24 @@ def report(
     from metarec.bench.summary import REFERENCE
 
     summaries = read_cells(out)
+    rows = list(dict.fromkeys(name for group in summaries for name in group.methods))
+    if reference is not None and reference not in rows:
+        raise ConfigError(f"'{out}' has no row '{reference}'", suggest(reference, rows))
+    reference = reference or REFERENCE
     if results is not None:
-        write_json(results, as_json(summaries, REFERENCE))
+        write_json(results, as_json(summaries, reference))
     if html is not None:
         from metarec.bench.webpage import render
 
-        page = render(summaries, REFERENCE)
+        page = render(summaries, reference)
         replace_file(html, lambda target: target.write_text(page, encoding="utf-8"))
     if markdown:
         from metarec.bench.report import markdown as written
 
         for group in summaries:
-            typer.echo(f"{written(group, REFERENCE)}\n")
+            typer.echo(f"{written(group, reference)}\n")
         return
-    _show(summaries, json, {})
+    _show(summaries, json, {}, reference)
 
 
 @app.command(epilog="Example: metarec compare runs/mine runs/other")
@@ -179,16 +189,16 @@ def compare(
     console().print(table)
 
 
-def _show(summaries: list[Summary], json: bool, facts: dict[str, Any]) -> None:
+def _show(summaries: list[Summary], json: bool, facts: dict[str, Any], reference: str | None = None) -> None:
     """Prints the tables of a benchmark, or as JSON with some facts beside them."""
     from metarec.bench.results import as_json
     from metarec.bench.summary import REFERENCE
 
     if json:
-        print_json({**facts, **as_json(summaries, REFERENCE)})
+        print_json({**facts, **as_json(summaries, reference or REFERENCE)})
         return
     from metarec.bench.report import standings
 
     wide = console()
     for group in summaries:
-        wide.print(standings(group, REFERENCE, wide.width))
+        wide.print(standings(group, reference or REFERENCE, wide.width))
