@@ -11,6 +11,7 @@ import pandas as pd
 
 from metarec.artifacts import SCHEMA_VERSION
 from metarec.metrics import METRICS, OF_A_TABLE, bootstrap_interval, table_interval, table_metric
+from metarec.resampling import crossed_interval
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,36 @@ class Report:
         people = [self.people.get(user, user) for user in paired.index]
         return float(paired.mean()), bootstrap_interval(paired.to_numpy(), self.seed, people)
 
+    def crossed_difference(
+        self, method: str, shots: int, other: str, other_shots: int
+    ) -> tuple[float, tuple[float, float]]:
+        """Returns what `difference` does for the AUC, with an interval over people and items."""
+        keys = ["user", "item"]
+        both = self._predicted(method, shots).merge(
+            self._predicted(other, other_shots), on=keys, suffixes=("", "_other")
+        )
+        interval = crossed_interval(
+            both["score"].to_numpy(np.float64),
+            both["score_other"].to_numpy(np.float64),
+            both["liked"].to_numpy(bool),
+            both["user"].tolist(),
+            both["item"].tolist(),
+            [self.people.get(user, user) for user in both["user"]],
+            self.seed,
+        )
+        return float(self.paired(method, shots, other, other_shots).mean()), interval
+
+    def _predicted(self, method: str, shots: int) -> pd.DataFrame:
+        rows = (self.predictions["method"] == method) & (self.predictions["shots"] == shots)
+        return self.predictions.loc[rows, ["user", "item", "score", "liked"]]
+
     def paired(self, method: str, shots: int, other: str, other_shots: int, metric: str = "auc") -> pd.Series:
         """Returns the difference between two cells by user, for the users that both have."""
         return (self.values(method, shots, metric) - self.values(other, other_shots, metric)).dropna()
 
     def of_table(self, method: str, shots: int, metric: str) -> tuple[float, tuple[float, float]]:
         """Returns a metric of all users together and its 95% bootstrap interval over people; NaN where undefined."""
-        rows = self.predictions[(self.predictions["method"] == method) & (self.predictions["shots"] == shots)]
+        rows = self._predicted(method, shots)
         scores, liked, users = rows["score"].to_numpy(), rows["liked"].to_numpy(bool), rows["user"].tolist()
         value = table_metric(metric, scores, liked, users)
         people = [self.people.get(user, user) for user in users]

@@ -103,6 +103,15 @@ def test_a_report_compares_with_any_of_its_rows(task: str, tmp_path: Path, metar
     gap = rows["random"]["auc"] - rows["popularity"]["auc"]
     assert rows["random"]["versus popularity"]["difference"] == pytest.approx(gap)
     assert "popularity is ahead from" in table
+    crossed = metarec("report", str(tmp_path), "--results", str(result), "--reference", "popularity", "--crossed")
+    assert "over people and items" in crossed.out
+    wide = {row["method"]: row for row in load_json(result)["tables"][0]["rows"] if row["shots"] == 5}
+    versus = wide["random"]["versus popularity"]
+    assert versus["difference"] == pytest.approx(gap)
+    assert (
+        versus["high"] - versus["low"]
+        > rows["random"]["versus popularity"]["high"] - rows["random"]["versus popularity"]["low"]
+    )
     wrong = metarec("report", str(tmp_path), "--reference", "popularty")
     assert (wrong.status, "'popularity'" in wrong.err) == (2, True)
 

@@ -64,7 +64,7 @@ def test_items_that_the_same_people_like_come_near_also_those_that_nobody_rated(
     frozen = text_vectors(known.catalog, task.item_text, encoder)
     tuned = tuned_text_vectors(cold, encoder, LEARNING, 0)
     for items in (np.flatnonzero(~hidden), np.flatnonzero(hidden)):
-        assert kinship(tuned, items) > kinship(frozen, items) + 0.04
+        assert kinship(tuned, items) > kinship(frozen, items) + 0.3
 
 
 def test_an_encoder_before_its_first_step_is_the_frozen_one(

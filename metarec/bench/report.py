@@ -75,15 +75,16 @@ def _values(cell: ShotSummary, metric: str) -> list[str]:
 _NAME_WIDTH, _SHOTS_WIDTH, _COSTS_WIDTH = 24, 18, 36
 
 
-def standings(summary: Summary, reference: str | None = None, width: int = 140) -> Table:
+def standings(summary: Summary, reference: str | None = None, width: int = 140, crossed: bool = False) -> Table:
     """Returns a benchmark's table: a line per method, most gained at the largest K first, a column per K.
 
     Args:
         summary: The cells of one task.
         reference: The method that every other is compared with beside the baseline.
         width: Characters that the table may take; a narrow one leaves costs out, and says so.
+        crossed: See `Summary.rows`.
     """
-    by_method = summary.ranked(reference)
+    by_method = summary.ranked(reference, crossed)
     shots = sorted(next(iter(by_method.values())))
     size = "" if summary.train_users is None else f", {summary.train_users} meta-training users"
     result = Table(title=f"{summary.task}{size}: AUC, and the paired difference to the {summary.report.baseline}")
@@ -107,7 +108,8 @@ def standings(summary: Summary, reference: str | None = None, width: int = 140) 
         )
         further = [_with_ends(last, metric) for metric in more]
         result.add_row(last["method"], *texts, *further, *(costs if wide else ()))
-    caption = "95% intervals over people; * differs after Holm's correction (signed ranks, 5%)"
+    over = "people and items" if crossed else "people"
+    caption = f"95% intervals over {over}; * differs after Holm's correction (signed ranks, 5%)"
     hidden = "costs need a wider terminal, or --json"
     result.caption = f"{caption}; {'hurt: users worse off than at K = 0' if wide else hidden}"
     result.caption += f"; {', '.join(more)} at K = {shots[-1]}" if more else ""
@@ -128,14 +130,15 @@ def _with_ends(row: Mapping[str, Any], metric: str) -> str:
     return f"{value}\n{row[f'{metric}_low']:.4f} {row[f'{metric}_high']:.4f}"
 
 
-def markdown(summary: Summary, reference: str | None = None) -> str:
+def markdown(summary: Summary, reference: str | None = None, crossed: bool = False) -> str:
     """Returns a benchmark's table in Markdown, as `markdown_table` writes it.
 
     Args:
         summary: The cells of one task.
         reference: The method whose name is set in bold.
+        crossed: See `Summary.rows`.
     """
-    return markdown_table(summary.rows(reference), summary.report.baseline, reference)
+    return markdown_table(summary.rows(reference, crossed), summary.report.baseline, reference)
 
 
 def markdown_table(

@@ -235,14 +235,16 @@ def _methods(cells: Sequence[Mapping[str, Any]]) -> dict[str, MethodFacts]:
     return methods
 
 
-def as_json(summaries: Sequence[Summary], reference: str) -> dict[str, Any]:
+def as_json(summaries: Sequence[Summary], reference: str, crossed: bool = False) -> dict[str, Any]:
     """Returns a benchmark's tables as JSON values: what ``metarec report --results`` writes.
 
     Args:
         summaries: The tables, one per task and size of meta-training.
         reference: The method that every other is compared with, beside the baseline.
+        crossed: See `Summary.rows`.
     """
     tables = {
+        **({"intervals": "over people and items"} if crossed else {}),
         "baseline": summaries[0].report.baseline,
         "tables": [
             {
@@ -250,7 +252,7 @@ def as_json(summaries: Sequence[Summary], reference: str) -> dict[str, Any]:
                 "train_users": group.train_users,
                 "left_out": dict(group.report.left_out),
                 **group.made,
-                "rows": group.rows(reference),
+                "rows": group.rows(reference, crossed),
                 f"{reference} is ahead from": group.crossings(reference),
             }
             for group in summaries

@@ -70,11 +70,12 @@ class Summary:
     made: Mapping[str, Any]
 
     @cache  # noqa: B019 - thousands of resamples per row; a table, its JSON and its page share them
-    def rows(self, reference: str | None = None) -> list[dict[str, Any]]:
+    def rows(self, reference: str | None = None, crossed: bool = False) -> list[dict[str, Any]]:
         """Summarizes method by method, K by K, as plain JSON values.
 
         Args:
             reference: The method that every other is compared with beside it; None for no such comparison.
+            crossed: Intervals are over people and items, see `metarec.resampling`; otherwise over people.
 
         Returns:
             One row per method and K. P-values are corrected by Holm's method (1979) over all comparisons with the
@@ -87,8 +88,12 @@ class Summary:
         rows = []
         with progress(f"comparing on {self.task}", len(names) * len(shots), after=2.0) as advance:
             for name, count in product(names, shots):
-                versus = {f"versus {other}": self._comparison(name, count, other) for other in others if other != name}
-                rows.append({**self._row(name, count), **versus})
+                versus = {
+                    f"versus {other}": self._comparison(name, count, other, crossed)
+                    for other in others
+                    if other != name
+                }
+                rows.append({**self._row(name, count, crossed), **versus})
                 advance(len(rows), name)
         for other in others:
             compared = [row for row in rows if row["method"] != other]
@@ -97,17 +102,23 @@ class Summary:
                 row[f"versus {other}"]["p_holm"] = p_value
         return rows
 
-    def ranked(self, reference: str | None = None) -> dict[str, dict[int, dict[str, Any]]]:
+    def ranked(self, reference: str | None = None, crossed: bool = False) -> dict[str, dict[int, dict[str, Any]]]:
         """Returns `rows` by method and K; what gains most over the baseline at the largest K comes first."""
-        return ranked(self.rows(reference), self.report.baseline)
+        return ranked(self.rows(reference, crossed), self.report.baseline)
 
-    def _row(self, name: str, shots: int) -> dict[str, Any]:
+    def _difference(
+        self, name: str, shots: int, other: str, other_shots: int, crossed: bool
+    ) -> tuple[float, tuple[float, float]]:
+        compare = self.report.crossed_difference if crossed else self.report.difference
+        return compare(name, shots, other, other_shots)
+
+    def _row(self, name: str, shots: int, crossed: bool) -> dict[str, Any]:
         report, method = self.report, self.methods[name]
         values = report.values(name, shots)
         cost = report.costs[(report.costs["method"] == name) & (report.costs["shots"] == shots)].iloc[0]
         fewest = min(int(count) for count in report.costs["shots"])
         moved = report.paired(name, shots, name, fewest)
-        mean, (low, high) = report.difference(name, shots, name, fewest)
+        mean, (low, high) = self._difference(name, shots, name, fewest, crossed)
         return {
             "method": name,
             "group": method.group,
@@ -138,8 +149,8 @@ class Summary:
             found |= {f"{metric}_{end}": value for end, value in zip(("low", "high"), ends, strict=True)}
         return found
 
-    def _comparison(self, name: str, shots: int, other: str) -> dict[str, float]:
-        mean, (low, high) = self.report.difference(name, shots, other, shots)
+    def _comparison(self, name: str, shots: int, other: str, crossed: bool) -> dict[str, float]:
+        mean, (low, high) = self._difference(name, shots, other, shots, crossed)
         paired = self.report.paired(name, shots, other, shots)
         people = paired.groupby([self.report.people.get(user, user) for user in paired.index]).mean()
         return {"difference": mean, "low": low, "high": high, "p": paired_p_value(people.to_numpy())}

@@ -136,6 +136,12 @@ def report(
             help="Compare every row with this one, beside the item mean (default: metarec).", show_default=False
         ),
     ] = None,
+    crossed: Annotated[
+        bool,
+        typer.Option(
+            "--crossed", help="Intervals over people and items, for users who are asked about the same items."
+        ),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Pool the cells of a benchmark into a table: printed, as JSON, or as a page with charts."""
@@ -149,7 +155,7 @@ def report(
         raise ConfigError(f"'{out}' has no row '{reference}'", suggest(reference, rows))
     reference = reference or REFERENCE
     if results is not None:
-        write_json(results, as_json(summaries, reference))
+        write_json(results, as_json(summaries, reference, crossed))
     if html is not None:
         from metarec.bench.webpage import render
 
@@ -159,9 +165,9 @@ def report(
         from metarec.bench.report import markdown as written
 
         for group in summaries:
-            typer.echo(f"{written(group, reference)}\n")
+            typer.echo(f"{written(group, reference, crossed)}\n")
         return
-    _show(summaries, json, {}, reference)
+    _show(summaries, json, {}, reference, crossed)
 
 
 @app.command(epilog="Example: metarec compare runs/mine runs/other")
@@ -189,16 +195,18 @@ def compare(
     console().print(table)
 
 
-def _show(summaries: list[Summary], json: bool, facts: dict[str, Any], reference: str | None = None) -> None:
+def _show(
+    summaries: list[Summary], json: bool, facts: dict[str, Any], reference: str | None = None, crossed: bool = False
+) -> None:
     """Prints the tables of a benchmark, or as JSON with some facts beside them."""
     from metarec.bench.results import as_json
     from metarec.bench.summary import REFERENCE
 
     if json:
-        print_json({**facts, **as_json(summaries, reference or REFERENCE)})
+        print_json({**facts, **as_json(summaries, reference or REFERENCE, crossed)})
         return
     from metarec.bench.report import standings
 
     wide = console()
     for group in summaries:
-        wide.print(standings(group, reference or REFERENCE, wide.width))
+        wide.print(standings(group, reference or REFERENCE, wide.width, crossed))
