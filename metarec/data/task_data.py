@@ -244,9 +244,9 @@ def _given_split(task: Task, data: Interactions, seed: int) -> TaskData:
         name: np.unique(data.user[data.part == place]) for place, name in enumerate(PART_NAMES)
     }
     if task.split.users == "known":
-        if strangers := len(np.setdiff1d(np.union1d(users["validation"], users["test"]), users["train"])):
+        if missing := len(np.setdiff1d(np.union1d(users["validation"], users["test"]), users["train"])):
             raise DataError(
-                f"{strangers} validation or test users have no ratings in '{task.split.train}'",
+                f"{missing} validation or test users have no ratings in '{task.split.train}'",
                 "Remove them, or set split.users to 'new' where no user is in two files",
             )
         return TaskData(task, data.subset(data.part == 0), users, seed, data)
