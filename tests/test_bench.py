@@ -210,7 +210,6 @@ def test_a_cell_with_other_options_or_a_changed_byte_is_measured_again(
     assert bench.missing(cells(wanted), tmp_path) == []
 
 
-@pytest.mark.usefixtures("oracle")
 def test_cells_that_were_measured_on_other_data_are_measured_again(
     task: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -258,6 +257,7 @@ def test_a_report_puts_back_the_cell_that_a_killed_process_had_put_aside(
     assert all((tmp_path / "cells" / cell.folder).is_dir() for cell in cells(plan(task, BASELINE, seeds=1)))
 
 
+@pytest.mark.usefixtures("oracle")
 def test_a_method_that_fails_stops_no_other_and_is_named_at_the_end(task: str, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"1 of 3 cells failed, the first 'broken' .* nothing fits"):
         bench.run(plan(task, "broken", "random", seeds=1), tmp_path)

@@ -124,12 +124,12 @@ def test_training_stops_when_validation_gets_no_better(tmp_path: Path) -> None:
     impatient = CONFIG.model_copy(update={"patience": 2})
     values = iter([1.0, 3.0, 2.0, 2.5])
     result = train(
-        start(), gradient_at, lambda _: next(values), impatient, checkpoint=tmp_path, identity={}, resume=False
+        start(), gradient_at, lambda _: next(values), impatient, checkpoint=tmp_path / "a", identity={}, resume=False
     )
     assert (result.best_step, result.best_value, result.steps) == (10, 3.0, 30)
     values = iter([3.0, 1.0, 2.0])
     result = train(
-        start(), gradient_at, lambda _: next(values), impatient, checkpoint=tmp_path, identity={}, resume=False
+        start(), gradient_at, lambda _: next(values), impatient, checkpoint=tmp_path / "b", identity={}, resume=False
     )
     assert (result.best_step, result.steps) == (0, 20)
     assert torch.equal(result.best.init["w"], start().init["w"]), "the best is kept, not the last"

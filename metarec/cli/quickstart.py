@@ -54,6 +54,9 @@ def quickstart(
     run = run_dir(runs, name)
     named = {"task": task, "backbone": backbone, "device": device, "seed": seed}
     settings = run_settings(config, preset or "quick", named, overrides, engine)
+    from metarec.devices import check_device
+
+    check_device(settings.device)
     stages = _Stages(quiet=json)
     plain = without_model(settings)
     stages.announce(
