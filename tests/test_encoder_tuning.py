@@ -122,6 +122,7 @@ def test_an_interrupted_tuning_goes_on_to_the_same_vectors_and_is_read_afterward
     assert steps == list(range(6))
     assert np.array_equal(tuned_text_vectors(data, encoder, SETTINGS, 0), expected)
     assert len(steps) == 6
+    assert not list(tmp_path.rglob("*.checkpoint"))
     monkeypatch.setenv("METAREC_CACHE", str(tmp_path / "other"))
     steps, limit = [], 4
     with pytest.raises(KeyboardInterrupt):

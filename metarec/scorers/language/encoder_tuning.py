@@ -10,6 +10,7 @@ are corrected for as in Yi et al. 2019, "Sampling-bias-corrected neural modeling
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,9 +86,11 @@ def tuned_text_vectors(data: TaskData, encoder: str, settings: EncoderTuningConf
     # Processes that want the same vectors at the same time wait for the first one.
     with FileLock(path.with_suffix(".lock")):
         if not is_whole(path, _KIND):
-            vectors = _train(data, backbone, prompts, pairs, settings, seed, path.with_suffix(".checkpoint"), identity)
+            checkpoint = path.with_suffix(".checkpoint")
+            vectors = _train(data, backbone, prompts, pairs, settings, seed, checkpoint, identity)
             with replace_dir(path, _KIND) as directory:
                 write_tensors(directory / _FILE, {_VECTORS: vectors})
+            shutil.rmtree(checkpoint)
         return read_tensors(path / _FILE, "cpu")[_VECTORS].numpy().astype(np.float64)
 
 
