@@ -144,7 +144,7 @@ def test_everything_is_read_once_and_what_one_left_another_reads(
 
 def test_readers_side_by_side_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metarec.lm.item_cache.BLOCK_ITEMS", 2)
-    readings = [Reading(tmp_path / "a", seconds=0.02) for _ in range(3)]
+    readings = [Reading(tmp_path / "a", seconds=0.1) for _ in range(3)]  # long beside a switch of threads
     threads = [threading.Thread(target=reading.all) for reading in readings]
     for thread in threads:
         thread.start()

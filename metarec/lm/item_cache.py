@@ -178,9 +178,11 @@ def read_missing(
             by_length = missing[np.argsort(lengths[missing], kind="stable")]
             blocks = np.array_split(by_length, range(BLOCK_ITEMS, len(by_length), BLOCK_ITEMS))
             block = blocks[choose % len(blocks)]
-            cache.add(block, read(block))
+            rows = read(block)
+            taken = len(cache.missing(block)) < len(block)
+            cache.add(block, rows)
             left = cache.missing(missing)
-            if len(missing) - len(left) > len(block):
+            if taken or len(missing) - len(left) > len(block):
                 # Another process fills the same cache: take a block that it is unlikely to take.
                 choose = int(np.random.default_rng().integers(len(blocks)))
             missing = left
