@@ -100,8 +100,8 @@ class TaskData:
     def enough(self, shots: int) -> dict[SplitPart, tuple[int, int]]:
         """Returns of each part how many users have enough ratings for a support of some size, and how many have not.
 
-        Of meta-training that is the support and `query.min` ratings of different items, as `fit` takes them unless told
-        otherwise; with short supports one rating is a support.
+        Of meta-training that is the support and `query.min` ratings of different items, as `fit` takes them where the
+        settings name no others; with short supports one rating is a support.
         """
         rated = self.interactions.items_of_user[self.parts["train"]]
         support = min(shots, 1) if self.task.short_supports else shots
