@@ -63,6 +63,10 @@ class TrainingError(MetarecError):
     """A training from which nothing useful can come."""
 
 
+class RankError(TrainingError):
+    """Another process of a training that several share failed, and said why."""
+
+
 class EvaluationError(MetarecError):
     """A score or a metric argument from which no honest number can be computed."""
 

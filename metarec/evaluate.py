@@ -19,6 +19,7 @@ from metarec.data.episodes import Episode
 from metarec.data.interactions import Catalog, Flags
 from metarec.data.task import Task
 from metarec.errors import EvaluationError
+from metarec.meta.distributed import ALONE, Ranks
 from metarec.metrics import (
     ERRORS,
     METRICS,
@@ -115,7 +116,9 @@ def beside_pooled(task: Task, catalog: Catalog) -> list[Scorer]:
     return [OwnLikeShare(len(catalog), task.like_threshold)] if POOLED in task.metrics else []
 
 
-def validation_auc(scorer: Scorer, episodes: Sequence[Episode], shots: Sequence[int], threshold: float) -> float:
+def validation_auc(
+    scorer: Scorer, episodes: Sequence[Episode], shots: Sequence[int], threshold: float, ranks: Ranks = ALONE
+) -> float:
     """Returns a scorer's mean AUC over users with both classes, averaged over some K.
 
     Where no user has both, as with queries of one item, it is the AUC of all users' items together.
@@ -125,6 +128,7 @@ def validation_auc(scorer: Scorer, episodes: Sequence[Episode], shots: Sequence[
         episodes: The validation users; those with fewer than K ratings are evaluated with all of theirs.
         shots: The support sizes K.
         threshold: Ratings from here on are likes, in episodes that carry no labels.
+        ranks: The processes that score a share of the users each.
 
     Raises:
         EvaluationError: A score is not finite, or all labels are the same.
@@ -134,7 +138,8 @@ def validation_auc(scorer: Scorer, episodes: Sequence[Episode], shots: Sequence[
     kept = both or queries
     means = []
     for count in shots:
-        scored = scorer.score([request(query.episode, count) for query in kept])
+        own = [request(query.episode, count) for query in ranks.share(kept)]
+        scored = ranks.collect(scorer.score(own) if own else [], [len(query.liked) for query in kept])
         values: list[tuple[str, float | None]] = []
         if not both:
             everything = np.concatenate([scores.detach().numpy() for scores in scored])

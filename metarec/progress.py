@@ -6,6 +6,7 @@ of it is, and how long the rest takes, however long a single unit of the work is
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -54,6 +55,29 @@ def progress(description: str, total: float, *, after: float = 0.0) -> Iterator[
         if watcher is not None:
             watcher.join()
         shown.stop()
+
+
+@contextmanager
+def quiet(wanted: bool = True) -> Iterator[None]:
+    """Shows no bar and logs no warning while the body runs: for a process beside another that says the same.
+
+    Args:
+        wanted: False changes nothing.
+    """
+    if not wanted:
+        yield
+        return
+    bars, logs = os.environ.get(QUIET), logging.root.manager.disable
+    os.environ[QUIET] = "1"
+    logging.disable(max(logs, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(logs)
+        if bars is None:
+            del os.environ[QUIET]
+        else:
+            os.environ[QUIET] = bars
 
 
 class _Shown:

@@ -44,6 +44,7 @@ from metarec.fitting import (
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
+from metarec.meta.distributed import ALONE, Ranks
 from metarec.meta.outer_loop import check_checkpoint, clear_checkpoint, refuse_overwriting
 from metarec.notebook import facts_table
 from metarec.recommender_files import digest_of, read_recommender, read_user, write_recommender
@@ -168,6 +169,7 @@ class MetaRecommender:
         checkpoint: str | Path | None = None,
         resume: bool = False,
         fresh: bool = False,
+        ranks: Ranks = ALONE,
         **own: Any,
     ) -> MetaRecommender:
         """Meta-trains on a task's meta-training users; hyper-parameters stop early on its validation users.
@@ -180,6 +182,7 @@ class MetaRecommender:
             checkpoint: Where the training state is kept; None keeps it in a temporary directory.
             resume: Goes on from `checkpoint` if it is there, of the same data and settings; `train.steps` may be more.
             fresh: Deletes `checkpoint` if it is there, and trains anew; without either, one that is there is refused.
+            ranks: The processes that train together, from `metarec.meta.distributed.launched`; the first writes.
             **own: Of a table: columns by our name (``title="name"``, or ``columns={"title": "name"}``), options of the
                 file (``separator``, ``encoding``, ``scale``, ``items``, ``bad_rows``), and keys of a task (``shots``,
                 ``label``, ``prompt``, ``split``, ...); see docs/own-data.md for what is taken where they are left out.
@@ -192,22 +195,22 @@ class MetaRecommender:
         """
         if resume and fresh:
             raise ConfigError("resume and fresh are both given", "Choose one of the two")
-        if checkpoint is not None and not fresh:
-            refuse_overwriting(Path(checkpoint), resume=resume)
+        kept = Path(checkpoint) if checkpoint is not None and ranks.leads else None
+        if kept and not fresh:
+            refuse_overwriting(kept, resume=resume)
         if self.config.meta.engine == "learn2learn":
             learn2learn.check(self.config.meta.algorithm)
         data = self.task_data(task, **own)
         refuse_small_data(data, self.config.train)
         data.evaluated("validation")  # now, not after minutes of fitting
         identity = training_identity(data, self.config, self.backbone if needs_model(self.config) else None)
-        if checkpoint is not None and fresh:
-            clear_checkpoint(Path(checkpoint))
-        elif checkpoint is not None and resume and recover_dir(Path(checkpoint)):
-            check_checkpoint(Path(checkpoint), identity, self.config.train.steps)
-        prepared = self._prepare(data)
+        if kept and fresh:
+            clear_checkpoint(kept)
+        elif kept and resume and recover_dir(kept):
+            check_checkpoint(kept, identity, self.config.train.steps)
         with tempfile.TemporaryDirectory() as scratch:
-            where = Path(checkpoint or Path(scratch) / "checkpoint")
-            fitted = meta_train(data, prepared, self.config, identity, where, resume)
+            where = kept or Path(scratch) / "checkpoint"
+            fitted = meta_train(data, self._prepare(data), self.config, identity, where, resume, ranks)
         self._keep(fitted, data)
         return self
 

@@ -16,6 +16,7 @@ from metarec.fitting import Fitted, Prepared, adapted_model, closed_form_head, m
 from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
 from metarec.meta.algorithms import MetaGradient, closed_form
+from metarec.meta.distributed import ALONE, Ranks, mean_over_ranks
 from metarec.meta.inner_loop import Loss, MetaState
 from metarec.meta.outer_loop import Trained, train
 from metarec.registries import ALGORITHMS, LOSSES
@@ -51,8 +52,9 @@ def meta_train(
     identity: dict[str, Any],
     checkpoint: Path,
     resume: bool,
+    ranks: Ranks = ALONE,
 ) -> Fitted:
-    """Meta-trains on a task's meta-training users; see `metarec.meta.outer_loop.train`.
+    """Meta-trains on a task's meta-training users, a share of them on each rank; see `metarec.meta.outer_loop.train`.
 
     Returns:
         What was prepared, with the meta-parameters of the best validation and a summary of the training.
@@ -75,17 +77,20 @@ def meta_train(
             hidden=prepared.context.hidden,
             short_supports=sizes.short_supports,
         )
+        own = ranks.share(batch)
         with one_thread(adapted_model(config, fitted.answer_model) is None):
-            return _meta_gradient(prepared, config, meta, batch)
+            gradient = _meta_gradient(prepared, config, meta, own) if own else None
+        return mean_over_ranks(gradient, meta, len(batch), ranks)
 
     trained = train(
         fitted.meta,
         gradient_at,
-        lambda meta: _validation_auc(data, replace(fitted, meta=meta), config),
+        lambda meta: _validation_auc(data, replace(fitted, meta=meta), config, ranks),
         config.train,
         checkpoint=checkpoint,
         identity=identity,
         resume=resume,
+        ranks=ranks,
     )
     return replace(
         fitted, meta=trained.best, training={**_training_summary(trained), "users_by_shots": summary(enough)}
@@ -157,7 +162,7 @@ def _out_of_fold_batch(prepared: Prepared, batch: Sequence[Episode], config: Run
     )
 
 
-def _validation_auc(data: TaskData, fitted: Fitted, config: RunConfig) -> float:
+def _validation_auc(data: TaskData, fitted: Fitted, config: RunConfig, ranks: Ranks) -> float:
     episodes = data.evaluated("validation")[0][: config.train.validation_users]
     shots = [count for count in data.task.shots if count > 0] or list(data.task.shots)
-    return validation_auc(meta_scorer(fitted, config), episodes, shots, data.task.like_threshold)
+    return validation_auc(meta_scorer(fitted, config), episodes, shots, data.task.like_threshold, ranks)

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from metarec.cli import bench, data, quickstart, runs, serve, store, tasks
-from metarec.errors import MetarecError
+from metarec.errors import MetarecError, RankError
 
 app = typer.Typer(
     name="metarec",
@@ -69,7 +69,9 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except MetarecError as error:
-        typer.echo(f"error: {error}", err=True)
+        # Of the processes on a machine that another one's error ends, the first says so.
+        if not isinstance(error, RankError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except OSError as error:
         typer.echo(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), err=True)

@@ -27,7 +27,8 @@ from metarec.cli.options import (
     print_json,
 )
 from metarec.cli.run_dirs import run_dir
-from metarec.cli.runs import evaluate_run, run_settings, train_run
+from metarec.cli.runs import evaluate_run
+from metarec.cli.training import run_settings, train_run
 
 if TYPE_CHECKING:
     from metarec.config import RunConfig

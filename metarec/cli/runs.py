@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,14 +34,14 @@ from metarec.cli.options import (
     show,
     source_options,
 )
-from metarec.cli.run_dirs import clear_run, refuse_overwriting, run_dir
+from metarec.cli.run_dirs import refuse_overwriting, run_dir
 from metarec.cli.store import AdaptersOption, StoreOption, adapt_bulk, recommend_stored
+from metarec.cli.training import processes, run_settings, train_run
 from metarec.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from metarec.adapted_user import AdaptedUser
-    from metarec.config import Dtype, RunConfig
-    from metarec.data.task import Task
+    from metarec.config import Dtype
     from metarec.recommender import MetaRecommender
 
 app = typer.Typer()
@@ -95,7 +94,8 @@ def model_prepare(
 
 @app.command(
     epilog="Example: metarec train --name mine --set train.steps=100; of a table: "
-    "metarec train orders.csv --column title=name --name shop"
+    "metarec train orders.csv --column title=name --name shop; in several processes: "
+    "torchrun --nproc-per-node 2 -m metarec.cli train --name mine"
 )
 def train(
     what: Annotated[
@@ -148,9 +148,11 @@ def train(
     go_on = "with --resume instead of --fresh" if fresh else "with --resume"
     named = {"task": task, "backbone": backbone, "device": device, "seed": seed}
     settings = run_settings(config, preset, named, overrides, engine)
-    recommender = train_run(run, settings, resume, fresh, go_on, own)
-    fitted = recommender.fitted
-    show({"run": str(run), **{key: value for key, value in fitted.training.items() if key != "history"}}, json)
+    with processes(settings) as ranks:
+        recommender = train_run(run, settings, resume, fresh, go_on, own, ranks)
+        training = recommender.fitted.training
+        if ranks.leads:
+            show({"run": str(run), **{key: value for key, value in training.items() if key != "history"}}, json)
 
 
 @app.command(epilog="Example: metarec evaluate runs/mine")
@@ -244,71 +246,6 @@ def _print_ranking(entries: list[dict[str, Any]], as_json: Any | None) -> None:
         typer.echo(f"{place:3d}  {entry['score']:+.3f}  {entry['title']}")
         for reason in entry.get("because") or []:
             typer.echo(f"             {reason['moved']:+.3f} by {reason['rating']:g} for {reason['title']}")
-
-
-def run_settings(
-    config: Path | None,
-    preset: str | None,
-    named: Mapping[str, Any],
-    overrides: list[str] | None,
-    engine: str | None,
-) -> RunConfig:
-    """Returns the settings that a command line says: a preset, under a file, under options, under ``--set``."""
-    from metarec.config import RunConfig, override, read_yaml, validated
-    from metarec.presets import with_preset
-
-    values = with_preset(preset or "standard", read_yaml(config) if config else {})
-    values |= {key: value for key, value in named.items() if value is not None}
-    assignments = [*(overrides or []), *([f"meta.engine={engine}"] if engine else [])]
-    return validated(RunConfig, override(values, assignments), str(config) if config else "settings")
-
-
-def train_run(
-    run: Path, settings: RunConfig, resume: bool, fresh: bool, go_on: str, own: Mapping[str, Any] | None = None
-) -> MetaRecommender:
-    """Meta-trains by some settings, and keeps the recommender in the run.
-
-    Args:
-        run: The run's directory.
-        settings: The settings.
-        resume: Goes on from the run's checkpoint.
-        fresh: Deletes what the run holds first.
-        go_on: What a person adds to the command to go on after an interruption.
-        own: Of a table: see `MetaRecommender.fit`.
-    """
-    import yaml
-
-    from metarec.artifacts import replace_file
-    from metarec.data.source_options import is_table
-    from metarec.data.task_files import load_task
-    from metarec.run_directory import RUN_MODEL
-
-    # Before torch is imported: a name that is wrong is said at once.
-    chosen: str | Task = settings.task if is_table(settings.task) else load_task(settings.task)
-    from metarec.data.training_users import refuse_small_data
-    from metarec.recommender import MetaRecommender
-
-    recommender = MetaRecommender.from_pretrained(settings.backbone, settings)
-    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-    data = recommender.task_data(chosen, **(own or {}))
-    if is_table(settings.task):
-        from metarec.data.own_data import summary
-
-        for sentence in summary(data.task, data.interactions.catalog):
-            typer.echo(sentence, err=True)
-    # What cannot be trained must not cost what was.
-    refuse_small_data(data, settings.train)
-    if fresh:
-        clear_run(run)
-    try:
-        recommender.fit(data, checkpoint=run / "checkpoint", resume=resume)
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; nothing is lost: run the same command {go_on} (run '{run}')", err=True)
-        raise
-    # Only now: settings that a checkpoint refuses must not replace those it was made with.
-    replace_file(run / "config.yaml", lambda target: target.write_text(text, encoding="utf-8"))
-    recommender.save_pretrained(run / RUN_MODEL)
-    return recommender
 
 
 def evaluate_run(recommender: MetaRecommender, run: Path, json: bool, quiet: bool = False) -> dict[str, Any]:

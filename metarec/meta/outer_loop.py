@@ -6,6 +6,7 @@ was killed and resumed therefore ends with the same weights, bit for bit, as one
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -24,6 +25,7 @@ from metarec.artifacts import MANIFEST, dump_json, load_json, recover_dir, repla
 from metarec.config import TrainConfig
 from metarec.errors import ArtifactError, TrainingError, shown
 from metarec.meta.algorithms import MetaGradient
+from metarec.meta.distributed import ALONE, Ranks
 from metarec.meta.inner_loop import MetaState
 from metarec.progress import progress
 from metarec.tensors import read_tensors, write_tensors
@@ -74,6 +76,18 @@ class _Progress:
     history: tuple[tuple[int, float | None, float], ...] = ()
     last_steps: tuple[tuple[int, int], ...] = ()  # of each the users that diverged, and all of them
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns JSON values."""
+        return {**asdict(self), "best_value": None if math.isinf(self.best_value) else self.best_value}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> _Progress:
+        """Inverts `to_json`."""
+        kept = {name: value for name, value in values.items() if name != "best_value" or value is not None}
+        for name in ("history", "last_steps"):
+            kept[name] = tuple(tuple(entry) for entry in kept.get(name, ()))
+        return cls(**kept)
+
     def count(self, gradient: MetaGradient) -> None:
         """Counts a step, with the losses of the users that did not diverge; warns of the first that did."""
         lost, users = int(gradient.diverged.sum()), len(gradient.diverged)
@@ -122,14 +136,16 @@ def train(
     identity: Mapping[str, Any],
     resume: bool,
     description: str = "meta-training",
+    ranks: Ranks = ALONE,
 ) -> Trained:
     """Runs the outer loop with AdamW, warm-up and cosine decay, clipping and early stopping.
 
-    A checkpoint is written at every validation, and when the loop is interrupted.
+    A checkpoint is written at every validation, and when the loop is interrupted. Of several processes the first one
+    moves the meta-parameters, decides and writes; the others hold copies of its meta-parameters, bit for bit.
 
     Args:
         initial: Meta-parameters to start from.
-        gradient_at: The meta-gradient of a state at a step; a pure function.
+        gradient_at: The meta-gradient of a state at a step, over all ranks; a pure function.
         validate: A value to maximize.
         config: The outer loop's settings.
         checkpoint: Directory of the checkpoint.
@@ -137,6 +153,7 @@ def train(
             refused. With more steps than before, a run goes on at its step of the longer schedule.
         resume: Continues from the checkpoint if there is one.
         description: Text of the progress bar.
+        ranks: The processes that train together.
 
     Raises:
         ArtifactError: The checkpoint is damaged or of another run, or there is one and nobody said to go on from it.
@@ -147,30 +164,41 @@ def train(
     optimizer, schedule = _optimizer(tensors, config)
     best = {name: value.clone() for name, value in tensors.items()}
     at = _Progress()
-    refuse_overwriting(checkpoint, resume=resume)
-    if resume and recover_dir(checkpoint):
-        at, best = _load(checkpoint, tensors, optimizer, identity, config.steps)
+    if ranks.leads:
+        refuse_overwriting(checkpoint, resume=resume)
+        if resume and recover_dir(checkpoint):
+            at, best = _load(checkpoint, tensors, optimizer, identity, config.steps)
+    at = _Progress.from_json(json.loads(ranks.first_text(json.dumps(at.to_json()))))
+    ranks.copy_first([*tensors.values(), *(best[name] for name in tensors)])
     meta = MetaState.from_tensors(tensors)
 
     def check() -> None:
         nonlocal best
-        if at.record(validate(meta)):
+        value = torch.tensor(validate(meta), dtype=torch.float64)
+        ranks.copy_first([value])
+        if at.record(float(value)):
             best = {name: tensor.clone() for name, tensor in tensors.items()}
-        _save(checkpoint, tensors, best, optimizer, at, identity)
+        save()
+
+    def save() -> None:
+        if ranks.leads:
+            _save(checkpoint, tensors, best, optimizer, at, identity)
 
     with _deferred_interrupt() as interrupted, progress(description, config.steps) as advance:
         if not at.history:
             check()
         while at.step < config.steps and not _stale(at, config):
             gradient = _finite(gradient_at(meta, at.step))
-            _step(tensors, gradient, optimizer, schedule(at.step), config.clip)
+            if ranks.leads:
+                _step(tensors, gradient, optimizer, schedule(at.step), config.clip)
+            ranks.copy_first(tensors.values())
             at.count(gradient)
             at.refuse_divergence()
             if at.step % config.validate_every == 0 or at.step == config.steps:
                 check()
             advance(at.step, f"validation AUC {at.history[-1][2]:.4f} (best {at.best_value:.4f})")
-            if interrupted():
-                _save(checkpoint, tensors, best, optimizer, at, identity)
+            if ranks.any(interrupted()):
+                save()
                 raise KeyboardInterrupt
     at.refuse_divergence(at_end=True)
     return Trained(MetaState.from_tensors(best), at.best_step, at.best_value, at.step, at.diverged, at.history)
@@ -260,13 +288,11 @@ def _save(
         for index, values in optimizer.state_dict()["state"].items()
         for key, value in values.items()
     }
-    state = asdict(at)
-    state["best_value"] = None if math.isinf(at.best_value) else at.best_value
     with replace_dir(path, "checkpoint") as directory:
         write_tensors(directory / "meta.safetensors", tensors)
         write_tensors(directory / "best.safetensors", best)
         write_tensors(directory / "optimizer.safetensors", moments)
-        (directory / _STATE).write_text(dump_json({"identity": dict(identity), **state}), encoding="utf-8")
+        (directory / _STATE).write_text(dump_json({"identity": dict(identity), **at.to_json()}), encoding="utf-8")
 
 
 def refuse_overwriting(path: Path, *, resume: bool) -> None:
@@ -337,9 +363,5 @@ def _load(
         index, _, key = name.partition("/")
         moments.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    best_value = state.pop("best_value")
-    for name in ("history", "last_steps"):
-        state[name] = tuple(tuple(entry) for entry in state.get(name, ()))
-    at = _Progress(**state, best_value=-math.inf if best_value is None else best_value)
     best = read_tensors(path / "best.safetensors")
-    return at, {name: value.to(tensors[name].device) for name, value in best.items()}
+    return _Progress.from_json(state), {name: value.to(tensors[name].device) for name, value in best.items()}

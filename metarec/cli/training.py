@@ -1,0 +1,110 @@
+"""Meta-training as the verbs `train` and `quickstart` run it, by one process or several. Knows no verb."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from metarec.cli.run_dirs import clear_run
+
+if TYPE_CHECKING:
+    from metarec.config import RunConfig
+    from metarec.data.task import Task
+    from metarec.meta.distributed import Ranks
+    from metarec.recommender import MetaRecommender
+
+
+def run_settings(
+    config: Path | None,
+    preset: str | None,
+    named: Mapping[str, Any],
+    overrides: list[str] | None,
+    engine: str | None,
+) -> RunConfig:
+    """Returns the settings that a command line says: a preset, under a file, under options, under ``--set``."""
+    from metarec.config import RunConfig, override, read_yaml, validated
+    from metarec.presets import with_preset
+
+    values = with_preset(preset or "standard", read_yaml(config) if config else {})
+    values |= {key: value for key, value in named.items() if value is not None}
+    assignments = [*(overrides or []), *([f"meta.engine={engine}"] if engine else [])]
+    return validated(RunConfig, override(values, assignments), str(config) if config else "settings")
+
+
+@contextmanager
+def processes(settings: RunConfig) -> Iterator[Ranks]:
+    """Yields the processes that torchrun started, see `metarec.meta.distributed.launched`, once the task is known."""
+    _chosen_task(settings)
+    from metarec.meta.distributed import launched
+
+    with launched(settings.device) as ranks:
+        yield ranks
+
+
+def _chosen_task(settings: RunConfig) -> str | Task:
+    """Returns the task of some settings, or the table, before torch is imported: a wrong name is said at once."""
+    from metarec.data.source_options import is_table
+    from metarec.data.task_files import load_task
+
+    return settings.task if is_table(settings.task) else load_task(settings.task)
+
+
+def train_run(
+    run: Path,
+    settings: RunConfig,
+    resume: bool,
+    fresh: bool,
+    go_on: str,
+    own: Mapping[str, Any] | None = None,
+    ranks: Ranks | None = None,
+) -> MetaRecommender:
+    """Meta-trains by some settings, and keeps the recommender in the run.
+
+    Args:
+        run: The run's directory.
+        settings: The settings.
+        resume: Goes on from the run's checkpoint.
+        fresh: Deletes what the run holds first.
+        go_on: What a person adds to the command to go on after an interruption.
+        own: Of a table: see `MetaRecommender.fit`.
+        ranks: The processes that train together, of which the first writes and prints; None is this one alone.
+    """
+    import yaml
+
+    from metarec.artifacts import replace_file
+    from metarec.data.source_options import is_table
+    from metarec.run_directory import RUN_MODEL
+
+    chosen = _chosen_task(settings)
+    from metarec.data.training_users import refuse_small_data
+    from metarec.meta.distributed import ALONE
+    from metarec.recommender import MetaRecommender
+
+    ranks = ranks or ALONE
+    recommender = MetaRecommender.from_pretrained(settings.backbone, settings)
+    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    data = recommender.task_data(chosen, **(own or {}))
+    if is_table(settings.task) and ranks.leads:
+        from metarec.data.own_data import summary
+
+        for sentence in summary(data.task, data.interactions.catalog):
+            typer.echo(sentence, err=True)
+    # What cannot be trained must not cost what was.
+    refuse_small_data(data, settings.train)
+    if fresh and ranks.leads:
+        clear_run(run)
+    try:
+        recommender.fit(data, checkpoint=run / "checkpoint", resume=resume, ranks=ranks)
+    except KeyboardInterrupt:
+        if ranks.leads:
+            typer.echo(f"interrupted; nothing is lost: run the same command {go_on} (run '{run}')", err=True)
+        raise
+    if ranks.leads:
+        # Only now: settings that a checkpoint refuses must not replace those it was made with.
+        replace_file(run / "config.yaml", lambda target: target.write_text(text, encoding="utf-8"))
+        recommender.save_pretrained(run / RUN_MODEL)
+    return recommender
