@@ -15,6 +15,7 @@ from torch import Tensor
 from metarec.errors import ArtifactError
 
 AdapterState = dict[str, Tensor]
+_COPIES_FROM_PINNED = frozenset({"cuda"})
 
 
 def expand_users(state: Mapping[str, Tensor], users: int) -> AdapterState:
@@ -45,14 +46,24 @@ def pad_rows(rows: Sequence[NDArray[np.generic]], dtype: DTypeLike, width: int |
     return torch.from_numpy(padded)
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Returns a tensor on a device; from the CPU to CUDA it is copied while the CPU goes on.
+
+    CUDA copies so from memory that stays in place (pinned); for other devices nothing is pinned.
+    """
+    if torch.device(device).type not in _COPIES_FROM_PINNED or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file.
+    """Writes a safetensors file, by way of the CPU from any other device.
 
     Raises:
         ArtifactError: The file cannot be written: the disk is full, say, or the directory is gone.
     """
     try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"'{path}' cannot be written: {error}", "Make room, or choose another place") from None
 
@@ -64,6 +75,6 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         ArtifactError: The file is missing or not safetensors.
     """
     try:
-        return load_file(path, device)
+        return {name: tensor.to(device) for name, tensor in load_file(path, "cpu").items()}
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"'{path}' cannot be read: {error}", "Write it again") from None

@@ -26,6 +26,7 @@ from metarec.lm.item_cache import ItemCache, Rows, read_missing
 from metarec.lm.packing import PADDING, PREFIX, Packed, pack
 from metarec.lm.precision import Precision, to_int8
 from metarec.lm.tokenized import CatalogPrompts
+from metarec.tensors import to_device
 
 _KIND = "forward"
 
@@ -161,7 +162,7 @@ class CachedForward:
         """See `Forward.frozen_states`."""
         self._read(items)
         rows, starts = self._cache.rows("states")
-        return torch.from_numpy(rows[starts[items]]).to(self.backbone.device)
+        return to_device(torch.from_numpy(rows[starts[items]]), self.backbone.device)
 
     def _read(self, items: np.ndarray) -> None:
         """Reads what the cache lacks of some items."""
@@ -292,15 +293,15 @@ class CachedForward:
         users, count = items.shape
         codes = items.flatten().numpy()
         device = self.backbone.device
-        hidden = active.padded(codes)[0].to(device)
+        hidden = to_device(active.padded(codes)[0], device)
         width = hidden.shape[1]
-        flat, real = (part.to(device) for part in frozen.padded(codes))
+        flat, real = (to_device(part, device) for part in frozen.padded(codes))
         flat = flat.to(self._dtype)
         if scales is not None:
-            flat *= scales.padded(codes)[0].to(device, self._dtype)[..., None]
+            flat *= to_device(scales.padded(codes)[0], device).to(self._dtype)[..., None]
         # (layers, keys and values, rows, kv heads, tokens, head)
         heads = flat.permute(2, 3, 0, 4, 1, 5).contiguous()
-        lengths = torch.from_numpy(self._lengths[codes]).to(device)
+        lengths = to_device(torch.from_numpy(self._lengths[codes]), device)
         positions = lengths[:, None] - width + torch.arange(width, device=device)
         before = self._shared + torch.arange(real.shape[1], device=device)[None]
         past = []
@@ -316,16 +317,16 @@ class CachedForward:
         users = len(items)
         device = self.backbone.device
         flat, layout = active.packed(items.numpy(), self._shared)
-        hidden = flat.to(device)
+        hidden = to_device(flat, device)
         if self._shared:
             hidden[:, : self._shared] = self._prefix_run[1][0]
         # PEFT counts a prefix of virtual tokens as positions; its keys themselves are not rotated.
         before = np.where(layout.owner == PREFIX, 0, self._shared) + self.placement.virtual_tokens
-        positions = torch.from_numpy(np.where(layout.owner == PADDING, 0, layout.offset + before)).to(device)
-        visible = torch.from_numpy(layout.visible(causal=self._model.causal)).to(device)
+        positions = to_device(torch.from_numpy(np.where(layout.owner == PADDING, 0, layout.offset + before)), device)
+        visible = to_device(torch.from_numpy(layout.visible(causal=self._model.causal)), device)
         places, masks = self._adapted(visible, positions)
         hidden = hidden.view(users, -1, *hidden.shape[1:])
-        read = self._places_read(items, layout).to(device)
+        read = to_device(self._places_read(items, layout), device)
         return hidden, places, [()] * self.placement.layers, masks, read
 
     def _places_read(self, items: Tensor, layout: Packed) -> Tensor:

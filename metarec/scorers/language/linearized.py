@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,9 +40,14 @@ class Linearized:
         """Says whether all items have a row."""
         return bool((items < len(self.place)).all()) and bool((self.place[torch.from_numpy(items)] >= 0).all())
 
+    @cached_property
+    def _rows(self) -> Tensor:
+        """Each item's row where the values are; items without one have another's."""
+        return self.place.clamp(min=0).to(self.values.device)
+
     def log_odds(self, items: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """Returns linearized log-odds, shape (users, items); those of items without a row are undefined."""
-        rows = self.place[items.clamp(max=len(self.place) - 1)].clamp(min=0).to(self.values.device)
+        rows = self._rows[items.to(self._rows.device).clamp(max=len(self._rows) - 1)]
         moved = torch.cat([(state[name] - value).flatten(1) for name, value in self.start.items()], 1)
         return self.values[rows] + (self.slopes[rows] @ moved.unsqueeze(-1)).squeeze(-1)
 

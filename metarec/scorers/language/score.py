@@ -29,7 +29,7 @@ from metarec.meta.losses import Labels, QueryLoss
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.language.linearized import Linearized
 from metarec.scorers.term import ADAPTER_TERM, ScoreTerm, Term, weight_name, weighted_sum
-from metarec.tensors import AdapterState, pad_rows
+from metarec.tensors import AdapterState, pad_rows, to_device
 
 ADAPTER = ScoreTerm(None, needs_model=True)
 ADAPTER_WEIGHT = weight_name(ADAPTER_TERM)
@@ -83,15 +83,15 @@ def collate(
         device: The batch's device.
     """
     codes = pad_rows([rating.items for rating in ratings], np.int64)
-    items = codes.to(device)
+    items = to_device(codes, device)
     return Batch(
         items=items,
-        terms={name: pad_rows(rows, np.float32).to(device) for name, rows in values.items()},
+        terms={name: to_device(pad_rows(rows, np.float32), device) for name, rows in values.items()},
         item_batch=None if adapted is None else adapted.gather(codes),
         frozen=None if adapted is None else adapted.frozen_log_odds(codes.numpy()),
-        target=pad_rows([prior.standardize(rating.values) for rating in ratings], np.float32).to(device),
-        liked=pad_rows([rating.likes(threshold) for rating in ratings], bool).to(device),
-        real=pad_rows([np.ones(len(rating), bool) for rating in ratings], bool).to(device),
+        target=to_device(pad_rows([prior.standardize(rating.values) for rating in ratings], np.float32), device),
+        liked=to_device(pad_rows([rating.likes(threshold) for rating in ratings], bool), device),
+        real=to_device(pad_rows([np.ones(len(rating), bool) for rating in ratings], bool), device),
     )
 
 

@@ -105,7 +105,8 @@ def _with_lora(model: Any, recipe: Recipe, backbone: Backbone) -> Any:
         task_type=backbone.task_type,
     )
     try:
-        with torch.random.fork_rng():
+        # PEFT draws on the processor and moves what it drew.
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             return get_peft_model(model, settings)
     except ValueError as error:
