@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def test_the_meta_gradient_of_several_processes_is_that_of_one(size: int) -> Non
 
 
 def trained(
-    ranks: Ranks, folder: Path, *, steps: int = 12, resume: bool = False, users: int = 2, at: Any = None
+    ranks: Ranks, folder: Path, *, resume: bool = False, users: int = 2, at: Any = None, identity: Any = None
 ) -> dict[str, Any]:
     """Trains with a checkpoint folder of each rank's own, of which only the first rank's should come to be."""
 
@@ -92,9 +93,9 @@ def trained(
         meta_state(),
         gradient_at,
         validate,
-        CONFIG.model_copy(update={"steps": steps}),
+        CONFIG,
         checkpoint=folder / f"rank{ranks.rank}",
-        identity={"seed": 0},
+        identity=identity or {"seed": 0},
         resume=resume and ranks.leads,
         ranks=ranks,
     )
@@ -115,8 +116,11 @@ def test_three_processes_train_what_one_does_on_two_users_a_step_and_resume_exac
     interrupted = together(3, _interrupted, tmp_path / "part")
     assert [type(error) for error in interrupted] == [KeyboardInterrupt] * 3
     assert json.loads((tmp_path / "part" / "rank0" / "state.json").read_text())["step"] == 6
-    resumed = together(3, _resumed, tmp_path / "part")
-    np.testing.assert_equal(resumed, whole)
+    shutil.copytree(tmp_path / "part", tmp_path / "fewer")
+    np.testing.assert_equal(together(3, _resumed, tmp_path / "part"), whole)
+    for rank in together(2, _resumed, tmp_path / "fewer"):
+        for name, value in whole[0]["best"].items():
+            np.testing.assert_allclose(rank["best"][name], value, rtol=1e-10, err_msg="as on another device")
 
 
 def _interrupted(ranks: Ranks, folder: Path) -> None:
@@ -155,6 +159,17 @@ def test_an_error_of_all_ranks_is_said_by_one() -> None:
 
 def _all_failing(ranks: Ranks) -> None:
     raise ConfigError("no such thing", "Say another")
+
+
+def test_a_rank_with_other_data_is_refused(tmp_path: Path) -> None:
+    failed = together(2, _strange, tmp_path)
+    assert str(failed[1]).startswith("the data of process 1 is 'b', that of process 0 'a'. Start all processes with")
+    assert type(failed[0]) is RankError
+    assert "the data of process 1 is 'b'" in str(failed[0])
+
+
+def _strange(ranks: Ranks, folder: Path) -> None:
+    trained(ranks, folder, identity={"seed": 0, "data": "ab"[ranks.rank]})
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -113,7 +113,7 @@ class Ranks:
         sent = torch.cat([_as_bytes(tensor).to(self.device) for tensor in targets])
         with self._together():
             dist.broadcast(sent, src=0, group=self.gpus)
-        for target, part in zip(targets, sent.split([len(_as_bytes(target)) for target in targets]), strict=True):
+        for target, part in zip(targets, sent.split([target.nbytes for target in targets]), strict=True):
             target.copy_(part.clone().view(target.dtype).view(target.shape))
 
     def first_text(self, text: str) -> str:

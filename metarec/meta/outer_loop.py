@@ -157,7 +157,8 @@ def train(
 
     Raises:
         ArtifactError: The checkpoint is damaged or of another run, or there is one and nobody said to go on from it.
-        TrainingError: Most of the last steps' inner loops diverged.
+        TrainingError: Most of the last steps' inner loops diverged, or the ranks were given different runs.
+        RankError: Another rank failed.
         KeyboardInterrupt: After the checkpoint was written.
     """
     tensors = {name: value.detach().clone() for name, value in initial.tensors().items()}
@@ -168,7 +169,7 @@ def train(
         refuse_overwriting(checkpoint, resume=resume)
         if resume and recover_dir(checkpoint):
             at, best = _load(checkpoint, tensors, optimizer, identity, config.steps)
-    at = _Progress.from_json(json.loads(ranks.first_text(json.dumps(at.to_json()))))
+    at = _agreed(ranks, at, {**identity, "train.steps": config.steps})
     ranks.copy_first([*tensors.values(), *(best[name] for name in tensors)])
     meta = MetaState.from_tensors(tensors)
 
@@ -202,6 +203,25 @@ def train(
                 raise KeyboardInterrupt
     at.refuse_divergence(at_end=True)
     return Trained(MetaState.from_tensors(best), at.best_step, at.best_value, at.step, at.diverged, at.history)
+
+
+def _agreed(ranks: Ranks, at: _Progress, identity: Mapping[str, Any]) -> _Progress:
+    """Returns how far the first rank is, on every rank.
+
+    Raises:
+        TrainingError: This rank was given other data or settings than the first.
+    """
+    if ranks.size == 1:
+        return at
+    own = json.loads(dump_json(dict(identity)))
+    first = json.loads(ranks.first_text(dump_json({"identity": own, "at": at.to_json()})))
+    for key, value in first["identity"].items():
+        if own.get(key) != value:
+            raise TrainingError(
+                f"the {key} of process {ranks.rank} is {shown(own.get(key))}, that of process 0 {shown(value)}",
+                "Start all processes with the same data and settings",
+            )
+    return _Progress.from_json(first["at"])
 
 
 @contextmanager
