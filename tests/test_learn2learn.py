@@ -40,6 +40,15 @@ def test_maml_and_meta_sgd_are_learn2learns(steps: int, rates: str, second_order
         torch.testing.assert_close(ours.gradients[name], gradient)
 
 
+@needs_learn2learn
+def test_the_gradient_is_zero_where_all_users_diverge() -> None:
+    nowhere = torch.full((1, 2), torch.nan, dtype=torch.float64)
+    found = meta_gradient(meta_state(), [(bent(nowhere), bent(nowhere))] * 2, 3, second_order=True)
+    assert found.diverged.all()
+    for name, value in meta_state().tensors().items():
+        torch.testing.assert_close(found.gradients[name], torch.zeros_like(value))
+
+
 def test_rates_per_step_are_refused() -> None:
     meta = initial_meta_state(meta_state().init, ["w"], 0.1, steps=3)
     with pytest.raises(ConfigError, match="no rates per step"):

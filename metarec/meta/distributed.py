@@ -254,10 +254,7 @@ def mean_over_ranks(own: MetaGradient | None, meta: MetaState, users: int, ranks
         losses[ranks.rank :: ranks.size] = own.loss.cpu().double()
         diverged[ranks.rank :: ranks.size] = own.diverged.cpu().double()
         kept = int((~own.diverged).sum())
-        sums = [
-            own.gradients[name].expand(value.shape).reshape(-1).to(ranks.device).double() * kept
-            for name, value in tensors.items()
-        ]
+        sums = [own.gradients[name].reshape(-1).to(ranks.device).double() * kept for name in tensors]
     parts = [part.to(ranks.device) for part in (*sums, losses, diverged)]
     *sums, losses, diverged = ranks.sum(torch.cat(parts)).split([len(part) for part in parts])
     count = max(users - int(diverged.sum()), 1)

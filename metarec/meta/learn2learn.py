@@ -52,7 +52,7 @@ def meta_gradient(
     adapted = _Tensors({name: traced.init[name] for name in traced.log_rate})
     rates = [traced.rate(name, 0).expand(traced.init[name].shape) for name in traced.log_rate]
     learner = meta_sgd(adapted, lrs=rates, first_order=not second_order)
-    values, totals, kept = [], dict.fromkeys(leaves, torch.zeros(())), []
+    values, totals, kept = [], {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}, []
     for support_loss, query_loss in losses:
         clone = learner.clone()
         finite = True
