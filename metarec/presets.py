@@ -11,7 +11,14 @@ from metarec.errors import ConfigError, suggest
 # Dotted keys, as in --set; "standard" is the defaults.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"score": ["item mean", "collaborative"], "collaborative.features": ["text", "fields"]},
-    "quick": {"collaborative.features": ["text", "fields"], "train.steps": 40, "train.validate_every": 20},
+    "quick": {
+        "collaborative.features": ["text", "fields"],
+        "collaborative.kernel.steps": 100,
+        "train.steps": 20,
+        "train.max_query": 10,
+        "train.validate_every": 20,
+        "train.validation_users": 24,
+    },
     "text": {
         "score": ["item mean", "collaborative"],
         "collaborative.members": "linear",

@@ -76,9 +76,15 @@ def check_codes(requests: Sequence[Request], items: int) -> None:
                 )
 
 
+def items_of(requests: Sequence[Request]) -> Codes:
+    """Returns the codes of all items that some requests name, each once, ascending."""
+    named = [codes for request in requests for codes in (request.support.items, request.candidates)]
+    return np.unique(np.concatenate(named)).astype(np.int64)
+
+
 @one_thread()
 def score_each(requests: Sequence[Request], items: int, values: Callable[[Request], ScoreArray]) -> list[Tensor]:
-    """ScoreArray requests one by one.
+    """Scores requests one by one.
 
     Args:
         requests: The requests.

@@ -6,14 +6,18 @@ processor: beside another busy process that takes a hundred times as long, and a
 
 from __future__ import annotations
 
+import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from threadpoolctl import OpenBLASController, ThreadpoolController
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 class _Limits:
@@ -64,6 +68,81 @@ def one_thread(wanted: bool = True) -> Iterator[None]:
         if before != 1:
             torch.set_num_threads(before)
         _LIMITS.of_this_thread.inside = False
+
+
+def for_each(take: Callable[[], Job | None], do: Callable[[Job], object], workers: int) -> None:
+    """Does jobs on several threads, each of which computes on one thread; no job waits for another to end.
+
+    Two threads that share one job wait for each other at every operation, which takes many times as long beside another
+    busy process. A job's result therefore does not depend on the number of workers either.
+
+    Args:
+        take: Returns the next job, or None when none is left; called from every thread.
+        do: Does a job. Its first error is raised after the jobs that have begun; Ctrl-C interrupts these too.
+        workers: Number of threads; 1 does all in this thread, on as many threads as it computes on.
+    """
+    if workers == 1:
+        while (job := take()) is not None:
+            do(job)
+        return
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with one_thread():
+                while not errors and (job := take()) is not None:
+                    do(job)
+        except BaseException as error:  # raised by the thread that waits
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, name=f"metarec-worker-{place}") for place in range(workers)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException as error:  # Ctrl-C: the jobs end at their next line of Python
+        errors.append(error)
+        for thread in threads:
+            _interrupt(thread)
+        for thread in threads:
+            thread.join()
+        raise
+    if errors:
+        raise errors[0]
+
+
+def _interrupt(thread: threading.Thread) -> None:
+    """Raises KeyboardInterrupt in another thread."""
+    if thread.ident is not None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
+
+
+def map_each(
+    do: Callable[[Job], Result], jobs: Sequence[Job], workers: int, advance: Callable[[float], None] = lambda done: None
+) -> list[Result]:
+    """Returns what `do` returns for every job, in their order; see `for_each`.
+
+    Args:
+        do: Does a job.
+        jobs: The jobs.
+        workers: Number of threads.
+        advance: Is told how many jobs are done.
+    """
+    results: dict[int, Result] = {}
+    left = iter(range(len(jobs)))
+    guard = threading.Lock()
+
+    def take() -> int | None:
+        with guard:
+            return next(left, None)
+
+    def one(place: int) -> None:
+        results[place] = do(jobs[place])
+        advance(len(results))
+
+    for_each(take, one, min(workers, len(jobs)))
+    return [results[place] for place in range(len(jobs))]
 
 
 def use_threads(threads: int) -> None:

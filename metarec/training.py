@@ -7,8 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from metarec.config import RunConfig, flattened
 from metarec.data.episodes import Episode, training_batch
+from metarec.data.interactions import Codes
 from metarec.data.task_data import TaskData
 from metarec.data.training_users import episode_sizes, summary, users_by_shots
 from metarec.evaluate import validation_auc
@@ -64,8 +67,8 @@ def meta_train(
     sizes = episode_sizes(data.task, config.train)
     enough = users_by_shots(data, sizes, prepared.context.hidden)
 
-    def gradient_at(meta: MetaState, step: int) -> MetaGradient:
-        batch = training_batch(
+    def batch_at(step: int) -> list[Episode]:
+        return training_batch(
             data.interactions,
             data.parts["train"],
             batch_users=config.train.users,
@@ -77,11 +80,20 @@ def meta_train(
             hidden=prepared.context.hidden,
             short_supports=sizes.short_supports,
         )
+
+    def gradient_at(meta: MetaState, step: int) -> MetaGradient:
+        batch = batch_at(step)
         own = ranks.share(batch)
         with one_thread(adapted_model(config, fitted.answer_model) is None):
             gradient = _meta_gradient(prepared, config, meta, own) if own else None
         return mean_over_ranks(gradient, meta, len(batch), ranks)
 
+    model = adapted_model(config, fitted.answer_model)
+    if model is not None:
+        # What the steps before the second validation ask for is read at once, with one estimate of the time left.
+        early = range(min(config.train.validate_every, config.train.steps))
+        trained_on = [episode for step in early for episode in ranks.share(batch_at(step))]
+        model.read(_items_of([*ranks.share(_validation_episodes(data, config)), *trained_on]))
     trained = train(
         fitted.meta,
         gradient_at,
@@ -162,7 +174,17 @@ def _out_of_fold_batch(prepared: Prepared, batch: Sequence[Episode], config: Run
     )
 
 
+def _validation_episodes(data: TaskData, config: RunConfig) -> Sequence[Episode]:
+    return data.evaluated("validation")[0][: config.train.validation_users]
+
+
+def _items_of(episodes: Sequence[Episode]) -> Codes:
+    return np.unique(
+        np.concatenate([np.zeros(0, np.int64), *(part.items for one in episodes for part in (one.support, one.query))])
+    )
+
+
 def _validation_auc(data: TaskData, fitted: Fitted, config: RunConfig, ranks: Ranks) -> float:
-    episodes = data.evaluated("validation")[0][: config.train.validation_users]
+    episodes = _validation_episodes(data, config)
     shots = [count for count in data.task.shots if count > 0] or list(data.task.shots)
     return validation_auc(meta_scorer(fitted, config), episodes, shots, data.task.like_threshold, ranks)

@@ -112,9 +112,9 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
 class Reading:
     """Reads items into a cache, slowly or until it is stopped, and keeps a record."""
 
-    def __init__(self, path: Path, seconds: float = 0.0, stop_after: int = 1000) -> None:
+    def __init__(self, path: Path, seconds: float = 0.0, stop_after: int = 1000, workers: int = 1) -> None:
         self.cache = ItemCache(path, {"states": Rows(np.ones(40, np.int64), (3,), "float32")})
-        self.seconds, self.stop_after, self.items = seconds, stop_after, []
+        self.seconds, self.stop_after, self.workers, self.items = seconds, stop_after, workers, []
 
     def __call__(self, items: np.ndarray) -> dict[str, np.ndarray]:
         if len(self.items) >= self.stop_after:
@@ -124,7 +124,7 @@ class Reading:
         return {"states": np.repeat(items[:, None], 3, 1).astype(np.float32)}
 
     def all(self) -> np.ndarray:
-        read_missing(self.cache, np.arange(40), np.arange(40) % 7 + 1, self)
+        read_missing(self.cache, np.arange(40), np.arange(40) % 7 + 1, self, self.workers)
         flat, starts = self.cache.rows("states")
         return flat[starts]
 
@@ -140,6 +140,24 @@ def test_everything_is_read_once_and_what_one_left_another_reads(
     assert sorted(stopped.items + other.items) == list(range(40))
     third.all()
     assert third.items == []
+
+
+def test_threads_of_a_process_read_every_item_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metarec.lm.item_cache.BLOCK_ITEMS", 3)
+    reading = Reading(tmp_path / "a", seconds=0.001, workers=3)
+    np.testing.assert_array_equal(reading.all()[:, 0], np.arange(40))
+    assert sorted(reading.items) == list(range(40))
+
+
+def test_few_items_are_divided_among_the_threads(tmp_path: Path) -> None:
+    reading, blocks = Reading(tmp_path / "a", workers=2), []
+
+    def read(items: np.ndarray) -> dict[str, np.ndarray]:
+        blocks.append(len(items))
+        return reading(items)
+
+    read_missing(reading.cache, np.arange(40), np.arange(40) % 7 + 1, read, workers=2)
+    assert blocks == [20, 20]
 
 
 def test_readers_side_by_side_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from metarec.errors import ArtifactError, ConfigError, DataError, EvaluationErro
 from metarec.evaluate import evaluate
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.forward import ItemBatch
+from metarec.lm.item_cache import ItemCache, read_missing
 from metarec.recommender import MetaRecommender
 from metarec.registries import ALGORITHMS
 from metarec.scorer import Request, Scorer
@@ -61,6 +62,25 @@ def test_sentences_are_read_where_items_are_unrated_and_nowhere_else(
         settings = TASK | {"split": {"by": "item", "unseen": 0.2}, "prompt": {**TASK["prompt"], **prompt}}
         recommender.prepare(replace(known, task=validated(Task, settings, "test")))
         assert read.pop() == expected
+
+
+def test_what_training_asks_for_is_read_in_one_go(
+    model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METAREC_CACHE", str(tmp_path))
+    monkeypatch.setattr("metarec.lm.answer_model._SAMPLE_ITEMS", 1)
+    read: list[int] = []
+
+    def counted(cache: ItemCache, items: np.ndarray, *others: Any) -> None:
+        read.append(len(cache.missing(items)))
+        read_missing(cache, items, *others)
+
+    monkeypatch.setattr("metarec.lm.cached_forward.read_missing", counted)
+    few = {**SETTINGS["train"], "steps": 3, "users": 2, "shots": [5], "validate_every": 3, "validation_users": 2}
+    settings = SETTINGS | {"score": ["item mean", "adapter"], "train": few, "collaborative": {"features": ["fields"]}}
+    MetaRecommender.from_pretrained(model_dir("llama"), validated(RunConfig, settings, "test")).fit(known_task())
+    assert next(count for count in read if count) > 10, read
+    assert sum(read) == max(read) + 1, "but for the item of the sample, everything was read at once"
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, main_thread
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import scipy.linalg  # noqa: F401  its BLAS is another one than NumPy's
 import torch
 from threadpoolctl import ThreadpoolController
 
-from metarec.threads import one_thread, use_threads
+from metarec.threads import for_each, map_each, one_thread, use_threads
 
 
 def blas() -> set[int]:
@@ -86,3 +88,52 @@ def test_where_it_is_not_wanted_nothing_changes() -> None:
 def test_a_process_can_be_set_to_a_number_of_threads() -> None:
     use_threads(1)
     assert (torch.get_num_threads(), blas()) == (1, {1})
+
+
+def test_jobs_are_done_side_by_side_and_each_computes_on_one_thread() -> None:
+    before, together = (torch.get_num_threads(), blas()), Barrier(2)
+
+    def threads_of(job: int) -> tuple[int, int, set[int]]:
+        together.wait(10)  # breaks unless two jobs run at the same time
+        found = job, torch.get_num_threads(), blas()
+        together.wait(10)
+        return found
+
+    assert map_each(threads_of, range(4), workers=2) == [(job, 1, {1}) for job in range(4)]
+    assert (torch.get_num_threads(), blas()) == before
+
+
+def test_one_worker_does_all_jobs_in_its_callers_thread_on_all_threads() -> None:
+    assert map_each(lambda job: job * torch.get_num_threads(), [1, 2, 3], workers=1) == [2, 4, 6]
+
+
+def test_the_first_error_of_a_job_is_raised_and_no_further_job_begins() -> None:
+    begun: list[int] = []
+
+    def failing(job: int) -> None:
+        begun.append(job)
+        raise ValueError(f"job {job}")
+
+    with pytest.raises(ValueError, match="job 0"):
+        map_each(failing, range(100), workers=2)
+    assert len(begun) <= 2
+
+
+def test_ctrl_c_ends_jobs_that_have_begun() -> None:
+    ended: list[bool] = []
+
+    def long(job: int) -> None:
+        try:
+            if job == 1:
+                signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
+            for _ in range(6000):
+                time.sleep(0.01)
+            ended.append(True)
+        except KeyboardInterrupt:
+            ended.append(False)
+            raise
+
+    left = iter([0, 1])
+    with pytest.raises(KeyboardInterrupt):
+        for_each(lambda: next(left, None), long, workers=2)
+    assert ended == [False, False]

@@ -63,6 +63,10 @@ class AnswerModel:
         count = self.placement.active_tokens
         return None if count is None else self.prompts.tokens[0][-count:]
 
+    def read(self, items: np.ndarray) -> None:
+        """Reads of some items what no adapter changes, all at once; later uses find it."""
+        self.forward.read(items)
+
     def gather(self, items: Tensor) -> ItemBatch:
         """Collects what reading some items needs, once for all the steps that read them.
 

@@ -74,6 +74,11 @@ class Backbone:
         return next(self.model.parameters()).device
 
     @property
+    def readers(self) -> int:
+        """How many blocks of items are read side by side: one per thread, or one on an accelerator."""
+        return torch.get_num_threads() if self.device.type == "cpu" else 1
+
+    @property
     def task_type(self) -> str | None:
         """PEFT's word for the kind of model; it has none for masked models and encoders."""
         return "CAUSAL_LM" if self.kind == "causal" else None

@@ -160,13 +160,13 @@ class CachedForward:
 
     def frozen_states(self, items: np.ndarray) -> Tensor:
         """See `Forward.frozen_states`."""
-        self._read(items)
+        self.read(items)
         rows, starts = self._cache.rows("states")
         return to_device(torch.from_numpy(rows[starts[items]]), self.backbone.device)
 
-    def _read(self, items: np.ndarray) -> None:
-        """Reads what the cache lacks of some items."""
-        read_missing(self._cache, items, self._lengths, self._read_block)
+    def read(self, items: np.ndarray) -> None:
+        """See `Forward.read`."""
+        read_missing(self._cache, items, self._lengths, self._read_block, self.backbone.readers)
 
     @torch.no_grad()
     def _read_block(self, items: np.ndarray) -> dict[str, np.ndarray]:
@@ -274,7 +274,7 @@ class CachedForward:
 
     def gather(self, items: Tensor) -> ItemBatch:
         """See `Forward.gather`."""
-        self._read(items.numpy())
+        self.read(items.numpy())
         found = {name: self._cache.rows(name) for name in self._cache.names}
         rows, starts = ({name: pair[place] for name, pair in found.items()} for place in (0, 1))
         return self._gathered(items, rows, starts)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,9 @@ def unpack_smollm2(gguf: Path, transformers: Any) -> Path:
     """
     path = _unpacked_dir(gguf)
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    quantized = transformers.AutoModelForCausalLM.from_pretrained(**source)
+    # transformers draws a bar of its own for what takes two seconds.
+    with redirect_stderr(StringIO()):
+        quantized = transformers.AutoModelForCausalLM.from_pretrained(**source)
     # A model loaded from GGUF refuses save_pretrained; its dequantized tensors do fit a clean one.
     settings = {key: value for key, value in quantized.config.to_dict().items() if key != "quantization_config"}
     settings.pop("_name_or_path", None)

@@ -24,6 +24,14 @@ class ItemBatch:
 class Forward(Protocol):
     """Turns items and adapters into the states that answers are read from."""
 
+    def read(self, items: np.ndarray) -> None:
+        """Reads of some items what no adapter changes, all at once, where it is kept; later uses find it.
+
+        Args:
+            items: Item codes.
+        """
+        ...
+
     def gather(self, items: Tensor) -> ItemBatch:
         """Collects what reading some items needs, once for all the steps that read them.
 

@@ -65,7 +65,7 @@ def mean_hidden_states(backbone: Backbone, texts: Sequence[str]) -> Tensor:
         states = _mean_states(backbone, [tokens[item] for item in items], blocks)
         return {"states": states.numpy().astype(np.float32)}
 
-    read_missing(cache, np.arange(len(tokens)), np.array([len(ids) for ids in tokens]), read)
+    read_missing(cache, np.arange(len(tokens)), np.array([len(ids) for ids in tokens]), read, backbone.readers)
     flat, starts = cache.rows("states")
     return torch.from_numpy(flat[starts])
 

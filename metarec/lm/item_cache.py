@@ -8,6 +8,7 @@ process first reads it; a damaged item counts as missing and is read again. Seve
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from filelock import FileLock
 
 from metarec.exchange import room_for
 from metarec.progress import progress
+from metarec.threads import for_each
 
 BLOCK_ITEMS = 64
 _INDEX, _LOCK = "index.bin", "lock"
@@ -156,7 +158,11 @@ class ItemCache:
 
 
 def read_missing(
-    cache: ItemCache, items: np.ndarray, lengths: np.ndarray, read: Callable[[np.ndarray], Mapping[str, np.ndarray]]
+    cache: ItemCache,
+    items: np.ndarray,
+    lengths: np.ndarray,
+    read: Callable[[np.ndarray], Mapping[str, np.ndarray]],
+    workers: int = 1,
 ) -> None:
     """Reads what a cache lacks of some items, block by block; what a stopped process has read stays.
 
@@ -165,28 +171,62 @@ def read_missing(
         items: Item codes.
         lengths: Tokens of every item of the catalog, shape (catalog,); items of like length are read together.
         read: Returns the rows of a block of items, see `ItemCache.add`.
+        workers: How many blocks are read side by side, see `metarec.threads.for_each`.
 
     Raises:
         ArtifactError: The disk has no room.
     """
-    missing = cache.missing(items)
-    if len(missing) == 0:
+    work = _Work(cache, items, lengths, workers)
+    if work.count == 0:
         return
-    count, choose = len(missing), 0
-    with progress(f"reading {count:,} items once", count, after=2.0) as advance:
-        while len(missing):
-            by_length = missing[np.argsort(lengths[missing], kind="stable")]
-            blocks = np.array_split(by_length, range(BLOCK_ITEMS, len(by_length), BLOCK_ITEMS))
-            block = blocks[choose % len(blocks)]
-            rows = read(block)
-            taken = len(cache.missing(block)) < len(block)
-            cache.add(block, rows)
-            left = cache.missing(missing)
-            if taken or len(missing) - len(left) > len(block):
-                # Another process fills the same cache: take a block that it is unlikely to take.
-                choose = int(np.random.default_rng().integers(len(blocks)))
-            missing = left
-            advance(count - len(missing))
+    with progress(f"reading {work.count:,} items once", work.count, after=2.0) as advance:
+
+        def one(block: np.ndarray) -> None:
+            advance(work.keep(block, read(block)))
+
+        for_each(work.take, one, workers)
+
+
+class _Work:
+    """The items that are still to be read, which several threads take block by block.
+
+    Args:
+        cache: The cache.
+        items: Item codes.
+        lengths: Tokens of every item of the catalog.
+        workers: How many threads take blocks.
+    """
+
+    def __init__(self, cache: ItemCache, items: np.ndarray, lengths: np.ndarray, workers: int) -> None:
+        self._cache, self._lengths = cache, lengths
+        self._missing = cache.missing(items)
+        self._taken = self._missing[:0]
+        self._alone = True
+        self._guard = threading.Lock()
+        self.count = len(self._missing)
+        self._size = int(np.clip(math.ceil(self.count / workers), 1, BLOCK_ITEMS))
+
+    def take(self) -> np.ndarray | None:
+        """Returns a block of items that no thread of this process reads, or None when none is left."""
+        with self._guard:
+            free = np.setdiff1d(self._missing, self._taken, assume_unique=True)
+            if len(free) == 0:
+                return None
+            by_length = free[np.argsort(self._lengths[free], kind="stable")]
+            blocks = np.array_split(by_length, range(self._size, len(by_length), self._size))
+            # Where another process fills the same cache, take a block that it is unlikely to take.
+            block = blocks[0 if self._alone else int(np.random.default_rng().integers(len(blocks)))]
+            self._taken = np.concatenate([self._taken, block])
+            return block
+
+    def keep(self, block: np.ndarray, rows: Mapping[str, np.ndarray]) -> int:
+        """Adds a block's rows to the cache; returns how many items are read by now."""
+        with self._guard:
+            before = self._cache.missing(self._missing)
+            self._alone = self._alone and len(before) == len(self._missing)
+            self._cache.add(block, rows)
+            self._missing = self._cache.missing(before)
+            return self.count - len(self._missing)
 
 
 def _bounds(counts: np.ndarray) -> np.ndarray:

@@ -29,6 +29,9 @@ class ReferenceForward:
     prompts: CatalogPrompts
     placement: Placement
 
+    def read(self, items: np.ndarray) -> None:
+        """See `Forward.read`; nothing is kept but what `frozen_states` returns."""
+
     def gather(self, items: Tensor) -> ItemBatch:
         """See `Forward.gather`."""
         rows = [self.prompts.tokens[code] for code in items.flatten().tolist()]

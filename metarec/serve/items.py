@@ -50,6 +50,13 @@ class ExtendedAnswerModel(AnswerModel):
     base: AnswerModel
     segments: tuple[Segment, ...]
 
+    def read(self, items: np.ndarray) -> None:
+        """See `AnswerModel.read`."""
+        self.base.read(items[items < len(self.base.prompts.tokens)])
+        for segment in self.segments:
+            inside = (items >= segment.start) & (items < segment.start + len(segment))
+            segment.answer_model.read(items[inside] - segment.start)
+
     def gather(self, items: Tensor) -> ItemBatch:
         """See `AnswerModel.gather`."""
         known = len(self.base.prompts.tokens)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from metarec.config import CollaborativeConfig
@@ -26,6 +27,7 @@ from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.stack_weights import Fit, Member, fit_weights
 from metarec.scorers.collaborative.text import fit_text_ridge
+from metarec.threads import map_each
 
 
 @dataclass(frozen=True)
@@ -238,15 +240,13 @@ def fit_stack(
         prior = features.smoothed(fit_item_mean(part, some), seed)
         return Fit(prior, fit_members(part, some, prior, features, settings, seed), hidden)
 
-    parts = []
+    jobs = [(interactions, users, np.zeros(len(rated), bool))]
+    for fold in range(folds):
+        hidden = rated & (generator.random(len(rated)) < hide)
+        kept = interactions.subset(~hidden[interactions.item]) if hide else interactions
+        jobs.append((kept, users[order != fold], hidden))
     with progress("fitting collaborative predictors", folds + 1, after=2.0) as advance:
-        for fold in range(folds):
-            hidden = rated & (generator.random(len(rated)) < hide)
-            kept = interactions.subset(~hidden[interactions.item]) if hide else interactions
-            parts.append(fit(kept, users[order != fold], hidden))
-            advance(fold + 1)
-        whole = fit(interactions, users, np.zeros(len(rated), bool))
-        advance(folds + 1)
+        whole, *parts = map_each(lambda job: fit(*job), jobs, torch.get_num_threads(), advance)
     if settings.members == "stack" and not hide:
         # The kernel update changes rated items alone, so it has no effect where unrated items are queried.
         whole, parts = _with_kernel_update(interactions, out_of_fold, whole, parts, settings, threshold, seed)
@@ -298,11 +298,7 @@ def _with_kernel_update(
         )
         return replace(fit, members=(update.apply(first), *fit.members[1:]))
 
-    learned = []
-    with progress("meta-learning the kernel", len(parts) + 1, after=2.0) as advance:
-        for fold, (first, part) in enumerate(zip(processes, parts, strict=True)):
-            learned.append(updated(part, first, fold))
-            advance(fold + 1)
-        whole = updated(whole, process, None)
-        advance(len(parts) + 1)
+    jobs = [(whole, process, None), *zip(parts, processes, range(len(parts)), strict=True)]
+    with progress("meta-learning the kernel", len(jobs), after=2.0) as advance:
+        whole, *learned = map_each(lambda job: updated(*job), jobs, torch.get_num_threads(), advance)
     return whole, learned

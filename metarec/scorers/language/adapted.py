@@ -15,7 +15,7 @@ from metarec.lm.answer_model import AnswerModel
 from metarec.meta.heads import ClosedFormHead
 from metarec.meta.inner_loop import Adapted, MetaState, adapt
 from metarec.registries import ALGORITHMS
-from metarec.scorer import Request, check_codes
+from metarec.scorer import Request, check_codes, items_of
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.language.linearized import Linearized
 from metarec.scorers.language.score import HEAD, Batch, head_solver, rated_batch, score_adapted, support_loss
@@ -105,6 +105,8 @@ class MetaScorer:
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
         check_codes(requests, len(self.prior.count))
+        if self.answer_model is not None and requests:
+            self.answer_model.read(items_of(requests))
         scores: list[Tensor] = []
         for start in range(0, len(requests), USERS_AT_ONCE):
             block = requests[start : start + USERS_AT_ONCE]
