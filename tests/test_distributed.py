@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ import torch
 from conftest import Ran, known_interactions
 from made_losses import bent, meta_state
 from ranks import together
+from small_recommenders import known_task
+from torch import Tensor
 
 from metarec.config import TrainConfig
 from metarec.errors import ConfigError, RankError, TrainingError
+from metarec.evaluate import validation_auc
 from metarec.meta import distributed
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.distributed import ALONE, Ranks, launched, mean_over_ranks
@@ -29,6 +33,7 @@ from metarec.meta.inner_loop import MetaState
 from metarec.meta.outer_loop import train
 from metarec.recommender import MetaRecommender
 from metarec.registries import ALGORITHMS
+from metarec.scorer import Request
 from metarec.tensors import read_tensors
 
 CONFIG = TrainConfig(steps=12, validate_every=4, warmup=2, patience=99)
@@ -72,6 +77,41 @@ def test_the_meta_gradient_of_several_processes_is_that_of_one(size: int) -> Non
             np.testing.assert_equal(rank[place], found[0][place], "all ranks hold the same bits")
             for name, value in one.items():
                 np.testing.assert_allclose(rank[place][name], value, rtol=1e-12, atol=1e-14, err_msg=f"{place} {name}")
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """A scorer with one number for each user and item, that remembers whom it scored."""
+
+    seen: list[str]
+    name: str = "noisy"
+    bytes_per_user: int = 0
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        self.seen.extend(asked.user for asked in requests)
+        return [torch.from_numpy(asked.candidates * (3 + int(asked.user[1:])) % 7).float() / 3 for asked in requests]
+
+
+def validation(ranks: Ranks) -> dict[str, Any]:
+    data = known_task()
+    episodes = data.evaluated("validation")[0][:5]
+    one_item = [replace(episode, query=episode.query.head(1)) for episode in episodes]
+    users, items = Noisy([]), Noisy([])
+    return {
+        "auc": validation_auc(users, episodes, (5,), data.task.like_threshold, ranks),
+        "pooled": validation_auc(items, one_item, (5,), data.task.like_threshold, ranks),
+        "seen": (users.seen, items.seen),
+    }
+
+
+def test_processes_share_the_validation_users_and_know_the_same_auc() -> None:
+    one, found = validation(ALONE), together(3, validation)
+    assert 0 < one["auc"] < 1
+    assert 0 < one["pooled"] < 1
+    assert {(rank["auc"], rank["pooled"]) for rank in found} == {(one["auc"], one["pooled"])}
+    for kind in (0, 1):
+        assert [len(rank["seen"][kind]) for rank in found] == [2, 2, 1]
+        assert sorted(user for rank in found for user in rank["seen"][kind]) == sorted(one["seen"][kind])
 
 
 def trained(
