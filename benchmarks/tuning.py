@@ -46,14 +46,14 @@ GRIDS: dict[str, Mapping[str, tuple[Any, ...]]] = {
         "factors": (8, 16),
         "item_penalty": (10.0, 30.0),
         "user_penalty": (1.0, 3.0, 10.0),
-        "penalty_per_rating": (0.0, 0.03),
+        "penalty_per_rating": (0.0, 0.02, 0.03),
     },
     "text logistic": {"penalty": (1.0, 3.0, 10.0, 30.0)},
     "text ridge": {"penalty": (1.0, 3.0, 10.0), "user_bias_damping": (0.0, 2.0)},
     "MeLU": {"lr": (1e-3, 3e-3), "inner_lr": (0.03, 0.1)},
     "neural process": {"lr": (1e-3, 3e-3), "weight_decay": (0.1, 1.0)},
     "per-user LoRA": {"inner_lr": (0.1, 0.3, 1.0), "steps": (3, 10)},
-    "GP": {"factors": (16, 32), "noise": (0.5, 0.7), "choice": (2.0, 4.0)},
+    "GP": {"factors": (16, 32), "noise": (0.5, 0.7), "selection_effect": (2.0, 4.0)},
 }
 READERS: dict[str, Mapping[str, tuple[Any, ...]]] = {
     "joint LoRA": {"lr": (1.5e-4, 5e-4, 2e-3)},

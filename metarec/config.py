@@ -19,6 +19,7 @@ from metarec.registry import Registry
 _MAX_YAML_BYTES = 256_000
 
 Dtype = Literal["float32", "mixed", "bfloat16"]
+Precision = Literal["float32", "float16", "int8"]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -225,6 +226,10 @@ class RunConfig(Section):
     device: str = "cpu"
     dtype: Dtype = Field(
         "float32", description="of frozen weights; mixed: caches by float32 weights, the adapted blocks bfloat16"
+    )
+    cache: Precision = Field(
+        "float32",
+        description="of the keys and values of items that the cache keeps: int8 takes a quarter of the room; float16",
     )
     score: tuple[str, ...] = Field(
         ("item mean", "collaborative", "prompt", "adapter"),

@@ -259,7 +259,8 @@ def catalog_answer_model(
         rslora=adapter.rslora,
         virtual_tokens=adapter.virtual_tokens,
     )
-    return open_answer_model(backbone, prompts, placement, torch.bfloat16 if config.dtype == "mixed" else None)
+    block_dtype = torch.bfloat16 if config.dtype == "mixed" else None
+    return open_answer_model(backbone, prompts, placement, block_dtype, config.cache)
 
 
 def collaborative_features(answer_model: AnswerModel | None, data: TaskData, config: RunConfig) -> Features:

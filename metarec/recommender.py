@@ -16,7 +16,7 @@ import pandas as pd
 
 from metarec.adapted_user import AdaptedUser
 from metarec.artifacts import recover_dir
-from metarec.config import Dtype, RunConfig, validated
+from metarec.config import Dtype, Precision, RunConfig, validated
 from metarec.data.given_ratings import GivenRatings, rating_pairs
 from metarec.data.given_task import TaskLike, load_given
 from metarec.data.interactions import Ratings, read_ratings
@@ -122,6 +122,7 @@ class MetaRecommender:
         *,
         device: str | None = None,
         dtype: Dtype | None = None,
+        cache: Precision | None = None,
     ) -> MetaRecommender:
         """Loads a saved recommender, or a backbone to fit one on.
 
@@ -131,6 +132,7 @@ class MetaRecommender:
             config: Settings for fitting; a saved recommender brings its own.
             device: Where it runs, instead of where the settings say.
             dtype: Precision of the frozen weights, instead of what the settings say.
+            cache: Precision in which the cache keeps items' keys and values, instead of what the settings say.
 
         Raises:
             BackboneError: The backbone cannot be loaded.
@@ -138,7 +140,8 @@ class MetaRecommender:
             ConfigError: `config` is given for a saved recommender, or this machine has no such device.
         """
         saved = recommender_dir(Path(name))
-        place = {key: value for key, value in {"device": device, "dtype": dtype}.items() if value is not None}
+        asked = {"device": device, "dtype": dtype, "cache": cache}
+        place = {key: value for key, value in asked.items() if value is not None}
         if saved is not None:
             if config is not None:
                 raise ConfigError(f"'{saved}' brings its own settings", "Leave 'config' out")

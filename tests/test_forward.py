@@ -350,3 +350,20 @@ def test_activated_lora_is_refused_where_tokens_see_the_future(backbone: Backbon
     model, texts = backbone("bert"), prompts("bert")
     with pytest.raises(ConfigError, match="not a causal LM"):
         check_placement(model, texts, replace(placement_of(model, texts, None), active_tokens=1))
+
+
+def test_the_cache_takes_the_bytes_that_its_precision_says(
+    backbone: Backbones, prompts: Prompts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, texts = backbone("llama"), prompts("llama")
+    placed = placement_of(model, texts, 1)
+    sizes = {}
+    for kept in ("float32", "int8"):
+        monkeypatch.setenv("METAREC_CACHE", str(tmp_path / kept))
+        forward = open_answer_model(model, texts, placed, kept=kept).forward
+        assert isinstance(forward, CachedForward)
+        forward.read(np.arange(len(texts.tokens)))
+        written = sum(file.stat().st_size for file in forward.path.glob("*.rows"))
+        sizes[kept] = written / len(texts.tokens)
+        assert sizes[kept] == pytest.approx(forward.bytes_per_item)
+    assert sizes["int8"] < 0.6 * sizes["float32"]

@@ -29,7 +29,7 @@ _COMPONENTS = 48
 # What methods read of the settings, for `Method.settings`.
 NO_SETTINGS: tuple[str, ...] = ()
 ENCODER = ("collaborative.encoder",)
-LANGUAGE_MODEL = ("backbone", "device", "dtype")
+LANGUAGE_MODEL = ("backbone", "device", "dtype", "cache")
 
 
 @dataclass(frozen=True)

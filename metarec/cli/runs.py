@@ -41,7 +41,7 @@ from metarec.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from metarec.adapted_user import AdaptedUser
-    from metarec.config import Dtype
+    from metarec.config import Dtype, Precision
     from metarec.recommender import MetaRecommender
 
 app = typer.Typer()
@@ -281,15 +281,17 @@ def provenance(recommender: MetaRecommender) -> dict[str, Any]:
     }
 
 
-def load_run(run: Path, *, device: str | None = None, dtype: Dtype | None = None) -> MetaRecommender:
-    """Loads the recommender of a run's directory, on another device and in another precision if asked to."""
+def load_run(
+    run: Path, *, device: str | None = None, dtype: Dtype | None = None, cache: Precision | None = None
+) -> MetaRecommender:
+    """Loads the recommender of a run's directory, on another device and in other precisions if asked to."""
     from metarec.run_directory import recommender_dir
 
     if recommender_dir(run) is None:
         raise ConfigError(f"'{run}' holds no trained recommender", f"Run: metarec train --name {run.name}")
     from metarec.recommender import MetaRecommender
 
-    return MetaRecommender.from_pretrained(run, device=device, dtype=dtype)
+    return MetaRecommender.from_pretrained(run, device=device, dtype=dtype, cache=cache)
 
 
 def _adapted(recommender: MetaRecommender, ratings: list[str] | None, file: Path | None) -> AdaptedUser:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metarec.artifacts import content_hash
+from metarec.config import Precision
 from metarec.lm.adapter_kinds import Adapters, AdapterSpec
 from metarec.lm.backbone import Backbone
 from metarec.lm.cached_forward import CachedForward
@@ -154,7 +155,11 @@ def _encode(backbone: Backbone, ids: tuple[int, ...]) -> Tensor:
 
 
 def open_answer_model(
-    backbone: Backbone, prompts: CatalogPrompts, placement: Placement, block_dtype: torch.dtype | None = None
+    backbone: Backbone,
+    prompts: CatalogPrompts,
+    placement: Placement,
+    block_dtype: torch.dtype | None = None,
+    kept: Precision = "float32",
 ) -> AnswerModel:
     """Returns the fastest answer model that is exact for the backbone.
 
@@ -163,6 +168,7 @@ def open_answer_model(
         prompts: The catalog's prompts.
         placement: Where the adapters sit.
         block_dtype: Precision of the adapted blocks' frozen weights, where its family is known.
+        kept: Precision in which a cache keeps frozen keys and values.
 
     Raises:
         ConfigError: The placement does not fit the model or the prompts.
@@ -170,7 +176,8 @@ def open_answer_model(
     check_placement(backbone, prompts, placement)
     why = _why_not_cached(backbone, prompts, placement)
     if why is None:
-        return AnswerModel(backbone, prompts, placement, CachedForward(backbone, prompts, placement, block_dtype))
+        forward = CachedForward(backbone, prompts, placement, block_dtype, kept)
+        return AnswerModel(backbone, prompts, placement, forward)
     _LOG.warning("the whole model '%s' runs for every item, which is slower: %s", backbone.name, why)
     return AnswerModel(backbone, prompts, placement, ReferenceForward(backbone, prompts, placement))
 

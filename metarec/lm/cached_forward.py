@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from metarec.artifacts import cache_dir, content_hash
+from metarec.config import Precision
 from metarec.lm.adapter_kinds import Adapters, Placement
 from metarec.lm.backbone import Backbone
 from metarec.lm.blocks import KeyValues, Places, pick, within
@@ -24,7 +25,7 @@ from metarec.lm.families import Block, BlockModel
 from metarec.lm.forward import ItemBatch, pool
 from metarec.lm.item_cache import ItemCache, Rows, read_missing
 from metarec.lm.packing import PADDING, PREFIX, Packed, pack
-from metarec.lm.precision import Precision, to_int8
+from metarec.lm.precision import to_int8
 from metarec.lm.tokenized import CatalogPrompts
 from metarec.tensors import to_device
 
@@ -131,6 +132,11 @@ class CachedForward:
         )
         return cache_dir() / _KIND / key
 
+    @property
+    def bytes_per_item(self) -> float:
+        """Bytes that the cache takes for an item of the catalog, on average."""
+        return sum(float(rows.counts.mean()) * rows.row_bytes for rows in self._arrays.values())
+
     @cached_property
     def _kept(self) -> str:
         return "float64" if self._dtype == torch.float64 else self.kept
@@ -144,6 +150,10 @@ class CachedForward:
 
     @cached_property
     def _cache(self) -> ItemCache:
+        return ItemCache(self.path, self._arrays)
+
+    @cached_property
+    def _arrays(self) -> dict[str, Rows]:
         exact = "float64" if self._dtype == torch.float64 else "float32"
         ones = np.ones_like(self._lengths)
         arrays = {
@@ -156,7 +166,7 @@ class CachedForward:
             arrays["frozen"] = Rows(self._frozen_lengths, (*heads, block.head_dim), self._kept)
             if self._kept == "int8":
                 arrays["scales"] = Rows(self._frozen_lengths, heads, "float16")
-        return ItemCache(self.path, arrays)
+        return arrays
 
     def frozen_states(self, items: np.ndarray) -> Tensor:
         """See `Forward.frozen_states`."""

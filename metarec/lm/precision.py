@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
-Precision = Literal["float32", "float16", "int8"]
 _LARGEST = 127
 
 

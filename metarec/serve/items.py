@@ -157,7 +157,8 @@ def _read(trained: MetaRecommender, items: Sequence[tuple[str, Mapping[str, str]
     base = trained.fitted.answer_model
     assert base is not None
     prompts = tokenize_catalog(trained.backbone, trained.fitted.task.template, _catalog(trained.fitted.catalog, items))
-    return open_answer_model(trained.backbone, _as_trained(prompts, base.prompts), base.placement)
+    kept = trained.config.cache
+    return open_answer_model(trained.backbone, _as_trained(prompts, base.prompts), base.placement, kept=kept)
 
 
 def _as_trained(prompts: CatalogPrompts, base: CatalogPrompts) -> CatalogPrompts:
