@@ -6,15 +6,25 @@ from metarec.errors import ConfigError
 
 
 def devices() -> list[str]:
-    """Returns the names of this machine's devices, the processor first, e.g. ``["cpu", "cuda:0"]``."""
+    """Returns the names of the devices that metarec can use here, the processor first, e.g. ``["cpu", "cuda:0"]``."""
     import torch
 
     found = ["cpu"]
     if torch.cuda.is_available():
         found += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if torch.xpu.is_available():
+        found += [f"xpu:{number}" for number in range(torch.xpu.device_count())]
     if torch.backends.mps.is_available():
         found.append("mps")
     return found
+
+
+def refused_accelerator() -> str | None:
+    """Returns the kind of an accelerator that torch has here and metarec does not use, e.g. ``"npu"``."""
+    import torch
+
+    here = torch.accelerator.current_accelerator(check_available=True)
+    return None if here is None or here.type in ("cuda", "xpu", "mps") else here.type
 
 
 def check_device(name: str, where: str = "") -> str:

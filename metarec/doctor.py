@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from metarec.artifacts import cache_dir
-from metarec.devices import devices
+from metarec.devices import devices, refused_accelerator
 
 # No extra can name it: its set-up imports Cython without asking for it, and the C files in it are of an old one.
 LEARN2LEARN = (
@@ -49,8 +49,7 @@ def examine() -> list[Diagnosis]:
     import torch
 
     findings.append(Diagnosis("threads", "ok", f"{torch.get_num_threads()} of {os.cpu_count()} cores"))
-    accelerator = ", ".join(devices()[1:]) or "none; the CPU is enough"
-    findings.append(Diagnosis("accelerator", "ok", accelerator))
+    findings.append(Diagnosis("accelerator", "ok", _accelerators()))
     where = cache_dir()
     disk = next(folder for folder in (where, *where.parents) if folder.exists())
     free = shutil.disk_usage(disk).free
@@ -64,6 +63,17 @@ def examine() -> list[Diagnosis]:
         )
     )
     return findings
+
+
+def _accelerators() -> str:
+    """Says which accelerators are used, and which is not."""
+    used = ", ".join(devices()[1:])
+    refused = refused_accelerator()
+    if refused is not None:
+        return f"{used or 'none'}; '{refused}' is not used: metarec knows CUDA (and ROCm), XPU and MPS"
+    if not used:
+        return "none; the CPU is enough"
+    return f"{used} (--device {used.split(',')[0]}; docs/accelerators.md says what was tested)"
 
 
 def _package(name: str, *, needed: bool, cure: str) -> Diagnosis:

@@ -9,6 +9,7 @@ outside (``PrivateUse1``). Every operation on it, in gradients too, passes `_run
 an accelerator would compute, and raises where an accelerator raises: tensors of two devices in one operation, a
 generator of another device; torch itself refuses to hand the tensor to NumPy. As on CUDA, a tensor without dimensions
 may come from the processor, but to operations element by element alone, and so may an index into the device's tensors.
+As Apple's MPS it has no float64.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _ELEMENTWISE = {"aten::where", "aten::masked_fill", "aten::masked_fill_", "aten:
 
 
 class DeviceMismatchError(RuntimeError):
-    """An operation on tensors of two devices."""
+    """What an accelerator refuses to do."""
 
 
 class PretendedTensor(Tensor):
@@ -47,6 +48,8 @@ class PretendedTensor(Tensor):
 
     @staticmethod
     def __new__(cls, values: Tensor) -> PretendedTensor:
+        if values.dtype == torch.float64:
+            _refuse(f"'{NAME}' has no float64, for a tensor of shape {tuple(values.shape)}")
         made: PretendedTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             values.shape,
@@ -137,10 +140,13 @@ def _check_devices(func: Any, args: tuple[Any, ...], tensors: list[Tensor], ours
         elementwise = True
     if any(tensor.ndim or not elementwise for tensor in strangers):
         shapes = [(tuple(tensor.shape), tensor.device.type) for tensor in tensors]
-        message = f"{name}: tensors on {NAME} and on the processor: {shapes}"
-        if torch._C._current_graph_task_id() == -1:
-            raise DeviceMismatchError(message)
-        _IN_GRADIENTS[:] = [f"in a gradient, {message}"]
+        _refuse(f"{name}: tensors on {NAME} and on the processor: {shapes}")
+
+
+def _refuse(message: str) -> None:
+    if torch._C._current_graph_task_id() == -1:
+        raise DeviceMismatchError(message)
+    _IN_GRADIENTS[:] = [f"in a gradient, {message}"]
 
 
 @functools.cache

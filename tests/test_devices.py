@@ -23,7 +23,9 @@ from metarec.recommender_files import write_recommender
 @pytest.fixture
 def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +115,44 @@ def test_python_refuses_a_precision_that_is_none(model_dir: Callable[[str], Path
         MetaRecommender.from_pretrained(model_dir("llama"), dtype="half")  # type: ignore[arg-type]
 
 
-def test_every_accelerator_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_accelerator_is_listed(monkeypatch: pytest.MonkeyPatch, no_accelerator: None) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert devices() == ["cpu", "cuda:0", "cuda:1"]
     assert [check_device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
     with pytest.raises(ConfigError, match="no device 'cuda:2': this machine has cpu, cuda:0, cuda:1"):
         check_device("cuda:2")
+
+
+@pytest.mark.usefixtures("no_accelerator")
+@pytest.mark.parametrize(
+    ("module", "names", "taken"),
+    [(torch.xpu, ["xpu:0"], "xpu"), (torch.backends.mps, ["mps"], "mps")],
+    ids=["xpu", "mps"],
+)
+def test_doctor_names_intels_and_apples_accelerators_and_they_are_taken(
+    module: object, names: list[str], taken: str, metarec: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device(taken))
+    assert devices() == ["cpu", *names]
+    assert check_device(taken) == taken
+    found = {entry["what"]: entry["found"] for entry in json.loads(metarec("doctor", "--json").out)["checks"]}
+    assert found["accelerator"].startswith(f"{names[0]} (--device {names[0]};")
+
+
+@pytest.mark.usefixtures("no_accelerator")
+def test_an_accelerator_that_metarec_does_not_use_is_refused_and_doctor_says_so(
+    metarec: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("hpu"))
+    found = {entry["what"]: entry["found"] for entry in json.loads(metarec("doctor", "--json").out)["checks"]}
+    assert found["accelerator"] == "none; 'hpu' is not used: metarec knows CUDA (and ROCm), XPU and MPS"
+    with pytest.raises(ConfigError, match="there is no device 'hpu': this machine has cpu"):
+        check_device("hpu")
+
+
+@pytest.mark.usefixtures("no_accelerator")
+def test_doctor_says_that_there_is_no_accelerator(metarec: Callable[..., Ran]) -> None:
+    assert "none; the CPU is enough" in metarec("doctor").out

@@ -87,6 +87,8 @@ MISTAKES: dict[str, Callable[[Tensor, Tensor], object]] = {
     "their values as NumPy's": lambda there, here: there.numpy(),
     "their values by NumPy": lambda there, here: np.asarray(there),
     "our seed for their draws": lambda there, here: torch.rand(2, device=there.device, generator=torch.Generator()),
+    "a float64": lambda there, here: here.double().to(there.device),
+    "a float64 made there": lambda there, here: there.double(),
     "a gradient of both": lambda there, here: torch.autograd.grad(Cube.apply(there.requires_grad_()).sum(), there),
 }
 
@@ -105,7 +107,7 @@ class Cube(torch.autograd.Function):
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_tensor_that_stays_behind_is_noticed(mistake: str, device: str) -> None:
-    with pytest.raises((DeviceMismatchError, RuntimeError), match=r"on the processor|\.numpy\(\)|generator"):
+    with pytest.raises((DeviceMismatchError, RuntimeError), match=r"on the processor|\.numpy\(\)|generator|no float64"):
         MISTAKES[mistake](torch.zeros(3).to(device), torch.zeros(3))
 
 

@@ -87,11 +87,11 @@ def fit_effects(answer_model: AnswerModel | None, meta: MetaState, inner: InnerL
         return Effects((), None, np.zeros((0, 0), np.float32))
     items = len(answer_model.prompts.tokens)
     slopes = linearize(answer_model, meta, np.unique(np.linspace(0, items - 1, _SAMPLE).astype(np.int64))).slopes
-    # The principal components of few long rows, from their inner products.
-    values, vectors = torch.linalg.eigh((slopes @ slopes.T).double())
+    # The principal components of few long rows, from their inner products; not every accelerator has float64.
+    values, vectors = torch.linalg.eigh((slopes @ slopes.T).cpu().double())
     top = values.argsort(descending=True)[:_DIRECTIONS]
     top = top[values[top] > _SMALLEST * values.max()]
-    directions = slopes.T @ (vectors[:, top] * values[top].rsqrt()).to(slopes.dtype)
+    directions = slopes.T @ (vectors[:, top] * values[top].rsqrt()).to(slopes)
     return Effects(names, directions, np.zeros((0, directions.shape[1]), np.float32))
 
 
