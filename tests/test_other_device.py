@@ -26,7 +26,7 @@ from test_conformance import FITS, PROMPT, TEST, TRAIN, VALIDATION, Given, given
 from torch import Tensor
 
 import metarec.devices
-from metarec.config import RunConfig, validated
+from metarec.config import Precision, RunConfig, validated
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData
 from metarec.lm.answer_model import AnswerModel
@@ -34,7 +34,6 @@ from metarec.lm.backbone import Backbone, load_backbone
 from metarec.lm.cached_forward import CachedForward
 from metarec.lm.forward import ItemBatch
 from metarec.lm.placement import default_placement
-from metarec.lm.precision import Precision
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts
 from metarec.meta import inner_loop
