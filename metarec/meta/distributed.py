@@ -9,6 +9,7 @@ is still there, by Gloo, which notices a process that ends.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -157,8 +158,10 @@ class Ranks:
         with suppress(RuntimeError):  # the store may be the process's that has ended
             if self.store is not None and self.store.check([_FAILURE]):
                 return RankError(self.store.get(_FAILURE).decode())
+        # Gloo says so amid much else.
+        lost = re.search(r"Connection \w+ by peer|Broken pipe", str(error))
         return TrainingError(
-            f"another process of this training has ended ({str(error).splitlines()[0]})",
+            f"another process of this training has ended: {lost[0] if lost else str(error).splitlines()[0]}",
             "See what it said, and start all of them again; with --resume they go on from the last checkpoint",
         )
 
