@@ -214,7 +214,7 @@ def build_cache(backbone: Backbone, prompts: CatalogPrompts, placed: Placement) 
     """Builds the cache from nothing and returns what it cost, and a reader over it."""
     forward = CachedForward(backbone, prompts, placed)
     shutil.rmtree(forward.path, ignore_errors=True)
-    seconds = clock(forward.frozen_states, backbone.device)
+    seconds = clock(lambda: forward.frozen_states(np.arange(ITEMS)), backbone.device)
     size = sum(file.stat().st_size for file in forward.path.iterdir())
     return {"seconds_per_item": seconds / ITEMS, "bytes_per_item": size / ITEMS}, AnswerModel(
         backbone, prompts, placed, forward
@@ -309,7 +309,7 @@ def adapting() -> dict[str, Any]:
     answer_model = AnswerModel(backbone, prompts, placed, CachedForward(backbone, prompts, placed))
     adapter = init_adapter(answer_model.spec, torch.Generator().manual_seed(0))
     meta = initial_meta_state(adapter, adapter, RATE)
-    answer_model.forward.frozen_states()
+    answer_model.forward.frozen_states(np.arange(ITEMS))
 
     def run(users: int) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -370,15 +370,15 @@ def gemm_rate(dtype: torch.dtype = torch.float32, device: torch.device | str = "
 
 
 def clock(work: Callable[[], object], device: torch.device | str = "cpu") -> float:
-    """Returns CPU seconds of one thread, or on a GPU seconds until it is done."""
+    """Returns CPU seconds of one thread, or on an accelerator seconds until it is done."""
     if torch.device(device).type == "cpu":
         started = time.process_time()
         work()
         return time.process_time() - started
-    torch.cuda.synchronize(device)
+    torch.accelerator.synchronize(device)
     started = time.perf_counter()
     work()
-    torch.cuda.synchronize(device)
+    torch.accelerator.synchronize(device)
     return time.perf_counter() - started
 
 
