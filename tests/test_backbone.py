@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TEMPLATES
 from safetensors.torch import load_file, save_file
 from small_adapters import placement_of
 
-from metarec.artifacts import write_manifest
+from metarec.artifacts import content_hash, write_manifest
 from metarec.data.interactions import Catalog
 from metarec.data.templates import PromptTemplate
 from metarec.errors import BackboneError, ConfigError
@@ -155,6 +156,13 @@ def test_an_answer_of_several_tokens_is_refused(backbone: Backbones, catalog: Ca
 def test_a_masked_model_needs_a_blank(backbone: Backbones, catalog: Catalog) -> None:
     with pytest.raises(ConfigError, match=r"Put \{\{ mask \}\}"):
         tokenize_catalog(backbone("bert"), PromptTemplate("{{ title }}", "Yes", "No"), catalog)
+
+
+def test_prompts_are_named_as_any_content_is(backbone: Backbones, catalog: Catalog) -> None:
+    for family in ("llama", "encoder"):
+        model = backbone(family)
+        prompts = tokenize_catalog(model, TEMPLATES[model.kind], catalog)
+        assert prompts.digest == content_hash([prompts.tokens, prompts.answers, prompts.answer_texts])
 
 
 def test_prompts_know_what_they_share(backbone: Backbones, catalog: Catalog) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import median
 
-from metarec.artifacts import content_hash
+from metarec.artifacts import dump_json
 from metarec.data.interactions import Catalog
 from metarec.data.templates import PromptTemplate
 from metarec.errors import ConfigError
@@ -38,10 +40,13 @@ class CatalogPrompts:
     mask_token: int | None
     answer_texts: tuple[tuple[int, ...], tuple[int, ...]]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Names the prompts by their content."""
-        return content_hash([self.tokens, self.answers, self.answer_texts])
+        # The JSON of `content_hash`, which is slow to write where there are many short lists.
+        rows = ",\n".join(["    [\n      " + ",\n      ".join(map(str, ids)) + "\n    ]" for ids in self.tokens])
+        others = dump_json([self.answers, self.answer_texts])
+        return hashlib.sha256(f"[\n  [\n{rows}\n  ],{others[1:]}".encode()).hexdigest()[:16]
 
 
 def tokenize_catalog(backbone: Backbone, template: PromptTemplate, catalog: Catalog) -> CatalogPrompts:
