@@ -1,6 +1,7 @@
 """The quickstart from empty caches: wall clock, CPU seconds, peak memory and items read, written as JSON.
 
     python benchmarks/quickstart.py                                        # benchmarks/results/quickstart.json
+    python benchmarks/quickstart.py --label "before"                       # beside the other labels of the file
     python benchmarks/quickstart.py --preset standard --out standard.json
 
 Models and data are unpacked anew, as after an installation. Nothing else should run on the machine meanwhile.
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from metarec.artifacts import write_json
+from metarec.artifacts import load_json, write_json
 from metarec.doctor import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,11 +29,13 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="quick", help="settings of the run (default: quick)")
+    parser.add_argument("--label", default="now", help="what the measurement is called in the file (default: now)")
     parser.add_argument("--out", type=Path, default=RESULTS / "quickstart.json")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(given.preset, Path(folder))
-    write_json(given.out, {"preset": given.preset, **measured, **environment()})
+    others = load_json(given.out) if given.out.exists() else {}
+    write_json(given.out, {**others, given.label: {"preset": given.preset, **measured, **environment()}})
     for name, value in measured.items():
         print(f"{name.replace('_', ' ')}: {value}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from metarec.calibration import Calibration, fit_calibration
 from metarec.config import RunConfig
+from metarec.data.episodes import Episode, items_in
 from metarec.data.interactions import Catalog, RatingScale
 from metarec.data.seen_texts import check_texts
 from metarec.data.split_record import SplitRecord
@@ -207,11 +208,18 @@ def meta_scorer(
     )
 
 
+def read_items(fitted: Fitted, episodes: Sequence[Episode]) -> None:
+    """Reads all at once what scoring some episodes asks of the language model, if there is one."""
+    if fitted.answer_model is not None:
+        fitted.answer_model.read(items_in(episodes))
+
+
 def calibrated(fitted: Fitted, config: RunConfig, data: TaskData) -> Fitted:
     """Returns a fitted recommender with its calibration, fitted on the task's validation users."""
-    episodes, _ = data.episodes("validation")
+    episodes = data.episodes("validation")[0][: config.train.validation_users]
     if not episodes:
         return fitted
+    read_items(fitted, episodes)
     scorer, threshold = meta_scorer(fitted, config), data.task.like_threshold
     found = tuple(fit_calibration(scorer, episodes, shots, threshold) for shots in data.task.shots)
     return replace(fitted, calibration=found)

@@ -29,7 +29,7 @@ from metarec.data.task_data import IN_MEMORY, TaskData
 from metarec.data.training_users import refuse_small_data
 from metarec.devices import check_device
 from metarec.errors import ArtifactError, ConfigError
-from metarec.evaluate import beside_pooled, evaluate
+from metarec.evaluate import BASELINE, beside_pooled, evaluate
 from metarec.fitting import (
     Fitted,
     Prepared,
@@ -39,6 +39,7 @@ from metarec.fitting import (
     needs_model,
     open_backbone,
     prepare,
+    read_items,
     unadapted_rows,
 )
 from metarec.lm.answer_model import AnswerModel
@@ -54,8 +55,6 @@ from metarec.scorer import Scorer
 from metarec.scorers.language.adapted import MetaScorer
 from metarec.tensors import AdapterState, select_user
 from metarec.training import meta_train, training_identity
-
-BASELINE = "item mean"
 
 
 class MetaRecommender:
@@ -84,18 +83,12 @@ class MetaRecommender:
         return facts_table("MetaRecommender", self._facts())
 
     def _facts(self) -> dict[str, object]:
-        facts: dict[str, object] = {
-            "backbone": self.config.backbone if needs_model(self.config) else None,
-            "score": list(self.config.score),
-        }
+        backbone = self.config.backbone if needs_model(self.config) else None
+        facts: dict[str, object] = {"backbone": backbone, "score": list(self.config.score)}
         if self._fitted is None:
             return {**facts, "fitted": False}
-        return {
-            **facts,
-            "task": self._fitted.task.name,
-            "items": len(self._fitted.catalog),
-            "device": self.config.device,
-        }
+        items = len(self._fitted.catalog)
+        return {**facts, "task": self._fitted.task.name, "items": items, "device": self.config.device}
 
     def __reduce__(self) -> tuple[Callable[..., MetaRecommender], tuple[object, ...]]:
         """A recommender is pickled as the directory that it was loaded from or saved to, never by its content."""
@@ -316,6 +309,8 @@ class MetaRecommender:
             )
         data = self.fitted.split.without_seen(data)
         episodes, too_few = data.evaluated("test")
+        if scorers is None:
+            read_items(self.fitted, episodes)
         own = self.scorer().name
         return evaluate(
             [*(self.scorers() if scorers is None else scorers), *beside_pooled(data.task, data.interactions.catalog)],
@@ -363,9 +358,7 @@ class MetaRecommender:
         state, user = read_user(Path(path), self.fitted, self.config)
         if user["recommender"] != self.digest:
             raise ArtifactError(f"'{path}' was adapted from another recommender", "Load it with the one that made it")
-        support = read_ratings(
-            [(item, rating) for item, rating in user["ratings"]], self.fitted.catalog, self.fitted.scale
-        )
+        support = read_ratings([*map(tuple, user["ratings"])], self.fitted.catalog, self.fitted.scale)
         return self.adapted_user(support, state, bool(user["diverged"]), float(user["seconds"]))
 
     @property

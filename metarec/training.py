@@ -7,11 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from metarec.config import RunConfig, flattened
-from metarec.data.episodes import Episode, training_batch
-from metarec.data.interactions import Codes
+from metarec.data.episodes import Episode, items_in, training_batch
 from metarec.data.task_data import TaskData
 from metarec.data.training_users import episode_sizes, summary, users_by_shots
 from metarec.evaluate import validation_auc
@@ -93,7 +90,7 @@ def meta_train(
         # What the steps before the second validation ask for is read at once, with one estimate of the time left.
         early = range(min(config.train.validate_every, config.train.steps))
         trained_on = [episode for step in early for episode in ranks.share(batch_at(step))]
-        model.read(_items_of([*ranks.share(_validation_episodes(data, config)), *trained_on]))
+        model.read(items_in([*ranks.share(_validation_episodes(data, config)), *trained_on]))
     trained = train(
         fitted.meta,
         gradient_at,
@@ -176,12 +173,6 @@ def _out_of_fold_batch(prepared: Prepared, batch: Sequence[Episode], config: Run
 
 def _validation_episodes(data: TaskData, config: RunConfig) -> Sequence[Episode]:
     return data.evaluated("validation")[0][: config.train.validation_users]
-
-
-def _items_of(episodes: Sequence[Episode]) -> Codes:
-    return np.unique(
-        np.concatenate([np.zeros(0, np.int64), *(part.items for one in episodes for part in (one.support, one.query))])
-    )
 
 
 def _validation_auc(data: TaskData, fitted: Fitted, config: RunConfig, ranks: Ranks) -> float:

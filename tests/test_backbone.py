@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TEMPLATES
@@ -19,6 +20,7 @@ from metarec.data.templates import PromptTemplate
 from metarec.errors import BackboneError, ConfigError
 from metarec.lm.answer_model import open_answer_model
 from metarec.lm.backbone import Backbone, load_backbone, prepare_backbone
+from metarec.lm.embedded import llama_settings, llama_tensors
 from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
 
 Backbones = Callable[..., Backbone]
@@ -174,6 +176,49 @@ def test_prompts_know_what_they_share(backbone: Backbones, catalog: Catalog) -> 
         assert tokens[: prompts.prefix] == prompts.tokens[0][: prompts.prefix]
         assert tokens[-prompts.suffix :] == prompts.tokens[0][-prompts.suffix :]
         assert len(tokens) >= prompts.prefix + prompts.suffix
+
+
+def test_a_gguf_file_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    import gguf
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=50, num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_context_length(128)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    for place, add in enumerate((writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id)):
+        add(place)
+    writer.add_pad_token_id(3)
+    generator = np.random.default_rng(0)
+    shapes = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
+    shapes |= {"ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96), "attn_norm": (64,), "ffn_norm": (64,)}
+    named = {f"blk.{block}.{name}.weight": shape for block in range(2) for name, shape in shapes.items()}
+    for name, shape in {**named, "token_embd.weight": (50, 64), "output_norm.weight": (64,)}.items():
+        values = generator.normal(size=shape).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0 if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    reader = gguf.GGUFReader(tmp_path / "tiny.gguf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    ours = transformers.LlamaConfig(**llama_settings(reader))
+    for key in (*sizes, "vocab_size", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "head_dim"):
+        assert getattr(ours, key) == getattr(theirs.config, key), key
+    found, expected = llama_tensors(reader, ours), theirs.state_dict()
+    assert set(found) == set(expected) - {"lm_head.weight"}
+    for name, values in found.items():
+        assert torch.equal(values, expected[name]), name
 
 
 def test_the_embedded_llm_is_unpacked_once_and_answers() -> None:

@@ -80,7 +80,7 @@ def test_what_training_asks_for_is_read_in_one_go(
     settings = SETTINGS | {"score": ["item mean", "adapter"], "train": few, "collaborative": {"features": ["fields"]}}
     MetaRecommender.from_pretrained(model_dir("llama"), validated(RunConfig, settings, "test")).fit(known_task())
     assert next(count for count in read if count) > 10, read
-    assert sum(read) == max(read) + 1, "but for the item of the sample, everything was read at once"
+    assert sum(read) <= max(read) + 1, "but for the item of the sample, everything was read at once"
 
 
 @pytest.fixture(scope="module")

@@ -232,6 +232,12 @@ def _with_unrated(
     )
 
 
+def items_in(episodes: Sequence[Episode]) -> Codes:
+    """Returns the codes of all items of some episodes' supports and queries, each once, ascending."""
+    codes = [part.items for episode in episodes for part in (episode.support, episode.query)]
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *codes]))
+
+
 def seeded(seed: int, name: str) -> np.random.Generator:
     """Returns a random generator that depends on a seed and a name alone."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()

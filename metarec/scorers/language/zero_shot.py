@@ -13,7 +13,7 @@ from metarec.data.templates import PromptTemplate, content_free
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import tokenize_catalog
-from metarec.scorer import Request, check_codes
+from metarec.scorer import Request, check_codes, items_of
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class ZeroShot:
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
         check_codes(requests, len(self.answer_model.prompts.tokens))
+        if requests:
+            self.answer_model.read(items_of(requests))
         return [
             self.answer_model.log_odds(self.answer_model.gather(torch.from_numpy(request.candidates)[None]), None)[
                 0
