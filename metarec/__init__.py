@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from metarec.config import RunConfig
     from metarec.data.task import Task
     from metarec.data.task_files import load_task
+    from metarec.presets import preset
     from metarec.recommender import MetaRecommender
     from metarec.report import Report
 
@@ -26,6 +27,7 @@ _HOMES = {
     "RunConfig": "metarec.config",
     "Task": "metarec.data.task",
     "load_task": "metarec.data.task_files",
+    "preset": "metarec.presets",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "Task",
     "__version__",
     "load_task",
+    "preset",
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from metarec.config import merged, override
+from metarec.config import RunConfig, merged, override, validated
 from metarec.errors import ConfigError, suggest
 
 # Dotted keys, as in --set; "standard" is the defaults.
@@ -26,6 +26,19 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     "standard": {},
 }
+
+
+def preset(name: str, values: Mapping[str, Any] | None = None) -> RunConfig:
+    """Returns the settings of a preset, with other values in the place of its own.
+
+    Args:
+        name: The preset.
+        values: Settings as sections, such as ``{"train": {"steps": 50}}``.
+
+    Raises:
+        ConfigError: No preset has that name, a key is unknown or a value does not fit.
+    """
+    return validated(RunConfig, with_preset(name, values or {}), f"preset('{name}')")
 
 
 def with_preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

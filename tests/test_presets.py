@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import metarec
 from metarec.bench.methods import METHODS
 from metarec.config import RunConfig, validated
 from metarec.errors import ConfigError
@@ -14,6 +15,13 @@ from metarec.presets import PRESETS, with_preset
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_made_of_settings_that_there_are(name: str) -> None:
     validated(RunConfig, with_preset(name, {}), name)
+
+
+def test_a_preset_is_settings_in_python_too() -> None:
+    settings = metarec.preset("quick", {"train": {"steps": 7}})
+    assert settings == validated(RunConfig, with_preset("quick", {"train": {"steps": 7}}), "quick")
+    with pytest.raises(ConfigError, match="stepz"):
+        metarec.preset("quick", {"train": {"stepz": 7}})
 
 
 def test_fast_reads_no_language_model_and_standard_is_the_default() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -54,6 +55,14 @@ def test_the_readmes_python_runs_as_it_stands(tmp_path: Path, monkeypatch: pytes
     assert re.fullmatch(r"\[.*\] adapted in \d+\.\d\d s", lines[5])
     assert re.search(r"AUC over the item mean, 95% interval", lines[6])
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_quickstarts_minutes_are_those_that_were_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text(encoding="utf-8"))["after"]
+    said = re.search(r"The quickstart takes (\d+) minutes after the install, on (\w+) cores", README)
+    assert said is not None
+    assert said.groups() == (str(round(measured["wall_seconds"] / 60)), "two")
+    assert measured["hardware"]["cores"] == 2
 
 
 def test_the_readmes_links_exist() -> None:
