@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, TypeVar
 
@@ -86,36 +86,73 @@ def for_each(take: Callable[[], Job | None], do: Callable[[Job], object], worker
             do(job)
         return
     errors: list[BaseException] = []
+    interruptible = _Interruptible()
 
     def work() -> None:
-        try:
-            with one_thread():
-                while not errors and (job := take()) is not None:
-                    do(job)
-        except BaseException as error:  # raised by the thread that waits
-            errors.append(error)
+        with suppress(KeyboardInterrupt):  # that of `interrupt`, where it comes after the last job
+            try:
+                with interruptible.thread():
+                    _on_one_thread()
+                    while not errors and (job := take()) is not None:
+                        do(job)
+            except BaseException as error:  # raised by the thread that waits
+                errors.append(error)
 
     threads = [threading.Thread(target=work, name=f"metarec-worker-{place}") for place in range(workers)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    except BaseException as error:  # Ctrl-C: the jobs end at their next line of Python
-        errors.append(error)
-        for thread in threads:
-            _interrupt(thread)
-        for thread in threads:
-            thread.join()
-        raise
+    with one_thread():
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except BaseException as error:  # Ctrl-C: the jobs end at their next line of Python
+            errors.append(error)
+            interruptible.interrupt()
+            for thread in threads:
+                if thread.is_alive():  # one that has not begun yet takes no job
+                    thread.join()
+            raise
     if errors:
         raise errors[0]
 
 
-def _interrupt(thread: threading.Thread) -> None:
-    """Raises KeyboardInterrupt in another thread."""
-    if thread.ident is not None:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
+def _on_one_thread() -> None:
+    """Makes this thread compute on one thread, inside its creator's `one_thread`; there is nothing to restore."""
+    torch.set_num_threads(1)
+    _LIMITS.of_this_thread.inside = True
+
+
+class _Interruptible:
+    """The threads that do jobs at present, each of which is interrupted once, and never outside its jobs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads: set[int] = set()
+
+    @contextmanager
+    def thread(self) -> Iterator[None]:
+        """Makes this thread one of them while the body runs."""
+        own = threading.get_ident()
+        try:
+            with self._lock:
+                self._threads.add(own)
+            yield
+        finally:
+            with self._lock:
+                self._threads.discard(own)
+                _raise_in(own, None)
+
+    def interrupt(self) -> None:
+        """Raises KeyboardInterrupt in all of them."""
+        with self._lock:
+            while self._threads:
+                _raise_in(self._threads.pop(), KeyboardInterrupt)
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Raises an error in a thread at its next line of Python; None takes back one that has not been raised yet."""
+    what = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), what)
 
 
 def map_each(

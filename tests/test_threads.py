@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier, main_thread
+from threading import Barrier, Thread, main_thread
 
 import numpy as np
 import pytest
@@ -137,3 +138,37 @@ def test_ctrl_c_ends_jobs_that_have_begun() -> None:
     with pytest.raises(KeyboardInterrupt):
         for_each(lambda: next(left, None), long, workers=2)
     assert ended == [False, False]
+
+
+def test_ctrl_c_while_threads_begin_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[Thread] = []
+    begin = Thread.start
+
+    def interrupted(thread: Thread) -> None:
+        starts.append(thread)
+        if len(starts) == 2:
+            raise KeyboardInterrupt
+        begin(thread)
+
+    monkeypatch.setattr(Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        map_each(lambda job: job, [1, 2, 3], workers=2)
+    assert not starts[0].is_alive()
+
+
+def test_ctrl_c_at_any_moment_restores_the_numbers_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads(), blas()
+    unseen: list[type[BaseException]] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: unseen.append(args.exc_type))
+    main = main_thread().ident or 0
+
+    def press(job: int) -> None:
+        with one_thread():
+            time.sleep(job * 0.0001)
+        if job == 9:
+            signal.pthread_kill(main, signal.SIGINT)
+
+    for _ in range(100):
+        with pytest.raises(KeyboardInterrupt):
+            map_each(press, range(12), workers=4)
+    assert (torch.get_num_threads(), blas(), unseen) == (*before, [])
