@@ -173,6 +173,15 @@ def test_readers_side_by_side_share_the_work(tmp_path: Path, monkeypatch: pytest
     np.testing.assert_array_equal(readings[0].all()[:, 0], np.arange(40))
 
 
+def test_what_is_added_again_leaves_the_rows_that_a_thread_holds_where_they_were(tmp_path: Path) -> None:
+    first, second = ItemCache(tmp_path / "c", ARRAYS), ItemCache(tmp_path / "c", ARRAYS)
+    add(first, [2])
+    flat, starts = first.rows("states")
+    add(second, [4, 2])
+    assert_holds(first, [2, 4])
+    np.testing.assert_array_equal(flat[starts[2]], np.full((2, 2), 3))
+
+
 def test_a_limit_on_files_kills_no_process(tmp_path: Path) -> None:
     script = f"""
 import resource

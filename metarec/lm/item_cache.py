@@ -127,6 +127,8 @@ class ItemCache:
         self._entries = there
         self._flat = {name: self._mapped(name) for name in self._arrays}
         entries = entries[self._fit(entries)]
+        # What another process added again is read from where it was: other threads may hold where its rows begin.
+        entries = entries[~self._present[entries["item"]]]
         codes = entries["item"]
         for name in self._arrays:
             self._starts[name][codes] = entries[name]
