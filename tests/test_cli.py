@@ -385,3 +385,17 @@ def test_ctrl_c_says_how_to_go_on(task_file: Path, model_dir: Callable[[str], Pa
     assert "Traceback" not in err
     state = json.loads((tmp_path / "default" / "checkpoint" / "state.json").read_text())
     assert state["step"] > 0
+
+
+def test_several_processes_are_refused_by_every_verb_but_train(
+    metarec: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for verb in (["evaluate", "runs/none"], ["quickstart"], ["data", "check", "none.csv"], ["doctor"]):
+        ran = metarec(*verb)
+        assert ran.status == 2
+        assert f"'metarec {verb[0]}' is for one process, and 2 were started" in ran.err
+    assert "for one process" not in metarec("train", "--task", "no-such-task").err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "for one process" not in metarec("evaluate", "runs/none").err

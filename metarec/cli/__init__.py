@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from metarec.cli import bench, data, quickstart, runs, serve, store, tasks
-from metarec.errors import MetarecError, RankError
+from metarec.errors import ConfigError, MetarecError, RankError
 
 app = typer.Typer(
     name="metarec",
@@ -38,6 +38,7 @@ app.add_typer(store.app)
 
 @app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     include_path: Annotated[
         list[Path] | None,
@@ -48,6 +49,7 @@ def _options(
         typer.Option(help="module:attribute that a saved run may name; may be repeated.", show_default=False),
     ] = None,
 ) -> None:
+    _refuse_several_processes(context.invoked_subcommand)
     for name in plugin or []:
         from metarec.registry import allow
 
@@ -61,6 +63,16 @@ def _options(
 
         typer.echo(installed("metarec"))
         raise typer.Exit
+
+
+def _refuse_several_processes(verb: str | None) -> None:
+    """Refuses a verb that torchrun started more than once: each process would do and write all of it."""
+    if verb in (None, "train") or "WORLD_SIZE" not in os.environ:
+        return
+    from metarec.meta.distributed import started_together
+
+    if (count := started_together()) > 1:
+        raise ConfigError(f"'metarec {verb}' is for one process, and {count} were started", "Start it without torchrun")
 
 
 def main() -> None:

@@ -169,6 +169,11 @@ class Ranks:
 ALONE = Ranks()
 
 
+def started_together() -> int:
+    """Returns how many processes ``torchrun`` or ``accelerate launch`` started; 1 without them."""
+    return int(os.environ["WORLD_SIZE"]) if set(os.environ) >= _VARIABLES else 1
+
+
 @contextmanager
 def launched(device: str = "cpu") -> Iterator[Ranks]:
     """Yields the ranks that ``torchrun`` or ``accelerate launch`` started; without one, this process alone.
@@ -182,7 +187,7 @@ def launched(device: str = "cpu") -> Iterator[Ranks]:
         ConfigError: Processes and GPUs do not fit together.
         RankError: Another rank failed; in this process all was well, or the same error came later.
     """
-    if not set(os.environ) >= _VARIABLES or int(os.environ["WORLD_SIZE"]) == 1:
+    if started_together() == 1:
         yield ALONE
         return
     from torch.distributed.distributed_c10d import PrefixStore
