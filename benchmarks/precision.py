@@ -1,6 +1,7 @@
 """What low precision costs: AUC and log-odds of a trained recommender that is loaded in other precisions.
 
-    python benchmarks/precision.py runs/quickstart
+    metarec train --preset quick --name no-stack --set "score=[item mean,prompt,adapter]"
+    python benchmarks/precision.py runs/no-stack
 
 writes ``benchmarks/results/precision.json``: of test users, paired differences of AUC to float32; of the items of their
 queries, differences of log-odds before and after adapting to ten ratings; bytes that the cache takes for an item.
@@ -45,7 +46,7 @@ def main() -> None:
         rounded = load_run(given.run, **OTHERS[name])
         rows.append({**OTHERS[name], "bytes_per_item": bytes_per_item(rounded), **compared(rounded, auc, odds)})
         print(rows[-1])
-    facts = {"command": f"python benchmarks/precision.py {given.run}", "rows": rows, **provenance(exact)}
+    facts = {"command": f"python benchmarks/precision.py runs/{given.run.name}", "rows": rows, **provenance(exact)}
     write_json(given.out, facts)
 
 
