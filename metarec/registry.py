@@ -33,6 +33,11 @@ def allow(name: str) -> None:
     _ALLOWED.add(name)
 
 
+def allowed() -> list[str]:
+    """Returns what files may name in this process, for another one that works for it."""
+    return sorted(_ALLOWED)
+
+
 class Registry(Generic[T]):
     """What there is of one kind, by name.
 

@@ -110,7 +110,7 @@ def test_bulk_that_is_interrupted_loses_nothing(
 ) -> None:
     from metarec.serve import bulk
 
-    monkeypatch.setattr(bulk, "_USERS_AT_ONCE", 2)
+    monkeypatch.setattr(bulk, "USERS_AT_ONCE", 2)
     engine = Engine(recommender, AdapterStore(tmp_path / "store"))
     users = read_feedback(feedback, engine)
     people, calls = engine.people, []

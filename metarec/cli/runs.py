@@ -35,7 +35,7 @@ from metarec.cli.options import (
     source_options,
 )
 from metarec.cli.run_dirs import refuse_overwriting, run_dir
-from metarec.cli.store import AdaptersOption, StoreOption, adapt_bulk, recommend_stored
+from metarec.cli.store import AdaptersOption, RayOption, StoreOption, adapt_bulk, recommend_stored
 from metarec.cli.training import processes, run_settings, train_run
 from metarec.errors import ConfigError, shown
 
@@ -181,16 +181,19 @@ def adapt(
     ] = None,
     store: StoreOption = None,
     adapters: AdaptersOption = None,
+    ray: RayOption = None,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Adapt to one person's ratings and keep the adapter; or to many people's, in a store."""
     if (users is None) != (store is None):
         raise ConfigError("--users and --store belong together", "Give both, or neither")
+    if ray is not None and users is None:
+        raise ConfigError("--ray is given without --users", "One person is adapted here: leave --ray out")
     if users is not None and store is not None:
         if rating or ratings or out:
             raise ConfigError("--users and one person's options are both given", "Choose one of the two")
-        adapt_bulk(load_run(run, device=device), users, store, adapters, json)
+        adapt_bulk(lambda: load_run(run, device=device), users, store, adapters, ray, json)
         return
     user = _adapted(load_run(run, device=device), rating, ratings)
     if out is not None:

@@ -5,6 +5,7 @@ It also runs ``adapt --users`` and ``recommend --store``.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,8 @@ from metarec.cli.options import JsonOption, print_json, show
 from metarec.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from metarec.recommender import MetaRecommender
     from metarec.serve.store import AdapterStore
 
@@ -25,6 +28,15 @@ StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="Directory o
 StoreOption = Annotated[
     str | None,
     typer.Option("--store", help="Directory of a store, or postgresql://... .", show_default=False),
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="With --users: a Ray cluster adapts them. local starts one here, auto finds one; or HOST:PORT.",
+        show_default=False,
+    ),
 ]
 AdaptersOption = Annotated[
     Path | None, typer.Option("--adapters", help="Directory of the adapters, with PostgreSQL.", show_default=False)
@@ -170,25 +182,44 @@ def export(
         typer.echo(f"{adapter}\t{name}")
 
 
-def adapt_bulk(recommender: MetaRecommender, feedback: Path, store: str, adapters: Path | None, json: bool) -> None:
-    """Adapts every user of a CSV file; ``metarec adapt RUN --users FILE --store DIR``."""
+def adapt_bulk(
+    load: Callable[[], MetaRecommender], feedback: Path, store: str, adapters: Path | None, ray: str | None, json: bool
+) -> None:
+    """Adapts every user of a CSV file; ``metarec adapt RUN --users FILE --store DIR [--ray ADDRESS]``.
+
+    Args:
+        load: Returns the recommender; called when the cluster has answered.
+        feedback: The file.
+        store: Where adapters are kept.
+        adapters: Directory of the adapters, with PostgreSQL.
+        ray: Address of the Ray cluster that adapts them; None adapts them in this process.
+        json: Prints the counts as JSON.
+    """
     import time
 
-    from metarec.serve.batching import BULK_USERS_AT_ONCE, use_one_thread_per_batch
-    from metarec.serve.bulk import adapt_users, read_feedback
-    from metarec.serve.engine import Engine
+    if ray is not None:
+        from metarec.serve.ray_bulk import cluster
+    with nullcontext() if ray is None else cluster(ray):
+        from metarec.serve.batching import BULK_USERS_AT_ONCE, use_one_thread_per_batch
+        from metarec.serve.bulk import adapt_users, read_feedback
+        from metarec.serve.engine import Engine
 
-    opened = _open(store, adapters, create=True)
-    workers = use_one_thread_per_batch()
-    engine = Engine(recommender, opened, hot_bytes=0, users_at_once=BULK_USERS_AT_ONCE, workers=workers)
-    users = read_feedback(feedback, engine)
-    began = time.perf_counter()
-    try:
-        bulk = adapt_users(engine, users)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; nothing is lost: run the same command again", err=True)
-        raise
-    seconds = time.perf_counter() - began
+        recommender, opened = load(), _open(store, adapters, create=True)
+        workers = use_one_thread_per_batch()
+        engine = Engine(recommender, opened, hot_bytes=0, users_at_once=BULK_USERS_AT_ONCE, workers=workers)
+        users = read_feedback(feedback, engine)
+        began = time.perf_counter()
+        try:
+            if ray is None:
+                bulk = adapt_users(engine, users)
+            else:
+                from metarec.serve.ray_bulk import StorePlace, adapt_users_over_ray
+
+                bulk = adapt_users_over_ray(engine, users, StorePlace.of(store, adapters))
+        except KeyboardInterrupt:
+            typer.echo("interrupted; nothing is lost: run the same command again", err=True)
+            raise
+        seconds = time.perf_counter() - began
     show(
         {**vars(bulk), "seconds": round(seconds, 2), "users_per_second": round(len(users) / max(seconds, 1e-9), 1)},
         json,

@@ -7,7 +7,7 @@ not computed again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from metarec.progress import progress
 from metarec.serve.engine import Engine
 from metarec.serve.records import Feedback, NewAdapter, check_id
 
-_USERS_AT_ONCE = 256
+USERS_AT_ONCE = 256
 _WRITERS = 4
 
 
@@ -28,10 +28,18 @@ _WRITERS = 4
 class Bulk:
     """Counts for a file: its users, ratings new to the log, adapters computed, inner loops that diverged."""
 
-    users: int
-    ratings: int
-    adapted: int
-    diverged: int
+    users: int = 0
+    ratings: int = 0
+    adapted: int = 0
+    diverged: int = 0
+
+    def __add__(self, other: Bulk) -> Bulk:
+        return Bulk(
+            self.users + other.users,
+            self.ratings + other.ratings,
+            self.adapted + other.adapted,
+            self.diverged + other.diverged,
+        )
 
 
 def read_feedback(path: Path, engine: Engine) -> dict[str, list[tuple[str, float]]]:
@@ -60,33 +68,45 @@ def _read(row: Sequence[str], catalog: Catalog, scale: RatingScale, where: str) 
         raise DataError(f"{where}: {error.problem}", error.cure) from None
 
 
-def adapt_users(engine: Engine, users: dict[str, list[tuple[str, float]]]) -> Bulk:
+def adapt_users(engine: Engine, users: Mapping[str, Sequence[tuple[str, float]]]) -> Bulk:
     """Writes users' ratings to the log and keeps an adapter for each of them.
 
     Args:
         engine: Over the store to write to.
         users: See `read_feedback`. The same ratings of a user again change nothing.
     """
-    ratings = adapted = diverged = done = 0
-    with progress("adapting users", len(users)) as advance, ThreadPoolExecutor(_WRITERS) as writers:
-        for block in _blocks(sorted(users), _USERS_AT_ONCE):
-            said = [Feedback(user, tuple(users[user]), _request(users[user])) for user in block]
-            outcomes = engine.store.append(said)
-            for outcome, feedback in zip(outcomes, said, strict=True):
-                if isinstance(outcome, MetarecError):
-                    raise outcome
-                ratings += 0 if outcome.replayed else len(feedback.ratings)
-            written: list[NewAdapter] = []
-            engine.save_with(written.append)
-            before = engine.counters.diverged
-            engine.people(block)
-            parts = [written[start::_WRITERS] for start in range(_WRITERS)]
-            list(writers.map(engine.store.put, [part for part in parts if part]))
-            adapted += len(written)
-            diverged += engine.counters.diverged - before
+    found = Bulk(len(users))
+    done = 0
+    with progress("adapting users", len(users)) as advance:
+        for block in blocks(sorted(users), USERS_AT_ONCE):
+            found += write_ratings(engine, users, block)
+            found += adapt_stored(engine, block)
             done += len(block)
             advance(done)
-    return Bulk(len(users), ratings, adapted, diverged)
+    return found
+
+
+def write_ratings(engine: Engine, users: Mapping[str, Sequence[tuple[str, float]]], block: Sequence[str]) -> Bulk:
+    """Writes some users' ratings to the log, and counts those that were not there."""
+    ratings = 0
+    said = [Feedback(user, tuple(users[user]), _request(users[user])) for user in block]
+    for outcome, feedback in zip(engine.store.append(said), said, strict=True):
+        if isinstance(outcome, MetarecError):
+            raise outcome
+        ratings += 0 if outcome.replayed else len(feedback.ratings)
+    return Bulk(ratings=ratings)
+
+
+def adapt_stored(engine: Engine, block: Sequence[str]) -> Bulk:
+    """Keeps an adapter for each of some users of the store, and counts those that were not there."""
+    written: list[NewAdapter] = []
+    engine.save_with(written.append)
+    before = engine.counters.diverged
+    engine.people(block)
+    parts = [written[start::_WRITERS] for start in range(_WRITERS)]
+    with ThreadPoolExecutor(_WRITERS) as writers:
+        list(writers.map(engine.store.put, [part for part in parts if part]))
+    return Bulk(adapted=len(written), diverged=engine.counters.diverged - before)
 
 
 def _request(ratings: Sequence[tuple[str, float]]) -> str:
@@ -94,6 +114,7 @@ def _request(ratings: Sequence[tuple[str, float]]) -> str:
     return "bulk " + hashlib.sha256(repr(list(ratings)).encode()).hexdigest()
 
 
-def _blocks(users: Sequence[str], size: int) -> Iterator[list[str]]:
+def blocks(users: Sequence[str], size: int) -> Iterator[list[str]]:
+    """Yields users in lists of at most `size`."""
     for start in range(0, len(users), size):
         yield list(users[start : start + size])
