@@ -10,7 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,11 @@ from typer.testing import CliRunner
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 from metarec.cli import app
+from metarec.data.interactions import Ratings
 from metarec.errors import ConfigError, DataError, MetarecError, StoreError
+from metarec.meta.inner_loop import Adapted
 from metarec.recommender import MetaRecommender
+from metarec.scorers.language.adapted import MetaScorer
 from metarec.serve.app import create_app
 from metarec.serve.bulk import adapt_users, read_feedback
 from metarec.serve.engine import Engine
@@ -87,6 +90,27 @@ def test_bulk_adapts_everybody_once_and_goes_on_where_it_stopped(
     assert " for " in printed, "every item says which rating moved it"
     with pytest.raises(StoreError, match="has no user"):
         invoke("recommend", checkpoint, "--store", store, "--user", "nobody")
+
+
+def test_bulk_says_who_could_not_be_adapted_and_ends_with_status_1(
+    checkpoint: Path, feedback: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapt = MetaScorer.adapt
+
+    def fail(scorer: MetaScorer, supports: Sequence[Ratings], *others: Any) -> Adapted:
+        if any(map(len, supports)):
+            raise RuntimeError("out of memory")
+        return adapt(scorer, supports, *others)
+
+    given = ("adapt", checkpoint, "--users", feedback, "--store", tmp_path / "store")
+    with monkeypatch.context() as patched:
+        patched.setattr(MetaScorer, "adapt", fail)
+        lost = invoke(*given, "--json")
+    assert lost.exit_code == 1
+    assert "7 users could not be adapted; run the same command again" in lost.stderr
+    assert (json.loads(lost.stdout)["adapted"], json.loads(lost.stdout)["failed"]) == (0, 7)
+    rest = facts(*given)
+    assert (rest["adapted"], rest["failed"]) == (7, 0)
 
 
 @pytest.mark.parametrize(

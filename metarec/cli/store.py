@@ -224,6 +224,9 @@ def adapt_bulk(
         {**vars(bulk), "seconds": round(seconds, 2), "users_per_second": round(len(users) / max(seconds, 1e-9), 1)},
         json,
     )
+    if bulk.failed:
+        typer.echo(f"{bulk.failed} users could not be adapted; run the same command again for these", err=True)
+        raise typer.Exit(1)
 
 
 def recommend_stored(

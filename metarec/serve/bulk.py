@@ -26,12 +26,21 @@ _WRITERS = 4
 
 @dataclass(frozen=True)
 class Bulk:
-    """Counts for a file: its users, ratings new to the log, adapters computed, inner loops that diverged."""
+    """Counts for a file.
+
+    Args:
+        users: Its users.
+        ratings: Ratings that are new to the log.
+        adapted: Adapters that were computed.
+        diverged: Inner loops that diverged.
+        failed: Users whose adapter could not be computed, for want of memory for example.
+    """
 
     users: int = 0
     ratings: int = 0
     adapted: int = 0
     diverged: int = 0
+    failed: int = 0
 
     def __add__(self, other: Bulk) -> Bulk:
         return Bulk(
@@ -39,6 +48,7 @@ class Bulk:
             self.ratings + other.ratings,
             self.adapted + other.adapted,
             self.diverged + other.diverged,
+            self.failed + other.failed,
         )
 
 
@@ -101,12 +111,16 @@ def adapt_stored(engine: Engine, block: Sequence[str]) -> Bulk:
     """Keeps an adapter for each of some users of the store, and counts those that were not there."""
     written: list[NewAdapter] = []
     engine.save_with(written.append)
-    before = engine.counters.diverged
+    diverged, failed = engine.counters.diverged, engine.counters.failed
     engine.people(block)
     parts = [written[start::_WRITERS] for start in range(_WRITERS)]
     with ThreadPoolExecutor(_WRITERS) as writers:
         list(writers.map(engine.store.put, [part for part in parts if part]))
-    return Bulk(adapted=len(written), diverged=engine.counters.diverged - before)
+    return Bulk(
+        adapted=len(written),
+        diverged=engine.counters.diverged - diverged,
+        failed=engine.counters.failed - failed,
+    )
 
 
 def _request(ratings: Sequence[tuple[str, float]]) -> str:
