@@ -38,6 +38,13 @@ GENRES = ("drama", "comedy", "action", "horror")
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _ctrl_c_is_heard() -> None:
+    """A shell starts what it runs in the background with Ctrl-C ignored, and so would be the processes of tests."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Forward caches of tests stay out of the user's; the embedded model, costly to unpack, is shared."""
     real = Path(os.environ.get("METAREC_CACHE") or Path.home() / ".cache" / "metarec")
