@@ -164,7 +164,7 @@ def map_each(
         do: Does a job.
         jobs: The jobs.
         workers: Number of threads.
-        advance: Is told how many jobs are done.
+        advance: Called with the number of jobs that are done.
     """
     results: dict[int, Result] = {}
     left = iter(range(len(jobs)))

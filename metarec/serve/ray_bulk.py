@@ -69,7 +69,7 @@ def cluster(address: str) -> Iterator[None]:
     Raises:
         ConfigError: Ray is not installed, the address is of another form, or no cluster answers there.
     """
-    # Ray reports its use to its makers unless it is told not to.
+    # Ray reports its use to its makers unless this is set.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray = _ray()
     if address != LOCAL:
