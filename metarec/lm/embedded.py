@@ -46,7 +46,8 @@ def unpacked_smollm2(gguf: Path) -> Path | None:
 def unpack_smollm2(gguf: Path, transformers: Any) -> Path:
     """Dequantizes SmolLM2 into the cache and returns its directory.
 
-    Its tensors are read with the gguf package: transformers would parse the file three times, and take twice as long.
+    Its tensors are read with the gguf package: transformers would parse the file once more, and build a table of names
+    for every tensor.
 
     Args:
         gguf: Its file.
