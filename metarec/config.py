@@ -167,11 +167,11 @@ class CollaborativeConfig(Section):
         description="several predictors with fitted weights; one Gaussian process with learned factors; one with a "
         "linear kernel over features; or item means alone",
     )
-    features: tuple[Literal["words", "text", "tuned text", "fields", "lm"], ...] = Field(
-        ("text", "fields", "lm"),
+    features: tuple[Literal["words", "text", "tuned text", "fields", "lm"], ...] | None = Field(
+        None,
         description="what it and rarely rated items' means read: words of titles (TF-IDF), titles by the sentence "
         "encoder, by that encoder with a LoRA learned from what users like, the catalog's fields, hidden states of the "
-        "language model",
+        "language model; null: text and fields, and lm where a task asks about items that nobody rated",
     )
     encoder: str = Field("minilm-l6-v2", description="the sentence encoder of `text` and `tuned text`")
     tuning: EncoderTuningConfig = EncoderTuningConfig()

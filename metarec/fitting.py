@@ -107,9 +107,21 @@ def adapted_model(config: RunConfig, answer_model: AnswerModel | None) -> Answer
     return answer_model if ADAPTER_TERM in config.score else None
 
 
+def for_task(config: RunConfig, task: Task) -> RunConfig:
+    """Returns the settings with what they leave to the task filled in: the features that the score reads of items.
+
+    Hidden states of the language model take a reading of the whole catalog. They help where nobody rated the items that
+    a task asks about, and nowhere else (docs/benchmark.md), so they are left out elsewhere.
+    """
+    if config.collaborative.features is not None:
+        return config
+    features = ("text", "fields", "lm") if task.split.asks_unrated else ("text", "fields")
+    return config.model_copy(update={"collaborative": config.collaborative.model_copy(update={"features": features})})
+
+
 def needs_model(config: RunConfig) -> bool:
-    """Says whether the score or its features read the language model."""
-    reads_states = "lm" in config.collaborative.features
+    """Says whether the score, or the features that the settings name, read the language model."""
+    reads_states = "lm" in (config.collaborative.features or ())
     return reads_states or any(term.needs_model for term in score_terms(config).values())
 
 
@@ -119,13 +131,13 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
     Args:
         data: The task's data.
         config: The settings.
-        backbone: The language model; None where `needs_model` says so.
+        backbone: The language model; None where `needs_model` says so of the settings `for_task`.
 
     Raises:
         ConfigError: All items read the same, a text is longer than the model reads, or the settings do not fit.
     """
-    catalog = data.interactions.catalog
-    reads_text = "text" in config.collaborative.features
+    catalog, config = data.interactions.catalog, for_task(config, data.task)
+    reads_text = "text" in (config.collaborative.features or ())
     for sentence in check_texts(data.task, catalog, prompt=backbone is not None, text=reads_text):
         _LOG.warning("%s", sentence)
     answer_model = None if backbone is None else catalog_answer_model(backbone, config, data.task.template, catalog)
@@ -280,7 +292,8 @@ def collaborative_features(answer_model: AnswerModel | None, data: TaskData, con
             are queried.
         config: The settings; `collaborative.features` says what is read.
     """
-    wanted, task, catalog = config.collaborative.features, data.task, data.interactions.catalog
+    task, catalog = data.task, data.interactions.catalog
+    wanted = for_task(config, task).collaborative.features or ()
     read: dict[str, Floats] = {}
     if "lm" in wanted:
         assert answer_model is not None

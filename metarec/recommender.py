@@ -35,6 +35,7 @@ from metarec.fitting import (
     Prepared,
     adapted_model,
     calibrated,
+    for_task,
     meta_scorer,
     needs_model,
     open_backbone,
@@ -83,7 +84,7 @@ class MetaRecommender:
         return facts_table("MetaRecommender", self._facts())
 
     def _facts(self) -> dict[str, object]:
-        backbone = self.config.backbone if needs_model(self.config) else None
+        backbone = self.config.backbone if self._reads_model() else None
         facts: dict[str, object] = {"backbone": backbone, "score": list(self.config.score)}
         if self._fitted is None:
             return {**facts, "fitted": False}
@@ -199,7 +200,7 @@ class MetaRecommender:
         data = self.task_data(task, **own)
         refuse_small_data(data, self.config.train)
         data.evaluated("validation")  # now, not after minutes of fitting
-        identity = training_identity(data, self.config, self.backbone if needs_model(self.config) else None)
+        identity = training_identity(data, for_task(self.config, data.task), self._backbone_for(data.task))
         if kept and fresh:
             clear_checkpoint(kept)
         elif kept and resume and recover_dir(kept):
@@ -230,7 +231,16 @@ class MetaRecommender:
         self._data = data if data.task.dataset.source == IN_MEMORY else None
 
     def _prepare(self, data: TaskData) -> Prepared:
-        return prepare(data, self.config, self.backbone if needs_model(self.config) else None)
+        return prepare(data, self.config, self._backbone_for(data.task))
+
+    def _backbone_for(self, task: Task) -> Backbone | None:
+        """Returns the language model, or None where neither the score nor the features read one on this task."""
+        return self.backbone if needs_model(for_task(self.config, task)) else None
+
+    def _reads_model(self) -> bool:
+        if self._fitted is not None:
+            return self._fitted.answer_model is not None
+        return needs_model(self.config)
 
     def task_data(self, task: TaskLike | None = None, **own: Any) -> TaskData:
         """Loads a task's data, split by the configuration's seed; None takes the fitted or configured task.

@@ -7,8 +7,9 @@ import pytest
 import metarec
 from metarec.bench.methods import METHODS
 from metarec.config import RunConfig, validated
+from metarec.data.task_files import load_task
 from metarec.errors import ConfigError
-from metarec.fitting import needs_model
+from metarec.fitting import for_task, needs_model
 from metarec.presets import PRESETS, with_preset
 
 
@@ -44,3 +45,11 @@ def test_a_misspelt_preset_is_named_with_the_nearest_one() -> None:
 def test_presets_are_methods_of_the_benchmark() -> None:
     presets = {"metarec", "metarec, no language model", "metarec, quick", "metarec, text"}
     assert presets <= set(METHODS.names())
+
+
+@pytest.mark.parametrize(("name", "states"), [("movielens/user-cold", False), ("movielens/item-cold", True)])
+def test_hidden_states_are_read_by_default_only_where_nobody_rated_the_items(name: str, states: bool) -> None:
+    settings = metarec.preset("standard", {"score": ["item mean", "collaborative"]})
+    assert needs_model(for_task(settings, load_task(name))) is states
+    fixed = metarec.preset("fast")
+    assert for_task(fixed, load_task(name)) == fixed

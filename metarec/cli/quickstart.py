@@ -90,7 +90,7 @@ def without_model(settings: RunConfig) -> RunConfig | None:
     score = tuple(name for name in settings.score if not TERMS.get(name).needs_model)
     if score == settings.score or "collaborative" not in score:
         return None
-    features = tuple(name for name in settings.collaborative.features if name != "lm")
+    features = tuple(name for name in settings.collaborative.features or ("text", "fields") if name != "lm")
     collaborative = settings.collaborative.model_copy(update={"features": features})
     return settings.model_copy(update={"score": score, "collaborative": collaborative})
 

@@ -88,8 +88,16 @@ _PARTS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
         "item means and stack over ratings, fields and a sentence encoder's vectors of titles",
         PRESETS["fast"],
     ),
-    ("+ hidden states", "and hidden states of the language model", {"score": _COLLABORATIVE}),
-    ("+ prompt", "and the frozen prompt's answer", {"score": [*_COLLABORATIVE, "prompt"]}),
+    (
+        "+ hidden states",
+        "no language model, and hidden states of the language model among the features",
+        {"score": _COLLABORATIVE, "collaborative.features": ["text", "fields", "lm"]},
+    ),
+    (
+        "+ prompt",
+        "the default's features, and the frozen prompt's answer",
+        {"score": [*_COLLABORATIVE, "prompt"]},
+    ),
 )
 # Without the stack, which would have the last word on what little they differ by: name, group, in words, settings.
 _VARIANTS: tuple[tuple[str, str, str, Mapping[str, Any]], ...] = (
@@ -109,7 +117,11 @@ _VARIANTS: tuple[tuple[str, str, str, Mapping[str, Any]], ...] = (
 )
 NO_STACK = ["item mean", "prompt", "adapter"]
 RECOMMENDERS = {
-    "metarec": Method(_metarec, "meta", "the default: item mean, stack, hidden states, prompt and adapter"),
+    "metarec": Method(
+        _metarec,
+        "meta",
+        "the default: item mean, stack, prompt, adapter",
+    ),
     **{
         f"metarec, {called}": Method(_metarec, "parts", how, {"name": f"metarec, {called}", **options})
         for called, how, options in _PARTS
