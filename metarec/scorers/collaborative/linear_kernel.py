@@ -15,7 +15,7 @@ import numpy as np
 from metarec.data.interactions import Codes, Interactions, Values
 from metarec.progress import progress
 from metarec.scorers.collaborative.gp import GaussianProcess
-from metarec.scorers.collaborative.item_mean import fit_item_mean
+from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.threads import one_thread
 
@@ -30,6 +30,39 @@ _LOADINGS = 256
 _CHUNK = 512
 
 
+@dataclass(frozen=True)
+class LinearPrior:
+    """What meta-training users' weights on items' features are draws from, with what else explains a rating.
+
+    Args:
+        baseline: Item means; ratings are in its units.
+        rated: Number of ratings of each item, shape (items,).
+        weights: Mean of users' weights, the last one the user's bias, shape (width + 1,).
+        covariance: Their covariance, shape (width + 1, width + 1).
+        items: What an item's mean has beyond its features, shape (items,).
+        noise: Variance of a rating around its prediction.
+    """
+
+    baseline: ItemPrior
+    rated: Codes
+    weights: Floats
+    covariance: Floats
+    items: Floats
+    noise: float
+
+    @property
+    def root(self) -> Floats:
+        """A matrix whose product with its transpose is nearest the covariance, shape (width + 1, loadings)."""
+        return _root(self.covariance, _LOADINGS)
+
+
+def with_bias(features: Floats) -> Values:
+    """Returns features scaled to a mean squared length of one beside a constant, shape (items, width + 1)."""
+    wide = np.asarray(features, np.float64)
+    unit = wide / np.sqrt(max((wide**2).sum(1).mean(), _LEAST_LENGTH))
+    return np.concatenate([unit, np.ones((len(unit), 1))], 1).astype(np.float32)
+
+
 @one_thread()
 def fit_linear_kernel(
     interactions: Interactions,
@@ -41,13 +74,56 @@ def fit_linear_kernel(
     damping: float = 20.0,
     item_damping: float = 4.0,
 ) -> GaussianProcess:
-    """Learns the mean and covariance of users' weights on items' features by expectation maximization.
+    """Returns the process whose users' weights have the mean and covariance that `fit_linear_prior` learns.
 
     Args:
         interactions: The dataset.
         users: The meta-training users; only their ratings are used.
         features: A vector of each item, shape (items, width).
         name: How the method is called in tables.
+        sweeps: See `fit_linear_prior`.
+        damping: See `fit_linear_prior`.
+        item_damping: See `fit_linear_prior`.
+
+    Raises:
+        DataError: The users have no ratings, or all the same one.
+    """
+    found = fit_linear_prior(
+        interactions, users, features, name=name, sweeps=sweeps, damping=damping, item_damping=item_damping
+    )
+    design = with_bias(features)
+    loadings = design.astype(np.float64) @ found.root
+    return GaussianProcess(
+        mean_rating=found.baseline.mean,
+        scale=found.baseline.scale,
+        mean=design @ found.weights + found.items,
+        loadings=loadings,
+        noise=np.full(len(design), found.noise),
+        centre=found.rated @ loadings / found.rated.sum(),
+        selection_effect=np.zeros(loadings.shape[1]),
+        selection_damping=1.0,
+        name=name,
+    )
+
+
+@one_thread()
+def fit_linear_prior(
+    interactions: Interactions,
+    users: Codes,
+    features: Floats,
+    *,
+    name: str = "linear kernel",
+    sweeps: int = 8,
+    damping: float = 20.0,
+    item_damping: float = 4.0,
+) -> LinearPrior:
+    """Learns the mean and covariance of users' weights on items' features by expectation maximization.
+
+    Args:
+        interactions: The dataset.
+        users: The meta-training users; only their ratings are used.
+        features: A vector of each item, shape (items, width).
+        name: What is fitted, for the progress that is shown.
         sweeps: Rounds of expectation and maximization.
         damping: Damping: pseudo-users of independent weights that shrink the covariance.
         item_damping: Damping: pseudo-ratings that shrink what an item's mean has beyond its features to 0.
@@ -59,10 +135,7 @@ def fit_linear_kernel(
     2006, section 2.2, so that a sweep takes time quadratic in the width and memory that does not grow with users.
     """
     baseline = fit_item_mean(interactions, users)
-    wide = np.asarray(features, np.float64)
-    unit = wide / np.sqrt(max((wide**2).sum(1).mean(), _LEAST_LENGTH))
-    # The last weight is the user's bias.
-    design = np.concatenate([unit, np.ones((len(unit), 1))], 1).astype(np.float32)
+    design = with_bias(features)
     kept = np.isin(interactions.user, users)
     order = np.argsort(interactions.user[kept], kind="stable")
     user = np.searchsorted(np.sort(users), interactions.user[kept][order])
@@ -77,18 +150,8 @@ def fit_linear_kernel(
         for sweep in range(sweeps):
             found = _sweep(rows, design, found, damping, item_damping)
             advance(sweep + 1)
-    loadings = design.astype(np.float64) @ _root(found.covariance, _LOADINGS)
-    return GaussianProcess(
-        mean_rating=baseline.mean,
-        scale=baseline.scale,
-        mean=design @ found.weights + found.items,
-        loadings=loadings,
-        noise=np.full(len(unit), found.noise),
-        centre=np.bincount(rows.item, minlength=len(unit)) @ loadings / len(rows.item),
-        selection_effect=np.zeros(loadings.shape[1]),
-        selection_damping=1.0,
-        name=name,
-    )
+    count = np.bincount(rows.item, minlength=len(design))
+    return LinearPrior(baseline, count, found.weights, found.covariance, found.items, found.noise)
 
 
 def _root(covariance: Floats, rank: int) -> Floats:
