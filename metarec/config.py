@@ -73,8 +73,13 @@ class MetaConfig(Section):
 
     algorithm: str = Field(
         "fomaml",
-        description="fomaml, maml, maml++, imaml, reptile; ridge and prototypes, which fit a head in closed form "
+        description="fomaml, maml, maml++, imaml, reptile; ridge, prototypes and dkt, which fit a head in closed form "
         "instead of taking inner steps; or module:attribute",
+    )
+    start: Literal["initialization", "posterior"] = Field(
+        "initialization",
+        description="what inner steps start from; posterior: users have the head of dkt too, and the steps lower its "
+        "leave-one-out error on the support",
     )
     engine: Literal["batched", "learn2learn"] = Field(
         "batched", description="learn2learn: fomaml and maml through that library, one user after another"
@@ -91,6 +96,12 @@ class MetaConfig(Section):
     )
     shrinkage: float = Field(5.0, ge=0, description="pseudo-count in the support loss's denominator")
     user_bias_damping: float = Field(1.0, gt=0, description="pseudo-ratings that shrink the user bias to 0")
+
+    @model_validator(mode="after")
+    def _learn2learn_starts_at_the_initialization(self) -> MetaConfig:
+        if self.engine == "learn2learn" and self.start == "posterior":
+            raise ValueError("engine is learn2learn, which takes steps from the initialization, and start posterior")
+        return self
 
     @field_validator("algorithm")
     @classmethod

@@ -24,9 +24,9 @@ from metarec.lm.answer_model import AnswerModel, open_answer_model
 from metarec.lm.backbone import Backbone, load_backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.tokenized import tokenize_catalog
-from metarec.meta.heads import ClosedFormHead
+from metarec.meta.heads import ClosedFormHead, closed_form_head, takes_steps
 from metarec.meta.inner_loop import MetaState
-from metarec.registries import ADAPTER_KINDS, ALGORITHMS, TERMS
+from metarec.registries import ADAPTER_KINDS, TERMS
 from metarec.scorer import Scorer
 from metarec.scorers.collaborative.features import (
     Features,
@@ -45,9 +45,11 @@ from metarec.scorers.language.encoder_tuning import tuned_text_vectors
 from metarec.scorers.language.expected_rating import expected_rating
 from metarec.scorers.language.item_vectors import hidden_state_vectors, text_vectors
 from metarec.scorers.language.score import initial_state
+from metarec.scorers.language.weight_prior import ITEM_EFFECTS_TERM, fit_weight_prior
 from metarec.scorers.language.zero_shot import ZeroShot
 from metarec.scorers.term import ADAPTER_TERM, CrossFitted, ScoreTerm, Term, TermContext
 from metarec.stack_files import cached_stack
+from metarec.tensors import AdapterState
 
 _LOG = logging.getLogger(__name__)
 
@@ -167,6 +169,7 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
         answer_model,
     )
     crossed = {name: term.fit(context) for name, term in terms.items() if term.fit is not None}
+    head = _head_parameters(config, terms, context, crossed, answer_model)
     fitted = Fitted(
         task=data.task,
         catalog=catalog,
@@ -182,7 +185,8 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
             top_only=config.meta.adapt == "top",
             steps_with_rates=max(config.meta.inner_steps, 1) if config.meta.rates == "step" else 1,
             elementwise_rates=config.meta.rates == "number",
-            head=closed_form_head(config),
+            head=head,
+            steps=takes_steps(config.meta.algorithm),
             device=config.device,
         ),
         answer_model=answer_model,
@@ -206,6 +210,7 @@ def meta_scorer(
         shrinkage=config.meta.shrinkage,
         user_bias_damping=config.meta.user_bias_damping,
         algorithm=config.meta.algorithm,
+        start=config.meta.start,
         storage=getattr(torch, config.adapter.storage),
     )
     return MetaScorer(
@@ -237,21 +242,44 @@ def calibrated(fitted: Fitted, config: RunConfig, data: TaskData) -> Fitted:
     return replace(fitted, calibration=found)
 
 
-def closed_form_head(config: RunConfig) -> ClosedFormHead | None:
-    """Returns the head that the settings fit in closed form, None where users take gradient steps.
+def head_of(config: RunConfig) -> ClosedFormHead | None:
+    """Returns the head that the settings fit in closed form, None where users have none.
 
     Raises:
         ConfigError: There is a head, and no adapter in the score whose features it could read.
     """
-    found = ALGORITHMS.get(config.meta.algorithm)
-    if not isinstance(found, ClosedFormHead):
-        return None
-    if ADAPTER_TERM not in config.score:
+    found = closed_form_head(config.meta.algorithm, config.meta.start)
+    if found is not None and ADAPTER_TERM not in config.score:
+        named = (
+            f"algorithm '{config.meta.algorithm}'" if not takes_steps(config.meta.algorithm) else "start 'posterior'"
+        )
         raise ConfigError(
-            f"meta.algorithm '{config.meta.algorithm}' reads the adapter's features, and the score has no adapter",
-            "Add 'adapter' to score, or choose an algorithm with gradient steps",
+            f"meta.{named} reads the adapter's features, and the score has no adapter",
+            "Add 'adapter' to score, or choose an algorithm with gradient steps from the initialization",
         )
     return found
+
+
+def _head_parameters(
+    config: RunConfig,
+    terms: Mapping[str, ScoreTerm],
+    context: TermContext,
+    crossed: dict[str, CrossFitted],
+    answer_model: AnswerModel | None,
+) -> AdapterState | None:
+    """Returns where the head's parameters start, None where there is no head; adds item effects to the fitted terms."""
+    head, effects = head_of(config), ITEM_EFFECTS_TERM in terms
+    prior = None
+    if effects or (head is not None and head.has_prior):
+        assert answer_model is not None
+        starts = {name: terms[name].start for name in crossed}
+        found = fit_weight_prior(
+            context, crossed, starts, answer_model, config.collaborative.linear, item_effects=effects
+        )
+        prior = found.weights
+        if effects:
+            crossed[ITEM_EFFECTS_TERM] = found.item_effects
+    return None if head is None else head.start(prior)
 
 
 def open_backbone(config: RunConfig) -> Backbone:

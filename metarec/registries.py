@@ -18,6 +18,7 @@ TERMS: Registry[Any] = Registry(
         "item mean": "metarec.scorers.collaborative.terms:ITEM_MEAN",
         "collaborative": "metarec.scorers.collaborative.terms:COLLABORATIVE",
         "prompt": "metarec.scorers.language.prompt_term:PROMPT",
+        "item effects": "metarec.scorers.language.weight_prior:ITEM_EFFECTS",
         "adapter": "metarec.scorers.language.score:ADAPTER",
     },
 )
@@ -34,6 +35,7 @@ ALGORITHMS: Registry[Any] = Registry(
         "reptile": "metarec.meta.algorithms:reptile",
         "ridge": "metarec.meta.heads:RIDGE",
         "prototypes": "metarec.meta.heads:PROTOTYPES",
+        "dkt": "metarec.meta.heads:DKT",
     },
 )
 

@@ -12,15 +12,23 @@ from metarec.data.episodes import Episode, items_in, training_batch
 from metarec.data.task_data import TaskData
 from metarec.data.training_users import episode_sizes, summary, users_by_shots
 from metarec.evaluate import validation_auc
-from metarec.fitting import Fitted, Prepared, adapted_model, closed_form_head, meta_scorer
+from metarec.fitting import Fitted, Prepared, adapted_model, head_of, meta_scorer
 from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
 from metarec.meta.algorithms import MetaGradient, closed_form
 from metarec.meta.distributed import ALONE, Ranks, mean_over_ranks
+from metarec.meta.heads import takes_steps
 from metarec.meta.inner_loop import Loss, MetaState
 from metarec.meta.outer_loop import Trained, train
 from metarec.registries import ALGORITHMS, LOSSES
-from metarec.scorers.language.score import Batch, collate, head_solver, query_loss, support_loss
+from metarec.scorers.language.score import (
+    Batch,
+    collate,
+    head_solver,
+    posterior_support_loss,
+    query_loss,
+    support_loss,
+)
 from metarec.threads import one_thread
 
 
@@ -120,11 +128,18 @@ def _meta_gradient(prepared: Prepared, config: RunConfig, meta: MetaState, batch
         query = _out_of_fold_batch(prepared, some, config, support=False)
         return query_loss(query, adapted, loss, sharpness=config.train.sharpness)
 
-    head = closed_form_head(config)
+    head = head_of(config)
     if head is not None and adapted is not None:
-        support = _out_of_fold_batch(prepared, batch, config, support=True)
+        support, query = _out_of_fold_batch(prepared, batch, config, support=True), outer(batch)
         solve = head_solver(support, adapted, head, user_bias_damping=damping)
-        return closed_form(meta, solve, outer(batch), len(batch))
+        if not takes_steps(config.meta.algorithm):
+            return closed_form(meta, solve, query, len(batch))
+        errors = posterior_support_loss(support, adapted, shrinkage=config.meta.shrinkage)
+        algorithm = ALGORITHMS.get(config.meta.algorithm)
+        from_posterior: MetaGradient = algorithm(
+            meta, errors, lambda state: query(solve(state)), len(batch), config.meta.inner_steps
+        )
+        return from_posterior
     steps = config.meta.inner_steps if meta.log_rate else 0
     if config.meta.engine == "learn2learn":
         losses = [(inner([episode]), outer([episode])) for episode in batch]

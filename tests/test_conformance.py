@@ -188,6 +188,7 @@ FITS: dict[str, Callable[[Given], Scorer]] = {
         name="metarec, adapted, with stack"
     ),
     "metarec, ridge head": lambda given: given.recommender(algorithm="ridge").scorer(name="metarec, ridge head"),
+    "metarec, posterior": lambda given: given.recommender(algorithm="dkt").scorer(name="metarec, posterior"),
 }
 
 # AUC at K = 10 where two opposite tastes hide behind items that all have the same mean: (least, most).
@@ -223,6 +224,7 @@ BANDS = {
     "stacked": (0.90, 1.0),
     "metarec, adapted, with stack": (0.90, 1.0),
     "metarec, ridge head": (0.75, 1.0),
+    "metarec, posterior": (0.85, 1.0),
 }
 IMPERSONAL = {
     "item mean",

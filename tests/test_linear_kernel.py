@@ -7,20 +7,20 @@ import pytest
 
 from metarec.scorers.collaborative import linear_kernel
 from metarec.scorers.collaborative.features import side_by_side, word_vectors
-from metarec.scorers.collaborative.linear_kernel import _Learned, _root, _Rows, _sweep
+from metarec.scorers.collaborative.linear_kernel import LearnedWeights, RatedRows, _root, _sweep
 from metarec.scorers.collaborative.residuals import Floats
 
 ITEMS, WIDTH, USERS = 30, 4, 25
 
 
-def made() -> tuple[_Rows, Floats, _Learned]:
+def made() -> tuple[RatedRows, Floats, LearnedWeights]:
     generator = np.random.default_rng(0)
     design = np.concatenate([generator.normal(size=(ITEMS, WIDTH)), np.ones((ITEMS, 1))], 1)
     rated = [generator.choice(ITEMS, generator.integers(1, 9), replace=False) for _ in range(USERS)]
     bounds = np.cumsum([0, *map(len, rated)])
-    rows = _Rows(bounds, np.concatenate(rated), generator.normal(size=bounds[-1]))
+    rows = RatedRows(bounds, np.concatenate(rated), generator.normal(size=bounds[-1]))
     covariance = np.eye(WIDTH + 1) * 0.3 + 0.05
-    return rows, design, _Learned(np.full(WIDTH + 1, 0.1), covariance, np.zeros(ITEMS), 0.6)
+    return rows, design, LearnedWeights(np.full(WIDTH + 1, 0.1), covariance, np.zeros(ITEMS), 0.6)
 
 
 @pytest.mark.parametrize("chunk", [7, 512])

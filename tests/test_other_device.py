@@ -254,7 +254,7 @@ def test_a_whole_model_answers_and_learns_as_on_the_processor(
     assert_same(found[1], found[0])
 
 
-GRADIENT_STEPS = [name for name in ALGORITHMS.names() if name not in ("maml", "ridge", "prototypes")]
+GRADIENT_STEPS = [name for name in ALGORITHMS.names() if name not in ("maml", "ridge", "prototypes", "dkt")]
 
 
 @pytest.mark.parametrize("algorithm", GRADIENT_STEPS)
@@ -300,6 +300,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "ordinal loss": {"train": {**SHORT, "loss": "ordinal"}},
     "ridge": {"meta": {**SETTINGS["meta"], "algorithm": "ridge"}},
     "prototypes": {"meta": {**SETTINGS["meta"], "algorithm": "prototypes"}},
+    "steps from the posterior": {"meta": {**SETTINGS["meta"], "start": "posterior", "inner_lr": 0.01}},
     "mixed, with a stack": {**WITH_STACK, "dtype": "mixed"},
 }
 

@@ -219,7 +219,7 @@ def test_near_the_start_an_adapters_effect_on_every_item_is_its_scores_own(
     np.testing.assert_allclose(effect, moved, atol=0.03 * np.abs(moved).max())
 
 
-@pytest.mark.parametrize("head", ["ridge", "prototypes"])
+@pytest.mark.parametrize("head", ["ridge", "prototypes", "dkt"])
 def test_the_effect_of_a_head_on_every_item_is_exact(
     model_dir: Callable[[str], Path], store: AdapterStore, head: str
 ) -> None:

@@ -7,12 +7,13 @@ that nobody rated, features are all there is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from metarec.data.interactions import Codes, Interactions, Values
+from metarec.data.interactions import Codes, Interactions, Ratings, Values
 from metarec.progress import progress
 from metarec.scorers.collaborative.gp import GaussianProcess
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
@@ -31,7 +32,40 @@ _CHUNK = 512
 
 
 @dataclass(frozen=True)
-class LinearPrior:
+class RatedRows:
+    """Ratings in the order of their users.
+
+    Args:
+        bounds: Where each user's ratings start, and where the last one's end, shape (users + 1,).
+        item: Item codes, shape (ratings,).
+        value: What the weights explain: standardized ratings, or what is left of them, shape (ratings,).
+    """
+
+    bounds: Codes
+    item: Codes
+    value: Floats
+
+
+@dataclass(frozen=True)
+class LearnedWeights:
+    """Mean and covariance of users' weights, items' means beyond their features, and the variance of a rating.
+
+    See `LinearPrior` for the fields.
+    """
+
+    weights: Floats
+    covariance: Floats
+    items: Floats
+    noise: float
+
+    @property
+    def root(self) -> Floats:
+        """A matrix whose product with its transpose is nearest the covariance, shape (width + 1, loadings)."""
+        return _root(self.covariance, _LOADINGS)
+
+
+@dataclass(frozen=True)
+class LinearPrior(LearnedWeights):
     """What meta-training users' weights on items' features are draws from, with what else explains a rating.
 
     Args:
@@ -45,15 +79,6 @@ class LinearPrior:
 
     baseline: ItemPrior
     rated: Codes
-    weights: Floats
-    covariance: Floats
-    items: Floats
-    noise: float
-
-    @property
-    def root(self) -> Floats:
-        """A matrix whose product with its transpose is nearest the covariance, shape (width + 1, loadings)."""
-        return _root(self.covariance, _LOADINGS)
 
 
 def with_bias(features: Floats) -> Values:
@@ -136,22 +161,49 @@ def fit_linear_prior(
     """
     baseline = fit_item_mean(interactions, users)
     design = with_bias(features)
-    kept = np.isin(interactions.user, users)
-    order = np.argsort(interactions.user[kept], kind="stable")
-    user = np.searchsorted(np.sort(users), interactions.user[kept][order])
-    rows = _Rows(
-        np.searchsorted(user, np.arange(len(users) + 1)),
-        interactions.item[kept][order],
-        baseline.standardize(interactions.rating[kept][order]).astype(np.float64),
+    rows = rated_rows(interactions, users, lambda ratings: baseline.standardize(ratings.values))
+    found = learn_weights(rows, design, name=name, sweeps=sweeps, damping=damping, item_damping=item_damping)
+    count = np.bincount(rows.item, minlength=len(design))
+    return LinearPrior(found.weights, found.covariance, found.items, found.noise, baseline, count)
+
+
+def rated_rows(interactions: Interactions, users: Codes, values: Callable[[Ratings], Values]) -> RatedRows:
+    """Returns some users' ratings.
+
+    Args:
+        interactions: The dataset.
+        users: The users.
+        values: What the weights explain of one user's ratings, of their shape.
+    """
+    ratings = [interactions.ratings(interactions.rows_of_user[user]) for user in users]
+    return RatedRows(
+        np.cumsum([0, *map(len, ratings)]),
+        np.concatenate([one.items for one in ratings]),
+        np.concatenate([values(one) for one in ratings]).astype(np.float64),
     )
+
+
+@one_thread()
+def learn_weights(
+    rows: RatedRows, design: Values, *, name: str, sweeps: int, damping: float, item_damping: float
+) -> LearnedWeights:
+    """Learns the mean and covariance of the weights that explain users' ratings; see `fit_linear_prior`.
+
+    Args:
+        rows: The users' ratings.
+        design: Each item's features and a last one that is 1, shape (items, width + 1).
+        name: See `fit_linear_prior`.
+        sweeps: See `fit_linear_prior`.
+        damping: See `fit_linear_prior`.
+        item_damping: See `fit_linear_prior`; infinity leaves items' own means at 0.
+    """
     width = design.shape[1]
-    found = _Learned(np.zeros(width), np.eye(width) * _FIRST_VARIANCE, np.zeros(len(design)), _FIRST_NOISE)
+    found = LearnedWeights(np.zeros(width), np.eye(width) * _FIRST_VARIANCE, np.zeros(len(design)), _FIRST_NOISE)
     with progress(f"fitting the {name}", sweeps, after=2.0) as advance:
         for sweep in range(sweeps):
             found = _sweep(rows, design, found, damping, item_damping)
             advance(sweep + 1)
-    count = np.bincount(rows.item, minlength=len(design))
-    return LinearPrior(baseline, count, found.weights, found.covariance, found.items, found.noise)
+    return found
 
 
 def _root(covariance: Floats, rank: int) -> Floats:
@@ -159,25 +211,6 @@ def _root(covariance: Floats, rank: int) -> Floats:
     values, vectors = np.linalg.eigh(covariance)
     root: Floats = vectors[:, ::-1][:, :rank] * np.sqrt(np.clip(values[::-1][:rank], 0.0, None))
     return root
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Ratings in the order of their users: where each user's start, item codes, standardized values."""
-
-    bounds: Codes
-    item: Codes
-    value: Floats
-
-
-@dataclass(frozen=True)
-class _Learned:
-    """Mean and covariance of users' weights, items' means beyond their features, and the variance of a rating."""
-
-    weights: Floats
-    covariance: Floats
-    items: Floats
-    noise: float
 
 
 @dataclass(frozen=True)
@@ -197,7 +230,9 @@ class _Posteriors:
     unsure: float
 
 
-def _sweep(rows: _Rows, design: Values, found: _Learned, damping: float, item_damping: float) -> _Learned:
+def _sweep(
+    rows: RatedRows, design: Values, found: LearnedWeights, damping: float, item_damping: float
+) -> LearnedWeights:
     """Returns the parameters after one round of expectation and maximization."""
     users = len(rows.bounds) - 1
     rest = rows.value - found.items[rows.item] - design[rows.item] @ found.weights
@@ -216,7 +251,7 @@ def _sweep(rows: _Rows, design: Values, found: _Learned, damping: float, item_da
     count = np.bincount(rows.item, minlength=len(design))
     items = np.bincount(rows.item, left, len(design)) / (count + item_damping)
     error = float(((left - items[rows.item]) ** 2).sum()) + sum(part.unsure for part in parts)
-    return _Learned(
+    return LearnedWeights(
         weights=found.weights + mean,
         covariance=(covariance + covariance.T) / 2,
         items=items,
@@ -224,7 +259,7 @@ def _sweep(rows: _Rows, design: Values, found: _Learned, damping: float, item_da
     )
 
 
-def _posteriors(rows: _Rows, design: Values, found: _Learned, rest: Floats, some: slice) -> _Posteriors:
+def _posteriors(rows: RatedRows, design: Values, found: LearnedWeights, rest: Floats, some: slice) -> _Posteriors:
     """Returns the posteriors of some users' weights, by systems as large as their numbers of ratings."""
     bounds = rows.bounds[some.start : some.stop + 1]
     rated = design[rows.item[bounds[0] : bounds[-1]]]

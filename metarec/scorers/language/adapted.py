@@ -12,13 +12,22 @@ from torch import Tensor
 from metarec.data.interactions import Ratings
 from metarec.lm.adapters import round_adapter
 from metarec.lm.answer_model import AnswerModel
-from metarec.meta.heads import ClosedFormHead
-from metarec.meta.inner_loop import Adapted, MetaState, adapt
-from metarec.registries import ALGORITHMS
+from metarec.meta.heads import ClosedFormHead, closed_form_head, takes_steps
+from metarec.meta.inner_loop import Adapted, Loss, MetaState, Start, adapt, per_user
 from metarec.scorer import Request, check_codes, items_of
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.language.linearized import Linearized
-from metarec.scorers.language.score import HEAD, Batch, head_solver, rated_batch, score_adapted, support_loss
+from metarec.scorers.language.score import (
+    HEAD,
+    Batch,
+    head_solver,
+    new_user_head,
+    posterior_support_loss,
+    rated_batch,
+    score_adapted,
+    support_loss,
+    with_head,
+)
 from metarec.scorers.term import Term
 from metarec.tensors import expand_users
 from metarec.threads import one_thread
@@ -38,6 +47,7 @@ class InnerLoop:
         algorithm: The meta-algorithm; one with a head in closed form fits it instead of taking steps, and with 0 steps
             does not adapt.
         storage: Type that adapters are rounded to before scoring.
+        start: Where gradient steps start; see `metarec.config.MetaConfig`.
     """
 
     steps: int
@@ -45,12 +55,17 @@ class InnerLoop:
     user_bias_damping: float
     algorithm: str = "fomaml"
     storage: torch.dtype = torch.float32
+    start: Start = "initialization"
 
     @property
     def head(self) -> ClosedFormHead | None:
-        """The head in closed form, None where users take gradient steps."""
-        found = ALGORITHMS.get(self.algorithm, from_file=True)
-        return found if isinstance(found, ClosedFormHead) else None
+        """The head in closed form, None where users have none."""
+        return closed_form_head(self.algorithm, self.start, from_file=True)
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether users take gradient steps."""
+        return self.steps > 0 and takes_steps(self.algorithm, from_file=True)
 
 
 @dataclass(frozen=True)
@@ -82,9 +97,10 @@ class MetaScorer:
         """Bytes of the adapted tensors as they are stored; 0 without adaptation."""
         if not self._adapts:
             return 0
-        if self.inner.head is not None:
-            return 0 if self.answer_model is None else self.answer_model.backbone.hidden_size * torch.float32.itemsize
-        return sum(
+        head = 0
+        if self.inner.head is not None and self.answer_model is not None:
+            head = self.answer_model.backbone.hidden_size * torch.float32.itemsize
+        return head + sum(
             self.meta.init[name].numel() * (self.inner.storage if name in self._stored else torch.float32).itemsize
             for name in self.meta.log_rate
         )
@@ -134,13 +150,14 @@ class MetaScorer:
             Every user's state.
         """
         batch = rated_batch(supports, self.terms, self.prior, self.answer_model, self.threshold, self.device)
-        head = self.inner.head
-        if head is not None and self._adapts and self.answer_model is not None:
-            adapted = self._solve(batch, head, self.answer_model)
-        else:
-            adapted = self._descend(batch, linearized)
+        adapted = self._descend(batch, linearized) if self._head is None else self._solve(batch, *self._head)
         stored = round_adapter(adapted.state, self._stored, self.inner.storage)
         return replace(adapted, state=stored)
+
+    @property
+    def _head(self) -> tuple[ClosedFormHead, AnswerModel] | None:
+        head = self.inner.head
+        return None if head is None or self.answer_model is None else (head, self.answer_model)
 
     def _descend(self, batch: Batch, linearized: Linearized | None) -> Adapted:
         inner = partial(
@@ -151,14 +168,28 @@ class MetaScorer:
             user_bias_damping=self.inner.user_bias_damping,
         )
         first = None if linearized is None else inner(linearized=linearized)
+        return self._steps(batch, inner(), first)
+
+    def _steps(self, batch: Batch, loss: Loss, first: Loss | None = None) -> Adapted:
         steps = self.inner.steps if batch.real.shape[1] and self.meta.log_rate else 0
         with one_thread(self.answer_model is None):
-            return adapt(self.meta, inner(), len(batch.real), steps, rate_scale=self.rate_scale, first=first)
+            return adapt(self.meta, loss, len(batch.real), steps, rate_scale=self.rate_scale, first=first)
 
     def _solve(self, batch: Batch, head: ClosedFormHead, answer_model: AnswerModel) -> Adapted:
+        """Fits heads in closed form, after gradient steps where users take some."""
         users = len(batch.real)
-        solve = head_solver(batch, answer_model, head, user_bias_damping=self.inner.user_bias_damping)
-        state = solve(expand_users(self.meta.init, users))
-        diverged = ~state[HEAD].isfinite().all(1)
-        fitted = torch.where(diverged[:, None], 0.0, state[HEAD])
-        return Adapted({**state, HEAD: fitted}, state[HEAD].new_zeros(0, users), diverged, ())
+        start = expand_users(self.meta.init, users)
+        fresh = new_user_head(start, answer_model, head)
+        unadapted = Adapted(with_head(start, fresh), fresh.new_zeros(0, users), fresh.new_zeros(users).bool(), ())
+        if not self._adapts:
+            return unadapted
+        moved = replace(unadapted, state=start)
+        if self.inner.takes_steps:
+            loss = posterior_support_loss(batch, answer_model, shrinkage=self.inner.shrinkage)
+            moved = self._steps(batch, loss)
+        state = head_solver(batch, answer_model, head, user_bias_damping=self.inner.user_bias_damping)(moved.state)
+        diverged = moved.diverged | ~state[HEAD].isfinite().all(1)
+        kept = {
+            name: torch.where(per_user(diverged, value), unadapted.state[name], value) for name, value in state.items()
+        }
+        return replace(moved, state=kept if diverged.any() else state, diverged=diverged)

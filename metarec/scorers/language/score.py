@@ -23,7 +23,7 @@ from metarec.data.interactions import Codes, Ratings, Values
 from metarec.lm.adapters import init_adapter
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.forward import ItemBatch
-from metarec.meta.heads import ClosedFormHead, Support
+from metarec.meta.heads import ClosedFormHead, Support, leave_one_out_errors
 from metarec.meta.inner_loop import Loss, MetaState, Solve, initial_meta_state
 from metarec.meta.losses import Labels, QueryLoss
 from metarec.scorers.collaborative.item_mean import ItemPrior
@@ -34,6 +34,8 @@ from metarec.tensors import AdapterState, pad_rows, to_device
 ADAPTER = ScoreTerm(None, needs_model=True)
 ADAPTER_WEIGHT = weight_name(ADAPTER_TERM)
 HEAD = "score.head"
+# Names of what all users' heads share begin so.
+HEAD_PARAMETER = "score.head."
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,8 @@ def initial_state(
     top_only: bool = False,
     steps_with_rates: int = 1,
     elementwise_rates: bool = False,
-    head: ClosedFormHead | None = None,
+    head: Mapping[str, Tensor] | None = None,
+    steps: bool = True,
     device: torch.device | str = "cpu",
 ) -> MetaState:
     """Returns the meta-parameters before training: a fresh adapter and the score's weights.
@@ -176,7 +179,8 @@ def initial_state(
         steps_with_rates: Learn inner rates for each of so many steps.
         elementwise_rates: Learn an inner rate for every number (Meta-SGD, Li et al. 2017, eq. 2; there a rate may be
             negative, here it is positive).
-        head: Fit users by this head in closed form instead of gradient steps.
+        head: Parameters of a head that is fitted in closed form, before training.
+        steps: Whether users take gradient steps.
         device: The tensors' device.
     """
     adapter: AdapterState = {}
@@ -188,10 +192,10 @@ def initial_state(
     weights = {
         weight_name(name): adapter_weight if name == ADAPTER_TERM else term.start for name, term in terms.items()
     }
-    weights |= {} if head is None else {f"score.{head.parameter}": head.start}
     fresh = adapter | {name: torch.tensor(value) for name, value in weights.items()}
+    fresh |= {f"{HEAD_PARAMETER}{name}": value for name, value in (head or {}).items()}
     init = {name: value.to(device) for name, value in fresh.items()}
-    if head is not None:
+    if not steps:
         return MetaState(init, {})
     adapted = [name for name in adapter if name.startswith(top) or not top_only]
     adapted += [weight_name(name) for name, term in terms.items() if term.adapted]
@@ -227,24 +231,47 @@ def _sum_with_adapter(state: Mapping[str, Tensor], batch: Batch, log_odds: Tenso
     return weighted_sum(state, {**batch.terms, ADAPTER_TERM: log_odds - batch.frozen})
 
 
+def head_parameters(state: Mapping[str, Tensor]) -> AdapterState:
+    """Returns the parameters of a closed-form head, by the names that the head gives them."""
+    return {
+        name.removeprefix(HEAD_PARAMETER): value for name, value in state.items() if name.startswith(HEAD_PARAMETER)
+    }
+
+
+def with_head(state: Mapping[str, Tensor], head: Tensor) -> AdapterState:
+    """Returns users' states with their heads, and without the parameters that all users' heads share."""
+    return {**{name: value for name, value in state.items() if not name.startswith(HEAD_PARAMETER)}, HEAD: head}
+
+
+def new_user_head(state: Mapping[str, Tensor], adapted: AnswerModel, head: ClosedFormHead) -> Tensor:
+    """Returns the heads of users without ratings, shape (users, features)."""
+    like = state[ADAPTER_WEIGHT]
+    return head.fit(Support.empty(len(like), adapted.backbone.hidden_size, like), head_parameters(state))
+
+
 def head_solver(batch: Batch, adapted: AnswerModel, head: ClosedFormHead, *, user_bias_damping: float) -> Solve:
-    """Returns a function that fits every user's head, given a state shared by all users.
+    """Returns a function that fits every user's head, given a state without heads.
 
     Args:
         batch: The support sets.
-        adapted: The language model; its features depend on the shared adapter, which the outer loop learns.
+        adapted: The language model; its features depend on the adapter in the state.
         head: Which head.
         user_bias_damping: See `support_loss`.
     """
 
     def solve(state: AdapterState) -> AdapterState:
-        scores, features = _score_and_features(state, batch, adapted)
-        assert features is not None
-        residual = _without_user_bias(batch.target - scores, batch.real, user_bias_damping)
-        support = Support(features, residual, batch.liked, batch.real)
-        return {**state, HEAD: head.fit(support, state[f"score.{head.parameter}"].exp())}
+        support = _support(state, batch, adapted, user_bias_damping)
+        return with_head(state, head.fit(support, head_parameters(state)))
 
     return solve
+
+
+def _support(state: AdapterState, batch: Batch, adapted: AnswerModel, user_bias_damping: float) -> Support:
+    scores, features = _score_and_features(state, batch, adapted)
+    assert features is not None
+    error = batch.target - scores
+    residual = _without_user_bias(error, batch.real, user_bias_damping)
+    return Support(features, error, residual, batch.liked, batch.real)
 
 
 def _without_user_bias(error: Tensor, real: Tensor, damping: float) -> Tensor:
@@ -284,6 +311,25 @@ def support_loss(
             scores = _sum_with_adapter(state, batch, linearized.log_odds(batch.items, state))
         error = _without_user_bias(batch.target - scores, batch.real, user_bias_damping)
         return error.square().sum(1) / (batch.real.sum(1) + shrinkage)
+
+    return loss
+
+
+def posterior_support_loss(batch: Batch, adapted: AnswerModel, *, shrinkage: float) -> Loss:
+    """Returns the squared error of each rating's prediction by the posterior given the user's other ratings.
+
+    The posterior knows the support, so that its errors on the support say little of what is to be learned from it.
+
+    Args:
+        batch: The support sets.
+        adapted: The language model.
+        shrinkage: See `support_loss`.
+    """
+
+    def loss(state: AdapterState) -> Tensor:
+        support = _support(state, batch, adapted, 1.0)
+        errors = leave_one_out_errors(support.features, support.error, support.real, head_parameters(state))
+        return errors.square().sum(1) / (batch.real.sum(1) + shrinkage)
 
     return loss
 

@@ -1,0 +1,241 @@
+"""The posterior of a learned prior: against linear algebra by hand, and a recommender that starts at the EM kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from made_losses import numeric_gradients
+from small_recommenders import SETTINGS, known_task
+from torch import Tensor
+
+from metarec.config import RunConfig, validated
+from metarec.data.task_data import TaskData
+from metarec.errors import ConfigError
+from metarec.fitting import Prepared, prepare
+from metarec.meta.algorithms import closed_form, maml
+from metarec.meta.heads import DKT, WeightPrior, leave_one_out_errors, posterior_head
+from metarec.meta.inner_loop import MetaState, initial_meta_state
+from metarec.recommender import MetaRecommender
+from metarec.scorer import Request
+from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
+from metarec.tensors import AdapterState, expand_users
+from metarec.training import _meta_gradient
+
+ModelDir = Callable[[str], Path]
+USERS, ITEMS, FEATURES = 3, 6, 4
+REAL = torch.arange(ITEMS) < torch.tensor([[6], [3], [0]])
+KERNEL: dict[str, Any] = {
+    **SETTINGS,
+    "score": ["item effects", "adapter"],
+    "collaborative": {"features": ["fields"], "members": "none"},
+    "meta": {"algorithm": "dkt"},
+    "train": {**SETTINGS["train"], "steps": 4, "validate_every": 4},
+}
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def made_tastes() -> tuple[Tensor, Tensor, AdapterState, WeightPrior]:
+    """Features, and ratings by weights that are draws of a prior; the prior as parameters with a user dimension."""
+    prior = WeightPrior(0.3 * drawn(FEATURES + 1, seed=1), drawn(FEATURES + 1, FEATURES + 1, seed=2), 0.4)
+    features = drawn(USERS, ITEMS, FEATURES)
+    weights = prior.mean + drawn(USERS, FEATURES + 1, seed=3) @ prior.root.T
+    values = (biased(features) @ weights.unsqueeze(-1)).squeeze(-1) + 0.4**0.5 * drawn(USERS, ITEMS, seed=4)
+    return features, values, expand_users(DKT.start(prior), USERS), prior
+
+
+def biased(features: Tensor) -> Tensor:
+    return torch.cat([features, torch.ones_like(features[..., :1])], -1)
+
+
+def test_the_posterior_is_bayesian_linear_regression_on_each_users_own_ratings() -> None:
+    features, values, parameters, prior = made_tastes()
+    found = posterior_head(features, values, REAL, parameters)
+    for user in range(USERS):
+        rated, rest = biased(features[user][REAL[user]]), values[user][REAL[user]]
+        precision = torch.linalg.inv(prior.root @ prior.root.T) + rated.T @ rated / prior.noise
+        away = torch.linalg.solve(precision, rated.T @ (rest - rated @ prior.mean) / prior.noise)
+        torch.testing.assert_close(found[user], (prior.mean + away)[:-1])
+    torch.testing.assert_close(found[2], prior.mean[:-1])  # who rated nothing is expected to be like the mean
+    assert (found[0] - found[2]).abs().max() > 0.1
+
+
+def test_leave_one_out_errors_are_those_of_posteriors_without_each_rating() -> None:
+    features, values, parameters, prior = made_tastes()
+    found = leave_one_out_errors(features, values, REAL, parameters)
+    assert not found[~REAL].any()
+    one = {name: value[:1] for name, value in parameters.items()}
+    for left_out in range(ITEMS):
+        others = torch.arange(ITEMS) != left_out
+        rated, rest = biased(features[0][others]), values[0][others] - biased(features[0][others]) @ prior.mean
+        covariance = rated @ prior.root @ prior.root.T @ rated.T + prior.noise * torch.eye(ITEMS - 1)
+        weights = prior.mean + prior.root @ prior.root.T @ rated.T @ torch.linalg.solve(covariance, rest)
+        expected = values[0, left_out] - biased(features[0, left_out]) @ weights
+        torch.testing.assert_close(found[0, left_out], expected)
+        head = posterior_head(features[:1], values[:1], others[None], one)
+        torch.testing.assert_close(head[0], weights[:-1])
+
+
+@pytest.mark.parametrize("steps", [None, 0, 2])
+def test_meta_gradients_through_the_posterior_match_finite_differences(steps: int | None) -> None:
+    """In closed form, and by second-order MAML whose steps change the features that the posterior is fitted on."""
+
+    features, values, parameters, _ = made_tastes()
+    queries = features.flip(1) + 0.3
+    init = {**{name: value[0] for name, value in parameters.items()}, "m": torch.eye(FEATURES, dtype=torch.float64)}
+    meta = MetaState(init, {}) if steps is None else initial_meta_state(init, ["m"], 0.02)
+
+    def solve(state: AdapterState) -> AdapterState:
+        shaped = features @ state["m"]
+        return {**state, "head": posterior_head(shaped, values, REAL, state)}
+
+    def errors(state: AdapterState) -> Tensor:
+        return leave_one_out_errors(features @ state["m"], values, REAL, state).square().sum(1)
+
+    def query(state: AdapterState) -> Tensor:
+        predicted = (queries @ state["m"] @ solve(state)["head"].unsqueeze(-1)).squeeze(-1)
+        return (predicted - values.flip(1)).square().mean(1)
+
+    def outer(moved: MetaState) -> Tensor:
+        state = expand_users(moved.init, USERS)
+        for step in range(steps or 0):
+            with torch.enable_grad():
+                leaf = state["m"].detach().clone().requires_grad_()
+                slope = torch.autograd.grad(errors({**state, "m": leaf}).sum(), leaf)[0]
+            state = {**state, "m": state["m"] - moved.rate("m", step) * slope}
+        return query(state).mean()
+
+    found = (
+        closed_form(meta, lambda state: state, query, USERS)
+        if steps is None
+        else maml(meta, errors, query, USERS, steps)
+    )
+    for name, gradient in numeric_gradients(meta, outer, meta.tensors()).items():
+        torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-4, atol=1e-5)
+    assert found.gradients["init/root"].abs().max() > 1e-3
+
+
+def configured(**changed: Any) -> RunConfig:
+    return validated(RunConfig, {**KERNEL, **changed}, "test")
+
+
+def prepared(path: Path, data: TaskData, **changed: Any) -> Prepared:
+    config = configured(**changed)
+    return prepare(data, config, MetaRecommender.from_pretrained(path, config).backbone)
+
+
+def requests(data: TaskData, count: int) -> list[Request]:
+    episodes = data.evaluated("test")[0]
+    return [Request(one.user, one.support.head(count), one.query.items) for one in episodes]
+
+
+@pytest.mark.parametrize("ratings", [0, 5, 10])
+def test_before_training_the_posterior_scores_like_the_kernel_fitted_by_expectation_maximization(
+    ratings: int, model_dir: ModelDir
+) -> None:
+    """But for a constant of each user, which orders nothing."""
+    data = known_task()
+    recommender = MetaRecommender.from_pretrained(model_dir("llama"), configured()).prepare(data)
+    model = recommender.fitted.answer_model
+    assert model is not None
+    features = model.features(model.states).numpy().astype(np.float64)
+    kernel = fit_linear_kernel(data.interactions, data.parts["train"], features, name="x")
+    asked = requests(data, ratings)
+    personal = []
+    for found, expected in zip(recommender.scorer().score(asked), kernel.score(asked), strict=True):
+        torch.testing.assert_close(found - found.mean(), expected.float() - expected.float().mean(), atol=2e-3, rtol=0)
+        personal.append(float((found - found.mean()).std()))
+    assert min(personal) > (0.1 if ratings else 0.01)
+
+
+def test_a_user_without_ratings_and_one_who_is_not_adapted_have_the_priors_mean(model_dir: ModelDir) -> None:
+    data = known_task()
+    recommender = MetaRecommender.from_pretrained(model_dir("llama"), configured()).fit(data)
+    rated, nothing = (
+        requests(data, 10)[:2],
+        [replace(one, support=one.support.head(0)) for one in requests(data, 10)[:2]],
+    )
+    unadapted = recommender.scorer(steps=0).score(rated)
+    for found, expected in zip(recommender.scorer().score(nothing), unadapted, strict=True):
+        torch.testing.assert_close(found, expected)
+    adapted = recommender.scorer().score(rated)
+    assert min(float((found - expected).abs().max()) for found, expected in zip(adapted, unadapted, strict=True)) > 0.1
+
+
+def test_a_user_holds_their_head_and_not_the_prior_that_all_share(model_dir: ModelDir, tmp_path: Path) -> None:
+    recommender = MetaRecommender.from_pretrained(model_dir("llama"), configured()).fit(known_task())
+    user = recommender.adapt([("m1", 5.0), ("m2", 1.0)])
+    assert not any(name.startswith("score.head.") for name in user.state)
+    user.save(tmp_path / "user")
+    assert (tmp_path / "user" / "score.safetensors").stat().st_size < 1000  # the prior's root alone would take more
+    assert recommender.load_user(tmp_path / "user").score(["m7", "m8"]) == user.score(["m7", "m8"])
+
+
+def test_no_step_from_the_posterior_is_the_posterior(model_dir: ModelDir) -> None:
+    data = known_task()
+    found = []
+    for meta in ({"algorithm": "dkt"}, {"algorithm": "fomaml", "start": "posterior", "inner_steps": 0}):
+        ready = prepared(model_dir("llama"), data, meta=meta)
+        batch = list(data.evaluated("validation")[0][:4])
+        crossed = {name: replace(one, folds=(), fold={}) for name, one in ready.crossed.items()}
+        gradient = _meta_gradient(replace(ready, crossed=crossed), configured(meta=meta), ready.fitted.meta, batch)
+        found.append(gradient)
+    learned = ["score.head.mean", "score.head.root", "score.head.log_noise", "model.layers.2.self_attn.q_proj.lora_B"]
+    assert all(found[0].gradients[f"init/{name}"].abs().max() > 1e-5 for name in learned)
+    for name, value in found[0].gradients.items():
+        torch.testing.assert_close(found[1].gradients[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_steps_from_the_posterior_lower_its_leave_one_out_error(model_dir: ModelDir) -> None:
+    meta = {"algorithm": "fomaml", "start": "posterior", "inner_steps": 8, "inner_lr": 0.02}
+    recommender = MetaRecommender.from_pretrained(model_dir("llama"), configured(meta=meta)).prepare(known_task())
+    scorer = recommender.scorer()
+    supports = [one.support for one in requests(known_task(), 10)[:3]]
+    adapted = scorer.adapt(supports)
+    assert (adapted.losses[-1] < adapted.losses[0]).all()
+    assert not adapted.diverged.any()
+    posterior = recommender.scorer(rate_scale=0).bytes_per_user
+    assert scorer.bytes_per_user > posterior == 0
+    head = MetaRecommender.from_pretrained(model_dir("llama"), configured()).prepare(known_task()).scorer()
+    assert scorer.bytes_per_user > head.bytes_per_user == 64
+
+
+def test_a_folds_item_effects_know_nothing_of_its_own_users(model_dir: ModelDir) -> None:
+    data = known_task()
+    user = data.parts["train"][0]
+    rows = data.interactions.rows_of_user[user]
+    rating = data.interactions.rating.copy()
+    rating[rows] = rating[rows][::-1]  # the same ratings, so that standardizing them changes nothing
+    other = replace(data, interactions=replace(data.interactions, rating=rating))
+    name = data.interactions.users[user]
+    one, two = (prepared(model_dir("llama"), some).crossed["item effects"] for some in (data, other))
+    items = [np.arange(40)]
+    empty = [data.evaluated("test")[0][0].support.head(0)]
+    np.testing.assert_allclose(
+        one.without(name).values(empty, items)[0], two.without(name).values(empty, items)[0], atol=1e-5
+    )
+    assert np.abs(one.term.values(empty, items)[0] - two.term.values(empty, items)[0]).max() > 1e-4
+
+
+def test_the_prior_explains_what_other_terms_leave(model_dir: ModelDir) -> None:
+    """With an item mean in the score there is less left, and nothing of items of their own."""
+    alone = prepared(model_dir("llama"), known_task()).fitted.meta.init
+    beside = prepared(model_dir("llama"), known_task(), score=["item mean", "prompt", "adapter"]).fitted.meta.init
+    assert not torch.equal(alone["score.head.mean"], beside["score.head.mean"])
+    assert "score.item effects" not in beside
+
+
+def test_a_posterior_without_an_adapter_to_read_is_refused(model_dir: ModelDir) -> None:
+    config = configured(score=["item mean"], meta={"start": "posterior"})
+    with pytest.raises(ConfigError, match="start 'posterior' reads"):
+        MetaRecommender.from_pretrained(model_dir("llama"), config).fit(known_task())
+    with pytest.raises(ConfigError, match="learn2learn"):
+        configured(meta={"engine": "learn2learn", "start": "posterior"})
