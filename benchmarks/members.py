@@ -20,8 +20,8 @@ from metarec.bench.context import MethodContext
 from metarec.config import CollaborativeConfig
 from metarec.data.task_data import load_task_data
 from metarec.data.task_files import load_task
-from metarec.evaluate import BASELINE, evaluate
-from metarec.metrics import bootstrap_interval
+from metarec.evaluate import evaluate
+from metarec.metrics import BASELINE, bootstrap_interval
 from metarec.progress import progress
 from metarec.scorers.collaborative.gp import fit_process
 from metarec.scorers.collaborative.stack import fit_stack

@@ -29,7 +29,8 @@ from metarec.bench.methods import METHODS, MethodContext
 from metarec.data.task import PromptConfig
 from metarec.data.task_data import load_task_data
 from metarec.data.task_files import load_task
-from metarec.evaluate import BASELINE, evaluate
+from metarec.evaluate import evaluate
+from metarec.metrics import BASELINE
 from metarec.progress import progress
 from metarec.scorer import Scorer
 

@@ -34,9 +34,6 @@ from metarec.metrics import (
 from metarec.report import Report
 from metarec.scorer import OwnLikeShare, Scorer, request
 
-# The row that gains are measured from, in every table.
-BASELINE = "item mean"
-
 
 def evaluate(
     scorers: Sequence[Scorer],

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 from metarec.errors import EvaluationError, suggest
 
+# The row that gains are measured from, in every table.
+BASELINE = "item mean"
+
 
 def check_scores(scores: NDArray[np.floating], where: str) -> None:
     """Refuses scores that cannot be ranked.

@@ -29,7 +29,7 @@ from metarec.data.task_data import IN_MEMORY, TaskData
 from metarec.data.training_users import refuse_small_data
 from metarec.devices import check_device
 from metarec.errors import ArtifactError, ConfigError
-from metarec.evaluate import BASELINE, beside_pooled, evaluate
+from metarec.evaluate import beside_pooled, evaluate
 from metarec.fitting import (
     Fitted,
     Prepared,
@@ -48,6 +48,7 @@ from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
 from metarec.meta.distributed import ALONE, Ranks
 from metarec.meta.outer_loop import check_checkpoint, clear_checkpoint, refuse_overwriting
+from metarec.metrics import BASELINE
 from metarec.notebook import facts_table
 from metarec.recommender_files import digest_of, read_recommender, read_user, write_recommender
 from metarec.report import Report

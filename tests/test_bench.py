@@ -35,7 +35,7 @@ from metarec.bench.summary import Summary, crossing, holm
 from metarec.bench.webpage import render
 from metarec.data.interactions import Ratings
 from metarec.errors import ArtifactError, ConfigError, EvaluationError
-from metarec.evaluate import BASELINE
+from metarec.metrics import BASELINE
 from metarec.scorers.collaborative.trivial import ItemMean
 
 
@@ -672,11 +672,11 @@ def test_a_methods_own_options_come_before_settings(task: str) -> None:
 
 
 def test_a_context_opens_the_models_that_the_settings_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    from metarec.bench import context as module
-
     asked: list[object] = []
-    monkeypatch.setattr(module, "open_backbone", asked.append)
-    monkeypatch.setattr(module, "text_vectors", lambda _, text, encoder: asked.append(encoder))
+    monkeypatch.setattr("metarec.fitting.open_backbone", asked.append)
+    monkeypatch.setattr(
+        "metarec.scorers.language.item_vectors.text_vectors", lambda _, text, encoder: asked.append(encoder)
+    )
     data = SimpleNamespace(seed=2, interactions=SimpleNamespace(catalog=None), task=SimpleNamespace(item_text=None))
     settings = {"backbone": "x", "device": "cuda", "dtype": "bfloat16"}
     encoder = {"collaborative.encoder": "y"}

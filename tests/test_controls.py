@@ -17,7 +17,7 @@ from metarec.data.interactions import Catalog, Interactions, Ratings, RatingScal
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.errors import ConfigError
-from metarec.evaluate import BASELINE
+from metarec.metrics import BASELINE
 from metarec.scorer import request
 from metarec.scorers.collaborative.features import word_vectors
 from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel

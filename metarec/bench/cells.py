@@ -20,7 +20,7 @@ import numpy as np
 
 from metarec.artifacts import SCHEMA_VERSION, content_hash, dump_json, load_json, parse_json, replace_dir, verify_dir
 from metarec.bench.methods import METHODS, MethodContext, MethodRow
-from metarec.bench.plan import Cell, Plan, cells
+from metarec.bench.plan import Cell, Plan, cells, check_names
 from metarec.bench.results import CELL_FACTS, CELL_TABLES
 from metarec.data.episodes import Episode
 from metarec.data.task_data import TaskData, load_dataset, load_task_data
@@ -28,8 +28,8 @@ from metarec.data.task_files import load_task
 from metarec.devices import check_device
 from metarec.doctor import environment
 from metarec.errors import ArtifactError, ConfigError, EvaluationError, MetarecError
-from metarec.evaluate import BASELINE, beside_pooled, evaluate
-from metarec.metrics import ERRORS
+from metarec.evaluate import beside_pooled, evaluate
+from metarec.metrics import BASELINE, ERRORS
 from metarec.progress import QUIET, progress
 from metarec.scorer import Request, request
 
@@ -53,8 +53,7 @@ def run(plan: Plan, out: Path, *, jobs: int = 1, fresh: bool = False) -> None:
     """
     _data.cache_clear()  # files may have changed since
     wanted = cells(plan)
-    for task in {cell.task for cell in wanted}:
-        load_task(task)  # so that a task that cannot be read ends it here, and not every cell
+    check_names(wanted)  # so that a task that cannot be read ends it here, and not every cell
     missing_cells = wanted if fresh else missing(wanted, out)
     for device in {cell.changed["device"] for cell in missing_cells if "device" in cell.changed}:
         check_device(device)

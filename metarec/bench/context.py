@@ -1,4 +1,7 @@
-"""What a method of a benchmark is: `Method` has a name in `METHODS`, takes a `MethodContext`, returns `MethodRow`s."""
+"""What a method of a benchmark is: `Method` has a name in `METHODS`, takes a `MethodContext`, returns `MethodRow`s.
+
+Methods are listed, and their names checked, before anything is fitted: what fits them is imported where it is called.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from metarec.bench.settings import run_config
-from metarec.config import RunConfig
-from metarec.data.episodes import Episode
-from metarec.data.interactions import Codes, Interactions
-from metarec.data.task_data import TaskData
-from metarec.fitting import catalog_answer_model, open_backbone
-from metarec.lm.answer_model import AnswerModel
-from metarec.lm.backbone import Backbone
-from metarec.scorer import Request, Scorer
-from metarec.scorers.collaborative.features import Features, item_features, unrated_features
-from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
-from metarec.scorers.collaborative.residuals import Floats
-from metarec.scorers.language.in_context import History
-from metarec.scorers.language.item_vectors import text_vectors
+
+if TYPE_CHECKING:
+    from metarec.config import RunConfig
+    from metarec.data.episodes import Episode
+    from metarec.data.interactions import Codes, Interactions
+    from metarec.data.task_data import TaskData
+    from metarec.lm.answer_model import AnswerModel
+    from metarec.lm.backbone import Backbone
+    from metarec.scorer import Request, Scorer
+    from metarec.scorers.collaborative.features import Features
+    from metarec.scorers.collaborative.item_mean import ItemPrior
+    from metarec.scorers.collaborative.residuals import Floats
+    from metarec.scorers.language.in_context import History
 
 _COMPONENTS = 48
 # What methods read of the settings, for `Method.settings`.
@@ -69,6 +70,8 @@ class MethodContext:
     @cached_property
     def users(self) -> Codes:
         """The meta-training users."""
+        import numpy as np
+
         users = self.data.parts["train"]
         if self.train_users is None:
             return users
@@ -92,6 +95,8 @@ class MethodContext:
     @cached_property
     def mean(self) -> ItemPrior:
         """Shrunk item means."""
+        from metarec.scorers.collaborative.item_mean import fit_item_mean
+
         return fit_item_mean(self.interactions, self.users)
 
     @cached_property
@@ -102,18 +107,24 @@ class MethodContext:
     @cached_property
     def vectors(self) -> Floats:
         """The sentence encoder's vector of every item's text, shape (items, features)."""
+        from metarec.scorers.language.item_vectors import text_vectors
+
         catalog, text = self.interactions.catalog, self.data.task.item_text
         return text_vectors(catalog, text, self.config.collaborative.encoder)
 
     @cached_property
     def fields(self) -> dict[str, Floats]:
         """Features of items from the catalog's fields, block by block."""
+        from metarec.scorers.collaborative.features import item_features
+
         catalog = self.interactions.catalog
         return item_features(catalog, self.data.task.read_fields(catalog).read)
 
     @cached_property
     def known(self) -> Features:
         """Features of items beside ratings: text by the sentence encoder, and the fields."""
+        from metarec.scorers.collaborative.features import Features, unrated_features
+
         read = {"text": self.vectors}
         if self.data.task.split.asks_unrated:
             return unrated_features(read, self.fields)
@@ -122,6 +133,8 @@ class MethodContext:
     @cached_property
     def features(self) -> Floats:
         """Text's principal components and the fields side by side, each block of mean length one."""
+        import numpy as np
+
         left, values, _ = np.linalg.svd(self.vectors - self.vectors.mean(0), full_matrices=False)
         blocks = {"text": left[:, :_COMPONENTS] * values[:_COMPONENTS], **self.fields}
         return np.concatenate([block / np.sqrt((block**2).sum(1).mean()) for block in blocks.values()], 1)
@@ -129,16 +142,22 @@ class MethodContext:
     @cached_property
     def backbone(self) -> Backbone:
         """The language model that the settings name, frozen."""
+        from metarec.fitting import open_backbone
+
         return open_backbone(self.config)
 
     @cached_property
     def answer_model(self) -> AnswerModel:
         """The language model over the task's prompts, frozen."""
+        from metarec.fitting import catalog_answer_model
+
         template, catalog = self.data.task.template, self.interactions.catalog
         return catalog_answer_model(self.backbone, self.config, template, catalog)
 
     def history(self, limit: int) -> History:
         """Returns how a prompt lists a user's ratings, `limit` at most."""
+        from metarec.scorers.language.in_context import History
+
         return History(self.data.task.template, self.interactions.catalog, self.threshold, limit, self.seed)
 
     @cached_property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -15,10 +15,14 @@ from metarec.artifacts import content_hash, dump_json, parse_json
 from metarec.bench.methods import METHODS
 from metarec.bench.settings import canonical, label
 from metarec.config import Section, flattened, read_yaml, validated
+from metarec.data.task_files import load_task
 from metarec.errors import ConfigError
-from metarec.evaluate import BASELINE
+from metarec.lm.hub import check_backbone
+from metarec.metrics import BASELINE
 
 _SLUG_LENGTH = 40
+# Settings that name a model.
+_MODELS = ("backbone", "collaborative.encoder")
 _SETTINGS = "settings of runs by dotted key, such as backbone or train.steps, for the methods that read them"
 
 
@@ -150,6 +154,23 @@ def cells(plan: Plan) -> list[Cell]:
         )
     _check_folders(list(found))
     return list(found)
+
+
+def check_names(wanted: Iterable[Cell]) -> None:
+    """Looks for the tasks and models that cells name; imports no torch, so that a wrong name is said at once.
+
+    A method from outside metarec may mean something else by a model's name: its models are not looked for.
+
+    Raises:
+        ConfigError: A task does not exist, or cannot be read.
+        BackboneError: A model does not exist.
+    """
+    wanted = list(wanted)
+    for task in {cell.task for cell in wanted}:
+        load_task(task)
+    for key in _MODELS:
+        for name in {cell.changed[key] for cell in wanted if key in cell.changed and METHODS.is_own(cell.method)}:
+            check_backbone(name)
 
 
 def _one_line(value: Any) -> str:

@@ -54,10 +54,8 @@ def bench(
     Settings (--backbone, --device, --set) reach the methods that read them, above those of a plan. Rows measured with
     other settings than the defaults have them behind their name.
     """
-    from metarec.bench import cells as engine
     from metarec.bench.plan import cells as cells_of
-    from metarec.bench.plan import with_settings
-    from metarec.bench.results import read_cells
+    from metarec.bench.plan import check_names, with_settings
     from metarec.config import override
 
     if methods:
@@ -67,6 +65,11 @@ def bench(
     given |= {key: value for key, value in {"backbone": backbone, "device": device}.items() if value is not None}
     chosen = with_settings(_plan(plan, task, method, seeds, users), given)
     cells = cells_of(chosen)
+    if not dry_run:
+        check_names(cells)
+    from metarec.bench import cells as engine
+    from metarec.bench.results import read_cells
+
     if dry_run:
         _list_cells(cells, engine.missing(cells, out), json)
         return

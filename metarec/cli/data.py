@@ -76,6 +76,10 @@ def check(
     json: JsonOption = False,
 ) -> None:
     """Say what is wrong with a dataset, with rows and cures; of a task also whether its split leaks."""
+    if backbone is not None:
+        from metarec.lm.hub import check_backbone
+
+        check_backbone(backbone)
     from metarec.data import checks, repairs
     from metarec.data.checks import verdict
     from metarec.data.checks.findings import read_for_checks

@@ -28,7 +28,7 @@ from metarec.cli.options import (
 )
 from metarec.cli.run_dirs import run_dir
 from metarec.cli.runs import evaluate_run
-from metarec.cli.training import run_settings, train_run
+from metarec.cli.training import check_names, run_settings, train_run
 
 if TYPE_CHECKING:
     from metarec.config import RunConfig
@@ -55,6 +55,7 @@ def quickstart(
     run = run_dir(runs, name)
     named = {"task": task, "backbone": backbone, "device": device, "seed": seed}
     settings = run_settings(config, preset or "quick", named, overrides, engine)
+    check_names(settings)
     from metarec.devices import check_device
 
     check_device(settings.device)

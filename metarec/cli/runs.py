@@ -53,7 +53,10 @@ app.add_typer(model_app, name="model")
 def doctor(backbone: BackboneOption = None, json: JsonOption = False) -> None:
     """Say what this machine has and lacks, and how it runs a backbone; status 1 if something needed is missing."""
     from metarec.doctor import Diagnosis, examine
+    from metarec.lm.hub import check_backbone
 
+    if backbone is not None:
+        check_backbone(backbone)
     findings = examine()
     if backbone is not None:
         from metarec.lm.backbone import load_backbone
@@ -77,6 +80,9 @@ def model_prepare(
     json: JsonOption = False,
 ) -> None:
     """Unpack an embedded model into the cache and check that any model loads. Other commands do this by themselves."""
+    from metarec.lm.hub import check_backbone
+
+    check_backbone(name)
     from metarec.lm.backbone import load_backbone
 
     backbone = load_backbone(name)

@@ -94,6 +94,10 @@ def validate(
     from metarec.data.task_files import load_group, load_task, task_names
     from metarec.progress import progress
 
+    if backbone is not None:
+        from metarec.lm.hub import check_backbone
+
+        check_backbone(backbone)
     own = include_path or []
     chosen = [task for name in names for task in load_group(name, own)] if names else task_names(own)
     found: list[dict[str, Any]] = []

@@ -38,15 +38,32 @@ def run_settings(
 @contextmanager
 def processes(settings: RunConfig) -> Iterator[Ranks]:
     """Yields the processes that torchrun started, see `metarec.meta.distributed.launched`, once the task is known."""
-    _chosen_task(settings)
+    check_names(settings)
     from metarec.meta.distributed import launched
 
     with launched(settings.device) as ranks:
         yield ranks
 
 
+def check_names(settings: RunConfig) -> None:
+    """Looks for the task and the models that some settings name before torch is imported: a wrong one is said at once.
+
+    Raises:
+        ConfigError: There is no such task.
+        BackboneError: There is no such model.
+    """
+    from metarec.lm.hub import check_backbone
+
+    _chosen_task(settings)
+    features = settings.collaborative.features or ("text",)
+    if {"prompt", "adapter"} & set(settings.score) or "lm" in features:
+        check_backbone(settings.backbone)
+    if {"text", "tuned text"} & set(features):
+        check_backbone(settings.collaborative.encoder)
+
+
 def _chosen_task(settings: RunConfig) -> str | Task:
-    """Returns the task of some settings, or the table, before torch is imported: a wrong name is said at once."""
+    """Returns the task of some settings, or the table."""
     from metarec.data.source_options import is_table
     from metarec.data.task_files import load_task
 

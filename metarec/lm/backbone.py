@@ -20,14 +20,15 @@ from torch import Tensor
 
 from metarec.devices import check_device
 from metarec.errors import BackboneError, MetarecError
-from metarec.lm.embedded import MINILM as MINILM
-from metarec.lm.embedded import SMOLLM2 as SMOLLM2
-from metarec.lm.embedded import minilm_dir, smollm2_gguf, unpack_smollm2, unpacked_smollm2
+from metarec.lm.embedded import unpack_smollm2, unpacked_smollm2
 from metarec.lm.families import BlockModel, TakenApart, take_apart
 from metarec.lm.fingerprint import weights_fingerprint
-from metarec.lm.hub import find_on_hub, known_names
+from metarec.lm.hub import find_on_hub
 from metarec.lm.logits import LogitRule, logit_rule, row_products
 from metarec.lm.model_files import check_model_dir, refuse_missing_weights
+from metarec.lm.names import MINILM as MINILM
+from metarec.lm.names import SMOLLM2 as SMOLLM2
+from metarec.lm.names import minilm_dir, missing_model_cure, named_dir, smollm2_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -307,7 +308,7 @@ def load_backbone(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.
         if "trust_remote_code" in str(error):
             raise _remote_code_error(name) from None
         raise BackboneError(
-            f"the model '{name}' cannot be loaded: {_first_line(error)}", _missing_model_cure(name)
+            f"the model '{name}' cannot be loaded: {_first_line(error)}", missing_model_cure(name)
         ) from None
     model.requires_grad_(False).eval().to(device)
     return Backbone(name, kind, weights_fingerprint(location, config), location, model, tokenizer)
@@ -326,17 +327,11 @@ def prepare_backbone(name: str) -> str:
         return str(unpacked_smollm2(gguf) or unpack_smollm2(gguf, _transformers()))
     if name == MINILM:
         return str(minilm_dir())
-    path = Path(name)
-    if path.is_dir():
-        check_model_dir(path)
-        return str(path.resolve())
-    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise BackboneError(f"the model directory '{name}' does not exist", _missing_model_cure(name))
-    return name
-
-
-def _missing_model_cure(name: str) -> str:
-    return f"A directory or a Hugging Face name with safetensors weights works. {known_names(name)}"
+    path = named_dir(name)
+    if path is None:
+        return name
+    check_model_dir(path)
+    return str(path)
 
 
 def _transformers() -> Any:

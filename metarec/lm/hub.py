@@ -1,21 +1,33 @@
-"""Looks at a model of the Hugging Face hub before any loader does: in the hub's cache, else with one short request."""
+"""Looks for a model before any loader does; one of the Hugging Face hub in the hub's cache, else with a short request.
+
+Imports neither torch nor transformers, so that a wrong name is said before either is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from metarec.errors import BackboneError, suggest
-from metarec.lm.embedded import MINILM, SMOLLM2
+from metarec.errors import BackboneError
 from metarec.lm.model_files import check_model_dir, missing_shards, refuse_pickles
+from metarec.lm.names import MINILM, SMOLLM2, known_names, minilm_dir, named_dir, smollm2_gguf
 
 # Seconds for the one request; retries inside the loaders take half a minute to say that there is no network.
 _TIMEOUT = 5.0
 
 
-def known_names(name: str) -> str:
-    """Returns a sentence about the models that are installed, the one with a name like `name` first."""
-    return suggest(name, (SMOLLM2, MINILM))
+def check_backbone(name: str) -> None:
+    """Looks for a model by name, without opening it: in its wheel, as a directory, or on the hub.
+
+    Raises:
+        BackboneError: Nothing is called so, or the hub's model cannot be used, see `find_on_hub`.
+    """
+    if name == SMOLLM2:
+        smollm2_gguf()
+    elif name == MINILM:
+        minilm_dir()
+    elif named_dir(name) is None:
+        find_on_hub(name)
 
 
 def find_on_hub(name: str) -> bool:

@@ -70,6 +70,10 @@ class Methods(Registry[Method]):
             return None
         return name.removesuffix(PERMUTED)
 
+    def is_own(self, name: str) -> bool:
+        """Says whether a method is metarec's own."""
+        return (self._permuted_of(name) or name) in self._builtin
+
     def groups(self) -> dict[str, list[str]]:
         """Returns the names of every group's methods, by group."""
         members: dict[str, list[str]] = {}

@@ -5,38 +5,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
-
-import numpy as np
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from metarec.bench.context import ENCODER, NO_SETTINGS, Method, MethodContext, MethodRow, one_row
-from metarec.data.episodes import seeded
-from metarec.data.interactions import Catalog, Interactions
-from metarec.data.task_data import TaskData
-from metarec.scorer import Request, Scorer
-from metarec.scorers.collaborative.features import side_by_side, word_vectors
-from metarec.scorers.collaborative.gp import GaussianProcess
-from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
-from metarec.scorers.language.encoder_tuning import tuned_text_vectors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from metarec.data.interactions import Catalog, Interactions
+    from metarec.data.task_data import TaskData
+    from metarec.scorer import Request, Scorer
+    from metarec.scorers.collaborative.gp import GaussianProcess
 
 # A method's name with this behind it is the method on a catalog whose texts were permuted.
 PERMUTED = ", titles permuted"
 
 
 def _words_kernel(context: MethodContext, **options: Any) -> GaussianProcess:
+    from metarec.scorers.collaborative.features import word_vectors
+    from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
+
     catalog, text = context.interactions.catalog, context.data.task.item_text
     vectors = word_vectors([text.render(catalog, code) for code in range(len(catalog))])
     return fit_linear_kernel(context.interactions, context.users, vectors, name="TF-IDF kernel", **options)
 
 
 def _fields_kernel(context: MethodContext, **options: Any) -> GaussianProcess:
+    import numpy as np
+
+    from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
+
     blocks = [np.zeros((len(context.interactions.catalog), 0)), *context.fields.values()]
     vectors = np.concatenate(blocks, 1)
     return fit_linear_kernel(context.interactions, context.users, vectors, name="fields kernel", **options)
 
 
 def _text_kernel(context: MethodContext, *, tuned: bool = False, **options: Any) -> GaussianProcess:
+    from metarec.scorers.collaborative.features import side_by_side, word_vectors
+    from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
+    from metarec.scorers.language.encoder_tuning import tuned_text_vectors
+
     catalog, text, settings = context.interactions.catalog, context.data.task.item_text, context.config.collaborative
     blocks = [word_vectors([text.render(catalog, code) for code in range(len(catalog))]), context.vectors]
     if tuned:
@@ -48,6 +56,8 @@ def _text_kernel(context: MethodContext, *, tuned: bool = False, **options: Any)
 
 def permuted_catalog(catalog: Catalog, seed: int) -> Catalog:
     """Returns the catalog with titles and all other fields moved together to other items, as a function of the seed."""
+    from metarec.data.episodes import seeded
+
     order = seeded(seed, "titles permuted").permutation(len(catalog))
     return replace(catalog, fields={name: tuple(column[at] for at in order) for name, column in catalog.fields.items()})
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from metarec.artifacts import recover_dir
 from metarec.bench.context import ENCODER, LANGUAGE_MODEL, Method, MethodContext, MethodRow
 from metarec.bench.methods.prompts import prompted
 from metarec.bench.methods.recommenders import NO_STACK, answer_model_of, item_prompt, tokens_read
-from metarec.recommender import MetaRecommender
-from metarec.scorers.language.fine_tuning import FINE_TUNING, fine_tune
-from metarec.scorers.language.finetuned import FineTuned, then_per_user_lora
-from metarec.scorers.language.trainable_copy import Recipe, Trainable
-from metarec.scorers.serialization import load_scorer, save_scorer
+
+if TYPE_CHECKING:
+    from metarec.scorers.language.finetuned import FineTuned
+    from metarec.scorers.language.trainable_copy import Trainable
 
 
 def _fine_tuned(
     context: MethodContext, *, trainable: Trainable, lr: float | None = None, longer: int = 1
 ) -> Sequence[MethodRow]:
     """Returns one model for all users, after `longer` times the steps; a whole model also with a LoRA per user."""
+    from metarec.scorers.language.finetuned import then_per_user_lora
+    from metarec.scorers.serialization import load_scorer, save_scorer
+
     path = context.workspace / "model"
     if recover_dir(path):
         tuned = cast("FineTuned", load_scorer(path, backbone=context.backbone))
@@ -38,6 +40,9 @@ def _fine_tuned(
 
 
 def _train(context: MethodContext, trainable: Trainable, lr: float | None, longer: int) -> FineTuned:
+    from metarec.scorers.language.fine_tuning import FINE_TUNING, fine_tune
+    from metarec.scorers.language.trainable_copy import Recipe
+
     config = FINE_TUNING[trainable]
     config = config.model_copy(
         update={
@@ -64,6 +69,8 @@ def _train(context: MethodContext, trainable: Trainable, lr: float | None, longe
 
 def _per_user_lora(context: MethodContext, *, inner_lr: float, steps: int) -> Sequence[MethodRow]:
     """Returns every user's own LoRA from a fresh one, by plain gradient steps: what meta-training saves."""
+    from metarec.recommender import MetaRecommender
+
     config = context.configured(
         {"score": NO_STACK, "meta.inner_lr": inner_lr, "meta.inner_steps": steps, "meta.shrinkage": 0.0}
     )

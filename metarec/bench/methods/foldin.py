@@ -3,54 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from metarec.bench.context import ENCODER, LANGUAGE_MODEL, Method, MethodContext, MethodRow, one_row
-from metarec.scorer import Scorer
-from metarec.scorers.collaborative.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn
-from metarec.scorers.collaborative.gp import fit_process
-from metarec.scorers.collaborative.text import fit_text_logistic, fit_text_ridge, fit_two_tower
+
+if TYPE_CHECKING:
+    from metarec.scorer import Scorer
 
 
 def _als(context: MethodContext, **options: Any) -> Scorer:
+    from metarec.scorers.collaborative.foldin import fit_als
+
     return fit_als(context.interactions, context.users, context.prior, seed=context.seed, **options)
 
 
 def _ease(context: MethodContext, **options: Any) -> Scorer:
+    from metarec.scorers.collaborative.foldin import fit_ease
+
     return fit_ease(context.interactions, context.users, context.prior, **options)
 
 
 def _item_knn(context: MethodContext, **options: Any) -> Scorer:
+    from metarec.scorers.collaborative.foldin import fit_item_knn
+
     return fit_item_knn(context.interactions, context.users, context.prior, **options)
 
 
 def _user_knn(context: MethodContext, **options: Any) -> Scorer:
+    from metarec.scorers.collaborative.foldin import fit_user_knn
+
     return fit_user_knn(context.interactions, context.users, context.prior, **options)
 
 
 def _text_ridge(context: MethodContext, **options: Any) -> Scorer:
+    from metarec.scorers.collaborative.text import fit_text_ridge
+
     return fit_text_ridge(context.prior, context.vectors, **options)
 
 
 def _text_logistic(context: MethodContext, **options: Any) -> Scorer:
+    from metarec.scorers.collaborative.text import fit_text_logistic
+
     return fit_text_logistic(
         context.interactions, context.users, context.prior, context.vectors, threshold=context.threshold, **options
     )
 
 
 def _two_tower(context: MethodContext) -> Scorer:
+    from metarec.scorers.collaborative.text import fit_two_tower
+
     return fit_two_tower(context.vectors, threshold=context.threshold)
 
 
 def _llm_two_tower(context: MethodContext) -> Sequence[MethodRow]:
+    import numpy as np
+
+    from metarec.scorers.collaborative.text import fit_two_tower
+
     answer_model = context.answer_model
     states = answer_model.states.cpu().numpy().astype(np.float64)
     return [MethodRow(fit_two_tower(states, threshold=context.threshold, name="two-tower cosine, LLM"))]
 
 
 def _process(context: MethodContext, **options: Any) -> Scorer:
+    from metarec.scorers.collaborative.gp import fit_process
+
     return fit_process(context.interactions, context.users, context.known, seed=context.seed, **options)
 
 

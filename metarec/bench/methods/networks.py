@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metarec.bench.context import ENCODER, Method, MethodContext, one_row
-from metarec.scorer import Scorer
-from metarec.scorers.collaborative.networks import Form, Network, fit_network
+
+if TYPE_CHECKING:
+    from metarec.scorer import Scorer
+    from metarec.scorers.collaborative.networks import Form, Network
 
 
 def _network(form: Form, context: MethodContext, **options: Any) -> Scorer:
+    from metarec.scorers.collaborative.networks import fit_network
+
     return fit_network(
         form,
         context.interactions,

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from metarec.artifacts import recover_dir
 from metarec.bench.context import Method, MethodContext, MethodRow
 from metarec.errors import ConfigError
-from metarec.lm.answer_model import AnswerModel
 from metarec.presets import PRESETS
-from metarec.recommender import MetaRecommender
-from metarec.scorer import Request
+
+if TYPE_CHECKING:
+    from metarec.lm.answer_model import AnswerModel
+    from metarec.recommender import MetaRecommender
+    from metarec.scorer import Request
 
 
 def _recommender(context: MethodContext, options: Mapping[str, Any]) -> MetaRecommender:
     """Returns a recommender trained on the context's data, or the one that was trained there before."""
+    from metarec.recommender import MetaRecommender
+
     model = context.workspace / "model"
     if recover_dir(model):
         return MetaRecommender.from_pretrained(model)
@@ -64,6 +66,8 @@ def answer_model_of(recommender: MetaRecommender) -> AnswerModel:
 
 def tokens_read(answer_model: AnswerModel) -> Callable[[Request], int]:
     """Returns a function from a request to the tokens that answer it; what all prompts share counts once."""
+    import numpy as np
+
     shared = answer_model.prompts.prefix
     own = np.array([len(ids) - shared for ids in answer_model.prompts.tokens])
     return lambda request: shared + int(own[request.support.items].sum() + own[request.candidates].sum())
