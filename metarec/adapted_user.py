@@ -253,8 +253,17 @@ class AdaptedUser:
         total: Values = weighted_sum(state, values)[0].numpy()
         return total
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, whole: bool = True) -> None:
         """Writes the adapter as a PEFT directory, with the person's ratings beside it.
+
+        A head that was fitted in closed form is there as a rank-1 update of the output layer: loaded by PEFT, it moves
+        the answer's log-odds as it moves the score, but for a constant of the person, which orders nothing. Where PEFT
+        has no place for it, a warning says so.
+
+        Args:
+            path: Directory to create or replace.
+            whole: False leaves the output layer's update out, which takes two bytes for every word of the vocabulary;
+                `MetaRecommender.load_user` does not need it.
 
         Raises:
             ArtifactError: The directory exists and holds something else.
@@ -267,7 +276,7 @@ class AdaptedUser:
             "diverged": self.diverged,
             "seconds": self.seconds,
         }
-        write_user(Path(path), self.state, facts, fitted, self.config)
+        write_user(Path(path), self.state, facts, fitted, self.config, whole=whole)
 
     @property
     def adapted_model(self) -> AnswerModel | None:

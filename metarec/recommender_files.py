@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -20,13 +21,18 @@ from metarec.devices import check_device
 from metarec.errors import ArtifactError
 from metarec.fitting import Fitted, adapted_model, catalog_answer_model, open_backbone, score_terms
 from metarec.lm.backbone import Backbone
+from metarec.lm.output_layer import NO_PLACE, output_layer
 from metarec.lm.peft_files import load_adapter, save_adapter
 from metarec.meta.inner_loop import MetaState
 from metarec.registries import ADAPTER_KINDS, ALGORITHMS, LOSSES
 from metarec.run_directory import FACTS
+from metarec.scorers.language.score import HEAD
 from metarec.scorers.serialization import read_scorer, write_scorer
 from metarec.tensors import AdapterState, read_tensors, write_tensors
 
+_LOG = logging.getLogger(__name__)
+# The fact that says how a head becomes an update of the output layer.
+OUTPUT_LAYER = "output_layer"
 # Directories of another format are refused: their settings and tensors have other names.
 _FORMAT = 3
 _TERMS, _USERS = "terms", "users.safetensors"
@@ -139,7 +145,9 @@ def digest_of(fitted: Fitted) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_user(path: Path, state: AdapterState, facts: dict[str, Any], fitted: Fitted, config: RunConfig) -> None:
+def write_user(
+    path: Path, state: AdapterState, facts: dict[str, Any], fitted: Fitted, config: RunConfig, *, whole: bool
+) -> None:
     """Writes a user's adapter as a PEFT directory with the score's weights and the facts beside it.
 
     A score without an adapter leaves nothing that PEFT knows; the directory then holds weights and facts alone.
@@ -150,6 +158,7 @@ def write_user(path: Path, state: AdapterState, facts: dict[str, Any], fitted: F
         facts: JSON values to keep with the adapter: the user's ratings among them.
         fitted: What the user was adapted from.
         config: Its settings.
+        whole: Whether a head is also written as an update of the output layer, which is as long as the vocabulary.
 
     Raises:
         ArtifactError: The directory exists and holds something else.
@@ -160,6 +169,11 @@ def write_user(path: Path, state: AdapterState, facts: dict[str, Any], fitted: F
             write_tensors(directory / _WEIGHTS, {name: value.cpu().contiguous() for name, value in state.items()})
             (directory / _USER).write_text(dump_json(facts), encoding="utf-8")
         return
+    layer = output_layer(model) if HEAD in state else None
+    if layer is not None:
+        facts = {**facts, OUTPUT_LAYER: vars(layer)}
+    elif whole and HEAD in state:
+        _LOG.warning("%s. It lies in '%s' beside PEFT's files", NO_PLACE, path / _WEIGHTS)
     save_adapter(
         path,
         state,
@@ -168,6 +182,7 @@ def write_user(path: Path, state: AdapterState, facts: dict[str, Any], fitted: F
         task_type=model.backbone.task_type,
         invocation_tokens=model.invocation_tokens,
         user=facts,
+        head=(layer, state[HEAD]) if whole and layer is not None else None,
         dtype=getattr(torch, config.adapter.storage),
     )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
 from metarec.errors import ArtifactError
 from metarec.lm.adapter_kinds import AdapterSpec
+from metarec.lm.output_layer import OutputLayer, without_output_layer
 from metarec.tensors import AdapterState, read_tensors, write_tensors
 
 _PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -29,6 +30,7 @@ def save_adapter(
     task_type: str | None,
     user: Mapping[str, Any],
     invocation_tokens: tuple[int, ...] | None = None,
+    head: tuple[OutputLayer, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Writes one user's adapter as a standard PEFT directory, atomically.
@@ -44,6 +46,7 @@ def save_adapter(
         task_type: PEFT task type such as ``CAUSAL_LM``, or None.
         user: JSON-able facts to keep with the adapter.
         invocation_tokens: Token ids from whose start the adapter is active (activated LoRA), or None for everywhere.
+        head: The user's head and the output layer that is updated by it; None leaves it out.
         dtype: Type of the adapter's tensors on disk; `round_adapter` says what is lost.
     """
     tensors = {name: state[name].detach().cpu().to(dtype) for name in spec.tensor_shapes}
@@ -58,6 +61,9 @@ def save_adapter(
     }
     if invocation_tokens is not None:
         config["alora_invocation_tokens"] = list(invocation_tokens)
+    if head is not None:
+        layer, vector = head
+        config, weights = layer.added_to(config, weights, vector)
     with replace_dir(path, "adapter", private=True) as directory:
         write_tensors(directory / _PEFT_WEIGHTS, weights)
         write_tensors(directory / _SCORE_FILE, score)
@@ -89,7 +95,7 @@ def load_adapter(path: Path, spec: AdapterSpec, device: str = "cpu") -> tuple[Ad
         ArtifactError: A file is missing, altered, or the adapter is of another kind or shape.
     """
     verify_dir(path, "adapter")
-    config = load_json(path / _PEFT_CONFIG)
+    config, weights = without_output_layer(load_json(path / _PEFT_CONFIG), read_tensors(path / _PEFT_WEIGHTS, device))
     expected = _peft_config(spec)
     differing = [key for key, value in expected.items() if config.get(key) != value]
     if differing:
@@ -98,7 +104,7 @@ def load_adapter(path: Path, spec: AdapterSpec, device: str = "cpu") -> tuple[Ad
             f"the adapter in '{path}' has {key} {config.get(key)!r}, the recommender {expected[key]!r}",
             "Load it with the recommender that made it",
         )
-    state = spec.implementation.from_peft(spec, read_tensors(path / _PEFT_WEIGHTS, device))
+    state = spec.implementation.from_peft(spec, weights)
     state = {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in state.items()}
     state |= read_tensors(path / _SCORE_FILE, device)
     return state, load_json(path / _USER_FILE)

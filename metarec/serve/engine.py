@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -214,7 +215,7 @@ class Engine:
             self.counters.adapted += 1
             self.counters.diverged += adapted.diverged
             self.hot.put(profile.key, profile.version, person, self._adapter_bytes)
-            self._save(NewAdapter(profile.key, profile.version, self.digest, adapted.save))
+            self._save(NewAdapter(profile.key, profile.version, self.digest, partial(adapted.save, whole=False)))
         return found
 
     def save_with(self, save: Callable[[NewAdapter], object]) -> None:

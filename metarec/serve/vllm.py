@@ -1,21 +1,26 @@
 """Exports adapters for vLLM's file system LoRA resolver: a directory of PEFT directories by name.
 
 A name is a user's random key and version, never an id, so that a server that caches by name never serves an old adapter
-for a new one. Only the language model's part of the score is exported, not its other terms and weights.
+for a new one. Only the language model's part of the score is exported, a head that was
+fitted in closed form as an update of the output layer, not its other terms and weights.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 from metarec.artifacts import dump_json, load_json, recover_dir, replace_dir
 from metarec.errors import ArtifactError, StoreError
+from metarec.lm.output_layer import NO_PLACE, OutputLayer
+from metarec.recommender_files import OUTPUT_LAYER
+from metarec.scorers.language.score import HEAD
 from metarec.serve.store import AdapterStore
+from metarec.tensors import read_tensors, write_tensors
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_SCORE, _USER = "score.safetensors", "user.json"
 
 
 def export_adapters(
@@ -47,16 +52,22 @@ def export_adapters(
             continue
         store.verify(records[0])
         source = store.path(records[0])
-        config = load_json(source / _CONFIG)
+        config, weights = load_json(source / _CONFIG), read_tensors(source / _WEIGHTS)
         if config["peft_type"] != "LORA":
             raise ArtifactError(f"the adapter is a {config['peft_type']}", "vLLM takes LoRA: set the adapter's kind")
+        head = read_tensors(source / _SCORE).get(HEAD)
+        if head is not None:
+            layer = load_json(source / _USER).get(OUTPUT_LAYER)
+            if layer is None:
+                raise ArtifactError(NO_PLACE, "Export adapters that take gradient steps, or use another backbone")
+            config, weights = OutputLayer(**layer).added_to(config, weights, head)
         if base_model is not None:
             config["base_model_name_or_path"] = base_model
         names[user] = source.name
         if recover_dir(out / source.name):
             continue
         with replace_dir(out / source.name, "vllm adapter") as directory:
-            shutil.copyfile(source / _WEIGHTS, directory / _WEIGHTS)
+            write_tensors(directory / _WEIGHTS, weights)
             (directory / _CONFIG).write_text(dump_json(config), encoding="utf-8")
     if missing := sorted({*(users or ())} - names.keys()):
         state = "has no adapter" if missing[0] in found else "is unknown"
