@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from metarec.errors import EvaluationError
 from metarec.metrics import (
@@ -164,3 +165,12 @@ def test_an_interval_over_people_is_wider_than_one_over_their_copies() -> None:
 def test_the_paired_test_is_wilcoxons() -> None:
     assert paired_p_value(np.zeros(9)) == 1.0
     assert paired_p_value(np.arange(1.0, 9.0)) == pytest.approx(2 / 2**8)
+    generator = np.random.default_rng(0)
+    for count in (2, 5, 12, 13, 40, 80):
+        for values in (generator.normal(size=count), generator.integers(-2, 4, count), np.ones(count)):
+            assert paired_p_value(values) == pytest.approx(stats.wilcoxon(values).pvalue), values
+
+
+def test_people_without_a_difference_do_not_change_the_paired_test() -> None:
+    moved = np.array([1.0, 2.0, 2.0, -1.0, 3.0, 4.0])
+    assert paired_p_value(np.concatenate([moved, np.zeros(100)])) == paired_p_value(moved)
