@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 from metarec.errors import EvaluationError
 from metarec.metrics import (
@@ -32,6 +33,13 @@ ITEMS = ["a", "b", "c", "d"]
 def test_auc_counts_pairs() -> None:
     assert auc(np.array([3.0, 2.0, 1.0, 0.0]), LABELS) == 0.75
     assert auc(np.array([1.0, 0.0, 1.0, 0.0]), LABELS) == 1.0
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from([0.0, 0.1, 0.5, 2.0])), min_size=2, max_size=40))
+def test_auc_is_that_of_scikit_learn(rated: list[tuple[bool, float]]) -> None:
+    liked, scores = np.array([like for like, _ in rated]), np.array([score for _, score in rated], np.float32)
+    assume(liked.any() and not liked.all())
+    assert auc(scores, liked) == pytest.approx(roc_auc_score(liked, scores), abs=1e-12)
 
 
 def test_ndcg_matches_the_formula() -> None:
