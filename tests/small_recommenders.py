@@ -37,6 +37,16 @@ WITH_STACK: dict[str, Any] = {
     "score": ALL_TERMS,
     "collaborative": {"features": ["fields", "lm"], "kernel": {"steps": 20}, "stack": {"folds": 2}},
 }
+# All of a stack, each part for a moment: enough where it is not looked at how well it predicts.
+WITH_BRIEF_STACK: dict[str, Any] = {
+    "score": ALL_TERMS,
+    "collaborative": {
+        "features": ["fields", "lm"],
+        "kernel": {"steps": 2},
+        "gp": {"sweeps": 1, "factors": 2},
+        "stack": {"folds": 2, "narrow_sweeps": 1, "pairs": 4},
+    },
+}
 WITH_PROCESS: dict[str, Any] = {
     "score": ALL_TERMS,
     "collaborative": {"features": ["fields", "lm"], "members": "gp"},

@@ -21,7 +21,7 @@ from known import WORLD, episodes
 from pretended_device import NAME, DeviceMismatchError, brought_back, pretend_in_this_thread, pretended_device
 from serving import LOVES_DRAMA
 from small_adapters import random_state, some_items
-from small_recommenders import SETTINGS, TASK, WITH_STACK
+from small_recommenders import SETTINGS, TASK, WITH_BRIEF_STACK
 from test_conformance import FITS, PROMPT, TEST, TRAIN, VALIDATION, Given, given_world
 from torch import Tensor
 
@@ -301,7 +301,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "ridge": {"meta": {**SETTINGS["meta"], "algorithm": "ridge"}},
     "prototypes": {"meta": {**SETTINGS["meta"], "algorithm": "prototypes"}},
     "steps from the posterior": {"meta": {**SETTINGS["meta"], "start": "posterior", "inner_lr": 0.01}},
-    "mixed, with a stack": {**WITH_STACK, "dtype": "mixed"},
+    "mixed, with a stack": {**WITH_BRIEF_STACK, "dtype": "mixed"},
 }
 
 
@@ -343,7 +343,7 @@ class Elsewhere(Given):
     @cache  # noqa: B019 - one for the module
     def recommender(self, members: str = "none", algorithm: str = "fomaml") -> MetaRecommender:
         changed: dict[str, Any] = {"meta": {**SETTINGS["meta"], "algorithm": algorithm}}
-        return fit(self.model_dir("llama"), NAME, changed | (WITH_STACK if members == "stack" else {}))
+        return fit(self.model_dir("llama"), NAME, changed | (WITH_BRIEF_STACK if members == "stack" else {}))
 
 
 LANGUAGE = [name for name in FITS if "prompt" in name or "-context" in name or "-shot" in name or "LoRA" in name]
