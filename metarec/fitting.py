@@ -45,7 +45,7 @@ from metarec.scorers.language.encoder_tuning import tuned_text_vectors
 from metarec.scorers.language.expected_rating import expected_rating
 from metarec.scorers.language.item_vectors import hidden_state_vectors, text_vectors
 from metarec.scorers.language.score import initial_state
-from metarec.scorers.language.weight_prior import ITEM_EFFECTS_TERM, fit_weight_prior
+from metarec.scorers.language.weight_prior import KERNEL_MEAN_TERM, fit_weight_prior
 from metarec.scorers.language.zero_shot import ZeroShot
 from metarec.scorers.term import ADAPTER_TERM, CrossFitted, ScoreTerm, Term, TermContext
 from metarec.stack_files import cached_stack
@@ -267,18 +267,18 @@ def _head_parameters(
     crossed: dict[str, CrossFitted],
     answer_model: AnswerModel | None,
 ) -> AdapterState | None:
-    """Returns where the head's parameters start, None where there is no head; adds item effects to the fitted terms."""
-    head, effects = head_of(config), ITEM_EFFECTS_TERM in terms
+    """Returns where a head's parameters start, None without a head; adds the kernel mean to the fitted terms."""
+    head, mean_term = head_of(config), KERNEL_MEAN_TERM in terms
     prior = None
-    if effects or (head is not None and head.has_prior):
+    if mean_term or (head is not None and head.has_prior):
         assert answer_model is not None
         starts = {name: terms[name].start for name in crossed}
         found = fit_weight_prior(
-            context, crossed, starts, answer_model, config.collaborative.linear, item_effects=effects
+            context, crossed, starts, answer_model, config.collaborative.linear, mean_term=mean_term
         )
         prior = found.weights
-        if effects:
-            crossed[ITEM_EFFECTS_TERM] = found.item_effects
+        if found.mean is not None:
+            crossed[KERNEL_MEAN_TERM] = found.mean
     return None if head is None else head.start(prior)
 
 

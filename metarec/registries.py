@@ -18,7 +18,7 @@ TERMS: Registry[Any] = Registry(
         "item mean": "metarec.scorers.collaborative.terms:ITEM_MEAN",
         "collaborative": "metarec.scorers.collaborative.terms:COLLABORATIVE",
         "prompt": "metarec.scorers.language.prompt_term:PROMPT",
-        "item effects": "metarec.scorers.language.weight_prior:ITEM_EFFECTS",
+        "kernel mean": "metarec.scorers.language.weight_prior:KERNEL_MEAN",
         "adapter": "metarec.scorers.language.score:ADAPTER",
     },
 )

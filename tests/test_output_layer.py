@@ -37,7 +37,7 @@ HELD = ["llama", "gemma", "granite", "bert", "gpt2"]
 def recommender(path: Path, kind: str = "causal", **changed: Any) -> MetaRecommender:
     settings = {
         **SETTINGS,
-        "score": ["item effects", "adapter"],
+        "score": ["kernel mean", "adapter"],
         "collaborative": {"features": ["fields"], "members": "none"},
         "meta": {"algorithm": "dkt"},
         **changed,

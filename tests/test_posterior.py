@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from made_losses import numeric_gradients
 from small_recommenders import SETTINGS, known_task
 from torch import Tensor
 
+from metarec.bench.methods import METHODS, MethodContext
 from metarec.config import RunConfig, validated
 from metarec.data.task_data import TaskData
 from metarec.errors import ConfigError
@@ -32,7 +34,7 @@ USERS, ITEMS, FEATURES = 3, 6, 4
 REAL = torch.arange(ITEMS) < torch.tensor([[6], [3], [0]])
 KERNEL: dict[str, Any] = {
     **SETTINGS,
-    "score": ["item effects", "adapter"],
+    "score": ["kernel mean", "adapter"],
     "collaborative": {"features": ["fields"], "members": "none"},
     "meta": {"algorithm": "dkt"},
     "train": {**SETTINGS["train"], "steps": 4, "validate_every": 4},
@@ -208,7 +210,7 @@ def test_steps_from_the_posterior_lower_its_leave_one_out_error(model_dir: Model
     assert scorer.bytes_per_user > head.bytes_per_user == 64
 
 
-def test_a_folds_item_effects_know_nothing_of_its_own_users(model_dir: ModelDir) -> None:
+def test_a_folds_kernel_mean_knows_nothing_of_its_own_users(model_dir: ModelDir) -> None:
     data = known_task()
     user = data.parts["train"][0]
     rows = data.interactions.rows_of_user[user]
@@ -216,7 +218,7 @@ def test_a_folds_item_effects_know_nothing_of_its_own_users(model_dir: ModelDir)
     rating[rows] = rating[rows][::-1]  # the same ratings, so that standardizing them changes nothing
     other = replace(data, interactions=replace(data.interactions, rating=rating))
     name = data.interactions.users[user]
-    one, two = (prepared(model_dir("llama"), some).crossed["item effects"] for some in (data, other))
+    one, two = (prepared(model_dir("llama"), some).crossed["kernel mean"] for some in (data, other))
     items = [np.arange(40)]
     empty = [data.evaluated("test")[0][0].support.head(0)]
     np.testing.assert_allclose(
@@ -230,7 +232,7 @@ def test_the_prior_explains_what_other_terms_leave(model_dir: ModelDir) -> None:
     alone = prepared(model_dir("llama"), known_task()).fitted.meta.init
     beside = prepared(model_dir("llama"), known_task(), score=["item mean", "prompt", "adapter"]).fitted.meta.init
     assert not torch.equal(alone["score.head.mean"], beside["score.head.mean"])
-    assert "score.item effects" not in beside
+    assert "score.kernel mean" not in beside
 
 
 def test_a_posterior_without_an_adapter_to_read_is_refused(model_dir: ModelDir) -> None:
@@ -239,3 +241,24 @@ def test_a_posterior_without_an_adapter_to_read_is_refused(model_dir: ModelDir) 
         MetaRecommender.from_pretrained(model_dir("llama"), config).fit(known_task())
     with pytest.raises(ConfigError, match="learn2learn"):
         configured(meta={"engine": "learn2learn", "start": "posterior"})
+
+
+@pytest.mark.parametrize("method", ["posterior", "posterior + steps", "initialization + steps"])
+def test_the_benchmarks_rows_take_as_many_steps_as_they_say_from_where_they_say(
+    method: str, model_dir: ModelDir, tmp_path: Path
+) -> None:
+    training = {f"train.{name}": value for name, value in KERNEL["train"].items()}
+    settings = {"backbone": str(model_dir("llama")), "adapter.layers": 2, **training}
+    context = MethodContext(known_task(), tmp_path, settings=settings)
+    found = {row.scorer.name: row.scorer for row in METHODS.get(method).rows(context)}
+    start = method.removesuffix(" + steps")
+    steps = {f"{start} + 1 step": 1, f"{start} + 3 steps": 3, f"{start} + 10 steps": 10}
+    expected = {"posterior": 3, "posterior, no adaptation": 0} if method == "posterior" else steps
+    assert {name: scorer.inner.steps for name, scorer in found.items()} == expected
+    asked = requests(known_task(), 10)[:2]
+    scores = [torch.cat(scorer.score(asked)) for scorer in found.values()]
+    assert all((one - other).abs().max() > 1e-4 for one, other in pairwise(scores))
+    heads = {"posterior": [64, 0], "initialization + steps": [0, 0, 0]}.get(method, [64, 64, 64])
+    adapters = 0 if method == "posterior" else found[f"{start} + 1 step"].bytes_per_user - heads[0]
+    assert [scorer.bytes_per_user for scorer in found.values()] == [head + adapters for head in heads]
+    assert method == "posterior" or adapters > 64

@@ -41,6 +41,7 @@ from metarec.scorers.language.finetuned import FineTuned
 from metarec.scorers.language.in_context import History, InContext, Listwise
 from metarec.scorers.language.prompt_term import PromptTerm
 from metarec.scorers.language.trainable_copy import Recipe
+from metarec.scorers.language.weight_prior import KernelMean
 from metarec.scorers.language.zero_shot import ZeroShot
 from metarec.scorers.term import ItemValues
 from metarec.tensors import read_tensors, write_tensors
@@ -65,6 +66,7 @@ CLASSES: dict[str, type[Any]] = {
     "ItemMeanTerm": ItemMeanTerm,
     "ItemPrior": ItemPrior,
     "ItemValues": ItemValues,
+    "KernelMean": KernelMean,
     "Listwise": Listwise,
     "MetaScorer": MetaScorer,
     "MetaState": MetaState,

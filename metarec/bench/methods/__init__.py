@@ -1,9 +1,9 @@
 """Every method of a benchmark, by name.
 
 A file here holds the methods of one kind: `trivial`, `foldin`, `controls`, `networks`, `prompts`, `finetuning`,
-`recommenders`. To add one, write a function from a `MethodContext` to rows into the file of its kind and give it a line
-in that file's table. A method outside metarec is an entry point of the group ``metarec.methods``, or named as
-``module:attribute``; either stands for a `Method`, or for such a function.
+`recommenders`, `posterior`. To add one, write a function from a `MethodContext` to rows into the file of its kind and
+give it a line in that file's table. A method outside metarec is an entry point of the group ``metarec.methods``, or
+named as ``module:attribute``; either stands for a `Method`, or for such a function.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from metarec.bench.methods.controls import CONTROLS, KERNELS, PERMUTED, permuted
 from metarec.bench.methods.finetuning import FINE_TUNED
 from metarec.bench.methods.foldin import FOLD_IN
 from metarec.bench.methods.networks import NETWORKS
+from metarec.bench.methods.posterior import POSTERIOR
 from metarec.bench.methods.prompts import PROMPTS
 from metarec.bench.methods.recommenders import RECOMMENDERS
 from metarec.bench.methods.trivial import TRIVIAL
@@ -124,5 +125,6 @@ _ALL: Mapping[str, Method] = {
     **FINE_TUNED,
     **NETWORKS,
     **RECOMMENDERS,
+    **POSTERIOR,
 }
 METHODS = Methods("method", "metarec.methods", _ALL)

@@ -13,10 +13,10 @@ from metarec.presets import PRESETS
 if TYPE_CHECKING:
     from metarec.lm.answer_model import AnswerModel
     from metarec.recommender import MetaRecommender
-    from metarec.scorer import Request
+    from metarec.scorer import Request, Scorer
 
 
-def _recommender(context: MethodContext, options: Mapping[str, Any]) -> MetaRecommender:
+def trained_recommender(context: MethodContext, options: Mapping[str, Any]) -> MetaRecommender:
     """Returns a recommender trained on the context's data, or the one that was trained there before."""
     from metarec.recommender import MetaRecommender
 
@@ -32,16 +32,10 @@ def _recommender(context: MethodContext, options: Mapping[str, Any]) -> MetaReco
 
 def _metarec(context: MethodContext, *, name: str = "metarec", **options: Any) -> Sequence[MethodRow]:
     """Returns metarec adapted; the default also not adapted, and step by step."""
-    recommender = _recommender(context, options)
-    fitted = recommender.fitted
-    parameters = sum(value.numel() for value in fitted.meta.tensors().values())
-    # What reads no prompt per item costs no tokens and shows none, whatever else of the model its features hold.
-    asks = bool({"prompt", "adapter"} & set(recommender.config.score)) and fitted.answer_model is not None
-    read = tokens_read(answer_model_of(recommender)) if asks else lambda _: 0
-    prompt = item_prompt(recommender) if asks else None
+    recommender = trained_recommender(context, options)
 
     def row(steps: int | None, called: str, step: int | None = None) -> MethodRow:
-        return MethodRow(recommender.scorer(steps=steps, name=called), parameters, read, prompt, step=step)
+        return recommender_row(recommender, recommender.scorer(steps=steps, name=called), step)
 
     rows = [row(None, name)]
     if name == "metarec":
@@ -50,6 +44,22 @@ def _metarec(context: MethodContext, *, name: str = "metarec", **options: Any) -
         between = range(1, recommender.config.meta.inner_steps) if context.seed == 0 else ()
         rows += [row(step, f"metarec, step {step}", step) for step in between]
     return rows
+
+
+def recommender_row(recommender: MetaRecommender, scorer: Scorer, step: int | None = None) -> MethodRow:
+    """Returns a scorer of a recommender as a row, with what it costs.
+
+    Args:
+        recommender: The recommender.
+        scorer: One of its scorers.
+        step: See `MethodRow`.
+    """
+    fitted = recommender.fitted
+    parameters = sum(value.numel() for value in fitted.meta.tensors().values())
+    # What reads no prompt per item costs no tokens and shows none, whatever else of the model its features hold.
+    asks = bool({"prompt", "adapter"} & set(recommender.config.score)) and fitted.answer_model is not None
+    read = tokens_read(answer_model_of(recommender)) if asks else lambda _: 0
+    return MethodRow(scorer, parameters, read, item_prompt(recommender) if asks else None, step=step)
 
 
 def answer_model_of(recommender: MetaRecommender) -> AnswerModel:

@@ -1,4 +1,4 @@
-"""Fits a prior of users' weights on the language model's features, and the score term of what items have beside them.
+"""Fits a prior of users' weights on the language model's features, and the score term of what it expects of everybody.
 
 The prior is where the head of `meta.algorithm: dkt` starts. It explains what the other terms of the score leave of
 meta-training users' ratings, each by fits without that user; where there are no others, the ratings themselves.
@@ -6,8 +6,8 @@ meta-training users' ratings, each by fits without that user; where there are no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,19 +17,54 @@ from metarec.data.interactions import Codes, Ratings, Values
 from metarec.lm.answer_model import AnswerModel
 from metarec.meta.heads import WeightPrior
 from metarec.scorers.collaborative.linear_kernel import LearnedWeights, RatedRows, learn_weights, rated_rows
-from metarec.scorers.term import CrossFitted, ItemValues, ScoreTerm, TermContext
+from metarec.scorers.term import AddedItems, CrossFitted, ScoreTerm, TermContext
 
-# Its values come with the prior: see `fit_weight_prior`.
-ITEM_EFFECTS = ScoreTerm(None, needs_model=True)
-ITEM_EFFECTS_TERM = "item effects"
+# It is fitted together with the prior: see `fit_weight_prior`.
+KERNEL_MEAN = ScoreTerm(None, needs_model=True)
+KERNEL_MEAN_TERM = "kernel mean"
+
+
+@dataclass(frozen=True)
+class KernelMean:
+    """What an unknown user is expected to think of an item, by its features and by what its ratings say beside them.
+
+    Args:
+        answer_model: The language model; its frozen states are the features.
+        weights: Mean of users' weights on the features, shape (features,).
+        effects: What items' means have beyond their features, shape (items,); 0 for items added later.
+    """
+
+    answer_model: AnswerModel
+    weights: Values
+    effects: Values
+
+    @torch.no_grad()
+    def _of(self, codes: Codes) -> Values:
+        read, places = np.unique(codes, return_inverse=True)
+        features = self.answer_model.features(self.answer_model.frozen_states(read)).float().cpu().numpy()
+        known = np.concatenate([self.effects, np.zeros(1, np.float32)])[np.minimum(read, len(self.effects))]
+        values: Values = (features @ self.weights + known)[places]
+        return values
+
+    def values(self, supports: Sequence[Ratings], items: Sequence[Codes]) -> list[Values]:
+        """See `Term.values`."""
+        return [self._of(codes) for codes in items]
+
+    def leave_one_out(self, supports: Sequence[Ratings]) -> list[Values]:
+        """See `Term.leave_one_out`; it was fitted without the users' ratings."""
+        return [self._of(support.items) for support in supports]
+
+    def extended(self, added: AddedItems) -> KernelMean:
+        """See `Term.extended`."""
+        return replace(self, answer_model=added.answer_model)
 
 
 @dataclass(frozen=True)
 class FittedPrior:
-    """A prior of users' weights, and what items' means have beyond their features."""
+    """A prior of users' weights, and the term of its mean; None where the score has no such term."""
 
     weights: WeightPrior
-    item_effects: CrossFitted
+    mean: CrossFitted | None
 
 
 def fit_weight_prior(
@@ -39,7 +74,7 @@ def fit_weight_prior(
     answer_model: AnswerModel,
     settings: LinearConfig,
     *,
-    item_effects: bool,
+    mean_term: bool,
 ) -> FittedPrior:
     """Fits the prior by expectation maximization; see `metarec.scorers.collaborative.linear_kernel`.
 
@@ -49,7 +84,8 @@ def fit_weight_prior(
         starts: Their weights before meta-training.
         answer_model: The language model; its frozen states are the features.
         settings: Settings of the expectation maximization.
-        item_effects: Whether items have means beyond their features, and so also what they are without each fold.
+        mean_term: Whether the score has the term of the mean, which is fitted without each fold, too. The prior's own
+            mean is 0 then, and otherwise items have no means beyond their features.
     """
     interactions, folds = context.interactions, context.stack.out_of_fold
     rows = rated_rows(interactions, context.users, lambda ratings: ratings.values)
@@ -61,23 +97,27 @@ def fit_weight_prior(
         bounds = np.searchsorted(user[kept], np.arange(len(context.users) + 1))
         present = np.unique(bounds)
         part = RatedRows(present, rows.item[kept], rows.value[kept])
-        how = settings if item_effects else settings.model_copy(update={"item_damping": np.inf})
+        how = settings if mean_term else settings.model_copy(update={"item_damping": np.inf})
         return learn_weights(part, design, name="prior of users' weights", **how.model_dump())
 
     whole = fit(np.ones(len(user), bool))
-    parts = []
-    if item_effects:
-        fold_of = np.array([folds.fold[interactions.users[code]] for code in context.users])
-        for number, fold in enumerate(folds.folds):
-            parts.append(fit((fold_of[user] != number) & ~fold.hidden.astype(bool)[rows.item]))
     device = answer_model.backbone.device
     mean, root = (torch.from_numpy(part).float().to(device) for part in (whole.weights, whole.root))
-    effects = CrossFitted(_effects(whole), tuple(map(_effects, parts)), folds.fold if parts else {})
-    return FittedPrior(WeightPrior(mean, root.contiguous(), whole.noise), effects)
+    if not mean_term:
+        return FittedPrior(WeightPrior(mean, root.contiguous(), whole.noise), None)
+    fold_of = np.array([folds.fold[interactions.users[code]] for code in context.users])
+    parts = [
+        fit((fold_of[user] != number) & ~fold.hidden.astype(bool)[rows.item]) for number, fold in enumerate(folds.folds)
+    ]
 
+    def term(found: LearnedWeights) -> KernelMean:
+        return KernelMean(answer_model, found.weights[:-1].astype(np.float32), found.items.astype(np.float32))
 
-def _effects(found: LearnedWeights) -> ItemValues:
-    return ItemValues(found.items.astype(np.float32))
+    # The term has no bias: nobody's order depends on it, but a rating's error does.
+    mean[:-1] = 0
+    return FittedPrior(
+        WeightPrior(mean, root.contiguous(), whole.noise), CrossFitted(term(whole), tuple(map(term, parts)), folds.fold)
+    )
 
 
 def _left_by(
