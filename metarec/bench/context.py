@@ -152,7 +152,11 @@ class MethodContext:
         from metarec.fitting import catalog_answer_model
 
         template, catalog = self.data.task.template, self.interactions.catalog
-        return catalog_answer_model(self.backbone, self.config, template, catalog)
+        # It carries no adapter, so a model of fewer blocks than adapters take by default does as well.
+        adapter = self.config.adapter
+        layers = min(adapter.layers, int(self.backbone.model.config.num_hidden_layers))
+        config = self.config.model_copy(update={"adapter": adapter.model_copy(update={"layers": layers})})
+        return catalog_answer_model(self.backbone, config, template, catalog)
 
     def history(self, limit: int) -> History:
         """Returns how a prompt lists a user's ratings, `limit` at most."""
