@@ -165,6 +165,8 @@ FITS: dict[str, Callable[[Given], Scorer]] = {
     "TF-IDF kernel": lambda given: fit_linear_kernel(given.data, TRAIN, VECTORS, name="TF-IDF kernel"),
     "MeLU": network("melu"),
     "neural process": network("neural process"),
+    "set transformer": network("set transformer"),
+    "hypernetwork": network("hypernetwork"),
     "zero-shot prompt": lambda given: ZeroShot(given.recommender().fitted.answer_model),
     "zero-shot, calibrated": lambda given: calibrated_zero_shot(
         given.recommender().fitted.answer_model, given.history.template, given.data.catalog
@@ -210,6 +212,8 @@ BANDS = {
     "TF-IDF kernel": (0.90, 1.0),
     "MeLU": (0.80, 1.0),
     "neural process": (0.80, 1.0),
+    "set transformer": (0.80, 1.0),
+    "hypernetwork": (0.80, 1.0),
     "zero-shot prompt": (0.35, 0.65),
     "zero-shot, calibrated": (0.35, 0.65),
     "expected rating, prompt": (0.35, 0.65),
@@ -400,7 +404,15 @@ def test_accuracy_where_the_answer_is_known(method: str, report: Report) -> None
 
 
 # Methods that are told which ratings are likes; the language model's rows get it from the task's rule.
-LABELLED = ("text logistic", "text logistic, no prior", "two-tower cosine", "MeLU", "neural process")
+LABELLED = (
+    "text logistic",
+    "text logistic, no prior",
+    "two-tower cosine",
+    "MeLU",
+    "neural process",
+    "set transformer",
+    "hypernetwork",
+)
 
 
 @pytest.mark.parametrize("labelled", LABELLED)

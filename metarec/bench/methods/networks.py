@@ -1,4 +1,4 @@
-"""Meta-learned networks over item features, without a language model: MeLU and a neural process."""
+"""Meta-learned networks over item features, without a language model: MeLU and amortised learners."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from metarec.bench.context import ENCODER, Method, MethodContext, one_row
 
 if TYPE_CHECKING:
     from metarec.scorer import Scorer
-    from metarec.scorers.collaborative.networks import Form, Network
+    from metarec.scorers.collaborative.network_forms import Form
+    from metarec.scorers.collaborative.networks import Network
 
 
 def _network(form: Form, context: MethodContext, **options: Any) -> Scorer:
@@ -40,6 +41,20 @@ NETWORKS = {
         one_row(partial(_network, "neural process"), _size),
         "meta",
         "the support is read in one pass",
+        {"weight_decay": 1.0},
+        ENCODER,
+    ),
+    "set transformer": Method(
+        one_row(partial(_network, "set transformer"), _size),
+        "meta",
+        "ratings attend to each other, candidates to the ratings",
+        {"weight_decay": 1.0},
+        ENCODER,
+    ),
+    "hypernetwork": Method(
+        one_row(partial(_network, "hypernetwork"), _size),
+        "meta",
+        "the support's encoding emits a rank-1 change of the output layer",
         {"weight_decay": 1.0},
         ENCODER,
     ),

@@ -1,7 +1,8 @@
-"""Small meta-learned networks over item features: MeLU and a neural process, trained by `metarec.meta`.
+"""Small meta-learned networks over item features, trained by `metarec.meta`.
 
-Both predict what to add to the item prior from the support. MeLU adapts its decision layers by gradient steps
-(`metarec.meta.algorithms`); the neural process encodes the support in one pass, so that its inner loop has no steps.
+All predict what to add to the item prior from the support. MeLU adapts its decision layers by gradient steps
+(`metarec.meta.algorithms`); a neural process, a set transformer and a hypernetwork read the support in one pass, so
+that their inner loop has no steps. `metarec.scorers.collaborative.network_forms` says what each computes.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from metarec.config import TrainConfig
 from metarec.data.episodes import Episode, training_batch
@@ -29,30 +29,16 @@ from metarec.meta.losses import pairwise_logistic
 from metarec.meta.outer_loop import train
 from metarec.scorer import Request, check_codes
 from metarec.scorers.collaborative.item_mean import ItemPrior
+from metarec.scorers.collaborative.network_forms import FORMS, Form, ItemRows
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.tensors import AdapterState, pad_rows
 
-Form = Literal["melu", "neural process"]
 _USERS_AT_ONCE = 64
 _TRAINING_USERS = 32
 _PATIENCE = 6
 _MIN_QUERY = 5
 # Factor on differences of scores in the query loss.
 _SHARPNESS = 2.0
-# Pseudo-ratings that shrink the neural process's encoding of a support to 0.
-_ENCODING_DAMPING = 5.0
-_ADAPTED = ("decide.weight", "decide.bias", "answer.weight", "answer.bias")
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Some users' items: features (users, items, features); the rest (users, items)."""
-
-    features: Tensor
-    prior: Tensor
-    target: Tensor
-    liked: Tensor
-    real: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,13 +46,14 @@ class Network:
     """A meta-learned network, whose output is added to the item prior.
 
     Args:
-        form: ``melu`` (Lee et al. 2019) or ``neural process`` (Garnelo et al. 2018; Lin et al. 2021).
+        form: A name in `FORMS`.
         meta: The learned parameters.
         prior: The item prior.
         features: Item features, shape (items, features).
         inner_steps: MeLU's gradient steps.
         shrinkage: Pseudo-count in the denominator of MeLU's support loss.
         threshold: See `Ratings.likes`.
+        longest: The largest support that it was trained for; a set transformer keeps what it makes of each rating.
     """
 
     form: Form
@@ -76,18 +63,18 @@ class Network:
     inner_steps: int
     shrinkage: float
     threshold: float
+    longest: int
 
     @property
     def name(self) -> str:
         """How the method is called in tables."""
-        return "MeLU" if self.form == "melu" else "neural process"
+        return FORMS[self.form].name
 
     @property
     def bytes_per_user(self) -> int:
-        """The adapted layers (MeLU) or the encoded support (neural process), in float32."""
-        if self.form == "melu":
-            return sum(4 * self.meta.init[name].numel() for name in self.meta.log_rate)
-        return 4 * self.meta.init["encode2.bias"].numel()
+        """The adapted layers (MeLU), or what the support becomes, in float32."""
+        hidden, features = self.meta.init["item.weight"].shape
+        return 4 * FORMS[self.form].numbers(features, hidden, self.longest)
 
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
@@ -103,10 +90,10 @@ class Network:
             scores += [row[: len(request.candidates)] for row, request in zip(values, block, strict=True)]
         return scores
 
-    def collate(self, ratings: Sequence[Ratings], *, in_prior: bool) -> _Batch:
+    def collate(self, ratings: Sequence[Ratings], *, in_prior: bool) -> ItemRows:
         """Pads several users' ratings; if the prior was fitted on them, the prior of each is the one without it."""
         prior = [self.prior.values_without(one) if in_prior else self.prior.values(one.items) for one in ratings]
-        return _Batch(
+        return ItemRows(
             features=self.features[pad_rows([one.items for one in ratings], np.int64)],
             prior=pad_rows(prior, np.float32),
             target=pad_rows([self.prior.standardize(one.values) for one in ratings], np.float32),
@@ -114,22 +101,17 @@ class Network:
             real=pad_rows([np.ones(len(one), bool) for one in ratings], bool),
         )
 
-    def adapted(self, support: _Batch) -> AdapterState:
+    def adapted(self, support: ItemRows) -> AdapterState:
         """Returns every user's parameters after the inner loop."""
         users, width = support.real.shape
         steps = self.inner_steps if self.form == "melu" and width else 0
         return adapt(self.meta, self.support_loss(support), users, steps).state
 
-    def predict(self, state: AdapterState, support: _Batch, query: _Batch) -> Tensor:
+    def predict(self, state: AdapterState, support: ItemRows, query: ItemRows) -> Tensor:
         """Scores the query's items under every user's parameters, shape (users, items)."""
-        hidden = functional.relu(_linear(state, "item", query.features))
-        if self.form == "neural process":
-            encoded = _encode(state, support)
-            hidden = torch.cat([hidden, encoded[:, None].expand(-1, hidden.shape[1], -1)], -1)
-        hidden = functional.relu(_linear(state, "decide", hidden))
-        return query.prior + _linear(state, "answer", hidden)[..., 0]
+        return query.prior + FORMS[self.form].predict(state, support, query)
 
-    def support_loss(self, support: _Batch) -> Loss:
+    def support_loss(self, support: ItemRows) -> Loss:
         """Squared error on the support's ratings, divided by their number plus the shrinkage."""
         real = support.real.float()
 
@@ -139,24 +121,9 @@ class Network:
 
         return loss
 
-    def query_loss(self, support: _Batch, query: _Batch) -> Loss:
+    def query_loss(self, support: ItemRows, query: ItemRows) -> Loss:
         """Logistic loss on the query's pairs of a liked and a disliked item (Rendle et al. 2009, eq. 4)."""
         return lambda state: pairwise_logistic(self.predict(state, support, query), query.liked, query.real, _SHARPNESS)
-
-
-def _linear(state: AdapterState, name: str, values: Tensor) -> Tensor:
-    """Applies every user's layer of a name."""
-    applied: Tensor = values @ state[f"{name}.weight"].mT + state[f"{name}.bias"][:, None]
-    return applied
-
-
-def _encode(state: AdapterState, support: _Batch) -> Tensor:
-    """Returns the shrunk mean of the encoded ratings of each support, shape (users, hidden)."""
-    residual = (support.target - support.prior)[..., None]
-    rated = torch.cat([support.features, residual, residual * support.features], -1)
-    encoded = _linear(state, "encode2", functional.relu(_linear(state, "encode", rated))) * support.real[..., None]
-    # Damped, so that the result also tells the number of ratings: with few of them it is near zero.
-    return encoded.sum(1) / (support.real.sum(1, keepdim=True) + _ENCODING_DAMPING)
 
 
 @dataclass(frozen=True)
@@ -199,16 +166,15 @@ class NetworkSettings:
 
 def _initial(form: Form, features: int, hidden: int, inner_lr: float, seed: int) -> MetaState:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"item": (hidden, features), "decide": (hidden, hidden), "answer": (1, hidden)}
-    if form == "neural process":
-        shapes |= {"encode": (hidden, 2 * features + 1), "encode2": (hidden, hidden), "decide": (hidden, 2 * hidden)}
+    architecture = FORMS[form]
     init: AdapterState = {}
-    for name, (rows, columns) in shapes.items():
+    for name, (rows, columns) in architecture.shapes(features, hidden).items():
         init[f"{name}.weight"] = torch.randn(rows, columns, generator=generator) * math.sqrt(2 / columns)
         init[f"{name}.bias"] = torch.zeros(rows)
-    # A small last layer: before training the score is nearly the prior.
-    init["answer.weight"] *= 0.1
-    return initial_meta_state(init, _ADAPTED if form == "melu" else (), inner_lr)
+    for name in architecture.last:
+        init[f"{name}.weight"] *= 0.1
+    adapted = [f"{name}.{part}" for name in architecture.adapted for part in ("weight", "bias")]
+    return initial_meta_state(init, adapted, inner_lr)
 
 
 def fit_network(
@@ -223,10 +189,10 @@ def fit_network(
     seed: int = 0,
     **options: Any,
 ) -> Network:
-    """Meta-trains MeLU or a neural process; returns the parameters that are best on the validation users.
+    """Meta-trains a network; returns the parameters that are best on the validation users.
 
     Args:
-        form: Which of the two.
+        form: Which one.
         interactions: The dataset.
         users: The meta-training users that `prior` was fitted on.
         prior: The item prior.
@@ -241,13 +207,14 @@ def fit_network(
 
     Source: Lee et al. 2019, "MeLU", algorithm 1, first-order, with learned inner rates; Lin et al. 2021, "Task-adaptive
     neural process for user cold-start recommendation", sections 4.1 and 4.2, with a deterministic path and without the
-    clustering of tasks.
+    clustering of tasks; Lee et al. 2019, "Set Transformer", eq. 6 to 8, without layer normalization, the query's items
+    in the place of seeds; Ha et al. 2017, "HyperNetworks", section 3.1, for a rank-1 update of the output layer.
     """
     settings = NetworkSettings(**options)
     table = torch.from_numpy(np.asarray(features, np.float32))
     meta = _initial(form, table.shape[1], settings.hidden, settings.inner_lr, seed)
     inner_steps = settings.inner_steps if form == "melu" else 0
-    initial = Network(form, meta, prior, table, inner_steps, settings.shrinkage, threshold)
+    initial = Network(form, meta, prior, table, inner_steps, settings.shrinkage, threshold, max(settings.shots))
     config = settings.train_config()
     with tempfile.TemporaryDirectory() as directory:
         trained = train(
