@@ -30,7 +30,7 @@ def test_systems_as_large_as_a_users_ratings_give_the_textbooks_sweep(
     """Dempster, Laird and Rubin 1977: posteriors in the space of weights, then their moments."""
     monkeypatch.setattr(linear_kernel, "_CHUNK", chunk)
     rows, design, start = made()
-    found = _sweep(rows, design.astype(np.float32), start, damping=0.0, item_damping=4.0)
+    found = _sweep(rows, design.astype(np.float32), start, damping=0.0, item_damping=4.0, workers=2)
     rest = rows.value - design[rows.item] @ start.weights
     means, spread, unsure, explained = [], np.zeros((WIDTH + 1, WIDTH + 1)), 0.0, np.empty(len(rest))
     for first, end in zip(rows.bounds[:-1], rows.bounds[1:], strict=True):

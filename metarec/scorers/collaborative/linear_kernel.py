@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+import torch
 
 from metarec.data.interactions import Codes, Interactions, Ratings, Values
 from metarec.progress import progress
 from metarec.scorers.collaborative.gp import GaussianProcess
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
 from metarec.scorers.collaborative.residuals import Floats
-from metarec.threads import one_thread
+from metarec.threads import map_each, one_thread
 
 # Expectation maximization comes down to small variances in a few sweeps, and takes many to come up to large ones.
 _FIRST_VARIANCE = 0.3
@@ -28,7 +30,7 @@ _LEAST_LENGTH = 1e-12
 # Loadings kept at most: directions in which users differ most.
 _LOADINGS = 256
 # Users whose ratings' features are in memory at once.
-_CHUNK = 512
+_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class LearnedWeights:
     items: Floats
     noise: float
 
-    @property
+    @cached_property
     def root(self) -> Floats:
         """A matrix whose product with its transpose is nearest the covariance, shape (width + 1, loadings)."""
         return _root(self.covariance, _LOADINGS)
@@ -116,15 +118,25 @@ def fit_linear_kernel(
     found = fit_linear_prior(
         interactions, users, features, name=name, sweeps=sweeps, damping=damping, item_damping=item_damping
     )
-    design = with_bias(features)
-    loadings = design.astype(np.float64) @ found.root
+    return linear_process(found, with_bias(features), name)
+
+
+def linear_process(prior: LinearPrior, design: Values, name: str) -> GaussianProcess:
+    """Returns the process of a mean and covariance of users' weights.
+
+    Args:
+        prior: The mean and covariance.
+        design: The features of all items, see `with_bias`.
+        name: How the method is called in tables.
+    """
+    loadings = design.astype(np.float64) @ prior.root
     return GaussianProcess(
-        mean_rating=found.baseline.mean,
-        scale=found.baseline.scale,
-        mean=design @ found.weights + found.items,
+        mean_rating=prior.baseline.mean,
+        scale=prior.baseline.scale,
+        mean=design @ prior.weights + prior.items,
         loadings=loadings,
-        noise=np.full(len(design), found.noise),
-        centre=found.rated @ loadings / found.rated.sum(),
+        noise=np.full(len(design), prior.noise),
+        centre=prior.rated @ loadings / prior.rated.sum(),
         selection_effect=np.zeros(loadings.shape[1]),
         selection_damping=1.0,
         name=name,
@@ -183,7 +195,6 @@ def rated_rows(interactions: Interactions, users: Codes, values: Callable[[Ratin
     )
 
 
-@one_thread()
 def learn_weights(
     rows: RatedRows, design: Values, *, name: str, sweeps: int, damping: float, item_damping: float
 ) -> LearnedWeights:
@@ -197,11 +208,11 @@ def learn_weights(
         damping: See `fit_linear_prior`.
         item_damping: See `fit_linear_prior`; infinity leaves items' own means at 0.
     """
-    width = design.shape[1]
+    width, workers = design.shape[1], torch.get_num_threads()
     found = LearnedWeights(np.zeros(width), np.eye(width) * _FIRST_VARIANCE, np.zeros(len(design)), _FIRST_NOISE)
-    with progress(f"fitting the {name}", sweeps, after=2.0) as advance:
+    with one_thread(), progress(f"fitting the {name}", sweeps, after=2.0) as advance:
         for sweep in range(sweeps):
-            found = _sweep(rows, design, found, damping, item_damping)
+            found = _sweep(rows, design, found, damping, item_damping, workers)
             advance(sweep + 1)
     return found
 
@@ -231,19 +242,17 @@ class _Posteriors:
 
 
 def _sweep(
-    rows: RatedRows, design: Values, found: LearnedWeights, damping: float, item_damping: float
+    rows: RatedRows, design: Values, found: LearnedWeights, damping: float, item_damping: float, workers: int
 ) -> LearnedWeights:
     """Returns the parameters after one round of expectation and maximization."""
     users = len(rows.bounds) - 1
-    rest = rows.value - found.items[rows.item] - design[rows.item] @ found.weights
-    parts = [
-        _posteriors(rows, design, found, rest, slice(first, min(first + _CHUNK, users)))
-        for first in range(0, users, _CHUNK)
-    ]
+    rest = rows.value - found.items[rows.item] - (design @ found.weights)[rows.item]
+    spread = design @ found.covariance.astype(np.float32)
+    chunks = [slice(first, min(first + _CHUNK, users)) for first in range(0, users, _CHUNK)]
+    parts = map_each(lambda some: _posteriors(rows, design, spread, found.noise, rest, some), chunks, workers)
     away = np.concatenate([part.away for part in parts])
     mean = away.mean(0)
-    spread = users * found.covariance - sum(part.reduction for part in parts)
-    moments = spread + (away - mean).T @ (away - mean)
+    moments = users * found.covariance - sum(part.reduction for part in parts) + (away - mean).T @ (away - mean)
     even = np.diag(moments).copy()
     even[:-1] = even[:-1].mean() if len(even) > 1 else 0.0
     covariance = (moments + damping * np.diag(even / users)) / (users + damping)
@@ -259,21 +268,32 @@ def _sweep(
     )
 
 
-def _posteriors(rows: RatedRows, design: Values, found: LearnedWeights, rest: Floats, some: slice) -> _Posteriors:
-    """Returns the posteriors of some users' weights, by systems as large as their numbers of ratings."""
+def _posteriors(
+    rows: RatedRows, design: Values, spread: Values, noise: float, rest: Floats, some: slice
+) -> _Posteriors:
+    """Returns the posteriors of some users' weights, by systems as large as their numbers of ratings.
+
+    Args:
+        rows: All users' ratings.
+        design: See `learn_weights`.
+        spread: Covariance of every item's value with the weights, shape (items, width + 1).
+        noise: Variance of a rating around its prediction.
+        rest: What the weights' mean and the items' own means leave of the ratings, shape (ratings,).
+        some: The users.
+    """
     bounds = rows.bounds[some.start : some.stop + 1]
-    rated = design[rows.item[bounds[0] : bounds[-1]]]
-    spread = rated @ found.covariance.astype(np.float32)
-    gains, away = np.empty_like(spread), np.empty((len(bounds) - 1, design.shape[1]))
-    unexplained, unsure = np.empty(len(rated)), 0.0
+    items = rows.item[bounds[0] : bounds[-1]]
+    whitened, away = np.empty((len(items), design.shape[1]), np.float32), np.empty((len(bounds) - 1, design.shape[1]))
+    unexplained, unsure = np.empty(len(items)), 0.0
     for user, (start, end) in enumerate(pairwise((bounds - bounds[0]).tolist())):
-        covariance = (spread[start:end] @ rated[start:end].T).astype(np.float64)
-        covariance[np.diag_indices(end - start)] += found.noise
-        inverse = np.linalg.inv(covariance)
-        ratings = rest[bounds[user] : bounds[user + 1]]
-        dual = inverse @ ratings
-        gains[start:end] = inverse @ spread[start:end]
-        away[user] = spread[start:end].T @ dual
-        unexplained[start:end] = found.noise * dual
-        unsure += found.noise * (end - start) - found.noise**2 * float(np.trace(inverse))
-    return _Posteriors(away, (spread.T @ gains).astype(np.float64), unexplained, unsure)
+        own = spread[items[start:end]]
+        covariance = (own @ design[items[start:end]].T).astype(np.float64)
+        covariance[np.diag_indices(end - start)] += noise
+        # The inverse of the lower triangle: its transpose times itself is the inverse of the covariance.
+        whitening = np.linalg.inv(np.linalg.cholesky((covariance + covariance.T) / 2))
+        dual = whitening.T @ (whitening @ rest[bounds[user] : bounds[user + 1]])
+        whitened[start:end] = whitening.astype(np.float32) @ own
+        away[user] = own.T @ dual
+        unexplained[start:end] = noise * dual
+        unsure += noise * (end - start) - noise**2 * float((whitening**2).sum())
+    return _Posteriors(away, (whitened.T @ whitened).astype(np.float64), unexplained, unsure)
