@@ -157,6 +157,20 @@ class KernelConfig(Section):
     sharpness: float = Field(2.0, gt=0, description="factor on score differences in the loss")
 
 
+class PosteriorTuningConfig(Section):
+    """How the LoRA goes on to learn through users' posteriors; see `metarec.scorers.language.posterior_tuning`."""
+
+    steps: int = Field(0, ge=0, description="steps at most; the best by validation users is kept; 0 leaves it out")
+    users: int = Field(16, ge=1, description="users per step")
+    max_query: int = Field(20, ge=2)
+    layers: int = Field(3, ge=1, description="how many topmost blocks of the encoder learn; lower ones are cached")
+    rank: int = Field(16, ge=1)
+    lr: float = Field(3e-4, gt=0)
+    sharpness: float = Field(2.0, gt=0, description="factor on scores' differences in the loss")
+    validate_every: int = Field(50, ge=1)
+    validation_users: int = Field(200, ge=1, description="validate on the first so many validation users at most")
+
+
 class EncoderTuningConfig(Section):
     """How the LoRA of `tuned text` is learned; see `metarec.scorers.language.encoder_tuning`."""
 
@@ -168,6 +182,7 @@ class EncoderTuningConfig(Section):
     frequency: float = Field(0.5, ge=0, description="share of an item's log frequency that is taken off its score")
     validate_every: int = Field(50, ge=1)
     validation_users: int = Field(100, ge=1, description="validate on the first so many validation users at most")
+    posterior: PosteriorTuningConfig = PosteriorTuningConfig()
 
 
 class CollaborativeConfig(Section):

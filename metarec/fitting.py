@@ -332,12 +332,18 @@ def collaborative_features(answer_model: AnswerModel | None, data: TaskData, con
             read["lm"] = state_vectors(answer_model.states)
     if "text" in wanted:
         read["text"] = text_vectors(catalog, task.item_text, config.collaborative.encoder)
-    if "tuned text" in wanted:
-        settings = config.collaborative.tuning
-        read["tuned text"] = tuned_text_vectors(data, config.collaborative.encoder, settings, config.seed)
     if "words" in wanted:
         read["words"] = word_vectors([task.item_text.render(catalog, code) for code in range(len(catalog))])
     fields = item_features(catalog, task.read_fields(catalog).read) if "fields" in wanted else {}
+    if "tuned text" in wanted:
+        read["tuned text"] = tuned_text_vectors(
+            data,
+            config.collaborative.encoder,
+            config.collaborative.tuning,
+            config.seed,
+            [*read.values(), *fields.values()],
+            config.collaborative.linear,
+        )
     if not read and not fields:
         read["nothing"] = np.zeros((len(catalog), 1))
     if task.split.asks_unrated:

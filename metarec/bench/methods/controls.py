@@ -48,7 +48,10 @@ def _text_kernel(context: MethodContext, *, tuned: bool = False, **options: Any)
     catalog, text, settings = context.interactions.catalog, context.data.task.item_text, context.config.collaborative
     blocks = [word_vectors([text.render(catalog, code) for code in range(len(catalog))]), context.vectors]
     if tuned:
-        blocks.append(tuned_text_vectors(context.task_data, settings.encoder, settings.tuning, context.seed))
+        beside, linear = [*blocks, *context.fields.values()], settings.linear
+        blocks.append(
+            tuned_text_vectors(context.task_data, settings.encoder, settings.tuning, context.seed, beside, linear)
+        )
     vectors = side_by_side([*blocks, *context.fields.values()])
     name = "tuned text kernel" if tuned else "text kernel"
     return fit_linear_kernel(context.interactions, context.users, vectors, name=name, **options)

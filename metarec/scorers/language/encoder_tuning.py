@@ -2,7 +2,8 @@
 
 Two items that the same meta-training user likes are a pair; the encoder learns to tell an item's partner from those of
 other users (InfoNCE). A user's ratings then say more about items that nobody rated: what adapts to the user, in closed
-form, are weights over these vectors.
+form, are weights over these vectors. A second LoRA may go on from there, learned through these very posteriors
+(`metarec.scorers.language.posterior_tuning`).
 
 Sources: van den Oord et al. 2018, "Representation learning with contrastive predictive coding", eq. 4; frequent items
 are corrected for as in Yi et al. 2019, "Sampling-bias-corrected neural modeling"; Hu et al. 2021, "LoRA".
@@ -10,9 +11,10 @@ are corrected for as in Yi et al. 2019, "Sampling-bias-corrected neural modeling
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,14 @@ from filelock import FileLock
 from torch import Tensor
 
 from metarec.artifacts import cache_dir, content_hash, is_whole, replace_dir
-from metarec.config import EncoderTuningConfig, TrainConfig
+from metarec.config import EncoderTuningConfig, LinearConfig, PosteriorTuningConfig, TrainConfig
 from metarec.data.episodes import Episode
 from metarec.data.interactions import Codes
 from metarec.data.task_data import TaskData
 from metarec.errors import ConfigError, DataError
 from metarec.evaluate import validation_auc
+from metarec.lm.adapters import init_adapter
+from metarec.lm.answer_model import open_answer_model
 from metarec.lm.backbone import Backbone, load_backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.reference_forward import ReferenceForward
@@ -36,18 +40,29 @@ from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import MetaState
 from metarec.meta.outer_loop import train
+from metarec.scorers.collaborative.features import side_by_side
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.text import fit_two_tower
+from metarec.scorers.language.posterior_tuning import FeatureBlocks, PosteriorTuning, two_halves
 from metarec.scorers.language.trainable_copy import Recipe, TrainableCopy, trainable_copy
-from metarec.tensors import read_tensors, write_tensors
+from metarec.tensors import AdapterState, read_tensors, write_tensors
 
 _KIND = "tuned-encoder"
-_FILE, _VECTORS = "vectors.safetensors", "vectors"
+_FILE, _VECTORS = "tuned.safetensors", "vectors"
+# The first one kept vectors without the LoRA.
+_FORMAT = 2
 # Texts of similar length that are read side by side.
 _TEXTS_AT_ONCE = 32
 
 
-def tuned_text_vectors(data: TaskData, encoder: str, settings: EncoderTuningConfig, seed: int) -> Floats:
+def tuned_text_vectors(
+    data: TaskData,
+    encoder: str,
+    settings: EncoderTuningConfig,
+    seed: int,
+    beside: Sequence[Floats] = (),
+    linear: LinearConfig | None = None,
+) -> Floats:
     """Returns the tuned encoder's vector of every item, shape (items, hidden), from the cache or by training.
 
     Args:
@@ -56,6 +71,8 @@ def tuned_text_vectors(data: TaskData, encoder: str, settings: EncoderTuningConf
         encoder: A text encoder's name or directory.
         settings: How the LoRA is learned.
         seed: Seed of its start and of the pairs.
+        beside: Features of all items that stand beside the vectors where it is learned through posteriors.
+        linear: How users' weights on the features are fitted there; None takes the defaults.
 
     Raises:
         ConfigError: The encoder is none.
@@ -79,19 +96,48 @@ def tuned_text_vectors(data: TaskData, encoder: str, settings: EncoderTuningConf
         "task": data.task.digest,
         "users": content_hash(data.parts["train"].tolist()),
         "seed": seed,
-        **settings.model_dump(mode="json"),
+        "format": _FORMAT,
+        **settings.model_dump(mode="json", exclude={"posterior"}),
     }
+    found = _kept(
+        identity, lambda checkpoint: _by_pairs(data, backbone, prompts, pairs, settings, seed, checkpoint, identity)
+    )
+    if settings.posterior.steps:
+        kernel = linear or LinearConfig()
+        further = {
+            "pairs": identity,
+            "beside": [hashlib.sha256(np.ascontiguousarray(block).tobytes()).hexdigest() for block in beside],
+            "linear": kernel.model_dump(mode="json"),
+            **settings.posterior.model_dump(mode="json"),
+        }
+        merged = _merged(backbone, settings.rank, seed, found, content_hash(identity))
+        found = _kept(
+            further,
+            lambda checkpoint: _by_posteriors(
+                data, merged, prompts, settings.posterior, seed, [*beside], kernel, checkpoint, further
+            ),
+        )
+    return found[_VECTORS].numpy().astype(np.float64)
+
+
+def _kept(identity: dict[str, Any], make: Callable[[Path], AdapterState]) -> AdapterState:
+    """Returns a training's tensors from the cache; trains, from its checkpoint if there is one, where they are not.
+
+    Args:
+        identity: All that they depend on.
+        make: Trains, with its checkpoint at a path.
+    """
     path = cache_dir() / _KIND / content_hash(identity)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Processes that want the same vectors at the same time wait for the first one.
     with FileLock(path.with_suffix(".lock")):
         if not is_whole(path, _KIND):
             checkpoint = path.with_suffix(".checkpoint")
-            vectors = _train(data, backbone, prompts, pairs, settings, seed, checkpoint, identity)
+            tensors = make(checkpoint)
             with replace_dir(path, _KIND) as directory:
-                write_tensors(directory / _FILE, {_VECTORS: vectors})
+                write_tensors(directory / _FILE, tensors)
             shutil.rmtree(checkpoint)
-        return read_tensors(path / _FILE, "cpu")[_VECTORS].numpy().astype(np.float64)
+        return read_tensors(path / _FILE, "cpu")
 
 
 def _liked(data: TaskData) -> list[Codes]:
@@ -103,7 +149,7 @@ def _liked(data: TaskData) -> list[Codes]:
     return [items for items in liked if len(items) > 1]
 
 
-def _train(
+def _by_pairs(
     data: TaskData,
     backbone: Backbone,
     prompts: CatalogPrompts,
@@ -112,10 +158,10 @@ def _train(
     seed: int,
     checkpoint: Path,
     identity: dict[str, Any],
-) -> Tensor:
-    layers = {name.rsplit(".", 1)[-1] for name, module in backbone.model.named_modules() if _is_linear(module)}
-    recipe = Recipe("lora", settings.rank, 2.0 * settings.rank, tuple(sorted(layers)), seed)
-    tuning = _Tuning(trainable_copy(backbone, recipe), prompts, pairs, data, settings, seed)
+) -> AdapterState:
+    """Returns the vectors of all items, and the LoRA that was learned from pairs of likes."""
+    student = trainable_copy(backbone, _recipe(backbone, settings.rank, seed))
+    tuning = _Tuning(student, prompts, pairs, data, settings, seed)
     initial = {name: parameter.detach() for name, parameter in tuning.student.parameters.items()}
     config = TrainConfig(
         steps=settings.steps,
@@ -134,12 +180,80 @@ def _train(
         resume=True,
         description="tuning the encoder",
     )
-    tuning.student.take(trained.best.init)
-    return tuning.vectors(np.arange(len(prompts.tokens)))
+    student.take(trained.best.init)
+    return {_VECTORS: tuning.vectors(np.arange(len(prompts.tokens))), **trained.best.init}
 
 
-def _is_linear(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear)
+def _by_posteriors(
+    data: TaskData,
+    backbone: Backbone,
+    prompts: CatalogPrompts,
+    settings: PosteriorTuningConfig,
+    seed: int,
+    beside: list[Floats],
+    kernel: LinearConfig,
+    checkpoint: Path,
+    identity: dict[str, Any],
+) -> AdapterState:
+    """Returns the vectors of all items, and the LoRA that was learned through posteriors."""
+    placement = default_placement(
+        backbone,
+        prompts,
+        layers=settings.layers,
+        targets=_linear_layers(backbone),
+        rank=settings.rank,
+        alpha=2.0 * settings.rank,
+        active_tokens=None,
+    )
+    model = open_answer_model(backbone, prompts, placement)
+    everything = np.arange(len(prompts.tokens))
+    start = model.frozen_states(everything).numpy().astype(np.float64)
+    halves = two_halves(data, side_by_side([*beside, start]), kernel, seed)
+    tuning = PosteriorTuning(data, model, FeatureBlocks.of(beside, start), halves, settings, seed)
+    config = TrainConfig(
+        steps=settings.steps,
+        users=settings.users,
+        lr=settings.lr,
+        warmup=min(20, settings.steps),
+        validate_every=settings.validate_every,
+    )
+    trained = train(
+        MetaState(init_adapter(model.spec, torch.Generator().manual_seed(seed)), {}),
+        tuning.gradient_at,
+        tuning.validate,
+        config,
+        checkpoint=checkpoint,
+        identity=identity,
+        resume=True,
+        description="tuning the encoder through posteriors",
+    )
+    return {_VECTORS: tuning.vectors(everything, trained.best.init), **trained.best.init}
+
+
+def _merged(backbone: Backbone, rank: int, seed: int, lora: AdapterState, name: str) -> Backbone:
+    """Returns the encoder with a LoRA merged into its weights.
+
+    Args:
+        backbone: The encoder.
+        rank: Of the LoRA.
+        seed: Of the LoRA.
+        lora: Its tensors, among others.
+        name: What names its weights in caches.
+    """
+    student = trainable_copy(backbone, _recipe(backbone, rank, seed))
+    student.take(lora)
+    student.finish()
+    return replace(student.backbone, fingerprint=content_hash([backbone.fingerprint, name]))
+
+
+def _recipe(backbone: Backbone, rank: int, seed: int) -> Recipe:
+    return Recipe("lora", rank, 2.0 * rank, _linear_layers(backbone), seed)
+
+
+def _linear_layers(backbone: Backbone) -> tuple[str, ...]:
+    """Returns the names of a model's linear layers."""
+    linear = [name for name, module in backbone.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return tuple(sorted({name.rsplit(".", 1)[-1] for name in linear}))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,208 @@
+"""Trains a sentence encoder's LoRA through users' posteriors: deep kernel transfer over the texts of items.
+
+A user's weights on the features of items are a draw whose mean and covariance expectation maximization has learned; the
+support gives their posterior in closed form. The loss of a query's ranking by that posterior flows into the LoRA of
+the encoder's topmost blocks, whose vectors are some of the features. What enters these blocks comes from the cache.
+
+Each half of the meta-training users is asked under the mean and covariance of the other half: a user who has helped to
+learn them would find them better than a new one does.
+
+Sources: Patacchiola et al. 2020, "Bayesian meta-learning for the few-shot setting via deep kernels"; Harrison, Sharma
+and Pavone 2018, "Meta-learning priors for efficient online Bayesian regression".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarec.config import LinearConfig, PosteriorTuningConfig
+from metarec.data.episodes import Episode, training_batch
+from metarec.data.interactions import Codes, Ratings, Values
+from metarec.data.task_data import TaskData
+from metarec.evaluate import validation_auc
+from metarec.lm.answer_model import AnswerModel
+from metarec.meta.algorithms import MetaGradient
+from metarec.meta.inner_loop import MetaState
+from metarec.meta.losses import pairwise_logistic
+from metarec.scorers.collaborative.features import side_by_side
+from metarec.scorers.collaborative.linear_kernel import LinearPrior, fit_linear_prior, linear_process, with_bias
+from metarec.scorers.collaborative.residuals import Floats
+from metarec.tensors import expand_users, pad_rows
+
+# Texts that are read at once where no gradient is needed.
+_TEXTS_AT_ONCE = 256
+# Queries need a liked and a disliked item at least.
+_MIN_QUERY = 2
+
+
+@dataclass(frozen=True)
+class Half:
+    """Meta-training users whose queries train the LoRA, and what the other users' ratings say of users' weights."""
+
+    users: Codes
+    prior: LinearPrior
+
+
+@dataclass(frozen=True)
+class FeatureBlocks:
+    """Features of all items, of which the encoder's are computed anew as it learns.
+
+    Args:
+        design: All features under the encoder as it starts, see `with_bias`, shape (items, width + 1).
+        columns: Where the encoder's vectors are.
+        centre: What is taken off its vectors, shape (hidden,).
+        scale: What they are multiplied by then.
+    """
+
+    design: Values
+    columns: slice
+    centre: Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, beside: Sequence[Floats], vectors: Floats) -> FeatureBlocks:
+        """Returns the features that `side_by_side` and `with_bias` make of blocks that stay and the vectors."""
+        joined = side_by_side([*beside, vectors])
+        whole = with_bias(joined)
+        first = whole.shape[1] - 1 - vectors.shape[1]
+        columns = slice(first, first + vectors.shape[1])
+        centre = vectors.mean(0)
+        spread = np.sqrt(((vectors - centre) ** 2).sum(1).mean() * (joined**2).sum(1).mean())
+        return cls(whole, columns, torch.from_numpy(centre), float(1 / spread))
+
+    def of_items(self, items: Codes, vectors: Tensor) -> Tensor:
+        """Returns the features of some items under their present vectors, shape (items, width + 1)."""
+        kept = torch.from_numpy(self.design[items]).to(vectors.dtype)
+        new = (vectors - self.centre.to(vectors.dtype)) * self.scale
+        return torch.cat([kept[:, : self.columns.start], new, kept[:, self.columns.stop :]], 1)
+
+
+@dataclass(frozen=True)
+class PosteriorTuning:
+    """An encoder's LoRA in training through the posteriors of meta-training users.
+
+    Args:
+        data: The task's data.
+        model: The encoder over the items' texts, with a LoRA in its topmost blocks.
+        blocks: The features of items.
+        halves: The meta-training users.
+        settings: How the LoRA is learned.
+        seed: Seed of the episodes.
+    """
+
+    data: TaskData
+    model: AnswerModel
+    blocks: FeatureBlocks
+    halves: tuple[Half, Half]
+    settings: PosteriorTuningConfig
+    seed: int
+
+    @cached_property
+    def _shots(self) -> list[int]:
+        return [count for count in self.data.task.shots if count > 0]
+
+    def encode(self, items: Codes, init: Mapping[str, Tensor]) -> Tensor:
+        """Returns the vectors of some items, differentiable in the LoRA, shape (items, hidden)."""
+        batch = self.model.gather(torch.from_numpy(items)[None])
+        return self.model.last_states(batch, expand_users(init, 1))[0]
+
+    @torch.no_grad()
+    def vectors(self, items: Codes, init: Mapping[str, Tensor]) -> Tensor:
+        """Returns the vectors of some items, shape (items, hidden)."""
+        parts = np.array_split(items, max(1, -(-len(items) // _TEXTS_AT_ONCE)))
+        return torch.cat([self.encode(part, init) for part in parts])
+
+    def scores(self, half: Half, episodes: Sequence[Episode], init: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns the posterior's scores of the users' queries, and which are no padding, each (users, items).
+
+        Source: Rasmussen and Williams 2006, eq. 2.25, with the weights' prior mean.
+        """
+        items = np.unique(np.concatenate([part.items for one in episodes for part in (one.support, one.query)]))
+        features = self.blocks.of_items(items, self.encode(items, init))
+        prior = half.prior
+        loadings, mean = (features @ torch.from_numpy(part).to(features.dtype) for part in (prior.root, prior.weights))
+        rated, asked = ([np.searchsorted(items, part.items) for part in parts] for parts in _parts(episodes))
+        support, query = pad_rows(rated, np.int64), pad_rows(asked, np.int64)
+        real = _real(rated, support.shape[1])
+        ratings = pad_rows([self._unexplained(prior, one.support) for one in episodes], np.float64).to(mean.dtype)
+        # A padded row has no loadings and nothing to explain, so it says nothing.
+        own = loadings[support] * real[..., None]
+        rest = (ratings - mean[support]) * real
+        covariance = own @ own.mT + prior.noise * torch.eye(own.shape[1], dtype=own.dtype)
+        weights = own.mT @ torch.linalg.solve(covariance, rest)[..., None]
+        expected = mean[query] + (loadings[query] @ weights)[..., 0]
+        if not self.data.task.split.asks_unrated:
+            expected = expected + torch.from_numpy(prior.items[items]).to(expected.dtype)[query]
+        return expected, _real(asked, query.shape[1])
+
+    def _unexplained(self, prior: LinearPrior, support: Ratings) -> Floats:
+        """Returns standardized ratings without the items' own effects, shape (ratings,)."""
+        ratings: Floats = prior.baseline.standardize(support.values) - prior.items[support.items]
+        return ratings
+
+    def gradient_at(self, meta: MetaState, step: int) -> MetaGradient:
+        """Returns the gradient of the mean loss over a step's users, who are all of one half."""
+        half = self.halves[step % 2]
+        episodes = training_batch(
+            self.data.interactions,
+            half.users,
+            batch_users=self.settings.users,
+            shots=self._shots,
+            max_query=self.settings.max_query,
+            min_query=_MIN_QUERY,
+            seed=self.seed,
+            step=step,
+            short_supports=self.data.task.short_supports,
+        )
+        leaves = {name: value.detach().requires_grad_() for name, value in meta.init.items()}
+        scores, real = self.scores(half, episodes, leaves)
+        liked = pad_rows([one.query.likes(self.data.task.like_threshold) for one in episodes], np.bool_)
+        losses = pairwise_logistic(scores, liked, real, self.settings.sharpness)
+        found = torch.autograd.grad(losses.mean(), list(leaves.values()))
+        gradients = {f"init/{name}": value for name, value in zip(leaves, found, strict=True)}
+        return MetaGradient(losses.detach(), gradients, ~losses.detach().isfinite())
+
+    @cached_property
+    def _validation(self) -> list[Episode]:
+        return self.data.evaluated("validation")[0][: self.settings.validation_users]
+
+    def validate(self, meta: MetaState) -> float:
+        """Returns the validation users' AUC by their posterior under the first half's mean and covariance."""
+        items = np.unique(np.concatenate([part.items for parts in _parts(self._validation) for part in parts]))
+        design = np.zeros_like(self.blocks.design)
+        design[items] = self.blocks.of_items(items, self.vectors(items, meta.init)).numpy()
+        process = linear_process(self.halves[0].prior, design, "text kernel")
+        return validation_auc(process, self._validation, self._shots, self.data.task.like_threshold)
+
+
+def two_halves(data: TaskData, features: Floats, settings: LinearConfig, seed: int) -> tuple[Half, Half]:
+    """Returns the meta-training users in two halves, each with the mean and covariance that the other's ratings say.
+
+    Args:
+        data: The task's data.
+        features: The features of all items, see `side_by_side`.
+        settings: How mean and covariance are fitted.
+        seed: Seed of the halves.
+    """
+    users = data.parts["train"]
+    first = np.random.default_rng(seed).permutation(len(users)) % 2 == 0
+    one, other = (
+        Half(users[own], fit_linear_prior(data.interactions, users[~own], features, **settings.model_dump()))
+        for own in (first, ~first)
+    )
+    return one, other
+
+
+def _parts(episodes: Sequence[Episode]) -> tuple[list[Ratings], list[Ratings]]:
+    return [one.support for one in episodes], [one.query for one in episodes]
+
+
+def _real(rows: Sequence[Codes], width: int) -> Tensor:
+    """Returns True where a padded row holds an entry, shape (rows, width)."""
+    return torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
