@@ -9,7 +9,7 @@ import gzip
 import io
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -57,11 +57,11 @@ class File:
                 self._raw() as (stream, size, length),
                 progress(f"reading {self.name}, MB", length / _MB, after=2.0) as advance,
             ):
-                stream = io.BufferedReader(_Metered(stream, advance), _MB)
+                stream = io.BufferedReader(_metered(stream, advance), _MB)
                 if self.name.endswith(".gz"):
                     stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]
                 packed = self.member is not None or self.name.endswith(".gz")
-                yield io.BufferedReader(_Guard(stream, size, str(self)), _MB) if packed else stream
+                yield io.BufferedReader(_guarded(stream, size, str(self)), _MB) if packed else stream
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
             # zipfile says RuntimeError of members that are encrypted or packed in a way it does not know.
             raise DataError(f"{self} cannot be read: {error}", "Fetch the file again") from None
@@ -79,11 +79,11 @@ class File:
                 yield inner, info.compress_size, info.file_size  # type: ignore[misc]
 
 
-class _Metered(io.RawIOBase):
-    """Tells a progress bar how much of a file has been read."""
+class _Watched(io.RawIOBase):
+    """Passes a stream on, and tells how many bytes it has given so far."""
 
-    def __init__(self, stream: BinaryIO, advance: Advance) -> None:
-        self._stream, self._advance, self._read = stream, advance, 0
+    def __init__(self, stream: BinaryIO, seen: Callable[[int], None]) -> None:
+        self._stream, self._seen, self._read = stream, seen, 0
 
     def readable(self) -> bool:
         return True
@@ -92,29 +92,26 @@ class _Metered(io.RawIOBase):
         block = self._stream.read(len(buffer))
         buffer[: len(block)] = block
         self._read += len(block)
-        self._advance(self._read / _MB)
+        self._seen(self._read)
         return len(block)
 
 
-class _Guard(io.RawIOBase):
-    """Passes a decompressed stream on until it has grown beyond what its compressed size allows."""
+def _metered(stream: BinaryIO, advance: Advance) -> _Watched:
+    """Returns a stream that tells a progress bar how much of it has been read."""
+    return _Watched(stream, lambda read: advance(read / _MB))
 
-    def __init__(self, stream: BinaryIO, size: int, where: str) -> None:
-        self._stream, self._limit, self._where = stream, max(size * _MAX_RATIO, _SMALL_BYTES), where
-        self._read = 0
 
-    def readable(self) -> bool:
-        return True
+def _guarded(stream: BinaryIO, size: int, where: str) -> _Watched:
+    """Returns a decompressed stream that raises once it has grown beyond what its compressed size allows."""
+    limit = max(size * _MAX_RATIO, _SMALL_BYTES)
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        block = self._stream.read(len(buffer))
-        buffer[: len(block)] = block
-        self._read += len(block)
-        if self._read > self._limit:
+    def check(read: int) -> None:
+        if read > limit:
             raise DataError(
-                f"{self._where} expands to more than {_MAX_RATIO} times its size", "Unpack it yourself if it is genuine"
+                f"{where} expands to more than {_MAX_RATIO} times its size", "Unpack it yourself if it is genuine"
             )
-        return len(block)
+
+    return _Watched(stream, check)
 
 
 def find(path: Path | None, *patterns: str, needed: bool = True) -> File | None:
