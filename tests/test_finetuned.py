@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -32,7 +33,7 @@ from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.language.fine_tuning import FULL, _loss, fine_tune
 from metarec.scorers.language.finetuned import NAMES, FineTuned, then_per_user_lora
 from metarec.scorers.language.in_context import History, InContext
-from metarec.scorers.language.trainable_copy import Recipe
+from metarec.scorers.language.trainable_copy import Recipe, trainable_copy
 from metarec.scorers.serialization import load_scorer, save_scorer
 
 Backbones = Callable[..., Backbone]
@@ -143,6 +144,13 @@ def test_a_lora_moves_queries_and_values_alone_and_everything_else_is_shared(
     assert model.model.model.layers[0].mlp.up_proj.weight is base.model.model.layers[0].mlp.up_proj.weight
     # Rank 8 on (16 -> 16) and (16 -> 8) in each of three blocks, and the weight.
     assert scorer.parameters == 3 * 8 * (16 + 16 + 16 + 8) + 1
+
+
+def test_a_lora_is_added_without_a_warning(backbone: Backbones) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainable_copy(backbone("llama"), Recipe("lora"))
+    assert not told
 
 
 def test_full_fine_tuning_moves_every_parameter(tuned: Callable[[str], FineTuned], backbone: Backbones) -> None:

@@ -6,6 +6,7 @@ Source: Hu et al. 2021, "LoRA".
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -106,7 +107,9 @@ def _with_lora(model: Any, recipe: Recipe, backbone: Backbone) -> Any:
     )
     try:
         # PEFT draws on the processor and moves what it drew.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # PEFT asks transformers for a name that transformers has renamed; nobody else can do anything about it.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             torch.manual_seed(recipe.seed)
             return get_peft_model(model, settings)
     except ValueError as error:
