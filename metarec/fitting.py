@@ -45,7 +45,7 @@ from metarec.scorers.language.encoder_tuning import tuned_text_vectors
 from metarec.scorers.language.expected_rating import expected_rating
 from metarec.scorers.language.item_vectors import hidden_state_vectors, text_vectors
 from metarec.scorers.language.score import initial_state
-from metarec.scorers.language.weight_prior import KERNEL_MEAN_TERM, fit_weight_prior
+from metarec.scorers.language.weight_prior import fit_head_start
 from metarec.scorers.language.zero_shot import ZeroShot
 from metarec.scorers.term import ADAPTER_TERM, CrossFitted, ScoreTerm, Term, TermContext
 from metarec.stack_files import cached_stack
@@ -89,11 +89,26 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A fitted recommender before meta-training, and its terms as meta-training users may see them."""
+    """A fitted recommender before meta-training, and its parts as meta-training users may see them.
+
+    Args:
+        fitted: The recommender.
+        crossed: Its terms, also without each fold of the meta-training users.
+        context: What the terms were fitted on.
+        head_shifts: See `HeadStart.shifts`.
+    """
 
     fitted: Fitted
     crossed: Mapping[str, CrossFitted]
     context: TermContext
+    head_shifts: tuple[AdapterState, ...] = ()
+
+    def head_shift(self, users: Sequence[str]) -> AdapterState:
+        """Returns how far the head's parameters are, for meta-training users, from those that have seen them."""
+        if not self.head_shifts:
+            return {}
+        folds = [self.head_shifts[self.context.stack.out_of_fold.fold[user]] for user in users]
+        return {name: torch.stack([fold[name] for fold in folds]) for name in folds[0]}
 
     def __repr__(self) -> str:
         return f"Prepared({self.fitted!r})"
@@ -169,13 +184,13 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
         answer_model,
     )
     crossed = {name: term.fit(context) for name, term in terms.items() if term.fit is not None}
-    head = _head_parameters(config, terms, context, crossed, answer_model)
+    head = fit_head_start(head_of(config), terms, crossed, context, answer_model, config.collaborative.linear)
     fitted = Fitted(
         task=data.task,
         catalog=catalog,
         scale=data.interactions.scale,
         prior=prior,
-        terms={name: found.term for name, found in crossed.items()},
+        terms={name: found.term for name, found in head.crossed.items()},
         meta=initial_state(
             terms,
             adapted_model(config, answer_model),
@@ -185,7 +200,7 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
             top_only=config.meta.adapt == "top",
             steps_with_rates=max(config.meta.inner_steps, 1) if config.meta.rates == "step" else 1,
             elementwise_rates=config.meta.rates == "number",
-            head=head,
+            head=head.parameters,
             steps=takes_steps(config.meta.algorithm),
             device=config.device,
         ),
@@ -193,7 +208,7 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
         split=SplitRecord.of(data),
         training={},
     )
-    return Prepared(fitted, crossed, context)
+    return Prepared(fitted, head.crossed, context, head.shifts)
 
 
 def meta_scorer(
@@ -258,28 +273,6 @@ def head_of(config: RunConfig) -> ClosedFormHead | None:
             "Add 'adapter' to score, or choose an algorithm with gradient steps from the initialization",
         )
     return found
-
-
-def _head_parameters(
-    config: RunConfig,
-    terms: Mapping[str, ScoreTerm],
-    context: TermContext,
-    crossed: dict[str, CrossFitted],
-    answer_model: AnswerModel | None,
-) -> AdapterState | None:
-    """Returns where a head's parameters start, None without a head; adds the kernel mean to the fitted terms."""
-    head, mean_term = head_of(config), KERNEL_MEAN_TERM in terms
-    prior = None
-    if mean_term or (head is not None and head.has_prior):
-        assert answer_model is not None
-        starts = {name: terms[name].start for name in crossed}
-        found = fit_weight_prior(
-            context, crossed, starts, answer_model, config.collaborative.linear, mean_term=mean_term
-        )
-        prior = found.weights
-        if found.mean is not None:
-            crossed[KERNEL_MEAN_TERM] = found.mean
-    return None if head is None else head.start(prior)
 
 
 def open_backbone(config: RunConfig) -> Backbone:

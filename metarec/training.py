@@ -17,7 +17,7 @@ from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
 from metarec.meta.algorithms import MetaGradient, closed_form
 from metarec.meta.distributed import ALONE, Ranks, mean_over_ranks
-from metarec.meta.heads import takes_steps
+from metarec.meta.heads import ClosedFormHead, takes_steps
 from metarec.meta.inner_loop import Loss, MetaState
 from metarec.meta.outer_loop import Trained, train
 from metarec.registries import ALGORITHMS, LOSSES
@@ -28,7 +28,9 @@ from metarec.scorers.language.score import (
     posterior_support_loss,
     query_loss,
     support_loss,
+    with_shifted_head,
 )
+from metarec.tensors import AdapterState
 from metarec.threads import one_thread
 
 
@@ -130,21 +132,43 @@ def _meta_gradient(prepared: Prepared, config: RunConfig, meta: MetaState, batch
 
     head = head_of(config)
     if head is not None and adapted is not None:
-        support, query = _out_of_fold_batch(prepared, batch, config, support=True), outer(batch)
-        solve = head_solver(support, adapted, head, user_bias_damping=damping)
-        if not takes_steps(config.meta.algorithm):
-            return closed_form(meta, solve, query, len(batch))
-        errors = posterior_support_loss(support, adapted, shrinkage=config.meta.shrinkage)
-        algorithm = ALGORITHMS.get(config.meta.algorithm)
-        from_posterior: MetaGradient = algorithm(
-            meta, errors, lambda state: query(solve(state)), len(batch), config.meta.inner_steps
-        )
-        return from_posterior
+        return _through_head(prepared, config, meta, batch, head, outer(batch))
     steps = config.meta.inner_steps if meta.log_rate else 0
     if config.meta.engine == "learn2learn":
         losses = [(inner([episode]), outer([episode])) for episode in batch]
         return learn2learn.meta_gradient(meta, losses, steps, second_order=config.meta.algorithm == "maml")
     found: MetaGradient = ALGORITHMS.get(config.meta.algorithm)(meta, inner(batch), outer(batch), len(batch), steps)
+    return found
+
+
+def _through_head(
+    prepared: Prepared,
+    config: RunConfig,
+    meta: MetaState,
+    batch: Sequence[Episode],
+    head: ClosedFormHead,
+    query: Loss,
+) -> MetaGradient:
+    """Returns the meta-gradient where users have a head in closed form, after gradient steps where they take some."""
+    adapted = adapted_model(config, prepared.fitted.answer_model)
+    assert adapted is not None
+    support = _out_of_fold_batch(prepared, batch, config, support=True)
+    shift = prepared.head_shift([episode.user for episode in batch])
+    fit = head_solver(support, adapted, head, user_bias_damping=config.meta.user_bias_damping)
+
+    def solve(state: AdapterState) -> AdapterState:
+        return fit(with_shifted_head(state, shift))
+
+    if not takes_steps(config.meta.algorithm):
+        return closed_form(meta, solve, query, len(batch))
+    errors = posterior_support_loss(support, adapted, shrinkage=config.meta.shrinkage)
+    found: MetaGradient = ALGORITHMS.get(config.meta.algorithm)(
+        meta,
+        lambda state: errors(with_shifted_head(state, shift)),
+        lambda state: query(solve(state)),
+        len(batch),
+        config.meta.inner_steps,
+    )
     return found
 
 

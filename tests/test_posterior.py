@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metarec.bench.methods import METHODS, MethodContext
 from metarec.config import RunConfig, validated
+from metarec.data.episodes import Episode, training_batch
 from metarec.data.task_data import TaskData
 from metarec.errors import ConfigError
 from metarec.fitting import Prepared, prepare
@@ -26,11 +27,13 @@ from metarec.meta.inner_loop import MetaState, initial_meta_state
 from metarec.recommender import MetaRecommender
 from metarec.scorer import Request
 from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
+from metarec.scorers.language.weight_prior import fit_weight_prior
 from metarec.tensors import AdapterState, expand_users
 from metarec.training import _meta_gradient
 
 ModelDir = Callable[[str], Path]
 USERS, ITEMS, FEATURES = 3, 6, 4
+FEATURES_OF_LLAMA = 16
 REAL = torch.arange(ITEMS) < torch.tensor([[6], [3], [0]])
 KERNEL: dict[str, Any] = {
     **SETTINGS,
@@ -139,6 +142,13 @@ def requests(data: TaskData, count: int) -> list[Request]:
     return [Request(one.user, one.support.head(count), one.query.items) for one in episodes]
 
 
+def some_users(data: TaskData) -> list[Episode]:
+    """Four meta-training users."""
+    return training_batch(
+        data.interactions, data.parts["train"], batch_users=4, shots=(5,), max_query=10, min_query=5, seed=0, step=0
+    )
+
+
 @pytest.mark.parametrize("ratings", [0, 5, 10])
 def test_before_training_the_posterior_scores_like_the_kernel_fitted_by_expectation_maximization(
     ratings: int, model_dir: ModelDir
@@ -186,10 +196,7 @@ def test_no_step_from_the_posterior_is_the_posterior(model_dir: ModelDir) -> Non
     found = []
     for meta in ({"algorithm": "dkt"}, {"algorithm": "fomaml", "start": "posterior", "inner_steps": 0}):
         ready = prepared(model_dir("llama"), data, meta=meta)
-        batch = list(data.evaluated("validation")[0][:4])
-        crossed = {name: replace(one, folds=(), fold={}) for name, one in ready.crossed.items()}
-        gradient = _meta_gradient(replace(ready, crossed=crossed), configured(meta=meta), ready.fitted.meta, batch)
-        found.append(gradient)
+        found.append(_meta_gradient(ready, configured(meta=meta), ready.fitted.meta, some_users(data)))
     learned = ["score.head.mean", "score.head.root", "score.head.log_noise", "model.layers.2.self_attn.q_proj.lora_B"]
     assert all(found[0].gradients[f"init/{name}"].abs().max() > 1e-5 for name in learned)
     for name, value in found[0].gradients.items():
@@ -225,6 +232,41 @@ def test_a_folds_kernel_mean_knows_nothing_of_its_own_users(model_dir: ModelDir)
         one.without(name).values(empty, items)[0], two.without(name).values(empty, items)[0], atol=1e-5
     )
     assert np.abs(one.term.values(empty, items)[0] - two.term.values(empty, items)[0]).max() > 1e-4
+
+
+def test_a_meta_training_users_prior_is_the_one_that_has_not_seen_them(model_dir: ModelDir) -> None:
+    """The shared parameters moved by the shift are where a fit without the user's fold starts, as a covariance."""
+    data = known_task()
+    ready = prepared(model_dir("llama"), data)
+    names = [data.interactions.users[code] for code in data.parts["train"]]
+    folds = ready.context.stack.out_of_fold.fold
+    shift = ready.head_shift(names)
+    start = ready.fitted.meta.init["score.head.root"]
+    roots = start + shift["root"]
+    without = data.parts["train"][[folds[name] != folds[names[0]] for name in names]]
+    config = configured()
+    alone = fit_weight_prior(
+        replace(ready.context, users=without),
+        {},
+        {},
+        ready.fitted.answer_model,
+        config.collaborative.linear,  # type: ignore[arg-type]
+        mean_term=True,
+    ).weights
+    expected = FEATURES_OF_LLAMA * alone.root @ alone.root.T
+    torch.testing.assert_close(roots[0] @ roots[0].T, expected, atol=1e-3, rtol=1e-3)
+    assert (roots[0] @ roots[0].T - start @ start.T).abs().max() > 0.01
+    assert shift["root"][0].norm() < start.norm()  # turned, so that the two are near each other
+
+
+def test_training_uses_the_shifted_prior(model_dir: ModelDir) -> None:
+    data = known_task()
+    ready = prepared(model_dir("llama"), data)
+    one, other = (
+        _meta_gradient(some, configured(), ready.fitted.meta, some_users(data))
+        for some in (ready, replace(ready, head_shifts=()))
+    )
+    assert (one.loss - other.loss).abs().max() > 1e-4
 
 
 def test_the_prior_explains_what_other_terms_leave(model_dir: ModelDir) -> None:

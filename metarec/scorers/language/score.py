@@ -238,6 +238,11 @@ def head_parameters(state: Mapping[str, Tensor]) -> AdapterState:
     }
 
 
+def with_shifted_head(state: Mapping[str, Tensor], shift: Mapping[str, Tensor]) -> AdapterState:
+    """Returns users' states whose closed-form head has other parameters by a shift, with a user dimension."""
+    return {**state, **{f"{HEAD_PARAMETER}{name}": state[f"{HEAD_PARAMETER}{name}"] + by for name, by in shift.items()}}
+
+
 def with_head(state: Mapping[str, Tensor], head: Tensor) -> AdapterState:
     """Returns users' states with their heads, and without the parameters that all users' heads share."""
     return {**{name: value for name, value in state.items() if not name.startswith(HEAD_PARAMETER)}, HEAD: head}

@@ -15,9 +15,13 @@ import torch
 from metarec.config import LinearConfig
 from metarec.data.interactions import Codes, Ratings, Values
 from metarec.lm.answer_model import AnswerModel
-from metarec.meta.heads import WeightPrior
+from metarec.meta.heads import ClosedFormHead, WeightPrior
+from metarec.progress import progress
 from metarec.scorers.collaborative.linear_kernel import LearnedWeights, RatedRows, learn_weights, rated_rows
+from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.term import AddedItems, CrossFitted, ScoreTerm, TermContext
+from metarec.tensors import AdapterState
+from metarec.threads import map_each
 
 # It is fitted together with the prior: see `fit_weight_prior`.
 KERNEL_MEAN = ScoreTerm(None, needs_model=True)
@@ -61,10 +65,66 @@ class KernelMean:
 
 @dataclass(frozen=True)
 class FittedPrior:
-    """A prior of users' weights, and the term of its mean; None where the score has no such term."""
+    """A prior of users' weights.
+
+    Args:
+        weights: Fitted on all meta-training users.
+        folds: Fitted without each fold of them, their directions turned to those of the whole.
+        mean: The term of the mean; None where the score has no such term.
+    """
 
     weights: WeightPrior
+    folds: tuple[WeightPrior, ...]
     mean: CrossFitted | None
+
+
+@dataclass(frozen=True)
+class HeadStart:
+    """Where a head in closed form starts, and the terms of the score with that of its prior's mean.
+
+    Args:
+        crossed: The fitted terms.
+        parameters: The head's, for new users; None where there is no head.
+        shifts: How far those without each fold of the meta-training users are from them; none where the head's start
+            knows no users.
+    """
+
+    crossed: Mapping[str, CrossFitted]
+    parameters: AdapterState | None
+    shifts: tuple[AdapterState, ...] = ()
+
+
+def fit_head_start(
+    head: ClosedFormHead | None,
+    terms: Mapping[str, ScoreTerm],
+    crossed: Mapping[str, CrossFitted],
+    context: TermContext,
+    answer_model: AnswerModel | None,
+    settings: LinearConfig,
+) -> HeadStart:
+    """Fits what a head and the term of the kernel's mean start from, where there are such.
+
+    Args:
+        head: The head; None where users have none.
+        terms: The score's terms.
+        crossed: Those that are fitted already.
+        context: What they were fitted on.
+        answer_model: The language model.
+        settings: Settings of the expectation maximization.
+    """
+    mean_term, has_prior = KERNEL_MEAN_TERM in terms, head is not None and head.has_prior
+    if not mean_term and not has_prior:
+        return HeadStart(crossed, None if head is None else head.start(None))
+    assert answer_model is not None
+    starts = {name: terms[name].start for name in crossed}
+    found = fit_weight_prior(context, crossed, starts, answer_model, settings, mean_term=mean_term)
+    if found.mean is not None:
+        crossed = {**crossed, KERNEL_MEAN_TERM: found.mean}
+    if head is None:
+        return HeadStart(crossed, None)
+    parameters, parts = head.start(found.weights), [head.start(part) for part in found.folds if has_prior]
+    shifts = tuple({name: part[name] - value for name, value in parameters.items()} for part in parts)
+    return HeadStart(crossed, parameters, shifts)
 
 
 def fit_weight_prior(
@@ -84,8 +144,8 @@ def fit_weight_prior(
         starts: Their weights before meta-training.
         answer_model: The language model; its frozen states are the features.
         settings: Settings of the expectation maximization.
-        mean_term: Whether the score has the term of the mean, which is fitted without each fold, too. The prior's own
-            mean is 0 then, and otherwise items have no means beyond their features.
+        mean_term: Whether the score has the term of the mean. The prior's own mean is 0 then, and otherwise items have
+            no means beyond their features.
     """
     interactions, folds = context.interactions, context.stack.out_of_fold
     rows = rated_rows(interactions, context.users, lambda ratings: ratings.values)
@@ -100,24 +160,43 @@ def fit_weight_prior(
         how = settings if mean_term else settings.model_copy(update={"item_damping": np.inf})
         return learn_weights(part, design, name="prior of users' weights", **how.model_dump())
 
-    whole = fit(np.ones(len(user), bool))
-    device = answer_model.backbone.device
-    mean, root = (torch.from_numpy(part).float().to(device) for part in (whole.weights, whole.root))
-    if not mean_term:
-        return FittedPrior(WeightPrior(mean, root.contiguous(), whole.noise), None)
     fold_of = np.array([folds.fold[interactions.users[code]] for code in context.users])
-    parts = [
-        fit((fold_of[user] != number) & ~fold.hidden.astype(bool)[rows.item]) for number, fold in enumerate(folds.folds)
-    ]
+    jobs = [np.ones(len(user), bool)]
+    for number, fold in enumerate(folds.folds):
+        jobs.append((fold_of[user] != number) & ~fold.hidden.astype(bool)[rows.item])
+    with progress("fitting the prior of users' weights", len(jobs), after=2.0) as advance:
+        whole, *parts = map_each(fit, jobs, torch.get_num_threads(), advance)
+    device = answer_model.backbone.device
+
+    def prior(found: LearnedWeights, root: Floats) -> WeightPrior:
+        # The term has no bias: nobody's order depends on it, but a rating's error does.
+        mean = np.concatenate([np.zeros(len(root) - 1), found.weights[-1:]]) if mean_term else found.weights
+        on_device = [torch.from_numpy(np.ascontiguousarray(part)).float().to(device) for part in (mean, root)]
+        return WeightPrior(on_device[0], on_device[1], found.noise)
 
     def term(found: LearnedWeights) -> KernelMean:
         return KernelMean(answer_model, found.weights[:-1].astype(np.float32), found.items.astype(np.float32))
 
-    # The term has no bias: nobody's order depends on it, but a rating's error does.
-    mean[:-1] = 0
+    root = whole.root
     return FittedPrior(
-        WeightPrior(mean, root.contiguous(), whole.noise), CrossFitted(term(whole), tuple(map(term, parts)), folds.fold)
+        weights=prior(whole, root),
+        folds=tuple(prior(part, turned(part.root, root)) for part in parts),
+        mean=CrossFitted(term(whole), tuple(map(term, parts)), folds.fold) if mean_term else None,
     )
+
+
+def turned(root: Floats, like: Floats) -> Floats:
+    """Returns another root of the same covariance, the nearest one to a matrix.
+
+    Args:
+        root: Shape (width, directions).
+        like: Shape (width, directions).
+
+    Source: Schoenemann 1966, "A generalized solution of the orthogonal Procrustes problem", eq. 1.11.
+    """
+    left, _, right = np.linalg.svd(root.T @ like)
+    nearest: Floats = root @ left @ right
+    return nearest
 
 
 def _left_by(
