@@ -189,8 +189,8 @@ def _unit(features: int) -> float:
     return math.sqrt(features)
 
 
-def _dkt_start(prior: WeightPrior | None) -> AdapterState:
-    assert prior is not None
+def posterior_parameters(prior: WeightPrior) -> AdapterState:
+    """Returns the parameters of `posterior_head` for a prior of users' weights."""
     unit = _unit(len(prior.mean) - 1)
     noise = prior.mean.new_tensor(math.log(prior.noise))
     return {"mean": prior.mean * unit, "root": prior.root * unit, "log_noise": noise}
@@ -204,6 +204,13 @@ PROTOTYPES = ClosedFormHead(
     lambda _: {"log_scale": torch.tensor(-1.0)},
     lambda support, learned: prototype_head(support.features, support.liked, support.real, learned["log_scale"].exp()),
 )
+
+
+def _dkt_start(prior: WeightPrior | None) -> AdapterState:
+    assert prior is not None
+    return posterior_parameters(prior)
+
+
 DKT = ClosedFormHead(
     _dkt_start,
     lambda support, learned: posterior_head(support.features, support.error, support.real, learned),

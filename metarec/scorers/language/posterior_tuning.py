@@ -28,12 +28,13 @@ from metarec.data.task_data import TaskData
 from metarec.evaluate import validation_auc
 from metarec.lm.answer_model import AnswerModel
 from metarec.meta.algorithms import MetaGradient
+from metarec.meta.heads import WeightPrior, posterior_head, posterior_parameters
 from metarec.meta.inner_loop import MetaState
 from metarec.meta.losses import pairwise_logistic
 from metarec.scorers.collaborative.features import side_by_side
 from metarec.scorers.collaborative.linear_kernel import LinearPrior, fit_linear_prior, linear_process, with_bias
 from metarec.scorers.collaborative.residuals import Floats
-from metarec.tensors import expand_users, pad_rows
+from metarec.tensors import AdapterState, expand_users, pad_rows
 
 # Texts that are read at once where no gradient is needed.
 _TEXTS_AT_ONCE = 256
@@ -48,6 +49,11 @@ class Half:
     users: Codes
     prior: LinearPrior
 
+    def head(self, dtype: torch.dtype) -> AdapterState:
+        """Returns the parameters of `posterior_head`."""
+        mean, root = (torch.from_numpy(part).to(dtype) for part in (self.prior.weights, self.prior.root))
+        return posterior_parameters(WeightPrior(mean, root, self.prior.noise))
+
 
 @dataclass(frozen=True)
 class FeatureBlocks:
@@ -55,13 +61,13 @@ class FeatureBlocks:
 
     Args:
         design: All features under the encoder as it starts, see `with_bias`, shape (items, width + 1).
-        columns: Where the encoder's vectors are.
+        first: The column from which on the encoder's vectors are, up to the last, constant one.
         centre: What is taken off its vectors, shape (hidden,).
         scale: What they are multiplied by then.
     """
 
     design: Values
-    columns: slice
+    first: int
     centre: Tensor
     scale: float
 
@@ -71,16 +77,14 @@ class FeatureBlocks:
         joined = side_by_side([*beside, vectors])
         whole = with_bias(joined)
         first = whole.shape[1] - 1 - vectors.shape[1]
-        columns = slice(first, first + vectors.shape[1])
         centre = vectors.mean(0)
         spread = np.sqrt(((vectors - centre) ** 2).sum(1).mean() * (joined**2).sum(1).mean())
-        return cls(whole, columns, torch.from_numpy(centre), float(1 / spread))
+        return cls(whole, first, torch.from_numpy(centre), float(1 / spread))
 
     def of_items(self, items: Codes, vectors: Tensor) -> Tensor:
-        """Returns the features of some items under their present vectors, shape (items, width + 1)."""
-        kept = torch.from_numpy(self.design[items]).to(vectors.dtype)
-        new = (vectors - self.centre.to(vectors.dtype)) * self.scale
-        return torch.cat([kept[:, : self.columns.start], new, kept[:, self.columns.stop :]], 1)
+        """Returns the features of some items under their present vectors, shape (items, width)."""
+        kept = torch.from_numpy(self.design[items, : self.first]).to(vectors.dtype)
+        return torch.cat([kept, (vectors - self.centre.to(vectors.dtype)) * self.scale], 1)
 
 
 @dataclass(frozen=True)
@@ -121,22 +125,18 @@ class PosteriorTuning:
     def scores(self, half: Half, episodes: Sequence[Episode], init: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Returns the posterior's scores of the users' queries, and which are no padding, each (users, items).
 
-        Source: Rasmussen and Williams 2006, eq. 2.25, with the weights' prior mean.
+        The user's bias, which changes no order, is left out.
         """
         items = np.unique(np.concatenate([part.items for one in episodes for part in (one.support, one.query)]))
         features = self.blocks.of_items(items, self.encode(items, init))
         prior = half.prior
-        loadings, mean = (features @ torch.from_numpy(part).to(features.dtype) for part in (prior.root, prior.weights))
         rated, asked = ([np.searchsorted(items, part.items) for part in parts] for parts in _parts(episodes))
         support, query = pad_rows(rated, np.int64), pad_rows(asked, np.int64)
         real = _real(rated, support.shape[1])
-        ratings = pad_rows([self._unexplained(prior, one.support) for one in episodes], np.float64).to(mean.dtype)
-        # A padded row has no loadings and nothing to explain, so it says nothing.
-        own = loadings[support] * real[..., None]
-        rest = (ratings - mean[support]) * real
-        covariance = own @ own.mT + prior.noise * torch.eye(own.shape[1], dtype=own.dtype)
-        weights = own.mT @ torch.linalg.solve(covariance, rest)[..., None]
-        expected = mean[query] + (loadings[query] @ weights)[..., 0]
+        ratings = pad_rows([self._unexplained(prior, one.support) for one in episodes], np.float64).to(features.dtype)
+        learned = expand_users(half.head(features.dtype), len(episodes))
+        weights = posterior_head(features[support], ratings, real, learned)
+        expected = (features[query] @ weights[..., None])[..., 0]
         if not self.data.task.split.asks_unrated:
             expected = expected + torch.from_numpy(prior.items[items]).to(expected.dtype)[query]
         return expected, _real(asked, query.shape[1])
@@ -175,8 +175,8 @@ class PosteriorTuning:
     def validate(self, meta: MetaState) -> float:
         """Returns the validation users' AUC by their posterior under the first half's mean and covariance."""
         items = np.unique(np.concatenate([part.items for parts in _parts(self._validation) for part in parts]))
-        design = np.zeros_like(self.blocks.design)
-        design[items] = self.blocks.of_items(items, self.vectors(items, meta.init)).numpy()
+        design = self.blocks.design.copy()
+        design[items, :-1] = self.blocks.of_items(items, self.vectors(items, meta.init)).numpy()
         process = linear_process(self.halves[0].prior, design, "text kernel")
         return validation_auc(process, self._validation, self._shots, self.data.task.like_threshold)
 
