@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NoReturn, overload
+from typing import TYPE_CHECKING, Literal, NoReturn, overload
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,6 +29,9 @@ from metarec.recommender_files import digest_of, write_user
 from metarec.scorers.language.score import score_adapted
 from metarec.scorers.term import weighted_sum
 from metarec.tensors import AdapterState, expand_users, select_user
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _ITEMS_AT_ONCE = 512
 # How many items a ranking scores in full; see `AdaptedUser.recommend`.
@@ -305,6 +307,8 @@ class AdaptedUser:
 
 
 def _frame(entries: Sequence[Recommendation]) -> pd.DataFrame:
+    import pandas as pd
+
     return pd.DataFrame([vars(entry) for entry in entries], columns=["item", "title", "score"])
 
 

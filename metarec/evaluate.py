@@ -8,10 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from metarec.calibration import Calibration, fit_calibration
@@ -33,6 +32,9 @@ from metarec.metrics import (
 )
 from metarec.report import Report
 from metarec.scorer import OwnLikeShare, Scorer, request
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def evaluate(
@@ -96,6 +98,8 @@ def evaluate(
     measured = [
         _measure_at(scorer, count, kept, by_user, line(scorer, count), seed) for scorer in scorers for count in shots
     ]
+    import pandas as pd
+
     return Report(
         per_user=pd.DataFrame([row for cell in measured for row in cell.rows]).astype(dict.fromkeys(by_user, float)),
         costs=pd.DataFrame([cell.cost for cell in measured]),
@@ -231,6 +235,8 @@ def _measure_at(
 
 
 def _predictions(method: str, shots: int, query: _LabelledEpisode, scores: NDArray[np.floating]) -> pd.DataFrame:
+    import pandas as pd
+
     return pd.DataFrame(
         {
             "method": method,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,13 +17,12 @@ from metarec.data.interactions import Catalog, RatingScale
 from metarec.data.seen_texts import check_texts
 from metarec.data.split_record import SplitRecord
 from metarec.data.task import Task
-from metarec.data.task_data import TaskData
 from metarec.data.templates import PromptTemplate
 from metarec.errors import ConfigError
 from metarec.lm.answer_model import AnswerModel, open_answer_model
 from metarec.lm.backbone import Backbone, load_backbone
 from metarec.lm.placement import default_placement
-from metarec.lm.tokenized import tokenize_catalog
+from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
 from metarec.meta.heads import ClosedFormHead, closed_form_head, takes_steps
 from metarec.meta.inner_loop import MetaState
 from metarec.registries import ADAPTER_KINDS, TERMS
@@ -50,6 +49,9 @@ from metarec.scorers.language.zero_shot import ZeroShot
 from metarec.scorers.term import ADAPTER_TERM, CrossFitted, ScoreTerm, Term, TermContext
 from metarec.stack_files import cached_stack
 from metarec.tensors import AdapterState
+
+if TYPE_CHECKING:
+    from metarec.data.task_data import TaskData
 
 _LOG = logging.getLogger(__name__)
 
@@ -275,18 +277,29 @@ def head_of(config: RunConfig) -> ClosedFormHead | None:
     return found
 
 
-def open_backbone(config: RunConfig) -> Backbone:
-    """Loads the backbone that the settings name."""
-    return load_backbone(
-        config.backbone, device=config.device, dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    )
+def open_backbone(config: RunConfig, *, blocks_alone: bool = False) -> Backbone:
+    """Loads the backbone that the settings name; see `metarec.lm.backbone.load_backbone`."""
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    return load_backbone(config.backbone, device=config.device, dtype=dtype, blocks_alone=blocks_alone)
 
 
 def catalog_answer_model(
-    backbone: Backbone, config: RunConfig, template: PromptTemplate, catalog: Catalog
+    backbone: Backbone,
+    config: RunConfig,
+    template: PromptTemplate,
+    catalog: Catalog,
+    prompts: CatalogPrompts | None = None,
 ) -> AnswerModel:
-    """Returns the language model over a catalog's prompts, with adapters where the settings want them."""
-    prompts = tokenize_catalog(backbone, template, catalog)
+    """Returns the language model over a catalog's prompts, with adapters where the settings want them.
+
+    Args:
+        backbone: The model.
+        config: The settings.
+        template: The prompt.
+        catalog: The items.
+        prompts: The catalog's prompts where they are tokens already; None makes them.
+    """
+    prompts = prompts or tokenize_catalog(backbone, template, catalog)
     adapter = config.adapter
     placement = default_placement(
         backbone,

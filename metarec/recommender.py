@@ -10,22 +10,17 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from metarec.adapted_user import AdaptedUser
 from metarec.artifacts import recover_dir
 from metarec.config import Dtype, Precision, RunConfig, validated
+from metarec.data.frames import is_frame
 from metarec.data.given_ratings import GivenRatings, rating_pairs
-from metarec.data.given_task import TaskLike, load_given
 from metarec.data.interactions import Ratings, read_ratings
-from metarec.data.own_data import reload_own
 from metarec.data.source_options import is_table
-from metarec.data.sources import SOURCES
 from metarec.data.split_record import catalog_differences
 from metarec.data.task import Task
-from metarec.data.task_data import IN_MEMORY, TaskData
 from metarec.data.training_users import refuse_small_data
 from metarec.devices import check_device
 from metarec.errors import ArtifactError, ConfigError
@@ -57,6 +52,12 @@ from metarec.scorer import Scorer
 from metarec.scorers.language.adapted import MetaScorer
 from metarec.tensors import AdapterState, select_user
 from metarec.training import meta_train, training_identity
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from metarec.data.given_task import TaskLike
+    from metarec.data.task_data import TaskData
 
 
 class MetaRecommender:
@@ -227,6 +228,8 @@ class MetaRecommender:
         return self
 
     def _keep(self, fitted: Fitted, data: TaskData) -> None:
+        from metarec.data.task_data import IN_MEMORY
+
         self._fitted = calibrated(fitted, self.config, data)
         self._saved = None
         self._data = data if data.task.dataset.source == IN_MEMORY else None
@@ -253,6 +256,8 @@ class MetaRecommender:
         Raises:
             ConfigError: `task` is none of what `fit` takes, or choices are given for a task that brings its own.
         """
+        from metarec.data.given_task import load_given
+
         if task is not None:
             return load_given(task, own, self.config.seed)
         if own:
@@ -261,6 +266,8 @@ class MetaRecommender:
             return self._data
         task = self._fitted.task if self._fitted else self.config.task
         if self._from_file and isinstance(task, Task):
+            from metarec.data.sources import SOURCES
+
             for name in {part.source for part in (task.dataset, *task.dataset.parts.values()) if ":" in part.source}:
                 SOURCES.get(name, from_file=True)
         return load_given(task, {}, self.config.seed)
@@ -310,7 +317,9 @@ class MetaRecommender:
             DataError: Fitting saw all users.
             EvaluationError: A score cannot be ranked.
         """
-        if isinstance(task, pd.DataFrame) or (isinstance(task, str | Path) and is_table(task)):
+        if is_frame(task) or (isinstance(task, str | Path) and is_table(task)):
+            from metarec.data.own_data import reload_own
+
             data = reload_own(task, self.fitted.task, self.config.seed, items)
         else:
             data = self.task_data(task)

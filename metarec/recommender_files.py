@@ -23,6 +23,7 @@ from metarec.fitting import Fitted, adapted_model, catalog_answer_model, open_ba
 from metarec.lm.backbone import Backbone
 from metarec.lm.output_layer import NO_PLACE, output_layer
 from metarec.lm.peft_files import load_adapter, save_adapter
+from metarec.lm.prompt_files import read_prompts, write_prompts
 from metarec.meta.inner_loop import MetaState
 from metarec.registries import ADAPTER_KINDS, ALGORITHMS, LOSSES
 from metarec.run_directory import FACTS
@@ -64,6 +65,8 @@ def write_recommender(path: Path, fitted: Fitted, config: RunConfig) -> None:
         write_tensors(directory / "meta.safetensors", fitted.meta.tensors())
         write_tensors(directory / _USERS, {part: torch.from_numpy(digests) for part, digests in users.items()})
         write_scorer(directory, _TERMS, parts, classes=_classes(config))
+        if model is not None:
+            write_prompts(directory, model.prompts)
         (directory / "catalog.json").write_text(dump_json(catalog), encoding="utf-8")
         (directory / FACTS).write_text(dump_json(facts), encoding="utf-8")
 
@@ -107,12 +110,13 @@ def read_recommender(path: Path, place: Mapping[str, str]) -> tuple[Backbone | N
     catalog = Catalog(tuple(listed["ids"]), fields)
     backbone, answer_model = None, None
     if facts["backbone_fingerprint"] is not None:
-        backbone = open_backbone(config)
+        backbone = open_backbone(config, blocks_alone=True)
         if backbone.fingerprint != facts["backbone_fingerprint"]:
             raise ArtifactError(
                 f"'{path}' was made with other weights of '{config.backbone}'", "Install the backbone it was made with"
             )
-        answer_model = catalog_answer_model(backbone, config, task.template, catalog)
+        prompts = read_prompts(path, backbone, task.template, catalog)
+        answer_model = catalog_answer_model(backbone, config, task.template, catalog, prompts)
     users = read_tensors(path / _USERS)
     parts: Any = read_scorer(path, _TERMS, answer_model=answer_model, classes=classes)
     fitted = Fitted(

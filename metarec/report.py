@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from metarec.artifacts import SCHEMA_VERSION
 from metarec.metrics import METRICS, OF_A_TABLE, bootstrap_interval, table_interval, table_metric
 from metarec.resampling import crossed_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Report:
 
     def to_frame(self) -> pd.DataFrame:
         """Returns the table: one row per method and K, with the means of all metrics, gains and costs."""
+        import pandas as pd
+
         return pd.DataFrame(self.to_json()["rows"])
 
     def values(self, method: str, shots: int, metric: str = "auc") -> pd.Series:

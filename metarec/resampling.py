@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 _RESAMPLES = 499
@@ -43,6 +42,8 @@ def crossed_interval(
     if not len(first):
         return np.nan, np.nan
     generator = np.random.default_rng(seed)
+    import pandas as pd
+
     item, person = (pd.factorize(np.asarray(names, object))[0] for names in (items, people))
     item_counts, person_counts = (
         generator.multinomial(count, np.full(count, 1 / count), _RESAMPLES).astype(np.float64)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metarec.config import RunConfig, flattened
 from metarec.data.episodes import Episode, items_in, training_batch
-from metarec.data.task_data import TaskData
 from metarec.data.training_users import episode_sizes, summary, users_by_shots
 from metarec.evaluate import validation_auc
 from metarec.fitting import Fitted, Prepared, adapted_model, head_of, meta_scorer
@@ -32,6 +31,9 @@ from metarec.scorers.language.score import (
 )
 from metarec.tensors import AdapterState
 from metarec.threads import one_thread
+
+if TYPE_CHECKING:
+    from metarec.data.task_data import TaskData
 
 
 def training_identity(data: TaskData, config: RunConfig, backbone: Backbone | None) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def backbone(model_dir: Callable[[str], Path]) -> Callable[..., Backbone]:
             found = load_backbone(str(model_dir(family)), dtype=dtype)
             # Some architectures bring a tokenizer of their own, which reads our words in another way.
             words = PreTrainedTokenizerFast.from_pretrained(model_dir(family))
-            loaded[key] = replace(found, tokenizer=words)
+            loaded[key] = replace(found, open_tokenizer=lambda: words)
         return loaded[key]
 
     return load

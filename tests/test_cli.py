@@ -129,6 +129,21 @@ def test_adapt_then_recommend(run_dir: Path, metarec: Callable[..., Ran], tmp_pa
     assert plain.out.startswith("  1  ")
 
 
+@pytest.mark.parametrize("verb", ["recommend", "adapt"])
+def test_one_person_needs_neither_transformers_nor_pandas(verb: str, run_dir: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['metarec', *sys.argv[1:]]\n"
+        "from metarec.cli import main\n"
+        "try: main()\n"
+        "finally: print('imported', *sorted({'torch', 'transformers', 'tokenizers', 'pandas', 'pyarrow', 'sklearn',"
+        " 'scipy.sparse', 'scipy.special', 'scipy.optimize'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, verb, str(run_dir), "--rating", "m1=5", "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "imported torch"
+
+
 def test_train_resumes_and_refuses_other_settings(
     task_file: Path, model_dir: Callable[[str], Path], metarec: Callable[..., Ran], tmp_path: Path
 ) -> None:

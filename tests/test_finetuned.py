@@ -242,7 +242,7 @@ def test_an_interrupted_training_resumed_ends_with_the_same_model(
 def test_gradients_through_a_history_read_once_are_those_of_every_prompt_read_whole(backbone: Backbones) -> None:
     """In float64: what the loss of an episode says about every parameter, against plain passes of the whole prompts."""
     model = copy.deepcopy(backbone("llama", torch.float64).model).requires_grad_(True)
-    student = replace(backbone("llama", torch.float64), model=model)
+    student = replace(backbone("llama", torch.float64), modules=model)
     context = InContext(student, History(TEMPLATE, ALIKE.catalog, 3.5))
     query = Ratings(np.array([4, 9, 14, 20]), np.array([5.0, 4.5, 2.0, 1.5], np.float32))
     episode = Episode("u0", SUPPORT, query)

@@ -23,10 +23,11 @@ from metarec.data.interactions import Catalog, Ratings
 from metarec.data.split_record import SplitRecord
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData
-from metarec.data.templates import review_sentence
+from metarec.data.templates import PromptTemplate, review_sentence
 from metarec.errors import ArtifactError, ConfigError, DataError, EvaluationError, RatingError, UnknownItemError
 from metarec.evaluate import evaluate
 from metarec.lm.answer_model import AnswerModel
+from metarec.lm.backbone import Backbone
 from metarec.lm.forward import ItemBatch
 from metarec.lm.item_cache import ItemCache, read_missing
 from metarec.recommender import MetaRecommender
@@ -145,6 +146,40 @@ def test_a_saved_recommender_scores_as_before(fitted: MetaRecommender, tmp_path:
     assert loaded.digest == fitted.digest
     ratings = [("m1", 5.0), ("m2", 1.0)]
     assert loaded.adapt(ratings).score(["m5", "m6"]) == fitted.adapt(ratings).score(["m5", "m6"])
+
+
+def test_a_saved_recommender_tokenizes_only_what_it_is_asked_for(
+    fitted: MetaRecommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted.save_pretrained(tmp_path / "model")
+    asked: list[str] = []
+    tokenize = Backbone.tokenize
+    monkeypatch.setattr(Backbone, "tokenize", lambda self, texts: [asked.extend(texts), tokenize(self, texts)][1])
+    rendered = PromptTemplate.render
+    monkeypatch.setattr(
+        PromptTemplate, "render", lambda self, *what: [asked.append("rendered"), rendered(self, *what)][1]
+    )
+    loaded = MetaRecommender.from_pretrained(tmp_path / "model")
+    assert loaded.adapt([("m1", 5.0)]).recommend(3) == fitted.adapt([("m1", 5.0)]).recommend(3)
+    assert not asked
+    model, whole = loaded.fitted.answer_model, fitted.fitted.answer_model
+    assert model is not None
+    assert whole is not None
+    assert not {"tokenizer", "model"} & set(vars(model.backbone))
+    assert list(model.prompts.tokens) == list(whole.prompts.tokens)
+    assert model.prompts.digest == whole.prompts.digest
+    assert model.prompts.texts[3] == whole.prompts.texts[3]
+    assert asked == ["rendered"], "one text"
+
+
+def test_a_recommender_that_was_saved_without_its_prompts_tokenizes_them(
+    fitted: MetaRecommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metarec.recommender_files.write_prompts", lambda *_: None)
+    fitted.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / "prompts.json").exists()
+    loaded = MetaRecommender.from_pretrained(tmp_path / "model")
+    assert loaded.adapt([("m1", 5.0)]).score(["m5"]) == fitted.adapt([("m1", 5.0)]).score(["m5"])
 
 
 def test_a_saved_recommender_can_be_loaded_in_another_precision(fitted: MetaRecommender, tmp_path: Path) -> None:

@@ -97,6 +97,56 @@ def test_unrelated_titles_are_not_named_as_near() -> None:
         catalog().find("Quux zyzzyva")
 
 
+ODD = [
+    "Don't Look Now (1973)",
+    "Am\u00e9lie",
+    "AMELIE",
+    "Rosencrantz & Guildenstern",
+    "1917",
+    "(2019)",
+    "$9.99",
+    "a\nb c",
+    "...",
+]
+ODD += [
+    "Stra\u00dfe",
+    "L'Avventura",
+    "Avventura, L' (1960)",
+    "City of Lost Children, The (Cit\u00e9 des enfants, La) (1995)",
+]
+ASKED = [
+    *ODD,
+    "dont look now",
+    "Don\u2019t Look Now",
+    "amelie",
+    "rosencrantz and guildenstern",
+    "1917 (2019)",
+    "9 99",
+    "A B C",
+]
+ASKED += [
+    "strasse",
+    "l avventura (1960)",
+    "The City of Lost Children: A Film (1995)",
+    "and",
+    "The",
+    "",
+    "city children",
+    "look",
+]
+
+
+@pytest.mark.parametrize("text", ASKED)
+def test_the_first_texts_find_what_all_titles_normalised_find(text: str) -> None:
+    often = TitleIndex(ODD)
+    for _ in range(20):
+        often.find("nothing")
+    first = TitleIndex(ODD)
+    assert first.find(text) == often.find(text)
+    assert "_forms" in vars(often)
+    assert text in ("...", "$9.99", "(2019)", "and", "The", "") or "_forms" not in vars(first), "no look at every title"
+
+
 def test_titles_that_are_no_latin_letters_keep_their_vowels_apart() -> None:
     index = TitleIndex(["\u0915\u093e\u0932", "\u0915\u0940\u0932", "\u300a\u6d3b\u7740\u300b"])
     assert index.find("\u0915\u0940\u0932") == [1]

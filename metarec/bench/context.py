@@ -154,7 +154,7 @@ class MethodContext:
         template, catalog = self.data.task.template, self.interactions.catalog
         # It carries no adapter, so a model of fewer blocks than adapters take by default does as well.
         adapter = self.config.adapter
-        layers = min(adapter.layers, int(self.backbone.model.config.num_hidden_layers))
+        layers = min(adapter.layers, int(self.backbone.modules.config.num_hidden_layers))
         config = self.config.model_copy(update={"adapter": adapter.model_copy(update={"layers": layers})})
         return catalog_answer_model(self.backbone, config, template, catalog)
 

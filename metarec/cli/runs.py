@@ -91,8 +91,8 @@ def model_prepare(
         "kind": backbone.kind,
         "fingerprint": backbone.fingerprint,
         "location": backbone.location,
-        "layers": backbone.model.config.num_hidden_layers,
-        "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
+        "layers": backbone.modules.config.num_hidden_layers,
+        "parameters": sum(parameter.numel() for parameter in backbone.modules.parameters()),
         "fast_path": backbone.weights is not None,
     }
     show(facts, json)

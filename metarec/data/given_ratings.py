@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import pandas as pd
-
-from metarec.data.sources.names import recognise
+from metarec.data.frames import is_frame, is_series
 from metarec.errors import RatingError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 GivenRatings: TypeAlias = "Iterable[tuple[str, float]] | Mapping[str, float] | pd.DataFrame | pd.Series"
 _TAKES = "Give (title or id, rating) pairs, a dict {title or id: rating}, or a DataFrame with the columns item, rating"
@@ -26,9 +27,9 @@ def rating_pairs(ratings: GivenRatings) -> list[tuple[str, float]]:
     Raises:
         RatingError: It is none of these, a column is missing, or it holds the ratings of several users.
     """
-    if isinstance(ratings, pd.DataFrame):
+    if is_frame(ratings):
         return _of_frame(ratings)
-    if isinstance(ratings, pd.Series):
+    if is_series(ratings):
         return [(_item(item), rating) for item, rating in ratings.items()]
     if isinstance(ratings, Mapping):
         return list(ratings.items())
@@ -38,6 +39,8 @@ def rating_pairs(ratings: GivenRatings) -> list[tuple[str, float]]:
 
 
 def _of_frame(frame: pd.DataFrame) -> list[tuple[str, float]]:
+    from metarec.data.sources.names import recognise
+
     names = [str(name) for name in frame.columns]
     frame = frame.set_axis(names, axis=1)
     found = {**recognise(names, ["item"]), **recognise(names, ["rating"])}

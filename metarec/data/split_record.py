@@ -6,12 +6,15 @@ import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from metarec.data.interactions import Catalog, Codes, SplitPart
-from metarec.data.task_data import TaskData
 from metarec.errors import ConfigError, DataError, shown
+
+if TYPE_CHECKING:
+    from metarec.data.task_data import TaskData
 
 _LOG = logging.getLogger(__name__)
 

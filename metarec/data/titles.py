@@ -25,6 +25,9 @@ _BRACKETED = re.compile(r"\(([^()]*)\)")
 _SUBTITLE = re.compile(r"\s*(?::| [-\u2013\u2014] )")
 # Punctuation, signs, separators and control characters; marks that belong to a letter stay.
 _BETWEEN_WORDS = "PSZC"
+_NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalnum() and chr(code) != "\n")
+# How many texts are looked for before all titles are normalised.
+_ASKED_FIRST = 8
 _ASCII = {code: " " for code in range(128) if not chr(code).isalnum()}
 
 # Of a text that is no title: words that it may mean for each of its own, items that are compared letter by letter, and
@@ -88,7 +91,10 @@ def _main(title: str) -> str:
 
 
 class TitleIndex:
-    """The titles of a catalog, normalised once: by what is written, by what is said, and by single words.
+    """The titles of a catalog, normalised: by what is written, by what is said, and by single words.
+
+    The first few texts are compared with those titles alone that have their longest word; where more is asked, all are
+    normalised once.
 
     Args:
         titles: One per item.
@@ -98,29 +104,56 @@ class TitleIndex:
 
     def __init__(self, titles: Sequence[str], years: Sequence[str] | None = None) -> None:
         self._titles = titles
-        self._years = [
-            found[0] if (found := _ANY_YEAR.search(year)) else _year_of(title)
-            for title, year in zip(titles, years or ("",) * len(titles), strict=True)
-        ]
+        self._dates = years
+        self._asked = 0
+
+    def _year(self, code: int) -> str:
+        found = None if self._dates is None else _ANY_YEAR.search(self._dates[code])
+        return found[0] if found else _year_of(self._titles[code])
 
     @cached_property
     def _forms(self) -> tuple[Mapping[str, list[int]], ...]:
-        """Items by title as it is written, as people say it, and without article and subtitle."""
+        """What `_forms_of` returns of all items."""
+        return self._forms_of(range(len(self._titles)))
+
+    @cached_property
+    def _squeezed(self) -> tuple[bytes, NDArray[np.int64], NDArray[np.int64]]:
+        """Letters and digits of all titles, a line each; where each line ends; and the titles beyond ASCII."""
+        lines = "\n".join(title.replace("\n", " ") for title in self._titles).lower().encode("utf-8", "surrogatepass")
+        text = lines.translate(None, _NO_LETTERS)
+        symbols = np.frombuffer(text, np.uint8)
+        ends = np.flatnonzero(symbols == ord("\n"))
+        return text, ends, np.unique(np.searchsorted(ends, np.flatnonzero(symbols >= 128)))
+
+    def _candidates(self, bare: str) -> NDArray[np.int64] | None:
+        """Returns the items that a title without its year may name; None where all may be."""
+        # In a title, an ampersand may stand for a word, and L' behind it for a word's first letter.
+        own = [word.removeprefix("l") for word in _main(bare).split() if word != "and" and word.isalnum()]
+        word = max(own, key=len, default="")
+        if not word:
+            return None
+        text, ends, beyond_ascii = self._squeezed
+        found = [match.start() for match in re.finditer(re.escape(word.encode()), text)] if word.isascii() else []
+        return np.union1d(np.searchsorted(ends, np.array(found, np.int64)), beyond_ascii)
+
+    def _forms_of(self, codes: Iterable[int]) -> tuple[Mapping[str, list[int]], ...]:
+        """Returns items by title as it is written, as people say it, and without article and subtitle."""
+        codes = list(codes)
 
         def forms(title: str) -> Iterable[str]:
             bare = _without_brackets(title)
             return {title, article_first(title), article_first(_split_year(title)[0]), article_first(bare)}
 
         return (
-            self._by(lambda title: {folded(title)}),
-            self._by(lambda title: {_spoken(form) for form in forms(title)}),
-            self._by(lambda title: {_main(_without_brackets(title))}),
+            self._by(codes, lambda title: {folded(title)}),
+            self._by(codes, lambda title: {_spoken(form) for form in forms(title)}),
+            self._by(codes, lambda title: {_main(_without_brackets(title))}),
         )
 
-    def _by(self, keys: Callable[[str], Iterable[str]]) -> dict[str, list[int]]:
+    def _by(self, codes: Sequence[int], keys: Callable[[str], Iterable[str]]) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
-        for code, title in enumerate(self._titles):
-            for key in keys(title):
+        for code in codes:
+            for key in keys(self._titles[code]):
                 if key:
                     found.setdefault(key, []).append(code)
         return found
@@ -134,15 +167,17 @@ class TitleIndex:
         Args:
             text: A title, or ``title (year)``.
         """
-        written, spoken, main = self._forms
         bare, year = _split_year(text)
+        self._asked += 1
+        codes = self._candidates(bare) if self._asked <= _ASKED_FIRST else None
+        written, spoken, main = self._forms if codes is None else self._forms_of(codes.tolist())
         whole = written.get(folded(text)) or spoken.get(_spoken(article_first(text)), [])
         if whole or not year:
             return whole
         named = [written.get(folded(bare), []), spoken.get(_spoken(article_first(bare)), [])]
         dated = [*named, main.get(_main(bare), [])]
-        of_year = ([code for code in codes if self._years[code] == year] for codes in dated)
-        undated = ([code for code in codes if not self._years[code]] for codes in named)
+        of_year = ([code for code in codes if self._year(code) == year] for codes in dated)
+        undated = ([code for code in codes if not self._year(code)] for codes in named)
         return next((codes for codes in (*of_year, *undated) if codes), [])
 
     @cached_property

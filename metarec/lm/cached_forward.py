@@ -95,7 +95,7 @@ class CachedForward:
 
     @property
     def _first(self) -> int:
-        return int(self.backbone.model.config.num_hidden_layers) - self.placement.layers
+        return int(self.backbone.modules.config.num_hidden_layers) - self.placement.layers
 
     @property
     def _frozen_tail(self) -> bool:
@@ -103,7 +103,7 @@ class CachedForward:
 
     @cached_property
     def _lengths(self) -> np.ndarray:
-        return np.array([len(ids) for ids in self.prompts.tokens])
+        return self.prompts.lengths
 
     @cached_property
     def _active_lengths(self) -> np.ndarray:

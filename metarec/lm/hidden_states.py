@@ -54,7 +54,7 @@ def mean_hidden_states(backbone: Backbone, texts: Sequence[str]) -> Tensor:
             f"a sentence of 'prompt.hidden_states' has {longest} tokens, '{backbone.name}' reads {limit}",
             "Cut a field in it, such as {{ text[:200] }}",
         )
-    blocks = max(1, round(_DEPTH * int(backbone.model.config.num_hidden_layers)))
+    blocks = max(1, round(_DEPTH * int(backbone.modules.config.num_hidden_layers)))
     identity = {"backbone": backbone.fingerprint, "dtype": str(backbone.dtype), "tokens": tokens, "blocks": blocks}
     path = cache_dir() / _KIND / content_hash(identity)
 

@@ -78,9 +78,9 @@ def without_output_layer(config: Mapping[str, Any], weights: AdapterState) -> tu
 def output_layer(model: AnswerModel) -> OutputLayer | None:
     """Returns where a head of a model belongs; None where PEFT has no place for it, see `NO_PLACE`."""
     answers, rule = model.prompts.answers, model.backbone.logit_rule
-    layer = model.backbone.model.get_output_embeddings() if answers is not None else None
+    layer = model.backbone.modules.get_output_embeddings() if answers is not None else None
     if answers is None or rule.cap is not None or model.spec.kind != "lora" or not isinstance(layer, torch.nn.Linear):
         return None
-    module = next(name for name, found in model.backbone.model.named_modules() if found is layer)
+    module = next(name for name, found in model.backbone.modules.named_modules() if found is layer)
     _, length = model.frozen_moments
     return OutputLayer(module, layer.weight.shape[0], *answers, factor=float(1 / (length * rule.scale)))

@@ -21,7 +21,7 @@ def adapter_spec(backbone: Backbone, placement: Placement) -> AdapterSpec:
 
 def adapted_blocks(backbone: Backbone, layers: int) -> list[BlockShape]:
     """Returns the shapes of the topmost blocks, from bottom to top."""
-    total = int(backbone.model.config.num_hidden_layers)
+    total = int(backbone.modules.config.num_hidden_layers)
     found = []
     for index in range(total - layers, total):
         path = f"{backbone.layer_path}.{index}"
@@ -29,7 +29,7 @@ def adapted_blocks(backbone: Backbone, layers: int) -> list[BlockShape]:
         if backbone.weights is not None and backbone.weights.takes_prefix:
             block = backbone.weights.blocks[index]
             heads, width = block.kv_heads, block.kv_heads * block.head_dim
-        modules = backbone.model.get_submodule(path).modules()
+        modules = backbone.modules.get_submodule(path).modules()
         transposed = any(type(module).__name__ == "Conv1D" for module in modules)
         found.append(BlockShape(path, linear_shapes(backbone, path), width, heads, transposed))
     return found
@@ -38,7 +38,7 @@ def adapted_blocks(backbone: Backbone, layers: int) -> list[BlockShape]:
 def linear_shapes(backbone: Backbone, below: str) -> dict[str, tuple[int, int]]:
     """Returns (out, in) of every linear layer below a module path."""
     shapes = {}
-    for name, module in backbone.model.get_submodule(below).named_modules():
+    for name, module in backbone.modules.get_submodule(below).named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.ndim == 2:
             # GPT-2's Conv1D keeps its weight as (in, out).
@@ -97,7 +97,7 @@ def check_placement(backbone: Backbone, prompts: CatalogPrompts, placement: Plac
     Raises:
         ConfigError: There are fewer blocks, no such linear layer, or fewer common last tokens.
     """
-    layers = backbone.model.config.num_hidden_layers
+    layers = backbone.modules.config.num_hidden_layers
     if not 1 <= placement.layers <= layers:
         raise ConfigError(f"adapter.layers is {placement.layers}", f"'{backbone.name}' has 1 to {layers}")
     if placement.rank < 1:
@@ -136,7 +136,7 @@ def _check_windows(backbone: Backbone, prompts: CatalogPrompts, placement: Place
     if not placement.virtual_tokens or backbone.weights is None:
         return
     windows = [block.window for block in backbone.weights.blocks[-placement.layers :] if block.window is not None]
-    longest = max(map(len, prompts.tokens)) + placement.virtual_tokens
+    longest = int(prompts.lengths.max()) + placement.virtual_tokens
     if min(windows, default=longest) < longest:
         raise ConfigError(
             f"a prefix and the longest prompt have {longest} tokens, '{backbone.name}' looks back over {min(windows)}",

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from statistics import median
+from typing import overload
+
+import numpy as np
 
 from metarec.artifacts import dump_json
 from metarec.data.interactions import Catalog
@@ -16,6 +21,82 @@ from metarec.errors import ConfigError
 from metarec.lm.backbone import Backbone
 
 _LOG = logging.getLogger(__name__)
+
+
+class TokenRows(Sequence[tuple[int, ...]]):
+    """Token ids of many texts in one array; a row is a tuple when it is asked for.
+
+    Args:
+        flat: The rows, one behind the other.
+        starts: Where each begins, and where the last one ends, shape (rows + 1,).
+    """
+
+    def __init__(self, flat: np.ndarray, starts: np.ndarray) -> None:
+        self.flat = flat
+        self.starts = starts
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> TokenRows:
+        """Returns rows that are lists or tuples."""
+        starts = np.cumsum([0, *map(len, rows)])
+        return cls(np.fromiter(chain.from_iterable(rows), np.int32, int(starts[-1])), starts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of every row, shape (rows,)."""
+        lengths: np.ndarray = np.diff(self.starts)
+        return lengths
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, row: int) -> tuple[int, ...]: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[tuple[int, ...]]: ...
+
+    def __getitem__(self, row: int | slice) -> tuple[int, ...] | list[tuple[int, ...]]:
+        if isinstance(row, slice):
+            return [self[at] for at in range(*row.indices(len(self)))]
+        at = operator.index(row)
+        if not -len(self) <= at < len(self):
+            raise IndexError(f"row {at} of {len(self)}")
+        at %= len(self)
+        return tuple(self.flat[self.starts[at] : self.starts[at + 1]].tolist())
+
+
+class ItemTexts(Sequence[str]):
+    """Items' prompts as texts, each rendered when it is asked for.
+
+    Args:
+        backbone: The model that reads them.
+        template: The prompt.
+        catalog: The items.
+    """
+
+    def __init__(self, backbone: Backbone, template: PromptTemplate, catalog: Catalog) -> None:
+        self._backbone = backbone
+        self._template = template
+        self._catalog = catalog
+
+    def __len__(self) -> int:
+        return len(self._catalog)
+
+    @overload
+    def __getitem__(self, code: int) -> str: ...
+
+    @overload
+    def __getitem__(self, code: slice) -> list[str]: ...
+
+    def __getitem__(self, code: int | slice) -> str | list[str]:
+        if isinstance(code, slice):
+            return [self[at] for at in range(*code.indices(len(self)))]
+        if not -len(self) <= code < len(self):
+            raise IndexError(f"item {code} of {len(self)}")
+        backbone = self._backbone
+        mask = backbone.tokenizer.mask_token if backbone.kind == "masked" else ""
+        return self._template.render(self._catalog, int(code) % len(self), backbone.special_tokens, mask)
 
 
 @dataclass(frozen=True)
@@ -30,19 +111,28 @@ class CatalogPrompts:
         answers: Token ids of the yes and the no word; None for encoders.
         mask_token: Token id of the blank to fill in; None where the answer follows the prompt.
         answer_texts: The two texts an encoder compares items with.
+        known_digest: `digest`, where it was computed before.
     """
 
-    texts: tuple[str, ...]
-    tokens: tuple[tuple[int, ...], ...]
+    texts: Sequence[str]
+    tokens: TokenRows
     prefix: int
     suffix: int
     answers: tuple[int, int] | None
     mask_token: int | None
     answer_texts: tuple[tuple[int, ...], tuple[int, ...]]
+    known_digest: str | None = None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of every prompt, shape (items,)."""
+        return self.tokens.lengths
 
     @cached_property
     def digest(self) -> str:
         """Names the prompts by their content."""
+        if self.known_digest is not None:
+            return self.known_digest
         # The JSON of `content_hash`, which is slow to write where there are many short lists.
         rows = ",\n".join(["    [\n      " + ",\n      ".join(map(str, ids)) + "\n    ]" for ids in self.tokens])
         others = dump_json([self.answers, self.answer_texts])
@@ -67,7 +157,7 @@ def tokenize_catalog(backbone: Backbone, template: PromptTemplate, catalog: Cata
         raise ConfigError(
             f"the prompt leaves '{backbone.name}' no blank to fill in", "Put {{ mask }} where the answer goes"
         )
-    tokens = _within(backbone, backbone.tokenize(texts), catalog, template.where)
+    tokens: Sequence[tuple[int, ...]] = _within(backbone, backbone.tokenize(texts), catalog, template.where)
     if len(tokens) > 1 and len(set(tokens)) == 1:
         raise ConfigError(
             f"all {len(tokens)} texts of '{template.where}' are the same {len(tokens[0])} tokens to '{backbone.name}'",
@@ -85,7 +175,7 @@ def tokenize_catalog(backbone: Backbone, template: PromptTemplate, catalog: Cata
     yes_text, no_text = backbone.tokenize([template.positive, template.negative])
     return CatalogPrompts(
         texts=tuple(texts),
-        tokens=tokens,
+        tokens=TokenRows.of(tokens),
         prefix=prefix,
         suffix=suffix,
         answers=answers,

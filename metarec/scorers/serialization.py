@@ -9,6 +9,7 @@ model again; of a fine-tuned model the trained tensors are written too. Cached p
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
@@ -180,6 +180,18 @@ def read_scorer(
     return cast("Scorer", unpacker.unpack(document["scorer"]))
 
 
+def _is_sparse(value: object) -> bool:
+    """Says whether a value is a sparse array; without scipy's module, which takes long to import, nothing is."""
+    sparse = sys.modules.get("scipy.sparse")
+    return sparse is not None and isinstance(value, sparse.csr_array)
+
+
+def _sparse(parts: tuple[Any, ...], shape: tuple[int, ...]) -> Any:
+    from scipy.sparse import csr_array
+
+    return csr_array(parts, shape)
+
+
 def _argument(model: AnswerModel | Backbone) -> str:
     return "answer_model" if isinstance(model, AnswerModel) else "backbone"
 
@@ -221,7 +233,7 @@ class _Packer:
             return {"tensor": self._keep(where, value.detach().cpu().contiguous().clone())}
         if isinstance(value, np.ndarray | np.generic):
             return self._array(value, where)
-        if isinstance(value, csr_array):
+        if _is_sparse(value):
             parts = {name: getattr(value, name) for name in ("data", "indices", "indptr")}
             return {
                 "csr": {name: self._array(part, f"{where}.{name}") for name, part in parts.items()},
@@ -281,7 +293,7 @@ class _Unpacker:
             "tensor": lambda value: self.tensors[value].clone().to(self.device),
             "scalar": lambda value: self.tensors[value].numpy()[()],
             "array": lambda value: self._array(value, columns_first=packed["columns_first"]),
-            "csr": lambda parts: csr_array(
+            "csr": lambda parts: _sparse(
                 tuple(self.unpack(parts[name]) for name in ("data", "indices", "indptr")), tuple(packed["shape"])
             ),
             "tuple": lambda parts: tuple(map(self.unpack, parts)),

@@ -107,8 +107,7 @@ class ExtendedAnswerModel(AnswerModel):
 
 def longest(answer_model: AnswerModel) -> int:
     """Returns the code of the item with the longest prompt."""
-    lengths = [len(tokens) for tokens in answer_model.prompts.tokens]
-    return lengths.index(max(lengths))
+    return int(answer_model.prompts.lengths.argmax())
 
 
 def check_fields(catalog: Catalog, fields: Mapping[str, str]) -> dict[str, str]:
@@ -167,7 +166,7 @@ def _as_trained(prompts: CatalogPrompts, base: CatalogPrompts) -> CatalogPrompts
     suffix = base.suffix
     while suffix and any(tokens[-suffix:] != tail[-suffix:] for tokens in prompts.tokens):
         suffix -= 1
-    shortest = min(map(len, prompts.tokens))
+    shortest = int(prompts.lengths.min())
     return replace(prompts, prefix=min(prompts.prefix, base.prefix, shortest - max(suffix, 1)), suffix=suffix)
 
 

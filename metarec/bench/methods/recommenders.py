@@ -76,10 +76,8 @@ def answer_model_of(recommender: MetaRecommender) -> AnswerModel:
 
 def tokens_read(answer_model: AnswerModel) -> Callable[[Request], int]:
     """Returns a function from a request to the tokens that answer it; what all prompts share counts once."""
-    import numpy as np
-
     shared = answer_model.prompts.prefix
-    own = np.array([len(ids) - shared for ids in answer_model.prompts.tokens])
+    own = answer_model.prompts.lengths - shared
     return lambda request: shared + int(own[request.support.items].sum() + own[request.candidates].sum())
 
 

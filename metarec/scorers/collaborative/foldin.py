@@ -9,9 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.sparse import csc_array, csr_array
 from torch import Tensor
 
 from metarec.data.interactions import Codes, Interactions
@@ -19,6 +19,9 @@ from metarec.errors import DataError
 from metarec.scorer import Request, ScoreArray, score_each
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.residuals import Floats, centred_residuals, training_residuals
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +130,8 @@ def fit_als(
 
 def _ridge(ratings: csr_array, factors: Floats, penalty: float, penalty_per_rating: float) -> Floats:
     """Solves every row's ridge regression of its entries on the factors of their columns."""
+    from scipy.sparse import csr_array
+
     size = factors.shape[1]
     squares = (factors[:, :, None] * factors[:, None]).reshape(len(factors), -1)
     rated = csr_array((np.ones_like(ratings.data), ratings.indices, ratings.indptr), ratings.shape)
@@ -184,6 +189,8 @@ def fit_ease(
 
     Source: Steck 2019, "Embarrassingly shallow autoencoders for sparse data", eq. 8, on residuals instead of clicks.
     """
+    from scipy.sparse import csc_array
+
     residuals = training_residuals(interactions, users, prior).centred(user_bias_damping)
     count = residuals.count
     kept = np.flatnonzero(count >= min_ratings)
@@ -264,6 +271,7 @@ def fit_item_knn(
 
 def similarity(left: csr_array, right: csr_array, shrinkage: float) -> Floats:
     """Returns cosines over the columns that both rows have, shrunk by their number, shape (left rows, right rows)."""
+    from scipy.sparse import csr_array
 
     def over(rows: csr_array, entries: Floats) -> csr_array:
         return csr_array((entries, rows.indices, rows.indptr), rows.shape)
@@ -291,6 +299,8 @@ class UserKNN(_Neighbours):
     neighbours: int = 800
 
     def _contribution(self, residual: Floats, rated: Codes, candidates: Codes) -> Floats:
+        from scipy.sparse import csr_array
+
         own_row = csr_array((residual, (np.zeros(len(rated), np.int64), rated)), (1, self.ratings.shape[1]))
         alike = np.maximum(similarity(own_row, self.ratings, self.shrinkage)[0], 0.0)
         nearest = np.argsort(-alike, kind="stable")[: self.neighbours]

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from metarec.data.interactions import Codes, Interactions, Ratings, Values
@@ -307,6 +306,8 @@ def _factor_analysis(
     Returns:
         All loadings, the learned ones first, and the trace of the learned ones' covariance, shape (items,).
     """
+    from scipy.sparse import csr_array
+
     users, items = residuals.shape
     ratings = residuals.matrix()
     rated = csr_array((np.ones_like(ratings.data), ratings.indices, ratings.indptr), ratings.shape)

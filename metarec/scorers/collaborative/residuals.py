@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
 
 from metarec.data.interactions import Codes, Interactions, Ratings
 from metarec.scorers.collaborative.item_mean import ItemPrior
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 Floats = NDArray[np.float64]
 
@@ -43,6 +46,8 @@ class Residuals:
 
     def matrix(self) -> csr_array:
         """Returns the residuals as a sparse matrix, shape (users, items)."""
+        from scipy.sparse import csr_array
+
         return csr_array((self.value, (self.user, self.item)), self.shape)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
 from torch import Tensor
 
 from metarec.data.interactions import Codes, Interactions, Ratings
@@ -153,6 +152,8 @@ def logistic_dual(kernel: Floats, liked: NDArray[np.bool_], offset: ScoreArray, 
 
     Source: Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", algorithm 3.1.
     """
+    from scipy.special import expit
+
     dual = np.zeros(len(kernel))
     kernel = kernel / penalty
     for _ in range(_NEWTON_STEPS):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from metarec.artifacts import cache_dir, content_hash, is_whole, replace_dir
 from metarec.config import EncoderTuningConfig, LinearConfig, PosteriorTuningConfig, TrainConfig
 from metarec.data.episodes import Episode
 from metarec.data.interactions import Codes
-from metarec.data.task_data import TaskData
 from metarec.errors import ConfigError, DataError
 from metarec.evaluate import validation_auc
 from metarec.lm.adapters import init_adapter
@@ -46,6 +45,9 @@ from metarec.scorers.collaborative.text import fit_two_tower
 from metarec.scorers.language.posterior_tuning import FeatureBlocks, PosteriorTuning, two_halves
 from metarec.scorers.language.trainable_copy import Recipe, TrainableCopy, trainable_copy
 from metarec.tensors import AdapterState, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from metarec.data.task_data import TaskData
 
 _KIND = "tuned-encoder"
 _FILE, _VECTORS = "tuned.safetensors", "vectors"
@@ -284,7 +286,7 @@ class _Tuning:
     def encode(self, items: Codes) -> Tensor:
         """Returns the vectors of some items, differentiable, shape (items, hidden)."""
         # Texts of similar length are read side by side.
-        order = np.argsort([len(self.prompts.tokens[code]) for code in items], kind="stable")
+        order = np.argsort(self.prompts.lengths[items], kind="stable")
         blocks = torch.from_numpy(items[order]).split(_TEXTS_AT_ONCE)
         read = torch.cat([self.forward.last_states(self.forward.gather(block[None]), None)[0] for block in blocks])
         return read[torch.from_numpy(np.argsort(order))]

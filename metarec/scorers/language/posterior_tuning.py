@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,7 +25,6 @@ from torch import Tensor
 from metarec.config import LinearConfig, PosteriorTuningConfig
 from metarec.data.episodes import Episode, training_batch
 from metarec.data.interactions import Codes, Ratings, Values
-from metarec.data.task_data import TaskData
 from metarec.evaluate import validation_auc
 from metarec.lm.answer_model import AnswerModel
 from metarec.meta.algorithms import MetaGradient
@@ -35,6 +35,9 @@ from metarec.scorers.collaborative.features import side_by_side
 from metarec.scorers.collaborative.linear_kernel import LinearPrior, fit_linear_prior, linear_process, with_bias
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.tensors import AdapterState, expand_users, pad_rows
+
+if TYPE_CHECKING:
+    from metarec.data.task_data import TaskData
 
 # Texts that are read at once where no gradient is needed.
 _TEXTS_AT_ONCE = 256

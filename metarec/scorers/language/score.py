@@ -188,7 +188,7 @@ def initial_state(
     if answer_model is not None:
         adapter = init_adapter(answer_model.spec, torch.Generator().manual_seed(seed))
         backbone = answer_model.backbone
-        top = f"{backbone.layer_path}.{backbone.model.config.num_hidden_layers - 1}."
+        top = f"{backbone.layer_path}.{backbone.modules.config.num_hidden_layers - 1}."
     weights = {
         weight_name(name): adapter_weight if name == ADAPTER_TERM else term.start for name, term in terms.items()
     }

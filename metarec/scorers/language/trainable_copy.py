@@ -90,7 +90,7 @@ def trainable_copy(backbone: Backbone, recipe: Recipe) -> TrainableCopy:
     wrapped = None if full else _with_lora(model, recipe, backbone)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     model.eval()
-    return TrainableCopy(replace(backbone, model=model), parameters, wrapped)
+    return TrainableCopy(replace(backbone, modules=model, open_model=None), parameters, wrapped)
 
 
 def _with_lora(model: Any, recipe: Recipe, backbone: Backbone) -> Any:
