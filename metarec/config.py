@@ -20,6 +20,8 @@ _MAX_YAML_BYTES = 256_000
 
 Dtype = Literal["float32", "mixed", "bfloat16"]
 Precision = Literal["float32", "float16", "int8"]
+# What gradient steps start from: the initialization, or beside it the posterior of `metarec.meta.heads.DKT`.
+Start = Literal["initialization", "posterior"]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -76,7 +78,7 @@ class MetaConfig(Section):
         description="fomaml, maml, maml++, imaml, reptile; ridge, prototypes and dkt, which fit a head in closed form "
         "instead of taking inner steps; or module:attribute",
     )
-    start: Literal["initialization", "posterior"] = Field(
+    start: Start = Field(
         "initialization",
         description="what inner steps start from; posterior: users have the head of dkt too, and the steps lower its "
         "leave-one-out error on the support",

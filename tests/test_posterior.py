@@ -27,7 +27,8 @@ from metarec.meta.inner_loop import MetaState, initial_meta_state
 from metarec.recommender import MetaRecommender
 from metarec.scorer import Request
 from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
-from metarec.scorers.language.weight_prior import fit_weight_prior
+from metarec.scorers.language.weight_prior import KernelMean, fit_weight_prior
+from metarec.serve.items import extend
 from metarec.tensors import AdapterState, expand_users
 from metarec.training import _meta_gradient
 
@@ -304,3 +305,17 @@ def test_the_benchmarks_rows_take_as_many_steps_as_they_say_from_where_they_say(
     adapters = 0 if method == "posterior" else found[f"{start} + 1 step"].bytes_per_user - heads[0]
     assert [scorer.bytes_per_user for scorer in found.values()] == [head + adapters for head in heads]
     assert method == "posterior" or adapters > 64
+
+
+def test_an_added_item_gets_what_its_text_says_and_nothing_of_its_own(model_dir: ModelDir) -> None:
+    recommender = MetaRecommender.from_pretrained(model_dir("llama"), configured()).prepare(known_task())
+    catalog = recommender.fitted.catalog
+    twin = {name: column[3] for name, column in catalog.fields.items()}
+    longer = extend(recommender, recommender, [("twin", twin)])
+    term, before = longer.fitted.terms["kernel mean"], recommender.fitted.terms["kernel mean"]
+    assert isinstance(before, KernelMean)
+    empty = [requests(known_task(), 0)[0].support]
+    found = term.values(empty, [np.array([3, 40, 7])])[0]
+    old = before.values(empty, [np.array([3, 7])])[0]
+    np.testing.assert_allclose(found, [old[0], old[0] - before.effects[3], old[1]], atol=1e-5)
+    assert abs(before.effects[3]) > 1e-4

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metarec.meta.inner_loop import Start
+from metarec.config import Start
 from metarec.registries import ALGORITHMS
 from metarec.tensors import AdapterState
 from metarec.threads import one_thread

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,8 +17,6 @@ from metarec.tensors import AdapterState, expand_users
 
 Loss = Callable[[AdapterState], Tensor]
 Solve = Callable[[AdapterState], AdapterState]
-# What gradient steps start from: the initialization, or beside it the posterior of `metarec.meta.heads.DKT`.
-Start = Literal["initialization", "posterior"]
 
 
 @dataclass(frozen=True)

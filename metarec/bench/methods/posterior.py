@@ -13,7 +13,7 @@ from metarec.bench.context import Method, MethodContext, MethodRow
 from metarec.bench.methods.recommenders import recommender_row, trained_recommender
 
 if TYPE_CHECKING:
-    from metarec.meta.inner_loop import Start
+    from metarec.config import Start
     from metarec.recommender import MetaRecommender
     from metarec.scorers.language.adapted import MetaScorer
 

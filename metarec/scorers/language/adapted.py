@@ -9,11 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from metarec.config import Start
 from metarec.data.interactions import Ratings
 from metarec.lm.adapters import round_adapter
 from metarec.lm.answer_model import AnswerModel
 from metarec.meta.heads import ClosedFormHead, closed_form_head, takes_steps
-from metarec.meta.inner_loop import Adapted, Loss, MetaState, Start, adapt, per_user
+from metarec.meta.inner_loop import Adapted, Loss, MetaState, adapt, per_user
 from metarec.scorer import Request, check_codes, items_of
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.language.linearized import Linearized
