@@ -83,7 +83,7 @@ FINE_TUNED = {
     "joint LoRA": Method(
         _fine_tuned,
         "fine-tuning",
-        "one LoRA for all users, history in the prompt (TALLRec)",
+        "one LoRA for all users, history in the prompt (TALLRec; in-context meta-training)",
         {"trainable": "lora"},
         (*LANGUAGE_MODEL, *ENCODER),
     ),

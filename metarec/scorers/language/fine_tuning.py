@@ -4,7 +4,8 @@ Training uses the prompts of the fitted scorer: a user's history as solved examp
 the item prior and the loss is the pairwise one of `metarec.meta.losses`, so that these baselines use the same
 information as the other methods. The loop is `metarec.meta.outer_loop`, with the trained tensors as meta-parameters.
 
-Sources: Bao et al. 2023, "TALLRec", for one LoRA over all users' histories. Different here: the loss ranks items within
+Sources: Bao et al. 2023, "TALLRec", for one LoRA over all users' histories; Min et al. 2022, "MetaICL", for in-context
+meta-training: every history is the support of another user. Different here: the loss ranks items within
 a user instead of taking the answer's likelihood, and the score contains the item prior.
 """
 
