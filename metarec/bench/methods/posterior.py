@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _STEPS = (1, 3, 10)
 # Factors on the learned inner rates, of which validation users choose one for each number of steps.
-_RATE_SCALES = (0.1, 0.3, 1.0, 3.0)
+_RATE_SCALES = (0.3, 1.0, 3.0, 10.0)
 _TUNING_USERS = 24
 _SCORE: Mapping[str, Any] = {
     "score": ["kernel mean", "adapter"],
@@ -66,7 +66,7 @@ POSTERIOR = {
         _with_steps,
         "inner loop",
         "1, 3 and 10 gradient steps on top of the posterior, at rates chosen by validation users",
-        {**_SCORE, "start": "posterior", "meta.inner_lr": 0.1},
+        {**_SCORE, "start": "posterior"},
     ),
     "initialization + steps": Method(
         _with_steps,
