@@ -27,7 +27,7 @@ from metarec.lm.prompt_files import read_prompts, write_prompts
 from metarec.meta.inner_loop import MetaState
 from metarec.registries import ADAPTER_KINDS, ALGORITHMS, LOSSES
 from metarec.run_directory import FACTS
-from metarec.scorers.language.score import HEAD
+from metarec.scorers.language.score import HEAD, HEAD_PARAMETER
 from metarec.scorers.serialization import read_scorer, write_scorer
 from metarec.tensors import AdapterState, read_tensors, write_tensors
 
@@ -36,6 +36,8 @@ _LOG = logging.getLogger(__name__)
 OUTPUT_LAYER = "output_layer"
 # Directories of another format are refused: their settings and tensors have other names.
 _FORMAT = 3
+# What meta-parameters were called before heads could have several.
+_RENAMED = {f"init/score.{name}": f"init/{HEAD_PARAMETER}{name}" for name in ("log_penalty", "log_scale")}
 _TERMS, _USERS = "terms", "users.safetensors"
 _WEIGHTS, _USER = "score.safetensors", "user.json"
 
@@ -118,6 +120,7 @@ def read_recommender(path: Path, place: Mapping[str, str]) -> tuple[Backbone | N
         prompts = read_prompts(path, backbone, task.template, catalog)
         answer_model = catalog_answer_model(backbone, config, task.template, catalog, prompts)
     users = read_tensors(path / _USERS)
+    learned = read_tensors(path / "meta.safetensors", config.device)
     parts: Any = read_scorer(path, _TERMS, answer_model=answer_model, classes=classes)
     fitted = Fitted(
         task=task,
@@ -125,7 +128,7 @@ def read_recommender(path: Path, place: Mapping[str, str]) -> tuple[Backbone | N
         scale=RatingScale(*facts["scale"]),
         prior=parts["prior"],
         terms=parts["terms"],
-        meta=MetaState.from_tensors(read_tensors(path / "meta.safetensors", config.device)),
+        meta=MetaState.from_tensors({_RENAMED.get(name, name): tensor for name, tensor in learned.items()}),
         answer_model=answer_model,
         split=SplitRecord(facts["hashes"], **{part: digests.numpy() for part, digests in users.items()}),
         training=facts["training"],

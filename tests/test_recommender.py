@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from conftest import TEMPLATES, known_interactions
 from small_recommenders import NO_MODEL, SETTINGS, STRONG, TASK, WITH_PROCESS, WITH_STACK, known_task
 from torch import Tensor
 
+from metarec import recommender_files
 from metarec.config import RunConfig, validated
 from metarec.data.episodes import split_users
 from metarec.data.interactions import Catalog, Ratings
@@ -34,6 +35,7 @@ from metarec.recommender import MetaRecommender
 from metarec.registries import ALGORITHMS
 from metarec.scorer import Request, Scorer
 from metarec.scorers.language.linearized import linearize
+from metarec.tensors import read_tensors
 
 
 @pytest.fixture(scope="module")
@@ -678,3 +680,26 @@ def test_the_paired_difference_is_the_mean_of_the_users_differences(fitted: Meta
     ours, base = (report.values(name, 10) for name in ("metarec, adapted", "item mean"))
     assert report.difference("metarec, adapted", 10, "item mean", 10)[0] == pytest.approx((ours - base).mean())
     assert ours.index.tolist() == base.index.tolist()
+
+
+@pytest.mark.parametrize("algorithm", ["ridge", "prototypes"])
+def test_a_recommender_whose_heads_parameter_had_its_old_name_loads(
+    algorithm: str, model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SETTINGS, "meta": {**SETTINGS["meta"], "algorithm": algorithm}}
+    config = validated(RunConfig, settings, "test")
+    fitted = MetaRecommender.from_pretrained(model_dir("llama"), config).prepare(known_task())
+    old = {new: before for before, new in recommender_files._RENAMED.items()}
+    write = recommender_files.write_tensors
+
+    def write_as_before(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        write(path, {old.get(name, name): tensor for name, tensor in tensors.items()})
+
+    monkeypatch.setattr(recommender_files, "write_tensors", write_as_before)
+    fitted.save_pretrained(tmp_path / "model")
+    assert set(read_tensors(tmp_path / "model" / "meta.safetensors")) & set(old.values())
+    again = MetaRecommender.from_pretrained(tmp_path / "model")
+    ratings = [("m0", 5.0), ("m1", 1.0)]
+    assert again.adapt(ratings).score(["m2", "m3"]) == pytest.approx(
+        fitted.adapt(ratings).score(["m2", "m3"]), abs=1e-5
+    )
