@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _ITEMS_AT_ONCE = 512
+# Terms without a language model copy the rows of the items that they are asked about.
+_TERM_ITEMS_AT_ONCE = 65_536
 # How many items a ranking scores in full; see `AdaptedUser.recommend`.
 CANDIDATES = 200
 
@@ -229,13 +231,18 @@ class AdaptedUser:
 
     def _retrieved(self, codes: Codes, count: int) -> Codes:
         """Returns the best items by the terms that need no language model; all of them where no term says anything."""
-        chosen = score_terms(self.config)
-        cheap = [name for name in self.fitted.terms if not chosen[name].needs_model]
-        if len(codes) <= count or not cheap or len(cheap) == len(chosen):
+        cheap = self.cheap_terms
+        if len(codes) <= count or not cheap or len(cheap) == len(self.config.score):
             return codes
         best = np.argsort(-self.term_scores(cheap)[codes], kind="stable")[:count]
         retrieved: Codes = np.sort(codes[best])
         return retrieved
+
+    @property
+    def cheap_terms(self) -> tuple[str, ...]:
+        """The terms that read no language model."""
+        chosen = score_terms(self.config)
+        return tuple(name for name in self.fitted.terms if not chosen[name].needs_model)
 
     @torch.no_grad()
     def term_scores(self, names: Sequence[str] | None = None) -> Values:
@@ -248,12 +255,13 @@ class AdaptedUser:
         everything = np.arange(len(self.fitted.catalog))
         if not terms:
             return np.zeros(len(everything), np.float32)
-        values = {
-            name: torch.from_numpy(term.values([self.support], [everything])[0])[None] for name, term in terms.items()
-        }
         state = {name: value.cpu() for name, value in expand_users(self.state, 1).items()}
-        total: Values = weighted_sum(state, values)[0].numpy()
-        return total
+        blocks = np.array_split(everything, max(1, -(-len(everything) // _TERM_ITEMS_AT_ONCE)))
+        found = [
+            {name: torch.from_numpy(term.values([self.support], [block])[0])[None] for name, term in terms.items()}
+            for block in blocks
+        ]
+        return np.concatenate([weighted_sum(state, values)[0].numpy() for values in found])
 
     def save(self, path: str | Path, *, whole: bool = True) -> None:
         """Writes the adapter as a PEFT directory, with the person's ratings beside it.

@@ -16,9 +16,12 @@ from small_recommenders import SETTINGS, known_task
 from metarec.config import RunConfig, validated
 from metarec.data.interactions import Ratings
 from metarec.errors import ConfigError, ConflictError, UnknownItemError
+from metarec.lm.answer_model import AnswerModel
 from metarec.lm.cached_forward import CachedForward
+from metarec.lm.forward import ItemBatch
 from metarec.recommender import MetaRecommender
 from metarec.scorers.language.adapted import MetaScorer
+from metarec.serve import retrieval
 from metarec.serve.engine import Engine
 from metarec.serve.items import ExtendedAnswerModel
 from metarec.serve.person import Person
@@ -186,6 +189,34 @@ def test_a_ranking_is_the_python_apis(engine: Engine, recommender: MetaRecommend
     ]
     assert {"m0", "m1"} <= {entry.item for entry, _ in engine.recommend(person, 40, exclude_seen=False)[1]}
     assert len(engine.recommend(person, 1000)[1]) == 35
+
+
+def test_of_a_large_catalog_the_service_reads_what_other_terms_put_in_front(
+    recommender: MetaRecommender, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval, "WHOLE_CATALOG", 10)
+    monkeypatch.setattr(retrieval, "CANDIDATES", 12)
+    asked: list[int] = []
+    gather = AnswerModel.gather
+
+    def noted(self: AnswerModel, items: torch.Tensor) -> ItemBatch:
+        asked.extend(items.flatten().tolist())
+        return gather(self, items)
+
+    monkeypatch.setattr(AnswerModel, "gather", noted)
+    engine = Engine(recommender, store, candidates=32)
+    engine._candidates = 12
+    engine.prepare()
+    assert not asked, "nothing is read before somebody asks"
+    person = rate(engine, "ann", LOVES_DRAMA)
+    found = [entry.item for entry, _ in engine.recommend(person, 3)[1]]
+    codes = np.setdiff1d(np.arange(40), person.adapted.support.items)
+    terms = person.adapted.term_scores(person.adapted.cheap_terms)[codes]
+    front = codes[np.argsort(-terms, kind="stable")[:12]]
+    assert set(asked) <= {*front.tolist(), *person.adapted.support.items.tolist(), 0}, "0 fills up a block"
+    scores = person.adapted.scores(front).numpy()
+    assert found == [f"m{code}" for code in front[np.argsort(-scores)[:3]]]
+    assert engine.search(engine.catalog.title(7), 1)[0].item == "m7"
 
 
 def test_retrieval_finds_what_the_adapter_ranks_best(engine: Engine, recommender: MetaRecommender) -> None:

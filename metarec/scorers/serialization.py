@@ -85,6 +85,7 @@ CLASSES: dict[str, type[Any]] = {
 }
 _Model = TypeVar("_Model", AnswerModel, Backbone)
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+_MAPPED_BYTES = 64 << 20
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -308,7 +309,9 @@ class _Unpacker:
         raise ArtifactError(f"'{self.path}' holds a part of no known kind: {sorted(packed)}", "Save the scorer again")
 
     def _array(self, name: str, *, columns_first: bool) -> np.ndarray:
-        array: np.ndarray = self.tensors[name].clone().numpy()
+        tensor = self.tensors[name]
+        # A large one stays in the file that it is mapped from: its rows are copied when they are asked for.
+        array: np.ndarray = (tensor if tensor.nbytes >= _MAPPED_BYTES else tensor.clone()).numpy()
         return array.T if columns_first else array
 
     def _make(self, name: str, packed: Mapping[str, Any]) -> Any:

@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metarec.adapted_user import AdaptedUser
+from metarec.adapted_user import CANDIDATES, AdaptedUser
 from metarec.data.interactions import Codes
+from metarec.fitting import score_terms
 from metarec.lm.answer_model import AnswerModel
 from metarec.meta.inner_loop import MetaState
 from metarec.progress import progress
@@ -31,6 +32,8 @@ from metarec.tensors import expand_users
 _DIRECTIONS = 128
 _SAMPLE = 1024
 _READ_AT_ONCE = 512
+# Of a larger catalog the language model reads what the other terms put in front, and never all.
+WHOLE_CATALOG = 20_000
 _SMALLEST = 1e-7
 
 
@@ -138,6 +141,16 @@ def _read(effects: Effects, answer_model: AnswerModel, meta: MetaState, items: C
     return coordinates
 
 
+def reads_all(trained: MetaRecommender) -> bool:
+    """Says whether the language model, if there is one, reads the whole catalog before the first ranking.
+
+    It does not where that would take long, and other terms can say which items are worth reading.
+    """
+    fitted, terms = trained.fitted, score_terms(trained.config)
+    cheap = any(not terms[name].needs_model for name in fitted.terms)
+    return fitted.answer_model is None or not cheap or len(fitted.catalog) <= WHOLE_CATALOG
+
+
 class CandidateRetrieval:
     """Approximate scores of a whole catalog, and the choice of candidates by them.
 
@@ -160,12 +173,20 @@ class CandidateRetrieval:
         """
         self._new_user = new_user
         items = len(new_user.fitted.catalog)
+        if not reads_all(self._trained):
+            self.new_user_scores = self._new_user_terms = new_user.term_scores(new_user.cheap_terms)
+            return
         fresh = new_user.scores(np.arange(len(self.new_user_scores), items)).numpy()
         self.new_user_scores = np.concatenate([self.new_user_scores, fresh])
         self._new_user_terms = new_user.term_scores()
 
     def prepare(self) -> Effects:
-        """Returns the effect of an adapter on every item, computed for the items that do not have it yet."""
+        """Returns the effect of an adapter on every item, computed for the items that do not have it yet.
+
+        Of a catalog that is too large to be read, no item has one.
+        """
+        if not reads_all(self._trained):
+            return Effects((), None, np.zeros((len(self._new_user.fitted.catalog), 0), np.float32))
         meta = self._trained.fitted.meta
         if self._effects is None:
             self._effects = fit_effects(self._trained.adapted_model, meta, self._trained.scorer().inner)
@@ -185,7 +206,11 @@ class CandidateRetrieval:
         """
         state, start = adapted.state, self._new_user.state
         scores = self.new_user_scores
-        if len(codes) > count and state is not start:
+        if not reads_all(self._trained):
+            count = max(count, CANDIDATES)
+            if len(codes) > count:
+                scores = np.nan_to_num(adapted.term_scores(adapted.cheap_terms))
+        elif len(codes) > count and state is not start:
             moved = adapted.term_scores() - self._new_user_terms + self.prepare()(state, start)
             scores = scores + np.nan_to_num(moved)
         best = np.argsort(-scores[codes], kind="stable")[:count]

@@ -14,6 +14,7 @@ from metarec.lm.answer_model import AnswerModel
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import tokenize_catalog
 from metarec.recommender import MetaRecommender
+from metarec.serve.retrieval import reads_all
 
 _DIMENSIONS = 32
 _RERANKED = 100
@@ -48,7 +49,8 @@ class TextSearch:
         fitted = recommender.fitted
         self._catalog = fitted.catalog
         model = fitted.answer_model
-        self._vectors = None if model is None else self._project(model.states.cpu().numpy())
+        read = model is not None and reads_all(self._trained)
+        self._vectors = self._project(model.states.cpu().numpy()) if model is not None and read else None
 
     def find(self, text: str, k: int, score: Callable[[Codes], NDArray[np.float32]] | None = None) -> list[Found]:
         """Returns the items most similar to a text, best first; those that the text names come before all others.
