@@ -1,7 +1,6 @@
 """`MetaRecommender`: fit on a task, evaluate, adapt to a person, recommend, save and load.
 
-The one object that a program embeds. It ties a backbone, an item prior and meta-parameters to a catalog; the work is
-done by the layers below. Knows nothing of the command line.
+The one object that a program embeds. The work is done by the layers below. Knows nothing of the command line.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from metarec.data.frames import is_frame
 from metarec.data.given_ratings import GivenRatings, rating_pairs
 from metarec.data.interactions import Ratings, read_ratings
 from metarec.data.source_options import is_table
-from metarec.data.split_record import catalog_differences
+from metarec.data.split_record import refuse_other_catalog
 from metarec.data.task import Task
 from metarec.data.training_users import refuse_small_data
 from metarec.devices import check_device
@@ -86,7 +85,8 @@ class MetaRecommender:
         return facts_table("MetaRecommender", self._facts())
 
     def _facts(self) -> dict[str, object]:
-        backbone = self.config.backbone if self._reads_model() else None
+        reads = needs_model(self.config) if self._fitted is None else self._fitted.answer_model is not None
+        backbone = self.config.backbone if reads else None
         facts: dict[str, object] = {"backbone": backbone, "score": list(self.config.score)}
         if self._fitted is None:
             return {**facts, "fitted": False}
@@ -241,11 +241,6 @@ class MetaRecommender:
         """Returns the language model, or None where neither the score nor the features read one on this task."""
         return self.backbone if needs_model(for_task(self.config, task)) else None
 
-    def _reads_model(self) -> bool:
-        if self._fitted is not None:
-            return self._fitted.answer_model is not None
-        return needs_model(self.config)
-
     def task_data(self, task: TaskLike | None = None, **own: Any) -> TaskData:
         """Loads a task's data, split by the configuration's seed; None takes the fitted or configured task.
 
@@ -256,7 +251,7 @@ class MetaRecommender:
         Raises:
             ConfigError: `task` is none of what `fit` takes, or choices are given for a task that brings its own.
         """
-        from metarec.data.given_task import load_given
+        from metarec.data.given_task import load_given, load_saved
 
         if task is not None:
             return load_given(task, own, self.config.seed)
@@ -266,10 +261,7 @@ class MetaRecommender:
             return self._data
         task = self._fitted.task if self._fitted else self.config.task
         if self._from_file and isinstance(task, Task):
-            from metarec.data.sources import SOURCES
-
-            for name in {part.source for part in (task.dataset, *task.dataset.parts.values()) if ":" in part.source}:
-                SOURCES.get(name, from_file=True)
+            return load_saved(task, self.config.seed)
         return load_given(task, {}, self.config.seed)
 
     def scorer(
@@ -303,8 +295,7 @@ class MetaRecommender:
     ) -> Report:
         """Scores the test users of a task.
 
-        Where data or split changed since fitting, users are tested that fitting did not see; see
-        `metarec.data.split_record.SplitRecord.without_seen`.
+        Users are tested that fitting did not see, whatever changed since; see `SplitRecord.without_seen`.
 
         Args:
             task: None takes the task it was fitted on. Another task must have the same catalog. A table is read and
@@ -323,10 +314,7 @@ class MetaRecommender:
             data = reload_own(task, self.fitted.task, self.config.seed, items)
         else:
             data = self.task_data(task)
-        if differences := catalog_differences(self.fitted.catalog, data.interactions.catalog):
-            raise ConfigError(
-                f"task '{data.task.name}' has another catalog than was fitted: {differences}", "Fit on it again"
-            )
+        refuse_other_catalog(data.task.name, self.fitted.catalog, data.interactions.catalog)
         data = self.fitted.split.without_seen(data)
         episodes, too_few = data.evaluated("test")
         if scorers is None:
@@ -405,11 +393,7 @@ class MetaRecommender:
 
 
 def _load_same(path: str, place: dict[str, Any], digest: str) -> MetaRecommender:
-    """Loads the recommender that was pickled as its path.
-
-    Raises:
-        ArtifactError: Another recommender lies there now.
-    """
+    """Loads the recommender that was pickled as its path; refuses another one that lies there now."""
     found = MetaRecommender.from_pretrained(path, **place)
     if found.digest != digest:
         raise ArtifactError(f"'{path}' holds another recommender than the one that was pickled", "Save it elsewhere")

@@ -10,6 +10,7 @@ import pandas as pd
 
 from metarec.data.own_data import load_own
 from metarec.data.source_options import is_table
+from metarec.data.sources import SOURCES
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.data.task_files import load_task
@@ -41,3 +42,14 @@ def load_given(task: TaskLike, own: Mapping[str, Any], seed: int) -> TaskData:
     if not isinstance(task, str | Path | Task):
         raise ConfigError(f"a task is a {type(task).__name__}", _TAKES)
     return load_task_data(task if isinstance(task, Task) else load_task(str(task)), seed)
+
+
+def load_saved(task: Task, seed: int) -> TaskData:
+    """Loads the task that a saved recommender names; its sources run only where they are allowed.
+
+    Raises:
+        ConfigError: A source outside metarec was not allowed; see `metarec.registry.Registry.get`.
+    """
+    for name in {part.source for part in (task.dataset, *task.dataset.parts.values()) if ":" in part.source}:
+        SOURCES.get(name, from_file=True)
+    return load_given(task, {}, seed)

@@ -104,7 +104,22 @@ def _digests(salt: str, users: Iterable[str]) -> Codes:
     return np.frombuffer(bytes(found), "<i8").astype(np.int64)
 
 
-def catalog_differences(fitted: Catalog, found: Catalog) -> str:
+def refuse_other_catalog(task: str, fitted: Catalog, found: Catalog) -> None:
+    """Refuses a task whose items are not those that a recommender was fitted on.
+
+    Args:
+        task: The task's name.
+        fitted: The catalog it was fitted on.
+        found: The task's.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    if differences := _differences(fitted, found):
+        raise ConfigError(f"task '{task}' has another catalog than was fitted: {differences}", "Fit on it again")
+
+
+def _differences(fitted: Catalog, found: Catalog) -> str:
     """Says how a catalog differs from the one a recommender was fitted on; nothing where it does not.
 
     Args:
