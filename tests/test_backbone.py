@@ -164,7 +164,7 @@ def test_prompts_are_named_as_any_content_is(backbone: Backbones, catalog: Catal
     for family in ("llama", "encoder"):
         model = backbone(family)
         prompts = tokenize_catalog(model, TEMPLATES[model.kind], catalog)
-        assert prompts.digest == content_hash([prompts.tokens, prompts.answers, prompts.answer_texts])
+        assert prompts.digest == content_hash([[*prompts.tokens], prompts.answers, prompts.answer_texts])
 
 
 def test_prompts_know_what_they_share(backbone: Backbones, catalog: Catalog) -> None:

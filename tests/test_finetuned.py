@@ -17,8 +17,8 @@ from conftest import TEMPLATES, known_interactions
 from small_recommenders import known_task
 from torch import Tensor
 
-from metarec.bench import context
-from metarec.bench.methods import METHODS, MethodContext, finetuning
+from metarec import fitting
+from metarec.bench.methods import METHODS, MethodContext
 from metarec.config import TrainConfig
 from metarec.data.episodes import Episode, evaluation_episodes
 from metarec.data.interactions import Ratings
@@ -30,6 +30,7 @@ from metarec.lm.reference_forward import ReferenceForward
 from metarec.meta.losses import pairwise_logistic
 from metarec.scorer import Request, Scorer
 from metarec.scorers.collaborative.item_mean import fit_item_mean
+from metarec.scorers.language import fine_tuning, finetuned
 from metarec.scorers.language.fine_tuning import FULL, _loss, fine_tune
 from metarec.scorers.language.finetuned import NAMES, FineTuned, then_per_user_lora
 from metarec.scorers.language.in_context import History, InContext
@@ -342,13 +343,13 @@ def test_a_benchmark_row_that_was_trained_before_is_loaded_and_scores_the_same(
     trainable: str, backbone: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting = MethodContext(known_task(), tmp_path)
-    monkeypatch.setattr(context, "open_backbone", lambda _: backbone("llama"))
+    monkeypatch.setattr(fitting, "open_backbone", lambda _: backbone("llama"))
     monkeypatch.setattr(MethodContext, "prior", FLAT)
-    monkeypatch.setattr(finetuning, "fine_tune", partial(fine_tune, config=SHORT))
-    monkeypatch.setattr(finetuning, "then_per_user_lora", partial(then_per_user_lora, layers=1))
+    monkeypatch.setattr(fine_tuning, "fine_tune", partial(fine_tune, config=SHORT))
+    monkeypatch.setattr(finetuned, "then_per_user_lora", partial(then_per_user_lora, layers=1))
     method = METHODS.get(NAMES[trainable])  # type: ignore[index]
     first = method.rows(setting)
-    monkeypatch.setattr(finetuning, "fine_tune", None)
+    monkeypatch.setattr(fine_tuning, "fine_tune", None)
     second = method.rows(MethodContext(setting.data, tmp_path))
     assert [row.scorer.name for row in second] == [row.scorer.name for row in first]
     assert [row.parameters for row in second] == [row.parameters for row in first]

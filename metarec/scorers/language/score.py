@@ -13,7 +13,9 @@ its product with the item's features. Meta-training, evaluation, adaptation and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -254,6 +256,12 @@ def new_user_head(state: Mapping[str, Tensor], adapted: AnswerModel, head: Close
     return head.fit(Support.empty(len(like), adapted.backbone.hidden_size, like), head_parameters(state))
 
 
+def _full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """Returns a context in which `torch.autocast`, where it is on for a tensor's device, is off."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def head_solver(batch: Batch, adapted: AnswerModel, head: ClosedFormHead, *, user_bias_damping: float) -> Solve:
     """Returns a function that fits every user's head, given a state without heads.
 
@@ -266,7 +274,8 @@ def head_solver(batch: Batch, adapted: AnswerModel, head: ClosedFormHead, *, use
 
     def solve(state: AdapterState) -> AdapterState:
         support = _support(state, batch, adapted, user_bias_damping)
-        return with_head(state, head.fit(support, head_parameters(state)))
+        with _full_precision(batch.target):
+            return with_head(state, head.fit(support, head_parameters(state)))
 
     return solve
 
@@ -276,7 +285,8 @@ def _support(state: AdapterState, batch: Batch, adapted: AnswerModel, user_bias_
     assert features is not None
     error = batch.target - scores
     residual = _without_user_bias(error, batch.real, user_bias_damping)
-    return Support(features, error, residual, batch.liked, batch.real)
+    exact = features.to(torch.promote_types(features.dtype, batch.target.dtype))
+    return Support(exact, error, residual, batch.liked, batch.real)
 
 
 def _without_user_bias(error: Tensor, real: Tensor, damping: float) -> Tensor:
