@@ -27,6 +27,7 @@ from metarec.scorers.collaborative.kernel_learning import (
 from metarec.scorers.collaborative.trivial import ItemMean
 
 FACTORS = 4
+EVERY = np.arange(len(WORLD.catalog))
 HALVES = (TRAIN[::2], TRAIN[1::2])
 
 
@@ -43,7 +44,8 @@ def learned(steps: int) -> KernelUpdate:
 
 def nowhere() -> dict[str, torch.Tensor]:
     return {
-        name: torch.zeros_like(_tensors(process(0))[name]) for name in ("mean", "loadings", "noise", "selection_effect")
+        name: torch.zeros_like(_tensors(process(0), EVERY)[name])
+        for name in ("mean", "loadings", "noise", "selection_effect")
     }
 
 
@@ -66,7 +68,7 @@ def test_scores_for_many_users_match_the_process_one_user_at_a_time() -> None:
     fitted = process(0)
     standardized = [(support.values - fitted.mean_rating) / fitted.scale for support in supports]
     scores = _scores(
-        _tensors(fitted),
+        _tensors(fitted, EVERY),
         nowhere(),
         torch.from_numpy(np.stack([support.items for support in supports])),
         torch.from_numpy(np.stack(standardized)).float(),
@@ -86,7 +88,7 @@ def test_a_displacement_moves_scores_as_the_gradients_were_taken() -> None:
         "selection_effect": moved.selection_effect,
     }
     scores = _scores(
-        _tensors(fitted),
+        _tensors(fitted, EVERY),
         {name: torch.from_numpy(value).float() for name, value in tensors.items()},
         torch.from_numpy(SUPPORT.items[None]),
         torch.from_numpy((SUPPORT.values[None] - fitted.mean_rating) / fitted.scale).float(),

@@ -301,21 +301,23 @@ def _factor_analysis(
 ) -> tuple[Floats, Floats]:
     """Learns loadings beside blocks of given ones; the users' weights are standard normal.
 
-    Of a given block only the scale is learned; the last block, the user bias, keeps its scale.
+    Of a given block only the scale is learned; the last block, the user bias, keeps its scale. Time and memory grow
+    with the items that somebody rated: the others' learned loadings are 0, with the factors' variances.
 
     Returns:
         All loadings, the learned ones first, and the trace of the learned ones' covariance, shape (items,).
     """
     from scipy.sparse import csr_array
 
-    users, items = residuals.shape
-    ratings = residuals.matrix()
+    every = np.concatenate(blocks, 1)
+    known = np.flatnonzero(residuals.count)
+    fixed = every[known]
+    users, items = residuals.shape[0], len(known)
+    ratings = residuals.of_items(known).matrix()
     rated = csr_array((np.ones_like(ratings.data), ratings.indices, ratings.indptr), ratings.shape)
     by_item, raters = ratings.T.tocsr(), rated.T.tocsr()
-    known = residuals.count > 0
-    fixed = np.concatenate(blocks, 1)
     bounds = np.cumsum([0, *(block.shape[1] for block in blocks)])
-    learned = np.random.default_rng(seed).normal(scale=np.sqrt(variance), size=(items, factors)) * known[:, None]
+    learned = np.random.default_rng(seed).normal(scale=np.sqrt(variance), size=(len(every), factors))[known]
     covariance = np.zeros((items, factors, factors))
     variances = np.full(factors, variance)
     for _ in range(sweeps):
@@ -337,13 +339,18 @@ def _factor_analysis(
         left = by_item @ weights[:, :factors] - np.einsum("iab,ib->ia", across, fixed)
         covariance = _inverse(among / noise + np.diag(1 / variances))
         learned = np.einsum("iab,ib->ia", covariance, left / noise)
-        spread = np.diagonal(covariance, axis1=1, axis2=2)
-        variances = (learned[known] ** 2 + spread[known]).mean(0)
+        spread, unrated_spread = np.diagonal(covariance, axis1=1, axis2=2), variances.sum()
+        variances = (learned**2 + spread).mean(0)
         # Blocks: their loadings take the variance of users' weights, which are standard normal again.
         squares = (np.diagonal(posterior, axis1=1, axis2=2) + weights**2).mean(0)[factors:]
         for start, end in pairwise(bounds[:-1].tolist()):
-            fixed[:, start:end] *= np.sqrt(squares[start:end].mean())
-    return np.concatenate([learned, fixed], 1), spread.sum(1)
+            scale = np.sqrt(squares[start:end].mean())
+            fixed[:, start:end] *= scale
+            every[:, start:end] *= scale
+    loadings, trace = np.zeros((len(every), factors + every.shape[1])), np.full(len(every), unrated_spread)
+    loadings[:, factors:] = every
+    loadings[known, :factors], trace[known] = learned, spread.sum(1)
+    return loadings, trace
 
 
 def _inverse(matrices: Floats) -> Floats:

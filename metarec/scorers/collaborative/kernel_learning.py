@@ -28,6 +28,8 @@ from metarec.threads import one_thread
 
 _SHOTS = (0, 2, 5, 10, 20)
 _MAX_QUERY, _MIN_QUERY = 40, 6
+# The parameters of a process that have a row for every item.
+_OF_ITEMS = ("mean", "loadings", "noise")
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ def learn_kernel_update(
 ) -> KernelUpdate:
     """Learns one update for several processes, each from meta-training users that it was not fitted on.
 
+    Time and memory grow with the items that these users rated; nothing is learned of the others, and nothing is added.
+
     Args:
         interactions: The dataset.
         processes: Aligned processes.
@@ -135,7 +139,8 @@ def learn_kernel_update(
     Source: as in Patacchiola et al. 2020, "Bayesian meta-learning for the few-shot setting via deep kernels", the
     kernel is shared and the posterior is the adaptation; here the outer loss is a ranking loss on a query.
     """
-    update = _zero_update(processes[0])
+    rated = np.unique(interactions.item[np.isin(interactions.user, np.concatenate(out_of_fold))])
+    update = _zero_update(processes[0], len(rated))
     optimizer = torch.optim.Adam(
         [
             {"params": [value], "lr": 10 * schedule.lr if name == "selection_effect" else schedule.lr}
@@ -144,7 +149,7 @@ def learn_kernel_update(
         fused=True,
     )
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(schedule.steps, 1))
-    fixed = [_tensors(process) for process in processes]
+    fixed = [_tensors(process, rated) for process in processes]
     longest = min(int(interactions.items_of_user[some].max(initial=0)) for some in out_of_fold)
     shots = [count for count in _SHOTS if count + _MIN_QUERY <= longest]
     for step in range(schedule.steps if shots else 0):
@@ -159,19 +164,23 @@ def learn_kernel_update(
             seed=seed,
             step=step,
         )
-        loss = _query_loss(processes[turn], fixed[turn], update, episodes, threshold, sharpness)
+        loss = _query_loss(processes[turn], fixed[turn], update, episodes, rated, threshold, sharpness)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         decay.step()
     learned = {name: value.detach().numpy().astype(np.float64) for name, value in update.items()}
-    return KernelUpdate(learned["mean"], learned["loadings"], learned["noise"], learned["selection_effect"])
+    of_items = {name: np.zeros(getattr(processes[0], name).shape) for name in _OF_ITEMS}
+    for name, values in of_items.items():
+        values[rated] = learned[name]
+    return KernelUpdate(of_items["mean"], of_items["loadings"], of_items["noise"], learned["selection_effect"])
 
 
-def _zero_update(process: GaussianProcess) -> dict[str, Tensor]:
-    """Returns the tensors that are learned, all zero and with gradients."""
-    names = ("mean", "loadings", "noise", "selection_effect")
-    return {name: torch.zeros(getattr(process, name).shape, requires_grad=True) for name in names}
+def _zero_update(process: GaussianProcess, items: int) -> dict[str, Tensor]:
+    """Returns the tensors that are learned, all zero and with gradients; those of items have so many rows."""
+    shapes = {name: (items, *getattr(process, name).shape[1:]) for name in _OF_ITEMS}
+    shapes["selection_effect"] = process.selection_effect.shape
+    return {name: torch.zeros(shape, requires_grad=True) for name, shape in shapes.items()}
 
 
 def _query_loss(
@@ -179,11 +188,12 @@ def _query_loss(
     fixed: Mapping[str, Tensor],
     update: Mapping[str, Tensor],
     episodes: Sequence[Episode],
+    rated: Codes,
     threshold: float,
     sharpness: float,
 ) -> Tensor:
-    """Returns the mean ranking loss of some episodes, whose supports are of one length."""
-    support = np.stack([episode.support.items for episode in episodes])
+    """Returns the mean ranking loss of some episodes, whose supports are of one length; see `learn_kernel_update`."""
+    support = np.searchsorted(rated, np.stack([episode.support.items for episode in episodes]))
     rating = np.stack([episode.support.values for episode in episodes])
     rating = (rating - process.mean_rating) / process.scale
     queries = [episode.query for episode in episodes]
@@ -192,7 +202,7 @@ def _query_loss(
         update,
         torch.from_numpy(support),
         torch.from_numpy(rating).float(),
-        pad_rows([query.items for query in queries], np.int64, _MAX_QUERY),
+        pad_rows([np.searchsorted(rated, query.items) for query in queries], np.int64, _MAX_QUERY),
         process.selection_damping,
     )
     liked = pad_rows([query.likes(threshold) for query in queries], bool, _MAX_QUERY)
@@ -200,12 +210,12 @@ def _query_loss(
     return pairwise_logistic(scores, liked, real, sharpness).mean()
 
 
-def _tensors(process: GaussianProcess) -> dict[str, Tensor]:
-    """Returns a process's parameters as tensors, noise as its logarithm."""
+def _tensors(process: GaussianProcess, items: Codes) -> dict[str, Tensor]:
+    """Returns a process's parameters as tensors, of some items alone, noise as its logarithm."""
     columns = {
-        "mean": process.mean,
-        "loadings": process.loadings,
-        "noise": np.log(process.noise),
+        "mean": process.mean[items],
+        "loadings": process.loadings[items],
+        "noise": np.log(process.noise[items]),
         "selection_effect": process.selection_effect,
         "centre": process.centre,
     }

@@ -44,6 +44,14 @@ class Residuals:
         """Number of residuals of each item, shape (items,)."""
         return np.bincount(self.item, minlength=self.shape[1]).astype(np.int64)
 
+    def of_items(self, items: Codes) -> Residuals:
+        """Returns the residuals of a catalog of these items alone.
+
+        Args:
+            items: Item codes, ascending; every item that has a residual is among them.
+        """
+        return Residuals(self.user, np.searchsorted(items, self.item), self.value, (self.shape[0], len(items)))
+
     def matrix(self) -> csr_array:
         """Returns the residuals as a sparse matrix, shape (users, items)."""
         from scipy.sparse import csr_array
