@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from metarec.errors import ConfigError
+
+_NAME = re.compile(r"cpu|mps|(cuda|xpu)(:\d+)?")
+_CURE = "Add --device cpu, or device='cpu' in Python"
 
 
 def devices() -> list[str]:
@@ -42,5 +47,16 @@ def check_device(name: str, where: str = "") -> str:
         return name
     raise ConfigError(
         f"{where}{': ' if where else ''}there is no device '{name}': this machine has {', '.join(here)}",
-        "Add --device cpu, or device='cpu' in Python",
+        _CURE,
     )
+
+
+def check_device_name(name: str) -> str:
+    """Returns the name of a device of a kind that metarec knows, whether this machine has it or not; imports no torch.
+
+    Raises:
+        ConfigError: There are no such devices.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"there is no device '{name}': metarec knows cpu, cuda, cuda:0, xpu, xpu:0 and mps", _CURE)
+    return name

@@ -10,7 +10,7 @@ import pytest
 
 CODE = """
 import sys
-heavy = {"torch", "transformers", "pandas", "scipy", "sklearn", "pyarrow"}
+heavy = {"torch", "transformers", "pandas", "scipy", "sklearn", "pyarrow", "fastapi", "uvicorn"}
 sys.argv = ["metarec", *sys.argv[1:]]
 from metarec.cli import main
 try:
@@ -42,12 +42,19 @@ def ran(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         (["model", "prepare", "./nothing"], "the model directory './nothing' does not exist"),
         (["tasks", "validate", "--backbone", "./nothing"], "the model directory './nothing' does not exist"),
         (["data", "check", "movielens", "--backbone", "./nothing"], "'./nothing' does not exist"),
+        (["train", "--device", "gpu"], "there is no device 'gpu'"),
+        (["quickstart", "--device", "gpu"], "there is no device 'gpu'"),
+        (["bench", "--method", "metarec", "--device", "gpu"], "there is no device 'gpu'"),
+        (["recommend", "RUN", "--device", "gpu"], "there is no device 'gpu'"),
+        (["serve", "--checkpoint", "RUN", "--device", "gpu"], "there is no device 'gpu'"),
+        (["serve", "--checkpoint", "nowhere"], "'nowhere' holds no trained recommender"),
         (["recommend", "nowhere"], "'nowhere' holds no trained recommender"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_an_error_of_a_name_imports_nothing_heavy(arguments: list[str], said: str, tmp_path: Path) -> None:
-    found = ran(*arguments)
+    (tmp_path / "recommender.json").write_text("{}")
+    found = ran(*(tmp_path if part == "RUN" else part for part in arguments))
     assert found.returncode == (2 if said else 0), found.stderr
     assert said in found.stderr
     assert found.stdout.splitlines()[-1] == "imported:"

@@ -86,14 +86,14 @@ def test_training_on_an_absent_device_is_refused_before_data_are_read(
     for given in (["--set", f"device={device}"], ["--device", device]):
         ran = metarec(verb, "--runs", tmp_path, *given)
         assert (ran.status, ran.err.count("\n")) == (2, 1)
-        assert f"there is no device '{device}': this machine has cpu" in ran.err
+        assert f"there is no device '{device}'" in ran.err
 
 
 @pytest.mark.usefixtures("no_accelerator")
 def test_a_benchmark_on_an_absent_device_measures_nothing(metarec: Callable[..., Ran], tmp_path: Path) -> None:
     ran = metarec("bench", "--method", "zero-shot prompt", "--device", "gpu", "--out", tmp_path / "bench")
     assert (ran.status, ran.err.count("\n")) == (2, 1)
-    assert "there is no device 'gpu': this machine has cpu" in ran.err
+    assert "there is no device 'gpu'" in ran.err
     assert not (tmp_path / "bench").exists()
 
 

@@ -16,6 +16,7 @@ from metarec.bench.methods import METHODS
 from metarec.bench.settings import canonical, label
 from metarec.config import Section, flattened, read_yaml, validated
 from metarec.data.task_files import load_task
+from metarec.devices import check_device_name
 from metarec.errors import ConfigError
 from metarec.lm.hub import check_backbone
 from metarec.metrics import BASELINE
@@ -157,17 +158,19 @@ def cells(plan: Plan) -> list[Cell]:
 
 
 def check_names(wanted: Iterable[Cell]) -> None:
-    """Looks for the tasks and models that cells name; imports no torch, so that a wrong name is said at once.
+    """Looks for the tasks, devices and models that cells name; imports no torch, so that a wrong name is said at once.
 
     A method from outside metarec may mean something else by a model's name: its models are not looked for.
 
     Raises:
-        ConfigError: A task does not exist, or cannot be read.
+        ConfigError: A task does not exist, or cannot be read; or there are no such devices.
         BackboneError: A model does not exist.
     """
     wanted = list(wanted)
     for task in {cell.task for cell in wanted}:
         load_task(task)
+    for device in {cell.changed["device"] for cell in wanted if "device" in cell.changed}:
+        check_device_name(device)
     for key in _MODELS:
         for name in {cell.changed[key] for cell in wanted if key in cell.changed and METHODS.is_own(cell.method)}:
             check_backbone(name)

@@ -294,13 +294,25 @@ def load_run(
     run: Path, *, device: str | None = None, dtype: Dtype | None = None, cache: Precision | None = None
 ) -> MetaRecommender:
     """Loads the recommender of a run's directory, on another device and in other precisions if asked to."""
+    check_run(run, device)
+    from metarec.recommender import MetaRecommender
+
+    return MetaRecommender.from_pretrained(run, device=device, dtype=dtype, cache=cache)
+
+
+def check_run(run: Path, device: str | None = None) -> None:
+    """Looks for the recommender of a run, and at the name of a device; imports no torch.
+
+    Raises:
+        ConfigError: There is none, or there are no such devices.
+    """
+    from metarec.devices import check_device_name
     from metarec.run_directory import recommender_dir
 
     if recommender_dir(run) is None:
         raise ConfigError(f"'{run}' holds no trained recommender", f"Run: metarec train --name {run.name}")
-    from metarec.recommender import MetaRecommender
-
-    return MetaRecommender.from_pretrained(run, device=device, dtype=dtype, cache=cache)
+    if device is not None:
+        check_device_name(device)
 
 
 def _adapted(recommender: MetaRecommender, ratings: list[str] | None, file: Path | None) -> AdaptedUser:

@@ -54,6 +54,9 @@ def serve(
     ui: Annotated[bool, typer.Option("--ui", help="Also serve a page to try it on.")] = False,
 ) -> None:
     """Serve recommendations over HTTP; every rating adapts its user's adapter. Logs go to standard output."""
+    from metarec.cli.runs import check_run
+
+    check_run(checkpoint, device)
     _check_extra()
     from metarec.serve.guard import RequestLimits
 

@@ -46,14 +46,16 @@ def processes(settings: RunConfig) -> Iterator[Ranks]:
 
 
 def check_names(settings: RunConfig) -> None:
-    """Looks for the task and the models that some settings name before torch is imported: a wrong one is said at once.
+    """Looks for the task, the device and the models that some settings name; imports no torch.
 
     Raises:
-        ConfigError: There is no such task.
+        ConfigError: There is no such task, or no such kind of device.
         BackboneError: There is no such model.
     """
+    from metarec.devices import check_device_name
     from metarec.lm.hub import check_backbone
 
+    check_device_name(settings.device)
     _chosen_task(settings)
     features = settings.collaborative.features or ("text",)
     if {"prompt", "adapter"} & set(settings.score) or "lm" in features:
