@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,24 +18,73 @@ from metarec.calibration import Calibration, fit_calibration
 from metarec.data.episodes import Episode
 from metarec.data.interactions import Catalog, Flags
 from metarec.data.task import Task
+from metarec.data.user_groups import UserGroups, user_groups
 from metarec.errors import EvaluationError
 from metarec.meta.distributed import ALONE, Ranks
-from metarec.metrics import (
+from metarec.metric_names import (
+    CALIBRATED,
     ERRORS,
+    GROUPED,
     METRICS,
-    OF_A_TABLE,
     POOLED,
     RECBOLE,
-    at_cutoff,
-    auc,
-    check_scores,
-    recbole_ndcg,
+    asks_lists,
+    needs_calibration,
+    of_the_query,
 )
+from metarec.metrics import at_cutoff, auc, check_scores, log_loss, recbole_ndcg
+from metarec.recommended_lists import CatalogFacts, catalog_facts, measure_lists
 from metarec.report import Report
 from metarec.scorer import OwnLikeShare, Scorer, request
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from metarec.data.task_data import TaskData
+
+
+def evaluate_on(
+    data: TaskData,
+    scorers: Sequence[Scorer],
+    episodes: Sequence[Episode],
+    *,
+    seed: int,
+    baseline: str,
+    left_out: Mapping[str, int],
+    metrics: Sequence[str] = (),
+    calibrated: Mapping[tuple[str, int], Calibration] | None = None,
+) -> Report:
+    """Scores episodes of a task as the task says; see `evaluate`.
+
+    Args:
+        data: The task's data.
+        scorers: The methods.
+        episodes: The users.
+        seed: Seed of tie-breaking and bootstrap.
+        baseline: Name of the scorer that paired differences are taken to.
+        left_out: Users already left out, by reason.
+        metrics: What is measured beside the task's own metrics.
+        calibrated: Lines from scores to ratings that are there already, by method and K.
+    """
+    task, metrics = data.task, tuple(dict.fromkeys((*data.task.metrics, *metrics)))
+    grouped = [metric.removeprefix(GROUPED) for metric in metrics if metric.startswith(GROUPED)]
+    return evaluate(
+        scorers,
+        episodes,
+        task.shots,
+        data.interactions.catalog,
+        threshold=task.like_threshold,
+        seed=seed,
+        baseline=baseline,
+        left_out=left_out,
+        metrics=metrics,
+        calibration=data.episodes("validation")[0] if needs_calibration(metrics) else (),
+        calibrated=calibrated,
+        short_supports=task.short_supports,
+        hashes=data.hashes,
+        facts=catalog_facts(data) if asks_lists(metrics) else None,
+        groups={name: user_groups(name, data, episodes) for name in grouped},
+    )
 
 
 def evaluate(
@@ -52,6 +102,8 @@ def evaluate(
     calibrated: Mapping[tuple[str, int], Calibration] | None = None,
     short_supports: bool = False,
     hashes: Mapping[str, str] | None = None,
+    facts: CatalogFacts | None = None,
+    groups: Mapping[str, UserGroups] | None = None,
 ) -> Report:
     """Scores every episode's query with every method at every K.
 
@@ -65,50 +117,75 @@ def evaluate(
         baseline: Name of the scorer that paired differences are taken to.
         left_out: Users already left out, by reason; those whose query holds one class only are added.
         metrics: What is measured; `METRICS` always come first. ``mae`` and ``rmse`` are a user's mean error, in the
-            rating's units; they, ``recbole-*`` and metrics of a table are defined for users of one class too.
-        calibration: Validation users, on whom the line from score to rating is fitted that ``mae`` and ``rmse`` need.
+            rating's units; they, ``recbole-*``, metrics of a table, of probabilities and of recommended lists are
+            defined for users of one class too.
+        calibration: Validation users, on whom the line from score to rating, or to the probability of a like, is
+            fitted that the metrics `metarec.metric_names.CALIBRATED` need.
         calibrated: Lines that are there already, by method and K.
         short_supports: Users with fewer than K ratings are evaluated with all of theirs.
         hashes: Content hashes that the report carries.
+        facts: The catalog, which metrics of recommended lists need.
+        groups: Groups of the users, which metrics ``auc_by_*`` need.
 
     Raises:
         EvaluationError: A scorer returns something that cannot be ranked, no user has both classes, a support is
-            smaller than K, the baseline is not among the scorers, or errors are asked for without validation users.
+            smaller than K, the baseline is not among the scorers, or something that a metric needs is missing.
     """
     if not episodes:
         reasons = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
         raise EvaluationError(f"there is no user to evaluate{f': {reasons}' if reasons else ''}", "Give episodes")
     metrics = tuple(dict.fromkeys((*METRICS, *metrics)))
-    _check_request(scorers, baseline, metrics, calibration)
+    _check_request(scorers, baseline, metrics, calibration, facts, groups or {})
+    import pandas as pd
+
     queries = [_LabelledEpisode.of(episode, catalog, threshold) for episode in episodes]
-    whole = bool(set(metrics) & {POOLED, *ERRORS, *_names(metrics, RECBOLE)})
+    lists = asks_lists(metrics)
+    whole = bool(set(metrics) & {POOLED, *CALIBRATED, *lists, *_names(metrics, RECBOLE)})
     both = _with_both_classes(queries, together=POOLED in metrics)
     kept = queries if whole else both
     if not short_supports and max(shots) > min(len(query.episode.support) for query in kept):
         raise EvaluationError(f"K = {max(shots)} asks for more ratings than some support has")
     one_class = len(episodes) - len(both)
-    by_user = [metric for metric in metrics if metric not in OF_A_TABLE]
 
     def line(scorer: Scorer, count: int) -> Calibration | None:
-        if not set(metrics) & set(ERRORS):
+        if not needs_calibration(metrics):
             return None
         known = (calibrated or {}).get((scorer.name, count))
         return known or fit_calibration(scorer, calibration, count, threshold)
 
-    measured = [
-        _measure_at(scorer, count, kept, by_user, line(scorer, count), seed) for scorer in scorers for count in shots
-    ]
-    import pandas as pd
-
+    by_user = of_the_query(metrics)
+    measured = []
+    for scorer, count in product(scorers, shots):
+        cell = _measure_at(scorer, count, kept, by_user, line(scorer, count), seed)
+        if lists and facts is not None:
+            whole_lists = measure_lists(lists, scorer, [query.episode for query in kept], count, facts, seed)
+            cell = cell.with_lists(*whole_lists)
+        measured.append(cell)
     return Report(
-        per_user=pd.DataFrame([row for cell in measured for row in cell.rows]).astype(dict.fromkeys(by_user, float)),
+        per_user=_per_user(measured, by_user, groups or {}),
         costs=pd.DataFrame([cell.cost for cell in measured]),
         predictions=pd.concat([part for cell in measured for part in cell.predictions], ignore_index=True),
         baseline=baseline,
         seed=seed,
         left_out={**left_out, **({"query of one class": one_class} if one_class else {})},
-        metrics=metrics,
+        metrics=_with_groups(metrics, groups or {}),
         hashes=hashes or {},
+    )
+
+
+def _per_user(measured: Sequence[_Measured], metrics: Sequence[str], groups: Mapping[str, UserGroups]) -> pd.DataFrame:
+    """Returns the rows of all users, with a column for each grouping of users."""
+    import pandas as pd
+
+    rows = pd.DataFrame([row for cell in measured for row in cell.rows]).astype(dict.fromkeys(metrics, float))
+    return rows.assign(**{f"{GROUPED}{name}": rows["user"].map(found.of_user) for name, found in groups.items()})
+
+
+def _with_groups(metrics: Sequence[str], groups: Mapping[str, UserGroups]) -> tuple[str, ...]:
+    """Returns metrics with one for every group of users, ``auc_by_activity:few``, in place of the grouping's."""
+    labels = {f"{GROUPED}{name}": found.labels for name, found in groups.items()}
+    return tuple(
+        one for metric in metrics for one in ([f"{metric}:{label}" for label in labels.get(metric, ())] or [metric])
     )
 
 
@@ -185,13 +262,24 @@ def _with_both_classes(queries: Sequence[_LabelledEpisode], *, together: bool = 
 
 
 def _check_request(
-    scorers: Sequence[Scorer], baseline: str, metrics: Sequence[str], calibration: Sequence[Episode]
+    scorers: Sequence[Scorer],
+    baseline: str,
+    metrics: Sequence[str],
+    calibration: Sequence[Episode],
+    facts: CatalogFacts | None,
+    groups: Mapping[str, UserGroups],
 ) -> None:
     names = [scorer.name for scorer in scorers]
     if len(set(names)) != len(names) or baseline not in names:
         raise EvaluationError(f"scorers are named {names}, the baseline '{baseline}'")
-    if set(metrics) & set(ERRORS) and not calibration:
-        raise EvaluationError("mae and rmse need validation users", "Scores become ratings on them")
+    if needs_calibration(metrics) and not calibration:
+        named = " and ".join(metric for metric in metrics if metric in CALIBRATED)
+        raise EvaluationError(f"{named} need validation users", "Scores become ratings and probabilities on them")
+    if (lists := asks_lists(metrics)) and facts is None:
+        raise EvaluationError(f"{lists[0]} needs the facts of the catalog", "Call evaluate_on(data, ...)")
+    for metric in metrics:
+        if metric.startswith(GROUPED) and metric.removeprefix(GROUPED) not in groups:
+            raise EvaluationError(f"{metric} needs groups of users", "Call evaluate_on(data, ...)")
 
 
 @dataclass(frozen=True)
@@ -201,6 +289,14 @@ class _Measured:
     rows: list[dict[str, Any]]
     cost: dict[str, Any]
     predictions: list[pd.DataFrame]
+
+    def with_lists(self, by_user: Mapping[str, NDArray[np.float64]], together: Mapping[str, float]) -> _Measured:
+        """Returns the cell with metrics of recommended lists: of each user, and of all in the row of costs."""
+        rows = [
+            {**row, **{metric: float(values[place]) for metric, values in by_user.items()}}
+            for place, row in enumerate(self.rows)
+        ]
+        return replace(self, rows=rows, cost={**self.cost, **together})
 
 
 def _measure_at(
@@ -226,18 +322,25 @@ def _measure_at(
     for query, scores in zip(queries, scored, strict=True):
         episode, values = query.episode, scores.detach().numpy()
         check_scores(values, f"method '{scorer.name}', K = {shots}")
-        predictions.append(_predictions(scorer.name, shots, query, values))
         given = episode.support.head(shots).values
         error = None if line is None else line.ratings(given, values) - episode.query.values
-        found = {metric: _measure(metric, values, query, error, seed) for metric in metrics}
+        chance = None if line is None else line.probabilities(given, values)
+        predictions.append(_predictions(scorer.name, shots, query, values, chance))
+        found = {metric: _measure(metric, values, query, error, chance, seed) for metric in metrics}
         rows.append({"method": scorer.name, "shots": shots, "user": episode.user, **found})
     return _Measured(rows, cost, predictions)
 
 
-def _predictions(method: str, shots: int, query: _LabelledEpisode, scores: NDArray[np.floating]) -> pd.DataFrame:
+def _predictions(
+    method: str,
+    shots: int,
+    query: _LabelledEpisode,
+    scores: NDArray[np.floating],
+    chance: NDArray[np.floating] | None,
+) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "method": method,
             "shots": shots,
@@ -248,6 +351,7 @@ def _predictions(method: str, shots: int, query: _LabelledEpisode, scores: NDArr
             "score": scores.astype(np.float32),
         }
     )
+    return table if chance is None else table.assign(chance=chance.astype(np.float32))
 
 
 def _names(metrics: Sequence[str], measures: Sequence[str]) -> set[str]:
@@ -259,6 +363,7 @@ def _measure(
     scores: NDArray[np.floating],
     query: _LabelledEpisode,
     error: NDArray[np.floating] | None,
+    chance: NDArray[np.floating] | None,
     seed: int,
 ) -> float | None:
     """Returns one metric of one user; None where it is not defined."""
@@ -267,6 +372,10 @@ def _measure(
         return auc(scores, query.liked)
     if error is not None and metric in ERRORS:
         return float(np.abs(error).mean() if metric == "mae" else np.sqrt((error**2).mean()))
+    if chance is not None and metric == "log_loss":
+        return log_loss(chance, query.liked)
+    if chance is not None and metric == "accuracy":
+        return float(((chance >= 0.5) == query.liked).mean())
     if measure in RECBOLE:
         clicks = measure != RECBOLE[0]
         relevance = query.liked.astype(np.float32) if clicks else query.episode.query.values

@@ -13,7 +13,8 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from metarec.errors import EvaluationError, suggest
+from metarec.errors import EvaluationError
+from metarec.metric_names import POOLED, RANKING
 
 # The row that gains are measured from, in every table.
 BASELINE = "item mean"
@@ -59,10 +60,6 @@ def ndcg(
     return at_cutoff("ndcg", scores, labels, items, cutoff, seed)
 
 
-# Measures with a cutoff, and what ir_measures calls them.
-RANKING = {"ndcg": "nDCG", "precision": "P", "recall": "R", "hit": "Success", "mrr": "RR"}
-
-
 def at_cutoff(
     measure: str,
     scores: NDArray[np.floating],
@@ -74,7 +71,7 @@ def at_cutoff(
     """A ranking measure of one user over the first ranks, binary gains.
 
     Args:
-        measure: A key of `RANKING`.
+        measure: A key of `metarec.metric_names.RANKING`.
         scores: Finite scores, shape (candidates,).
         labels: True where the user liked the item, shape (candidates,).
         items: Item ids, for breaking ties.
@@ -252,9 +249,6 @@ def calibrated(
     return chance
 
 
-# Of a whole table, not of one user: the AUC of all users' items together, and means of users' AUCs.
-POOLED = "pooled_auc"
-OF_A_TABLE = (POOLED, "uauc", "uauc_weighted")
 _TABLE_RESAMPLES = 999
 
 
@@ -269,11 +263,11 @@ def table_metric(
     ``pooled_auc`` compares items of different users too, so that a score which only tells generous users from others
     is worth something. ``uauc`` is the mean AUC of users with both classes, as in Zhang et al. 2023,
     "CoLLM", arXiv 2310.19488, ``uauc_weighted`` their mean weighted by the number of items, as Zhou et al. 2018, "Deep
-    interest network", arXiv 1706.06978, weight it by impressions.
+    interest network", arXiv 1706.06978, weight it by impressions. ``f1`` is that of likes, of all items together.
 
     Args:
-        metric: One of `OF_A_TABLE`.
-        scores: Finite scores, shape (predictions,).
+        metric: One of `metarec.metric_names.OF_A_TABLE`.
+        scores: Finite scores, shape (predictions,); of ``f1`` probabilities of a like.
         liked: What happened, shape (predictions,).
         users: Whose prediction each is.
 
@@ -282,9 +276,22 @@ def table_metric(
     """
     if metric == POOLED:
         return auc(scores, liked)
+    if metric == "f1":
+        return float(_f1(np.ones((1, 1)), scores, liked, np.zeros(len(scores), np.int64))[0])
     values, sizes, _ = _auc_by_user(scores, liked, users, np.arange(len(scores)))
     weights = sizes if metric == "uauc_weighted" else np.ones(len(sizes))
     return float(np.average(values, weights=weights)) if len(values) else None
+
+
+def _f1(
+    drawn: NDArray[np.number], chance: NDArray[np.floating], liked: NDArray[np.bool_], person: NDArray[np.integer]
+) -> NDArray[np.float64]:
+    """Returns the F1 of predicted likes for each row of counts of people; 0 where nothing is liked nor predicted."""
+    said = chance >= 0.5
+    counts = [np.bincount(person, flags, drawn.shape[1]) for flags in (said & liked, said, liked)]
+    hits, predicted, true = (drawn @ count for count in counts)
+    value: NDArray[np.float64] = 2 * hits / np.maximum(predicted + true, 1)
+    return value
 
 
 def _codes(names: Sequence[Hashable]) -> NDArray[np.int64]:
@@ -316,7 +323,7 @@ def table_interval(
     """95% percentile bootstrap interval of `table_metric`: whole users are drawn, with all of their items.
 
     Args:
-        metric: One of `OF_A_TABLE`.
+        metric: One of `metarec.metric_names.OF_A_TABLE`.
         scores: Finite scores, shape (predictions,).
         liked: What happened, shape (predictions,).
         users: Whose prediction each is.
@@ -331,6 +338,8 @@ def table_interval(
     drawn = np.random.default_rng(seed).multinomial(people, np.full(people, 1 / max(people, 1)), _TABLE_RESAMPLES)
     if metric == POOLED:
         values = _weighted_aucs(scores, liked, person, drawn)
+    elif metric == "f1":
+        values = _f1(drawn, scores, liked, person)
     else:
         areas, sizes, owners = _auc_by_user(scores, liked, users, person)
         weights = drawn[:, owners] * (sizes if metric == "uauc_weighted" else 1)
@@ -358,20 +367,7 @@ def _weighted_aucs(
     return areas
 
 
-CUTOFF = 10
-METRICS = ("auc", f"ndcg@{CUTOFF}")
-RECBOLE = ("recbole-rating-ndcg", "recbole-click-ndcg")
-ERRORS = ("mae", "rmse")
-
-
-def check_metric(name: str) -> None:
-    """Refuses a metric that there is not.
-
-    Raises:
-        EvaluationError: It is none of ``auc``, ``mae``, ``rmse``, `OF_A_TABLE`, or a ranking measure with a cutoff.
-    """
-    measure, at, cutoff = name.partition("@")
-    ranking = measure in (*RANKING, *RECBOLE) and at and cutoff.isdigit() and int(cutoff) > 0
-    if not ranking and name not in ("auc", *OF_A_TABLE, *ERRORS):
-        known = ["auc", *OF_A_TABLE, *ERRORS, *(f"{measure}@5" for measure in (*RANKING, *RECBOLE))]
-        raise EvaluationError(f"no metric is called '{name}'", suggest(name, known))
+def log_loss(chance: NDArray[np.floating], liked: NDArray[np.bool_]) -> float:
+    """Returns the mean negative log-likelihood of what happened, in nats; no chance is nearer than 1e-6 to 0 or 1."""
+    sure = np.clip(np.where(liked, chance, 1 - chance), 1e-6, 1 - 1e-6)
+    return float(-np.log(sure).mean())

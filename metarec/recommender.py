@@ -23,7 +23,7 @@ from metarec.data.task import Task
 from metarec.data.training_users import refuse_small_data
 from metarec.devices import check_device
 from metarec.errors import ArtifactError, ConfigError
-from metarec.evaluate import beside_pooled, evaluate
+from metarec.evaluate import beside_pooled, evaluate_on
 from metarec.fitting import (
     Fitted,
     Prepared,
@@ -42,6 +42,7 @@ from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
 from metarec.meta.distributed import ALONE, Ranks
 from metarec.meta.outer_loop import check_checkpoint, clear_checkpoint, refuse_overwriting
+from metarec.metric_names import check_metric
 from metarec.metrics import BASELINE
 from metarec.notebook import facts_table
 from metarec.recommender_files import digest_of, read_recommender, read_user, write_recommender
@@ -292,6 +293,7 @@ class MetaRecommender:
         scorers: Sequence[Scorer] | None = None,
         *,
         items: pd.DataFrame | None = None,
+        metrics: Sequence[str] = (),
     ) -> Report:
         """Scores the test users of a task.
 
@@ -302,12 +304,15 @@ class MetaRecommender:
                 split as the one it was fitted on; a recommender that was fitted on a DataFrame and loaded needs it.
             scorers: The methods to compare; None takes `scorers()`. One of them is called ``item mean``.
             items: The items, where `task` is a DataFrame that was fitted with items of their own.
+            metrics: What is measured beside the task's metrics, e.g. `metarec.metric_names.BEYOND`.
 
         Raises:
             ConfigError: The task has another catalog.
             DataError: Fitting saw all users.
-            EvaluationError: A score cannot be ranked.
+            EvaluationError: A score cannot be ranked, or there is no such metric.
         """
+        for metric in metrics:
+            check_metric(metric)
         if is_frame(task) or (isinstance(task, str | Path) and is_table(task)):
             from metarec.data.own_data import reload_own
 
@@ -320,20 +325,15 @@ class MetaRecommender:
         if scorers is None:
             read_items(self.fitted, episodes)
         own = self.scorer().name
-        return evaluate(
+        return evaluate_on(
+            data,
             [*(self.scorers() if scorers is None else scorers), *beside_pooled(data.task, data.interactions.catalog)],
             episodes,
-            data.task.shots,
-            data.interactions.catalog,
-            threshold=data.task.like_threshold,
             seed=self.config.seed,
             baseline=BASELINE,
             left_out={"too few ratings": too_few} if too_few else {},
-            metrics=data.task.metrics,
-            calibration=data.episodes("validation")[0] if {"mae", "rmse"} & set(data.task.metrics) else (),
+            metrics=metrics,
             calibrated={(own, found.shots): found for found in self.fitted.calibration} if scorers is None else {},
-            short_supports=data.task.short_supports,
-            hashes=data.hashes,
         )
 
     def adapt(self, ratings: GivenRatings) -> AdaptedUser:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metarec.artifacts import SCHEMA_VERSION
-from metarec.metrics import METRICS, OF_A_TABLE, bootstrap_interval, table_interval, table_metric
+from metarec.metric_names import GROUPED, METRICS, OF_A_TABLE, OF_ALL_LISTS, has_interval
+from metarec.metrics import bootstrap_interval, table_interval, table_metric
 from metarec.resampling import crossed_interval
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class ShotSummary:
         interval: 95% paired bootstrap interval of `gain`.
         seconds_per_user: Wall-clock time of scoring, adaptation included.
         bytes_per_user: Bytes that are kept for a user between two requests.
-        intervals: 95% bootstrap intervals over people of the metrics of a table.
+        intervals: 95% intervals over people of the metrics that `metarec.metric_names.has_interval`.
     """
 
     method: str
@@ -117,17 +118,35 @@ class Report:
         )
         return float(self.paired(method, shots, other, other_shots).mean()), interval
 
-    def _predicted(self, method: str, shots: int) -> pd.DataFrame:
+    def _predicted(self, method: str, shots: int, column: str = "score") -> pd.DataFrame:
         rows = (self.predictions["method"] == method) & (self.predictions["shots"] == shots)
-        return self.predictions.loc[rows, ["user", "item", "score", "liked"]]
+        return self.predictions.loc[rows, ["user", "item", column, "liked"]].rename(columns={column: "score"})
+
+    def _grouped(self, method: str, shots: int, metric: str) -> pd.Series:
+        """Returns a metric by user; of a metric of a group, the AUC of that group's users."""
+        name, _, group = metric.partition(":")
+        if not name.startswith(GROUPED):
+            return self.values(method, shots, metric)
+        rows = self.per_user[(self.per_user["method"] == method) & (self.per_user["shots"] == shots)]
+        return self.values(method, shots).loc[lambda values: values.index.isin(rows["user"][rows[name] == group])]
 
     def paired(self, method: str, shots: int, other: str, other_shots: int, metric: str = "auc") -> pd.Series:
         """Returns the difference between two cells by user, for the users that both have."""
         return (self.values(method, shots, metric) - self.values(other, other_shots, metric)).dropna()
 
     def of_table(self, method: str, shots: int, metric: str) -> tuple[float, tuple[float, float]]:
-        """Returns a metric of all users together and its 95% bootstrap interval over people; NaN where undefined."""
-        rows = self._predicted(method, shots)
+        """Returns a metric and its 95% interval over people; NaN where undefined.
+
+        Of all users together, of a group of users (``auc_by_activity:few``), or a mean over users.
+        """
+        if metric.partition("@")[0] in OF_ALL_LISTS:
+            cost = self.costs[(self.costs["method"] == method) & (self.costs["shots"] == shots)].iloc[0]
+            return float(cost[metric]), (float(cost[f"{metric}_low"]), float(cost[f"{metric}_high"]))
+        if metric not in OF_A_TABLE:
+            means = self._grouped(method, shots, metric)
+            found = [self.people.get(user, user) for user in means.index]
+            return float(means.mean()), bootstrap_interval(means.to_numpy(), self.seed, found)
+        rows = self._predicted(method, shots, "chance" if metric == "f1" else "score")
         scores, liked, users = rows["score"].to_numpy(), rows["liked"].to_numpy(bool), rows["user"].tolist()
         value = table_metric(metric, scores, liked, users)
         people = [self.people.get(user, user) for user in users]
@@ -138,7 +157,7 @@ class Report:
         for row in self.costs.to_dict("records"):
             method, shots = str(row["method"]), int(row["shots"])
             gain, interval = self.difference(method, shots, self.baseline, shots)
-            table = {metric: self.of_table(method, shots, metric) for metric in self.metrics if metric in OF_A_TABLE}
+            table = {metric: self.of_table(method, shots, metric) for metric in self.metrics if has_interval(metric)}
             means = {
                 metric: table[metric][0] if metric in table else float(self.values(method, shots, metric).mean())
                 for metric in self.metrics

@@ -30,11 +30,13 @@ from metarec.artifacts import load_json
 from metarec.bench import cells as bench
 from metarec.bench.methods import METHODS, Method, MethodContext, MethodRow
 from metarec.bench.plan import Cell, Plan, cells
+from metarec.bench.report import _between
 from metarec.bench.results import read_cells
 from metarec.bench.summary import Summary, crossing, holm
 from metarec.bench.webpage import render
 from metarec.data.interactions import Ratings
 from metarec.errors import ArtifactError, ConfigError, EvaluationError
+from metarec.metric_names import BEYOND
 from metarec.metrics import BASELINE
 from metarec.scorers.collaborative.trivial import ItemMean
 
@@ -91,6 +93,33 @@ def test_a_report_shows_intervals_and_as_many_columns_as_the_terminal_is_wide(
     assert f"{versus['low']:+.4f} {versus['high']:+.4f}" in done.out
     assert ("B/user" in done.out) == costs
     assert max(map(len, done.out.splitlines())) <= columns
+
+
+def test_metrics_beyond_accuracy_are_pooled_over_splits_and_do_not_drown_the_table(
+    task: str, tmp_path: Path, metarec: Callable[..., Ran]
+) -> None:
+    asked = tmp_path / "beyond.yaml"
+    asked.write_text(yaml.safe_dump({**yaml.safe_load(Path(task).read_text()), "metrics": list(BEYOND)}))
+    bench.run(plan(str(asked), BASELINE, "popularity"), tmp_path / "out")
+    done = metarec("report", tmp_path / "out", "--results", tmp_path / "out.json", "--json")
+    assert done.status == 0, done.err
+    (table,) = load_json(tmp_path / "out.json")["tables"]
+    row = next(row for row in table["rows"] if (row["method"], row["shots"]) == ("popularity", 5))
+    splits = [
+        pd.read_parquet(folder / "costs.parquet").set_index(["method", "shots"]).loc[("popularity", 5), "coverage@10"]
+        for folder in (tmp_path / "out" / "cells").rglob("popularity*")
+        if (folder / "costs.parquet").exists()
+    ]
+    assert len(splits) == 2
+    assert row["coverage@10"] == pytest.approx(np.mean(splits))
+    assert row["log_loss_low"] < row["log_loss"] < row["log_loss_high"]
+    assert row["auc_by_activity:few"] == pytest.approx(row["auc"]), "everybody rated 24 items"
+    assert row["auc_by_activity:many"] is None
+    printed = metarec("report", tmp_path / "out").out
+    assert max(map(len, printed.splitlines())) <= 140
+    assert "in --json:" in printed
+    assert _between(row, "coverage@10").startswith(f"{row['coverage@10']:.3f}"[1:] + " [")
+    assert _between(row, "auc_by_activity:many") == ""
 
 
 def test_a_report_compares_with_any_of_its_rows(task: str, tmp_path: Path, metarec: Callable[..., Ran]) -> None:

@@ -28,8 +28,8 @@ from metarec.data.task_files import load_task
 from metarec.devices import check_device
 from metarec.doctor import environment
 from metarec.errors import ArtifactError, ConfigError, EvaluationError, MetarecError
-from metarec.evaluate import beside_pooled, evaluate
-from metarec.metrics import BASELINE, ERRORS
+from metarec.evaluate import beside_pooled, evaluate_on
+from metarec.metrics import BASELINE
 from metarec.progress import QUIET, progress
 from metarec.scorer import Request, request
 
@@ -216,19 +216,13 @@ def _measure(cell: Cell, out: Path, fresh: bool) -> None:
     if cell.method == BASELINE:
         rows += map(MethodRow, beside_pooled(data.task, data.interactions.catalog))
     fit_seconds = time.perf_counter() - started
-    report = evaluate(
+    report = evaluate_on(
+        data,
         [row.scorer for row in rows],
         chosen,
-        data.task.shots,
-        data.interactions.catalog,
-        threshold=data.task.like_threshold,
         seed=cell.seed,
         baseline=rows[0].scorer.name,
         left_out={"too few ratings": short} if short else {},
-        metrics=data.task.metrics,
-        calibration=data.episodes("validation")[0] if set(ERRORS) & set(data.task.metrics) else (),
-        short_supports=data.task.short_supports,
-        hashes=data.hashes,
     )
     facts = {
         "schema_version": SCHEMA_VERSION,

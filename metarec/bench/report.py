@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.table import Table
 
 from metarec.bench.summary import REFERENCE, Summary, ranked
-from metarec.metrics import CUTOFF, METRICS, OF_A_TABLE, POOLED
+from metarec.data.user_groups import GROUPINGS
+from metarec.metric_names import BEYOND, CUTOFF, GROUPED, METRICS, POOLED, has_interval
 from metarec.report import Report, ShotSummary
 from metarec.scorer import OwnLikeShare
 
 _SIGNIFICANT = 0.05
+# Metrics that a column shows, each with its interval.
+_GROUPS = tuple(f"{GROUPED}{name}:{group}" for name, groups in GROUPINGS.items() for group in groups)
+_SHOWN = (*(metric for metric in BEYOND if not metric.startswith(GROUPED)), *_GROUPS)
 # Key of a table in a results file, and of a row that a column shows it of.
 AHEAD = f"{REFERENCE} is ahead from"
 # What a table can say of a row at the largest K, by the column's head.
@@ -27,6 +32,7 @@ COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "B/user": lambda row: f"{row['bytes_per_user']:,}",
     "parameters": lambda row: f"{row['parameters']:,}",
     "tokens": lambda row: f"{row['tokens']:,.0f}",
+    **{metric: partial(lambda metric, row: _between(row, metric), metric) for metric in _SHOWN},
     AHEAD: lambda row: _crossing(row[AHEAD]) if AHEAD in row else "",
 }
 USUAL_COLUMNS = ("users", "hurt", "ECE", "fit s", "s/user", "B/user")
@@ -44,7 +50,7 @@ def table(report: Report) -> Table:
         result.add_column(f"K = {count}", justify="right", no_wrap=True)
     more = [metric for metric in report.metrics if metric not in METRICS]
     paired = (f"AUC - {report.baseline}", "95% interval", "seconds/user", "bytes/user")
-    further = [line for metric in more for line in (metric, *(("95% interval",) if metric in OF_A_TABLE else ()))]
+    further = [line for metric in more for line in (metric, *(("95% interval",) if has_interval(metric) else ()))]
     labels = ("AUC", f"nDCG@{CUTOFF}", *further, *paired)
     for method in dict.fromkeys(cell.method for cell in cells):
         row = {cell.shots: cell for cell in cells if cell.method == method}
@@ -73,6 +79,8 @@ def _values(cell: ShotSummary, metric: str) -> list[str]:
 
 # Characters that a name, a K with its interval, and the costs take in `standings`.
 _NAME_WIDTH, _SHOTS_WIDTH, _COSTS_WIDTH = 24, 18, 36
+# Metrics beside the AUC that `standings` shows, however narrow it is.
+_LEAST_METRICS = 3
 
 
 def standings(summary: Summary, reference: str | None = None, width: int = 140, crossed: bool = False) -> Table:
@@ -91,7 +99,9 @@ def standings(summary: Summary, reference: str | None = None, width: int = 140, 
     result.add_column("method")
     for count in shots:
         result.add_column(f"K = {count}", justify="right", no_wrap=True)
-    more = [metric for metric in summary.report.metrics if metric not in METRICS]
+    further = [metric for metric in summary.report.metrics if metric not in METRICS]
+    room = (width - _NAME_WIDTH) // _SHOTS_WIDTH - len(shots)
+    more = further[: max(room, _LEAST_METRICS)]
     wide = width >= _NAME_WIDTH + _SHOTS_WIDTH * (len(shots) + len(more)) + _COSTS_WIDTH
     for column in (*more, *(("hurt\nECE", "fit s\ns/user", "users\nB/user") if wide else ())):
         result.add_column(column, justify="right", no_wrap=True)
@@ -106,13 +116,15 @@ def standings(summary: Summary, reference: str | None = None, width: int = 140, 
             f"{last['fit_seconds']:.1f}\n{last['seconds_per_user']:.4f}",
             f"{last['episodes']}\n{last['bytes_per_user']:,}",
         )
-        further = [_with_ends(last, metric) for metric in more]
-        result.add_row(last["method"], *texts, *further, *(costs if wide else ()))
+        shown = [_with_ends(last, metric) for metric in more]
+        result.add_row(last["method"], *texts, *shown, *(costs if wide else ()))
     over = "people and items" if crossed else "people"
     caption = f"95% intervals over {over}; * differs after Holm's correction (signed ranks, 5%)"
     hidden = "costs need a wider terminal, or --json"
     result.caption = f"{caption}; {'hurt: users worse off than at K = 0' if wide else hidden}"
     result.caption += f"; {', '.join(more)} at K = {shots[-1]}" if more else ""
+    hidden_metrics = further[len(more) :]
+    result.caption += f"; in --json: {', '.join(hidden_metrics)}" if hidden_metrics else ""
     return result
 
 
@@ -172,6 +184,15 @@ def markdown_table(
 def _markdown_cell(row: Mapping[str, Any], versus: str) -> str:
     text = _short(row["auc"], ".4f")
     return f"{text} {_difference(row[versus])}" if versus in row else text
+
+
+def _between(row: Mapping[str, Any], metric: str) -> str:
+    """Returns a metric's value with its interval; nothing where the row has none."""
+    if row.get(metric) is None:
+        return ""
+    low, high = row[f"{metric}_low"], row[f"{metric}_high"]
+    form = ".3f" if row[metric] < 1 else ".2f"
+    return f"{_short(row[metric], form)} [{_short(low, form)} {_short(high, form)}]"
 
 
 def _crossing(shots: float | None) -> str:

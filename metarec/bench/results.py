@@ -16,7 +16,8 @@ from metarec.bench.summary import MethodFacts, Summary, holm
 from metarec.data.sources.arrow import parquet_table
 from metarec.errors import ArtifactError
 from metarec.exchange import belongs_at, is_temporary
-from metarec.metrics import BASELINE, METRICS, bootstrap_interval, paired_p_value
+from metarec.metric_names import METRICS
+from metarec.metrics import BASELINE, bootstrap_interval, paired_p_value
 from metarec.report import Report
 
 CELL_FACTS = "cell.json"

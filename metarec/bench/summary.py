@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from metarec.metrics import OF_A_TABLE, calibrated, calibration_error, paired_p_value
+from metarec.metric_names import has_interval
+from metarec.metrics import calibrated, calibration_error, paired_p_value
 from metarec.progress import progress
 from metarec.report import Report
 
@@ -142,7 +143,7 @@ class Summary:
         """Means over users, and metrics of all users together with the ends of their intervals."""
         found = {}
         for metric in self.report.metrics:
-            if metric not in OF_A_TABLE:
+            if not has_interval(metric):
                 found[metric] = float(self.report.values(name, shots, metric).mean())
                 continue
             found[metric], ends = self.report.of_table(name, shots, metric)

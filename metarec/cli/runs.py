@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -161,14 +162,36 @@ def train(
             show({"run": str(run), **{key: value for key, value in training.items() if key != "history"}}, json)
 
 
-@app.command(epilog="Example: metarec evaluate runs/mine")
+@app.command(
+    epilog="Example: metarec evaluate runs/mine; with all metrics: metarec evaluate runs/mine --beyond-accuracy"
+)
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure this beside the task's metrics, e.g. coverage@10 or auc_by_activity; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    beyond_accuracy: Annotated[
+        bool,
+        typer.Option(
+            "--beyond-accuracy",
+            help="Measure coverage, diversity, novelty, popularity bias, log-loss, accuracy, F1, and the AUC of "
+            "users who rated few, some and many items.",
+        ),
+    ] = False,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Score the test users of the run's task and print the table; per-user results go into the run."""
-    evaluate_run(load_run(run, device=device), run, json)
+    from metarec.metric_names import BEYOND, check_metric
+
+    metrics = [*(metric or []), *(BEYOND if beyond_accuracy else ())]
+    for name in metrics:
+        check_metric(name)
+    evaluate_run(load_run(run, device=device), run, json, metrics=metrics)
 
 
 @app.command(
@@ -257,12 +280,14 @@ def _print_ranking(entries: list[dict[str, Any]], as_json: Any | None) -> None:
             typer.echo(f"             {reason['moved']:+.3f} by {reason['rating']:g} for {reason['title']}")
 
 
-def evaluate_run(recommender: MetaRecommender, run: Path, json: bool, quiet: bool = False) -> dict[str, Any]:
+def evaluate_run(
+    recommender: MetaRecommender, run: Path, json: bool, quiet: bool = False, metrics: Sequence[str] = ()
+) -> dict[str, Any]:
     """Scores the test users of a run's task, keeps the results in the run, and prints the table."""
     from metarec.artifacts import replace_file, write_json
     from metarec.bench.report import findings, table
 
-    report = recommender.evaluate()
+    report = recommender.evaluate(metrics=metrics)
     result = {**report.to_json(), **provenance(recommender)}
     write_json(run / "table.json", result)
     replace_file(run / "per_user.parquet", lambda target: report.per_user.to_parquet(target, index=False))

@@ -16,7 +16,7 @@ from metarec.data.item_fields import FieldChoice, FieldKind, choose_fields
 from metarec.data.labels import LabelRule, read_rule
 from metarec.data.source_options import SourceOptions
 from metarec.data.templates import PromptTemplate, item_text, review_sentence
-from metarec.metrics import METRICS, check_metric
+from metarec.metric_names import METRICS, check_metric
 
 
 class DatasetConfig(Section):
