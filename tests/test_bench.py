@@ -120,6 +120,7 @@ def test_metrics_beyond_accuracy_are_pooled_over_splits_and_do_not_drown_the_tab
     assert "in --json:" in printed
     assert _between(row, "coverage@10").startswith(f"{row['coverage@10']:.3f}"[1:] + " [")
     assert _between(row, "auc_by_activity:many") == ""
+    assert _between({"x": 10.742, "x_low": 0.5, "x_high": 20.25}, "x") == "10.74 [.50 20.25]"
 
 
 def test_a_report_compares_with_any_of_its_rows(task: str, tmp_path: Path, metarec: Callable[..., Ran]) -> None:

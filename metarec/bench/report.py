@@ -208,7 +208,7 @@ def _short(value: float | None, form: str) -> str:
     """Formats a number without the zero before the point; one that is not defined is nothing."""
     if value is None or value != value:
         return ""
-    return re.sub(r"0(?=[.])", "", format(value, form))
+    return re.sub(r"(?<!\d)0(?=[.])", "", format(value, form))
 
 
 def findings(report: Report, adapted: str, unadapted: str) -> list[str]:
