@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metarec.calibration import Calibration, at_count
 from metarec.config import RunConfig
+from metarec.data.filters import ItemFilter
 from metarec.data.interactions import Codes, Ratings, Values
 from metarec.errors import ConfigError
 from metarec.explanations import Reason, explain
@@ -26,6 +27,7 @@ from metarec.metrics import rank_order
 from metarec.notebook import facts_table
 from metarec.progress import progress
 from metarec.recommender_files import digest_of, write_user
+from metarec.reranking import ItemVectors, check_diversity, mmr, pool_size
 from metarec.scorers.language.score import score_adapted
 from metarec.scorers.term import weighted_sum
 from metarec.tensors import AdapterState, expand_users, select_user
@@ -130,16 +132,35 @@ class AdaptedUser:
         *,
         exclude: Sequence[str] = (),
         candidates: int = CANDIDATES,
+        diversity: float = 0.0,
+        where: str | None = None,
+        block: Sequence[str] = (),
         as_frame: Literal[False] = False,
     ) -> list[Recommendation]: ...
 
     @overload
     def recommend(
-        self, k: int = 10, *, exclude: Sequence[str] = (), candidates: int = CANDIDATES, as_frame: Literal[True]
+        self,
+        k: int = 10,
+        *,
+        exclude: Sequence[str] = (),
+        candidates: int = CANDIDATES,
+        diversity: float = 0.0,
+        where: str | None = None,
+        block: Sequence[str] = (),
+        as_frame: Literal[True],
     ) -> pd.DataFrame: ...
 
     def recommend(
-        self, k: int = 10, *, exclude: Sequence[str] = (), candidates: int = CANDIDATES, as_frame: bool = False
+        self,
+        k: int = 10,
+        *,
+        exclude: Sequence[str] = (),
+        candidates: int = CANDIDATES,
+        diversity: float = 0.0,
+        where: str | None = None,
+        block: Sequence[str] = (),
+        as_frame: bool = False,
     ) -> list[Recommendation] | pd.DataFrame:
         """Ranks the catalog and returns its best items that the person has not rated.
 
@@ -149,19 +170,31 @@ class AdaptedUser:
             k: How many items.
             exclude: More items to leave out, by id or title.
             candidates: How many items the language model reads, at least twice `k`.
+            diversity: 0 keeps the order of the scores; up to 1 the items are less and less alike, see
+                `metarec.reranking.mmr`. Scores stay what they are.
+            where: Only items of which this holds, e.g. ``year >= 1990 and "Comedy" in genres``, see
+                `metarec.data.filters.ItemFilter.where`.
+            block: Items never to recommend, by id or title, or ``FIELD=CATEGORY`` as in ``genres=Horror``.
             as_frame: Returns a DataFrame with the columns ``item`` (the id), ``title``, ``score``.
 
         Raises:
-            ConfigError: `k` is not positive or exceeds what is left of the catalog.
+            ConfigError: `k` is not positive or exceeds what is left of the catalog, `diversity` is not between 0 and 1,
+                or `where` is not understood.
+            UnknownItemError: An item to leave out or to block is not in the catalog.
         """
+        check_diversity(diversity)
         catalog = self.fitted.catalog
         left_out = {*self.support.items.tolist(), *self._codes(exclude).tolist()}
-        codes = np.array([code for code in range(len(catalog)) if code not in left_out], np.int64)
+        kept = ItemFilter(catalog).kept(where, block) if where is not None or block else np.ones(len(catalog), bool)
+        codes = np.array([code for code in np.flatnonzero(kept).tolist() if code not in left_out], np.int64)
         if not 1 <= k <= len(codes):
             raise ConfigError(f"k is {k}", f"There are {len(codes)} items to recommend: choose 1 to {len(codes)}")
-        codes = self._retrieved(codes, max(candidates, 2 * k))
+        codes = self._retrieved(codes, max(candidates, 2 * k, pool_size(k) if diversity else 0))
         scores = self.scores(codes).numpy()
         order = rank_order(scores, [catalog.ids[code] for code in codes], self.config.seed)
+        if diversity:
+            order = order[: pool_size(k)]
+            order = order[mmr(scores[order], ItemVectors(self.fitted).of(codes[order]), k, diversity)]
         best = self._entries(codes[order[:k]], scores[order[:k]].tolist())
         return _frame(best) if as_frame else best
 

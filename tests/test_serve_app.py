@@ -133,6 +133,31 @@ def test_a_cold_item_is_recommendable_and_found_at_once(client: TestClient) -> N
     assert mine["items"][0]["score"] is not None
 
 
+def test_an_item_is_removed_once_and_for_all(client: TestClient) -> None:
+    rate(client, "ann")
+    removed = client.delete("/v1/items/m8")
+    assert (removed.status_code, removed.json()) == (200, {"removed": True, "items": 39})
+    assert client.delete("/v1/items/m8").status_code == 404
+    assert client.delete("/v1/items/a%2Fb").status_code == 404
+    assert "m8" not in {entry["item"] for entry in ranking(client, "ann", k=100)["items"]}
+    assert client.post("/v1/users/ann/feedback", json={"item": "m8", "rating": 3}).status_code == 422
+
+
+def test_a_ranking_takes_filters_over_http(client: TestClient) -> None:
+    rate(client, "ann")
+    plain = [entry["item"] for entry in ranking(client, "ann", k=100)["items"]]
+    drama = [item for item in plain if int(item[1:]) % 4 == 0]
+    chosen = ranking(client, "ann", k=100, where="genres == 'drama'", block=[drama[0], drama[1]])
+    assert [entry["item"] for entry in chosen["items"]] == drama[2:]
+    diverse = [entry["item"] for entry in ranking(client, "ann", k=5, diversity=1)["items"]]
+    assert diverse != plain[:5]
+    assert diverse[0] == plain[0]
+    for query, said in (({"where": "yaer > 1"}, "yaer"), ({"diversity": 2}, "diversity"), ({"block": "x"}, "x")):
+        answer = client.get("/v1/users/ann/recommendations", params=query)
+        assert answer.status_code == 422
+        assert said in answer.json()["error"]["message"]
+
+
 def test_operators_see_health_version_metrics_and_the_openapi_document(client: TestClient) -> None:
     rate(client, "ann")
     assert client.get("/healthz").json() == {"status": "ok"}

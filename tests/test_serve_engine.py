@@ -378,3 +378,51 @@ def test_unknown_items_in_the_log_are_left_out_and_counted(engine: Engine) -> No
     assert (len(person.adapted.support), person.left_out, person.version) == (5, 1, 6)
     with pytest.raises(UnknownItemError):
         engine.score(person, ["gone"])
+
+
+def test_a_removed_item_is_never_ranked_again_on_any_server_and_after_a_restart(
+    recommender: MetaRecommender, store: AdapterStore, engine: Engine
+) -> None:
+    other = Engine(recommender, AdapterStore(store.location))
+    engine.add_items([NEW])
+    person = rate(engine, "ann", LOVES_DRAMA)
+    before = all_scores(engine, person)
+    assert engine.remove_item("m8")
+    assert engine.remove_item("n1")
+    assert not engine.remove_item("n1")
+    assert not engine.remove_item("nothing")
+    assert engine.recommendable == 39
+    title = engine.catalog.fields["title"][8]
+    for server in (engine, other, Engine(recommender, AdapterStore(store.location))):
+        served = server.people(["ann"])["ann"]
+        ranked = {entry.item for entry, _ in server.recommend(served, 100)[1]}
+        assert len(ranked) == 34
+        assert not ranked & {"m8", "n1"}
+        assert "m8" not in {found.item for found in server.search(title, 50)}
+        with pytest.raises(UnknownItemError):
+            server.score(served, ["m8"])
+        with pytest.raises(ConflictError, match="removed"):
+            server.add_items([NEW])
+    left = [f"m{code}" for code in range(40) if code != 8]
+    assert engine.score(person, left)[1] == [score for code, score in enumerate(before) if code != 8]
+
+
+def test_a_rating_of_a_removed_item_still_counts(engine: Engine) -> None:
+    person = rate(engine, "ann", LOVES_DRAMA)
+    engine.remove_item("m0")
+    again = rate(engine, "ann", (("m5", 4.0),))
+    assert len(again.adapted.support) == 6
+    assert (person.left_out, again.left_out) == (0, 0)
+
+
+def test_a_ranking_is_filtered_blocked_and_made_diverse_as_in_python(
+    engine: Engine, recommender: MetaRecommender
+) -> None:
+    person = rate(engine, "ann", LOVES_DRAMA)
+    me = recommender.adapt(sorted(LOVES_DRAMA))
+    chosen = {"diversity": 0.5, "where": "genres in ['drama', 'horror', 'action']", "block": ["m8", "genres=action"]}
+    expected = [entry.item for entry in me.recommend(6, **chosen)]
+    assert [entry.item for entry, _ in engine.recommend(person, 6, **chosen)[1]] == expected
+    assert {int(item[1:]) % 4 for item in expected} == {0, 3}
+    with pytest.raises(ConfigError, match="no field"):
+        engine.recommend(person, 6, where="yaer > 3")

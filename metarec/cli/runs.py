@@ -236,7 +236,10 @@ def adapt(
     show(facts, json)
 
 
-@app.command(epilog="Example: metarec recommend runs/mine --user runs/mine/me -k 10")
+@app.command(
+    epilog="Example: metarec recommend runs/mine --user runs/mine/me -k 10; less alike, newer, no horror: "
+    "metarec recommend runs/mine --rating 'Toy Story=5' --diversity .3 --where 'year >= 1990' --block genres=Horror"
+)
 def recommend(
     run: Annotated[Path, typer.Argument(help="Directory of a run.")],
     user: Annotated[
@@ -250,20 +253,37 @@ def recommend(
     adapters: AdaptersOption = None,
     device: DeviceOption = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say which ratings moved an item most.")] = False,
+    diversity: Annotated[
+        float, typer.Option(help="0: by score alone; up to 1: items that are less and less alike.")
+    ] = 0.0,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            help="""Only items of which this holds, e.g. 'year >= 1990 and "Comedy" in genres'.""", show_default=False
+        ),
+    ] = None,
+    block: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Leave an item out, by title or id, or all of a category, as genres=Horror; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Rank the catalog for a saved person, or for the ratings given here; with neither, as for anybody."""
     if user is not None and (rating or ratings):
         raise ConfigError("--user and ratings are both given", "A saved person brings their own ratings")
+    chosen: dict[str, Any] = {"diversity": diversity, "where": where, "block": block or ()}
     if store is not None:
         if user is None:
             raise ConfigError("--store is given without --user", "Name the user: metarec store ls STORE --users")
-        stored = recommend_stored(load_run(run, device=device), store, adapters, user, k, explain)
+        stored = recommend_stored(load_run(run, device=device), store, adapters, user, k, explain, **chosen)
         _print_ranking(stored["items"], stored if json else None)
         return
     recommender = load_run(run, device=device)
     person = recommender.load_user(user) if user else _adapted(recommender, rating, ratings)
-    ranked = [vars(entry) for entry in person.recommend(k)]
+    ranked = [vars(entry) for entry in person.recommend(k, **chosen)]
     if explain:
         reasons = person.reasons([entry["item"] for entry in ranked])
         ranked = [{**entry, "because": list(map(vars, found))} for entry, found in zip(ranked, reasons, strict=True)]

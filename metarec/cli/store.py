@@ -230,9 +230,18 @@ def adapt_bulk(
 
 
 def recommend_stored(
-    recommender: MetaRecommender, store: str, adapters: Path | None, user: str, k: int, explain: bool
+    recommender: MetaRecommender, store: str, adapters: Path | None, user: str, k: int, explain: bool, **chosen: Any
 ) -> dict[str, Any]:
     """Ranks the catalog for a user of a store; ``metarec recommend RUN --store DIR --user U``.
+
+    Args:
+        recommender: The recommender.
+        store: Where the store is.
+        adapters: Directory of the adapters, with PostgreSQL.
+        user: The user's id.
+        k: How many items.
+        explain: Adds the ratings that moved an item most.
+        **chosen: ``diversity``, ``where`` and ``block`` of `Engine.recommend`.
 
     Returns:
         The adapter's version and the ranking, JSON-able.
@@ -247,7 +256,7 @@ def recommend_stored(
         raise StoreError(f"'{store}' has no user '{user}'", "See: metarec store ls STORE --users")
     # For one ranking, scoring all items takes less time than preparing the first stage.
     engine = Engine(recommender, opened, candidates=sys.maxsize)
-    person, ranked = engine.recommend(engine.people([user])[user], k, explain=explain)
+    person, ranked = engine.recommend(engine.people([user])[user], k, explain=explain, **chosen)
     return {
         "adapter": person.facts(),
         "items": [{**vars(entry), "because": [asdict(reason) for reason in reasons]} for entry, reasons in ranked],

@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
+from metarec.data.filters import MAX_CHARACTERS
 from metarec.errors import ConfigError, ConflictError, MetarecError, StoreError
 from metarec.serve.engine import Engine
 from metarec.serve.guard import Guard, error_body
@@ -30,6 +31,7 @@ from metarec.serve.schema import (
     Erased,
     FeedbackAnswer,
     FeedbackBody,
+    ItemId,
     Items,
     ItemsBody,
     NewItems,
@@ -37,6 +39,7 @@ from metarec.serve.schema import (
     ReasonAnswer,
     Recommendations,
     Recommended,
+    Removed,
     ScoresAnswer,
     SearchAnswer,
     SearchHit,
@@ -119,13 +122,32 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
         k: Annotated[int, Query(ge=1, le=MOST_RECOMMENDED, description="How many items.")] = 10,
         exclude_seen: Annotated[bool, Query(description="Leave out what the user has rated.")] = True,
         explain: Annotated[bool, Query(description="Add the ratings that changed each score most.")] = False,
+        diversity: Annotated[
+            float, Query(ge=0, le=1, description="0: by score alone; up to 1: items less and less alike.")
+        ] = 0.0,
+        where: Annotated[
+            str | None,
+            Query(max_length=MAX_CHARACTERS, description="Only items of which this holds, e.g. year >= 1990."),
+        ] = None,
+        block: Annotated[
+            list[str] | None,
+            Query(max_length=MOST_RECOMMENDED, description="Items to leave out, by id, or FIELD=CATEGORY; repeatable."),
+        ] = None,
     ) -> Recommendations:
         """Rank the whole catalog for a user; one without ratings gets the ranking before adaptation."""
         if explain and k > MOST_EXPLAINED:
             raise ConfigError(f"k is {k} with explain", f"Ask for {MOST_EXPLAINED} or fewer")
 
         def answer(person: Person) -> Recommendations:
-            served, ranked = engine.recommend(person, k, exclude_seen=exclude_seen, explain=explain)
+            served, ranked = engine.recommend(
+                person,
+                k,
+                exclude_seen=exclude_seen,
+                explain=explain,
+                diversity=diversity,
+                where=where,
+                block=block or (),
+            )
             ratings = served.adapted.predicted_ratings([entry.score for entry, _ in ranked])
             predicted: Sequence[float | None] = ratings or [None] * len(ranked)
             return Recommendations(
@@ -189,7 +211,14 @@ def _add_catalog_routes(app: FastAPI, service: Service) -> None:
         if len({item for item, _ in items}) < len(items):
             raise ConfigError("an item id comes twice", "Send every item once")
         added = await service.alone(lambda: engine.add_items(items))
-        return Added(added=added, items=len(engine.catalog))
+        return Added(added=added, items=engine.recommendable)
+
+    @app.delete("/v1/items/{item}", tags=["catalog"])
+    async def remove_item(item: ItemId) -> Removed:
+        """Remove an item for good: no ranking and no search holds it again; its ratings stay."""
+        if not await service.alone(lambda: engine.remove_item(check_id(item, "item id"))):
+            raise HTTPException(404, "there is no such item")
+        return Removed(removed=True, items=engine.recommendable)
 
     @app.get("/v1/search", tags=["catalog"])
     async def search(

@@ -27,6 +27,7 @@ TABLES = (
     " created DOUBLE PRECISION NOT NULL, PRIMARY KEY (user_id, version))",
     "CREATE TABLE IF NOT EXISTS items (ordinal {serial}, id TEXT NOT NULL UNIQUE, fields TEXT NOT NULL,"
     " created DOUBLE PRECISION NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS removed_items (id TEXT PRIMARY KEY, created DOUBLE PRECISION NOT NULL)",
 )
 
 

@@ -7,7 +7,7 @@ items worth an exact score, `search` finds items by text.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metarec.adapted_user import AdaptedUser, Recommendation
-from metarec.data.interactions import Catalog, Codes, Ratings
+from metarec.data.filters import ItemFilter
+from metarec.data.interactions import Catalog, Codes, Flags, Ratings
 from metarec.errors import ArtifactError, ConfigError, ConflictError, MetarecError, UnknownItemError
 from metarec.explanations import Reason, explain
 from metarec.metrics import rank_order
 from metarec.recommender import MetaRecommender
+from metarec.reranking import ItemVectors, check_diversity, mmr, pool_size
 from metarec.serve.batching import BLOCK, USERS_AT_ONCE, BatchedModel, linearize_most_rated
 from metarec.serve.hot_adapters import HotAdapters
 from metarec.serve.items import check_fields, extend
@@ -88,6 +90,7 @@ class Engine:
         self._adapter_bytes = _size(self.new_user.state)
         self._retrieval = CandidateRetrieval(recommender, linearized)
         self._search = TextSearch(recommender)
+        self._removed: frozenset[str] = frozenset()
         self._serve(recommender)
         self.reload_items()
 
@@ -95,8 +98,13 @@ class Engine:
 
     @property
     def catalog(self) -> Catalog:
-        """The items that can be recommended now."""
+        """The items there are now, those that were removed among them."""
         return self.recommender.fitted.catalog
+
+    @property
+    def recommendable(self) -> int:
+        """How many items can be recommended: those of the catalog that were not removed."""
+        return int(self._kept.sum())
 
     def _serve(self, recommender: MetaRecommender) -> None:
         """Takes a recommender over a longer catalog into service."""
@@ -105,6 +113,15 @@ class Engine:
         self.new_user = replace(self.new_user, fitted=recommender.fitted)
         self._retrieval.update(self.new_user)
         self._search.index(recommender)
+        self._filter = ItemFilter(recommender.fitted.catalog)
+        self._vectors = ItemVectors(recommender.fitted)
+        self._hide(self._removed)
+
+    def _hide(self, removed: Collection[str]) -> None:
+        """Takes items out of every ranking from now on."""
+        self._removed = frozenset(removed)
+        self._kept = np.ones(len(self.catalog), bool)
+        self._kept[[self._code[item] for item in self._removed if item in self._code]] = False
 
     def prepare(self) -> Effects:
         """Computes what ranking a large catalog needs of items that do not have it yet, so that no user waits for it.
@@ -118,9 +135,9 @@ class Engine:
         """Returns an item's code.
 
         Raises:
-            UnknownItemError: The catalog has no such id.
+            UnknownItemError: The catalog has no such id, or the item was removed.
         """
-        if item not in self._code:
+        if item not in self._code or item in self._removed:
             raise UnknownItemError("no item has that id", "Find ids with GET /v1/search")
         return self._code[item]
 
@@ -138,6 +155,8 @@ class Engine:
         checked = {item: check_fields(self.trained.fitted.catalog, fields) for item, fields in items}
         trained = set(self.trained.fitted.catalog.ids)
         for item, fields in items:
+            if item in self._removed:
+                raise ConflictError("an item of that id was removed", "Choose another id")
             if item in trained or checked[item] != check_fields(self.trained.fitted.catalog, fields):
                 raise ConflictError("an item of that id is there already", "Choose another id")
         # The model reads them before the store keeps them: an item that cannot be read is not kept.
@@ -147,8 +166,22 @@ class Engine:
         self._serve(longer)
         return new
 
+    def remove_item(self, item: str) -> bool:
+        """Takes an item out of every ranking and search, for good; returns whether there was one.
+
+        Ratings of it stay, and users' adapters with them.
+        """
+        self.reload_items()
+        if item not in self._code or item in self._removed:
+            return False
+        self.store.remove_item(item)
+        self._hide({*self._removed, item})
+        return True
+
     def reload_items(self) -> None:
-        """Reads items that another server, or an earlier run, has added to the store."""
+        """Reads items that another server, or an earlier run, has added to the store or removed."""
+        if self.store.count_removed() > len(self._removed):
+            self._hide(self.store.removed_items())
         if self.store.count_items() <= len(self.catalog) - len(self.trained.fitted.catalog):
             return
         empty = dict.fromkeys(self.trained.fitted.catalog.fields, "")
@@ -266,7 +299,15 @@ class Engine:
         return replace(person, adapted=unadapted, losses=()), self._model.scores(unadapted, codes)
 
     def recommend(
-        self, person: Person, k: int, *, exclude_seen: bool = True, explain: bool = False
+        self,
+        person: Person,
+        k: int,
+        *,
+        exclude_seen: bool = True,
+        explain: bool = False,
+        diversity: float = 0.0,
+        where: str | None = None,
+        block: Sequence[str] = (),
     ) -> tuple[Person, list[tuple[Recommendation, list[Reason]]]]:
         """Ranks the catalog.
 
@@ -275,24 +316,42 @@ class Engine:
             k: How many items; fewer come back where there are fewer.
             exclude_seen: Leaves out what the user has rated.
             explain: Adds the ratings that changed each item's score most.
+            diversity: See `AdaptedUser.recommend`.
+            where: See `AdaptedUser.recommend`.
+            block: See `AdaptedUser.recommend`.
 
         Returns:
             Who was served (see `score`), and the best items, each with its reasons.
+
+        Raises:
+            MetarecError: `diversity`, `where` or `block` are not understood.
         """
-        codes = self.retrieve(person, k, exclude_seen)
+        check_diversity(diversity)
+        kept = self._filter.kept(where, block) if where is not None or block else None
+        pool = pool_size(k) if diversity else k
+        codes = self.retrieve(person, pool, exclude_seen, kept)
         person, scores = self._finite_scores(person, codes)
         catalog = self.catalog
-        order = rank_order(scores, [catalog.ids[code] for code in codes], self.recommender.config.seed)[:k]
+        order = rank_order(scores, [catalog.ids[code] for code in codes], self.recommender.config.seed)[:pool]
+        if diversity:
+            order = order[mmr(scores[order], self._vectors.of(codes[order]), k, diversity)]
         best = [
             Recommendation(catalog.ids[codes[row]], catalog.title(int(codes[row])), float(scores[row])) for row in order
         ]
         reasons = self.explain(person, codes[order]) if explain else [[] for _ in best]
         return person, list(zip(best, reasons, strict=True))
 
-    def retrieve(self, person: Person, k: int, exclude_seen: bool = True) -> Codes:
-        """Chooses the items that are worth an exact score; all of them where the catalog is small enough."""
+    def retrieve(self, person: Person, k: int, exclude_seen: bool = True, kept: Flags | None = None) -> Codes:
+        """Chooses the items that are worth an exact score; all of them where the catalog is small enough.
+
+        Args:
+            person: For whom.
+            k: How many items are asked for.
+            exclude_seen: Leaves out what the user has rated.
+            kept: Which items may be chosen, shape (items,); None for all but those that were removed.
+        """
         seen = person.adapted.support.items if exclude_seen else np.zeros(0, np.int64)
-        codes = np.setdiff1d(np.arange(len(self.catalog)), seen)
+        codes = np.setdiff1d(np.flatnonzero(self._kept if kept is None else self._kept & kept), seen)
         return self._retrieval.choose(person.adapted, codes, max(self._candidates, 2 * k))
 
     def explain(self, person: Person, codes: Codes, most: int = 3) -> list[list[Reason]]:
@@ -308,10 +367,11 @@ class Engine:
 
     def search(self, text: str, k: int, person: Person | None = None) -> list[Found]:
         """Finds items by text, and with a user by their scores too; see `TextSearch.find`."""
+        self.reload_items()
         if person is None:
-            return self._search.find(text, k)
+            return self._search.find(text, k, kept=self._kept)
         user = person
-        return self._search.find(text, k, lambda codes: self._finite_scores(user, codes)[1])
+        return self._search.find(text, k, lambda codes: self._finite_scores(user, codes)[1], self._kept)
 
 
 def _size(state: AdapterState) -> int:

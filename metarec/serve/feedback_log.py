@@ -143,3 +143,17 @@ class FeedbackLog:
     def count_items(self) -> int:
         """Returns how many items were added."""
         return int(self._index.execute("SELECT COUNT(*) FROM items")[0][0])
+
+    def remove_item(self, item: str) -> None:
+        """Remembers that an item is never ranked again, whether it was added or trained with."""
+        self._index.execute(
+            "INSERT INTO removed_items (id, created) VALUES (?, ?) ON CONFLICT (id) DO NOTHING", (item, time.time())
+        )
+
+    def removed_items(self) -> set[str]:
+        """Returns the ids of the items that were removed."""
+        return {item for item, *_ in self._index.execute("SELECT id FROM removed_items")}
+
+    def count_removed(self) -> int:
+        """Returns how many items were removed."""
+        return int(self._index.execute("SELECT COUNT(*) FROM removed_items")[0][0])

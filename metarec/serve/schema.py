@@ -23,6 +23,9 @@ UserId = Annotated[
 ]
 
 
+ItemId = Annotated[str, BeforeValidator(unquote), Path(min_length=1, max_length=MAX_ID_CHARACTERS)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -178,6 +181,13 @@ class Added(BaseModel):
     items: int
 
 
+class Removed(BaseModel):
+    """The item was removed, and how many can be recommended now."""
+
+    removed: bool
+    items: int
+
+
 class Erased(BaseModel):
     """The user was erased."""
 
@@ -244,7 +254,7 @@ _WHEN = {
     400: "a body that is not JSON, or a path that is not UTF-8",
     401: "no API key",
     403: "from another site, or not from this machine",
-    404: "unknown user, or no such route",
+    404: "unknown user or item, or no such route",
     409: "contradicts what is there",
     413: "body too large",
     422: "not understood",

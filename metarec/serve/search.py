@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from metarec.data.interactions import Catalog, Codes
+from metarec.data.interactions import Catalog, Codes, Flags
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import tokenize_catalog
@@ -52,7 +52,13 @@ class TextSearch:
         read = model is not None and reads_all(self._trained)
         self._vectors = self._project(model.states.cpu().numpy()) if model is not None and read else None
 
-    def find(self, text: str, k: int, score: Callable[[Codes], NDArray[np.float32]] | None = None) -> list[Found]:
+    def find(
+        self,
+        text: str,
+        k: int,
+        score: Callable[[Codes], NDArray[np.float32]] | None = None,
+        kept: Flags | None = None,
+    ) -> list[Found]:
         """Returns the items most similar to a text, best first; those that the text names come before all others.
 
         What names an item is what a person's ratings may call it, `Catalog.find`; or the words of its title in any
@@ -62,9 +68,11 @@ class TextSearch:
             text: The query.
             k: How many items.
             score: Scores items for a user; then the hundred most similar items are ordered by similarity and score.
+            kept: Which items may be found, shape (items,); None for all.
         """
         similarity, exact = self._similarity(text)
-        best = np.lexsort((-similarity, ~exact))[: max(k, _RERANKED)]
+        best = np.lexsort((-similarity, ~exact))
+        best = (best if kept is None else best[kept[best]])[: max(k, _RERANKED)]
         scores = None
         if score is not None:
             scores = score(best)

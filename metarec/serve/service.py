@@ -49,7 +49,7 @@ class _State(Collector):
             "queue_depth": ("requests that wait for the model", worker.depth),
             "hot_adapters": ("adapters in memory", len(engine.hot)),
             "hot_adapter_bytes": ("bytes of adapters in memory", engine.hot.bytes),
-            "items": ("items that can be recommended", len(engine.catalog)),
+            "items": ("items that can be recommended", engine.recommendable),
         }
         for name, (what, value) in gauges.items():
             yield GaugeMetricFamily(f"metarec_{name}", what, value)
