@@ -296,17 +296,6 @@ def test_a_method_that_fails_stops_no_other_and_is_named_at_the_end(task: str, t
     assert "FloatingPointError" in next(iter(load_json(tmp_path / "failed.json").values()))
 
 
-def test_several_processes_measure_what_one_does(task: str, tmp_path: Path) -> None:
-    wanted = plan(task, "random", "popularity", seeds=2)
-    for jobs in (1, 2):
-        bench.run(wanted, tmp_path / str(jobs), jobs=jobs)
-    one, two = (read_cells(tmp_path / str(jobs), BASELINE)[0].report.per_user for jobs in (1, 2))
-    keys = ["method", "shots", "user"]
-    pd.testing.assert_frame_equal(
-        one.sort_values(keys, ignore_index=True), two.sort_values(keys, ignore_index=True), check_like=True
-    )
-
-
 def test_a_process_that_works_beside_others_takes_no_more_threads_than_its_share() -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, bench._start_worker, (1,)) as pool:
@@ -583,11 +572,19 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("toy_methods", None)
 
 
-def test_a_plan_names_a_method_outside_metarec_by_module_and_attribute(toy: Path, task: str, tmp_path: Path) -> None:
-    wanted = plan(task, "toy_methods:plain", "toy_methods:METHOD", "toy_methods:small", "popularity", seeds=1)
-    bench.run(wanted, tmp_path, jobs=2)
-    (table,) = read_cells(tmp_path)
-    assert set(table.methods) == {BASELINE, "toy", "toy, sized", "toy, sized (toy_methods:small)", "popularity"}
+def test_several_processes_measure_what_one_does_methods_outside_metarec_too(
+    toy: Path, task: str, tmp_path: Path
+) -> None:
+    """Methods outside metarec are named by module and attribute."""
+    wanted = plan(task, "toy_methods:plain", "toy_methods:METHOD", "toy_methods:small", "popularity", "random")
+    for jobs in (1, 2):
+        bench.run(wanted, tmp_path / str(jobs), jobs=jobs)
+    alone, table = (read_cells(tmp_path / str(jobs))[0] for jobs in (1, 2))
+    keys = ["method", "shots", "user"]
+    one, two = (found.report.per_user.sort_values(keys, ignore_index=True) for found in (alone, table))
+    pd.testing.assert_frame_equal(one, two, check_like=True)
+    names = {"toy", "toy, sized", "toy, sized (toy_methods:small)", "popularity", "random"}
+    assert set(table.methods) == {BASELINE, *names}
     assert table.methods["toy, sized"].parameters == 5
     assert table.methods["toy, sized (toy_methods:small)"].parameters == 3
     assert (table.methods["toy"].group, table.methods["toy, sized"].group) == ("other", "toys")

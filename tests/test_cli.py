@@ -387,7 +387,7 @@ def test_ctrl_c_says_how_to_go_on(task_file: Path, model_dir: Callable[[str], Pa
     import signal
 
     command = [sys.executable, "-m", "metarec.cli", "train", "--task", task_file, "--backbone", model_dir("llama")]
-    command += ["--runs", tmp_path, *ALONE, "--set", "train.steps=100000", "--set", "train.validate_every=100000"]
+    command += ["--runs", tmp_path, *ALONE, "--set", "train.steps=100000", "--set", "train.validate_every=50"]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "default" / "checkpoint").exists() and time.monotonic() < deadline:

@@ -17,7 +17,7 @@ from metarec.data.sources import read_source
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MOVIES, USERS = 100, 100
+MOVIES, USERS = 40, 40
 
 
 def only_the_popular(cache: Path, named: list[str]) -> None:
