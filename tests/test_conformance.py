@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -77,6 +78,7 @@ class Given:
     prior: ItemPrior
     model_dir: ModelDir
     threshold: float = THRESHOLD
+    user_steps: ClassVar[int] = 20
 
     @cache  # noqa: B019 - one world for the session, and another for what is fitted again
     def recommender(self, members: str = "none", algorithm: str = "fomaml") -> MetaRecommender:
@@ -181,7 +183,7 @@ FITS: dict[str, Callable[[Given], Scorer]] = {
     "joint LoRA": lambda given: given.tuned("lora"),
     "full fine-tuning": lambda given: given.tuned("all"),
     "full fine-tuning, then per-user LoRA": lambda given: then_per_user_lora(
-        given.tuned("all"), layers=2, steps=20, inner_lr=0.4, shrinkage=0.0
+        given.tuned("all"), layers=2, steps=given.user_steps, inner_lr=0.4, shrinkage=0.0
     ),
     "metarec, before adaptation": lambda given: given.recommender().scorer(steps=0, name="metarec, before adaptation"),
     "metarec, adapted": lambda given: given.recommender().scorer(),

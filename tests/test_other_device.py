@@ -50,6 +50,9 @@ from metarec.tensors import AdapterState, select_user
 ModelDir = Callable[[str], Path]
 Prompts = Callable[[str], CatalogPrompts]
 SHORT = {**SETTINGS["train"], "steps": 1, "users": 2, "validate_every": 1, "validation_users": 2, "max_query": 4}
+BRIEF = {**SETTINGS["meta"], "inner_steps": 2}
+# A second step goes on from where the first one came to.
+STEPS = 2
 WANTED = torch.tensor([[1.0, -1.0, 0.5, 0.0], [0.3, 0.2, -1.0, 1.0]])
 
 
@@ -196,14 +199,14 @@ def answer_model(
 def meta_gradient(model: AnswerModel, device: str, algorithm: str) -> dict[str, Tensor]:
     """Returns log-odds of frozen and adapted model, and the meta-gradient of two users."""
     fresh = to(device, select_user(random_state(model.spec, 1), 0))
-    meta = initial_meta_state(fresh, fresh, 0.05, steps=3 if algorithm == "maml++" else 1)
+    meta = initial_meta_state(fresh, fresh, 0.05, steps=STEPS if algorithm == "maml++" else 1)
     items, wanted = some_items(2, 4), WANTED.to(device)
     support, query = model.gather(items), model.gather(items.flip(0))
 
     def loss(batch: ItemBatch) -> Loss:
         return lambda state: (model.log_odds(batch, state) - wanted).square().mean(1)
 
-    found = ALGORITHMS.get(algorithm)(meta, loss(support), loss(query), 2, 3)
+    found = ALGORITHMS.get(algorithm)(meta, loss(support), loss(query), 2, STEPS)
     state = to(device, random_state(model.spec, 2))
     return {
         "frozen": model.log_odds(support, None),
@@ -298,9 +301,9 @@ def test_rows_go_to_cuda_from_pinned_memory_and_elsewhere_nothing_is_pinned(
 
 RUNS: dict[str, dict[str, Any]] = {
     "ordinal loss": {"train": {**SHORT, "loss": "ordinal"}},
-    "ridge": {"meta": {**SETTINGS["meta"], "algorithm": "ridge"}},
-    "prototypes": {"meta": {**SETTINGS["meta"], "algorithm": "prototypes"}},
-    "steps from the posterior": {"meta": {**SETTINGS["meta"], "start": "posterior", "inner_lr": 0.01}},
+    "ridge": {"meta": {**BRIEF, "algorithm": "ridge"}},
+    "prototypes": {"meta": {**BRIEF, "algorithm": "prototypes"}},
+    "steps from the posterior": {"meta": {**BRIEF, "start": "posterior", "inner_lr": 0.01}},
     "mixed, with a stack": {**WITH_BRIEF_STACK, "dtype": "mixed"},
 }
 
@@ -312,7 +315,7 @@ def small_task() -> TaskData:
 
 
 def fit(path: Path, device: str, changed: dict[str, Any]) -> MetaRecommender:
-    config = validated(RunConfig, {**SETTINGS, "train": SHORT, "device": device, **changed}, "test")
+    config = validated(RunConfig, {**SETTINGS, "train": SHORT, "meta": BRIEF, "device": device, **changed}, "test")
     return MetaRecommender.from_pretrained(path, config).fit(small_task())
 
 
@@ -340,9 +343,11 @@ def test_a_recommender_fits_evaluates_adapts_saves_and_loads_as_on_the_processor
 class Elsewhere(Given):
     """What a scorer may be fitted on, with its language model on the device, and hardly trained."""
 
+    user_steps = 2
+
     @cache  # noqa: B019 - one for the module
     def recommender(self, members: str = "none", algorithm: str = "fomaml") -> MetaRecommender:
-        changed: dict[str, Any] = {"meta": {**SETTINGS["meta"], "algorithm": algorithm}}
+        changed: dict[str, Any] = {"meta": {**BRIEF, "algorithm": algorithm}}
         return fit(self.model_dir("llama"), NAME, changed | (WITH_BRIEF_STACK if members == "stack" else {}))
 
 
