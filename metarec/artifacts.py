@@ -11,8 +11,9 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from metarec.exchange import beside, exchange, put_back, room_for
 _LOG = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+# Where digests of large files are kept, what large is, and how old the last write to one has to be: file systems count
+# time in steps of up to two seconds.
+_DIGESTS, _LARGE_BYTES, _SETTLED_NS = "digests", 16 << 20, 3 * 10**9
 
 
 def cache_dir() -> Path:
@@ -155,7 +159,41 @@ def _damage(path: Path, kind: str | None = None) -> ArtifactError | None:
 
 
 def sha256_file(path: Path) -> str:
-    """Returns the hexadecimal SHA-256 of a file's content."""
+    """Returns the hexadecimal SHA-256 of a file's content.
+
+    That of a large file is kept in the cache, under the file's path, inode, size and times: a write to the file moves
+    its times, so that it is read again. A file of the last seconds is always read: its next write might not.
+    """
+    before = path.stat()
+    if before.st_size < _LARGE_BYTES:
+        return _sha256_of(path)
+    known = cache_dir() / _DIGESTS / content_hash(_identity(path, before))
+    if (found := _known_digest(known)) is not None:
+        return found
+    began = time.time_ns()
+    digest = _sha256_of(path)
+    settled = max(before.st_mtime_ns, before.st_ctime_ns) < began - _SETTLED_NS
+    if settled and _identity(path, path.stat()) == _identity(path, before):
+        with suppress(OSError, ArtifactError):  # a cache that cannot be written costs time alone
+            write_json(known, {"sha256": digest, "of": content_hash(digest)})
+    return digest
+
+
+def _identity(path: Path, facts: os.stat_result) -> list[str | int]:
+    return [str(path.absolute()), facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
+
+
+def _known_digest(known: Path) -> str | None:
+    """Returns a digest that was kept, None where there is none or its own file is damaged."""
+    try:
+        kept = load_json(known)
+        digest = str(kept["sha256"])
+        return digest if kept["of"] == content_hash(digest) else None
+    except (ArtifactError, OSError, KeyError, TypeError):
+        return None
+
+
+def _sha256_of(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
 

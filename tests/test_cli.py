@@ -136,7 +136,7 @@ def test_one_person_needs_neither_transformers_nor_pandas(verb: str, run_dir: Pa
         "from metarec.cli import main\n"
         "try: main()\n"
         "finally: print('imported', *sorted({'torch', 'transformers', 'tokenizers', 'pandas', 'pyarrow', 'sklearn',"
-        " 'scipy.sparse', 'scipy.special', 'scipy.optimize'} & set(sys.modules)))"
+        " 'scipy.sparse', 'scipy.special', 'scipy.linalg', 'scipy.optimize'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, verb, str(run_dir), "--rating", "m1=5", "--json"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)

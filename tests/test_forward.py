@@ -255,6 +255,33 @@ def test_an_interrupted_reading_goes_on_where_it_stopped(
 
 
 @pytest.mark.parametrize("active", [1, None])
+def test_what_all_prompts_begin_with_is_run_once_for_all_processes(
+    active: int | None, backbone: Backbones, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("METAREC_CACHE", str(tmp_path))
+    model, texts = backbone("llama"), prompts("llama")
+    placed = placement_of(model, texts, active)
+    items = torch.tensor([[3, 5, 7]])
+    runs: list[None] = []
+    run = CachedForward._run_prefix
+    monkeypatch.setattr(CachedForward, "_run_prefix", lambda self: runs.append(None) or run(self))
+
+    def states() -> torch.Tensor:
+        forward = CachedForward(model, texts, placed)
+        return forward.last_states(forward.gather(items), None)
+
+    first = states()
+    assert torch.equal(states(), first)
+    assert len(runs) == 1
+    (file,) = tmp_path.rglob("prefix.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    torch.testing.assert_close(states(), first)
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("active", [1, None])
 def test_damaged_items_are_read_again(
     active: int | None, backbone: Backbones, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ from metarec.lm.forward import ItemBatch, pool
 from metarec.lm.item_cache import ItemCache, Rows, read_missing
 from metarec.lm.packing import PADDING, PREFIX, Packed, pack
 from metarec.lm.precision import to_int8
+from metarec.lm.prefix_files import PrefixRun, kept_prefix
 from metarec.lm.tokenized import CatalogPrompts
 from metarec.tensors import to_device
 
@@ -256,8 +257,12 @@ class CachedForward:
         return blocks if self.block_dtype is None else [block.to(self.block_dtype) for block in blocks]
 
     @cached_property
-    def _prefix_run(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """The common prefix in the frozen model: every layer's keys and values, and what enters the adapted layers."""
+    def _prefix_run(self) -> PrefixRun:
+        """The common prefix in the frozen model, computed once and kept beside the items."""
+        return kept_prefix(self.path / "prefix", self._run_prefix, self.backbone.device)
+
+    def _run_prefix(self) -> PrefixRun:
+        """Runs the common prefix: every layer's keys and values, and what enters the adapted layers."""
         with torch.no_grad():
             tokens = torch.tensor([self.prompts.tokens[0][: self._shared]], device=self.backbone.device)
             hidden = self._model.embed(tokens, 0)[None].to(self._dtype)

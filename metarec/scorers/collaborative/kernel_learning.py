@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 from torch.nn.functional import embedding
 
@@ -70,6 +69,8 @@ def aligned(process: GaussianProcess, onto: GaussianProcess, factors: int) -> Ga
 
     Source: Schönemann 1966, "A generalized solution of the orthogonal Procrustes problem".
     """
+    from scipy.linalg import orthogonal_procrustes  # here: a saved recommender serves without it
+
     rotation, _ = orthogonal_procrustes(process.loadings[:, :factors], onto.loadings[:, :factors])
 
     def rotated(loadings: Floats) -> Floats:
