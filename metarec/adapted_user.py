@@ -23,7 +23,7 @@ from metarec.errors import ConfigError
 from metarec.explanations import Reason, explain
 from metarec.fitting import Fitted, adapted_model, meta_scorer, score_terms
 from metarec.lm.answer_model import AnswerModel
-from metarec.metrics import rank_order
+from metarec.metrics import leaders, rank_order
 from metarec.notebook import facts_table
 from metarec.progress import progress
 from metarec.recommender_files import digest_of, write_user
@@ -186,11 +186,13 @@ class AdaptedUser:
         catalog = self.fitted.catalog
         left_out = {*self.support.items.tolist(), *self._codes(exclude).tolist()}
         kept = ItemFilter(catalog).kept(where, block) if where is not None or block else np.ones(len(catalog), bool)
-        codes = np.array([code for code in np.flatnonzero(kept).tolist() if code not in left_out], np.int64)
+        codes = np.setdiff1d(np.flatnonzero(kept), sorted(left_out))
         if not 1 <= k <= len(codes):
             raise ConfigError(f"k is {k}", f"There are {len(codes)} items to recommend: choose 1 to {len(codes)}")
         codes = self._retrieved(codes, max(candidates, 2 * k, pool_size(k) if diversity else 0))
         scores = self.scores(codes).numpy()
+        front = leaders(scores, pool_size(k) if diversity else k)
+        codes, scores = codes[front], scores[front]
         order = rank_order(scores, [catalog.ids[code] for code in codes], self.config.seed)
         if diversity:
             order = order[: pool_size(k)]
@@ -330,7 +332,8 @@ class AdaptedUser:
         """Scores items by code, shape (items,); higher is better."""
         fitted = self.fitted
         state = expand_users(self.state, 1)
-        blocks = np.array_split(codes, max(1, -(-len(codes) // _ITEMS_AT_ONCE)))
+        at_once = _TERM_ITEMS_AT_ONCE if len(self.cheap_terms) == len(self.config.score) else _ITEMS_AT_ONCE
+        blocks = np.array_split(codes, max(1, -(-len(codes) // at_once)))
         values = []
         with progress("ranking", len(blocks), after=2.0) as advance:
             for done, block in enumerate(blocks, start=1):

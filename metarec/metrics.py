@@ -130,6 +130,14 @@ def rank_order(scores: NDArray[np.floating], items: Sequence[str], seed: int) ->
     return np.lexsort((np.array(ties), -np.asarray(scores, np.float64)))
 
 
+def leaders(scores: NDArray[np.floating], k: int) -> NDArray[np.int64]:
+    """Returns the positions of the `k` best scores, and of all that equal the last of these, ascending."""
+    falling = -np.asarray(scores, np.float64)
+    if k >= len(falling):
+        return np.arange(len(falling))
+    return np.flatnonzero(~(falling > np.partition(falling, k - 1)[k - 1]))
+
+
 def bootstrap_interval(
     values: NDArray[np.floating], seed: int, clusters: Sequence[Hashable] | None = None
 ) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from metarec.metrics import (
     calibrated,
     calibration_error,
     check_scores,
+    leaders,
     ndcg,
     paired_p_value,
     rank_order,
@@ -69,6 +70,18 @@ def test_ties_do_not_follow_the_input_order() -> None:
     turned = rank_order(np.zeros(4), ITEMS[::-1], 0)
     assert [ITEMS[place] for place in order] == [ITEMS[::-1][place] for place in turned]
     assert any(not np.array_equal(rank_order(np.zeros(4), ITEMS, seed), order) for seed in range(20))
+
+
+def test_leaders_hold_the_first_places_of_the_whole_order() -> None:
+    generator = np.random.default_rng(0)
+    items = [f"item {number}" for number in range(40)]
+    for scores in (generator.integers(0, 6, 40).astype(np.float32), np.zeros(40), generator.normal(size=40)):
+        for few in (np.where(generator.random(40) < 0.2, np.nan, scores), scores):
+            for k in (1, 3, 39, 40, 50):
+                front = leaders(few, k)
+                order = front[rank_order(few[front], [items[place] for place in front], 7)][:k]
+                np.testing.assert_array_equal(order, rank_order(few, items, 7)[:k])
+    assert len(leaders(np.arange(40.0), 3)) == 3
 
 
 @pytest.mark.parametrize("labels", [[True, True], [False, False]])
