@@ -204,7 +204,7 @@ def test_of_a_large_catalog_the_service_reads_what_other_terms_put_in_front(
         return gather(self, items)
 
     monkeypatch.setattr(AnswerModel, "gather", noted)
-    engine = Engine(recommender, store, candidates=32)
+    engine = Engine(recommender, store, candidates=32, linearized_bytes=1 << 20)
     engine._candidates = 12
     engine.prepare()
     assert not asked, "nothing is read before somebody asks"

@@ -27,7 +27,7 @@ from metarec.serve.hot_adapters import HotAdapters
 from metarec.serve.items import check_fields, extend
 from metarec.serve.person import Person
 from metarec.serve.records import NewAdapter, Profile, latest_ratings
-from metarec.serve.retrieval import CandidateRetrieval, Effects
+from metarec.serve.retrieval import CandidateRetrieval, Effects, reads_all
 from metarec.serve.search import Found, TextSearch
 from metarec.serve.store import AdapterStore
 from metarec.tensors import AdapterState
@@ -61,7 +61,8 @@ class Engine:
         users_at_once: Users per batch; the same number gives the same adapters to the last bit.
         workers: How many batches of users, or blocks of items, are computed at the same time.
         linearized_bytes: Bytes of item log-odds and gradients at the initialization, computed once, here; where not
-            all items fit, the most rated ones have them. A user who rated another item takes a slower first step.
+            all items fit, the most rated ones have them. A user who rated another item takes a slower first step. Of a
+            catalog that is too large to be read, no item has them.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Engine:
         self.counters = Counters()
         self._candidates = candidates
         self._save: Callable[[NewAdapter], object] = self.keep
-        linearized = linearize_most_rated(recommender, linearized_bytes)
+        linearized = linearize_most_rated(recommender, linearized_bytes) if reads_all(recommender) else None
         self._model = BatchedModel(recommender, users_at_once=users_at_once, workers=workers, linearized=linearized)
         self.new_user = recommender.adapt([])
         self._adapter_bytes = _size(self.new_user.state)
