@@ -82,7 +82,7 @@ def items_of(requests: Sequence[Request]) -> Codes:
     return np.unique(np.concatenate(named)).astype(np.int64)
 
 
-@one_thread()
+@one_thread(scipy=False)
 def score_each(requests: Sequence[Request], items: int, values: Callable[[Request], ScoreArray]) -> list[Tensor]:
     """Scores requests one by one.
 

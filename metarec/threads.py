@@ -7,6 +7,7 @@ processor: beside another busy process that takes a hundred times as long, and a
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -35,13 +36,15 @@ _LIMITS = _Limits()
 
 
 @contextmanager
-def one_thread(wanted: bool = True) -> Iterator[None]:
+def one_thread(wanted: bool = True, *, scipy: bool = True) -> Iterator[None]:
     """Runs the linear algebra of torch, NumPy and SciPy on one thread, and restores their numbers afterwards.
 
     Also a decorator: ``@one_thread()``. Calls may be nested, and may overlap in several threads.
 
     Args:
         wanted: False leaves everything as it is, e.g. where a language model takes part.
+        scipy: False leaves SciPy's library alone where nothing has imported it yet, which takes half a second: for what
+            serves, and calls none of it.
     """
     if not wanted or getattr(_LIMITS.of_this_thread, "inside", False):
         yield
@@ -53,7 +56,7 @@ def one_thread(wanted: bool = True) -> Iterator[None]:
             torch.set_num_threads(1)
         with _LIMITS.lock:
             if _LIMITS.callers == 0:
-                _LIMITS.limiter = _blas().limit(limits=1, user_api="blas")
+                _LIMITS.limiter = _blas(scipy).limit(limits=1, user_api="blas")
             _LIMITS.callers += 1
         try:
             yield
@@ -185,7 +188,7 @@ def map_each(
 def use_threads(threads: int) -> None:
     """Sets how many threads this process computes on, in torch, NumPy, SciPy, and in what else is loaded by now."""
     torch.set_num_threads(threads)
-    _blas()
+    _blas(True)
     ThreadpoolController().limit(limits=threads)
     _let_any_thread_set_limits()
 
@@ -197,9 +200,18 @@ def _let_any_thread_set_limits() -> None:
         clear(force=True)
 
 
+def _blas(with_scipy: bool) -> ThreadpoolController:
+    """Returns the controller of the libraries that NumPy and SciPy call; of NumPy's alone where SciPy's is not loaded.
+
+    Args:
+        with_scipy: Loads SciPy's.
+    """
+    return _controller(with_scipy or "scipy.linalg" in sys.modules)
+
+
 @cache
-def _blas() -> ThreadpoolController:
-    """Returns the controller of the libraries that NumPy and SciPy call."""
-    import scipy.linalg  # noqa: F401
+def _controller(with_scipy: bool) -> ThreadpoolController:
+    if with_scipy:
+        import scipy.linalg  # noqa: F401
 
     return ThreadpoolController()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -172,3 +175,24 @@ def test_ctrl_c_at_any_moment_restores_the_numbers_of_threads(monkeypatch: pytes
         with pytest.raises(KeyboardInterrupt):
             map_each(press, range(12), workers=4)
     assert (torch.get_num_threads(), blas(), unseen) == (*before, [])
+
+
+def test_what_serves_limits_numpy_without_loading_scipys_library_and_what_fits_limits_both() -> None:
+    code = (
+        "import sys, numpy as np, torch\n"
+        "from threadpoolctl import ThreadpoolController\n"
+        "from metarec.threads import one_thread\n"
+        "ask = lambda: [one['num_threads'] for one in ThreadpoolController().select(user_api='blas').info()]\n"
+        "with one_thread(scipy=False):\n"
+        "    print('scipy' in sys.modules, set(ask()))\n"
+        "before = len(ask())\n"
+        "with one_thread():\n"
+        "    print(len(ask()) - before, set(ask()))\n"
+        "with one_thread(scipy=False):\n"
+        "    print(set(ask()))\n"
+    )
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    first, second, third = done.stdout.splitlines()
+    assert (first, third) == ("False {1}", "{1}")
+    assert second in ("1 {1}", "0 {1}")  # SciPy may share NumPy's library

@@ -76,7 +76,7 @@ class ClosedFormHead:
     has_prior: bool = False
 
 
-@one_thread()
+@one_thread(scipy=False)
 def ridge_head(features: Tensor, targets: Tensor, real: Tensor, penalty: Tensor) -> Tensor:
     """Fits a ridge regression of a few targets on many features, by a linear system of the number of ratings.
 
@@ -122,7 +122,7 @@ def prototype_head(features: Tensor, liked: Tensor, real: Tensor, scale: Tensor)
     return 2 * scale[:, None] * (means[:, 0] - means[:, 1]) * both
 
 
-@one_thread()
+@one_thread(scipy=False)
 def posterior_head(features: Tensor, errors: Tensor, real: Tensor, prior: Mapping[str, Tensor]) -> Tensor:
     """Returns the posterior mean of each user's weights, by a linear system of the number of ratings.
 
@@ -145,7 +145,7 @@ def posterior_head(features: Tensor, errors: Tensor, real: Tensor, prior: Mappin
     return weights[:, :-1]
 
 
-@one_thread()
+@one_thread(scipy=False)
 def leave_one_out_errors(features: Tensor, errors: Tensor, real: Tensor, prior: Mapping[str, Tensor]) -> Tensor:
     """Returns each rating minus what the posterior given the user's other ratings expects, shape (users, items).
 

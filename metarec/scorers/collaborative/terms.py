@@ -41,7 +41,7 @@ class CollaborativeTerm:
 
     stack: Stacked
 
-    @one_thread()
+    @one_thread(scipy=False)
     def values(self, supports: Sequence[Ratings], items: Sequence[Codes]) -> list[Values]:
         """See `Term.values`."""
         return [
@@ -49,7 +49,7 @@ class CollaborativeTerm:
             for support, codes in zip(supports, items, strict=True)
         ]
 
-    @one_thread()
+    @one_thread(scipy=False)
     def leave_one_out(self, supports: Sequence[Ratings]) -> list[Values]:
         """See `Term.leave_one_out`."""
         return [self.stack.leave_one_out(support) - self.stack.prior.values(support.items) for support in supports]
