@@ -21,12 +21,14 @@ from metarec.data.filters import ItemFilter
 from metarec.data.interactions import Codes, Ratings, Values
 from metarec.errors import ConfigError
 from metarec.explanations import Reason, explain
-from metarec.fitting import Fitted, adapted_model, meta_scorer, score_terms
+from metarec.fitting import Fitted, adapted_model, meta_scorer
+from metarec.given_side import asked_at, side_facts
 from metarec.lm.answer_model import AnswerModel
 from metarec.metrics import leaders, rank_order
 from metarec.notebook import facts_table
 from metarec.progress import progress
 from metarec.recommender_files import digest_of, write_user
+from metarec.registries import TERMS
 from metarec.reranking import ItemVectors, check_diversity, mmr, pool_size
 from metarec.scorers.language.score import score_adapted
 from metarec.scorers.term import weighted_sum
@@ -114,6 +116,17 @@ class AdaptedUser:
         codes = self._codes(items)
         scores = [float(value) for value in self.scores(codes)]
         return _frame(self._entries(codes, scores)) if as_frame else scores
+
+    def at(self, **moment: str | float) -> AdaptedUser:
+        """Returns the same person in a moment, e.g. ``at(device="phone", hour=20)``, without adapting again.
+
+        Args:
+            **moment: Columns that the task's `context` names, to their values now.
+
+        Raises:
+            ConfigError: The recommender knows no such column.
+        """
+        return replace(self, support=asked_at(self.fitted, self.support, moment))
 
     def _codes(self, items: Sequence[str]) -> Codes:
         if isinstance(items, str):
@@ -267,7 +280,7 @@ class AdaptedUser:
     def _retrieved(self, codes: Codes, count: int) -> Codes:
         """Returns the best items by the terms that need no language model; all of them where no term says anything."""
         cheap = self.cheap_terms
-        if len(codes) <= count or not cheap or len(cheap) == len(self.config.score):
+        if len(codes) <= count or not cheap or not (self.adapted_model or len(cheap) < len(self.fitted.terms)):
             return codes
         best = np.argsort(-self.term_scores(cheap)[codes], kind="stable")[:count]
         retrieved: Codes = np.sort(codes[best])
@@ -276,8 +289,7 @@ class AdaptedUser:
     @property
     def cheap_terms(self) -> tuple[str, ...]:
         """The terms that read no language model."""
-        chosen = score_terms(self.config)
-        return tuple(name for name in self.fitted.terms if not chosen[name].needs_model)
+        return tuple(name for name in self.fitted.terms if not TERMS.get(name).needs_model)
 
     @torch.no_grad()
     def term_scores(self, names: Sequence[str] | None = None) -> Values:
@@ -320,6 +332,7 @@ class AdaptedUser:
             "ratings": [[fitted.catalog.ids[code], rating] for code, rating in rated],
             "diverged": self.diverged,
             "seconds": self.seconds,
+            **side_facts(self.support),
         }
         write_user(Path(path), self.state, facts, fitted, self.config, whole=whole)
 

@@ -195,13 +195,15 @@ class CollaborativeConfig(Section):
         description="several predictors with fitted weights; one Gaussian process with learned factors; one with a "
         "linear kernel over features; or item means alone",
     )
-    features: tuple[Literal["words", "text", "tuned text", "fields", "lm"], ...] | None = Field(
+    features: tuple[Literal["words", "text", "tuned text", "fields", "vectors", "lm"], ...] | None = Field(
         None,
         description="what it and rarely rated items' means read: words of titles (TF-IDF), titles by the sentence "
-        "encoder, by that encoder with a LoRA learned from what users like, the catalog's fields, hidden states of the "
-        "language model; null: text and fields, and lm where a task asks about items that nobody rated",
+        "encoder, by that encoder with a LoRA learned from what users like, the catalog's fields, vectors that the "
+        "data bring, hidden states of the language model; null: text and fields, vectors where there are any, and lm "
+        "where a task asks about items that nobody rated",
     )
     encoder: str = Field("minilm-l6-v2", description="the sentence encoder of `text` and `tuned text`")
+    side: bool = Field(True, description="where a task brings side information of users or moments, the score reads it")
     tuning: EncoderTuningConfig = EncoderTuningConfig()
     gp: GPConfig = GPConfig()
     stack: StackConfig = StackConfig()

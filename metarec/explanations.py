@@ -44,7 +44,8 @@ def explain(
     """
     if not len(support) or not len(scores):
         return [[] for _ in scores]
-    without = [Ratings(np.delete(support.items, row), np.delete(support.values, row)) for row in range(len(support))]
+    rows = np.arange(len(support))
+    without = [support.unlabelled().rows(np.delete(rows, row)) for row in rows]
     moved = np.stack([scores - other for other in scores_without(without)])
     return [
         [

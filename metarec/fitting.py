@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from metarec.calibration import Calibration, fit_calibration
@@ -27,27 +26,19 @@ from metarec.meta.heads import ClosedFormHead, closed_form_head, takes_steps
 from metarec.meta.inner_loop import MetaState
 from metarec.registries import ADAPTER_KINDS, TERMS
 from metarec.scorer import Scorer
-from metarec.scorers.collaborative.features import (
-    Features,
-    item_features,
-    state_vectors,
-    unrated_features,
-    word_vectors,
-)
-from metarec.scorers.collaborative.item_mean import ItemPrior
-from metarec.scorers.collaborative.residuals import Floats
+from metarec.scorers.collaborative.features import Features
+from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
+from metarec.scorers.collaborative.side_effects import FittedSide, fit_side
 from metarec.scorers.collaborative.terms import CollaborativeTerm
-from metarec.scorers.collaborative.text import unit_vectors
 from metarec.scorers.collaborative.trivial import ItemMean
 from metarec.scorers.language.adapted import InnerLoop, MetaScorer
-from metarec.scorers.language.encoder_tuning import tuned_text_vectors
 from metarec.scorers.language.expected_rating import expected_rating
-from metarec.scorers.language.item_vectors import hidden_state_vectors, text_vectors
 from metarec.scorers.language.score import initial_state
 from metarec.scorers.language.weight_prior import fit_head_start
 from metarec.scorers.language.zero_shot import ZeroShot
 from metarec.scorers.term import ADAPTER_TERM, CrossFitted, ScoreTerm, Term, TermContext
 from metarec.stack_files import cached_stack
+from metarec.task_features import SIDE_TERM, collaborative_features, for_task
 from metarec.tensors import AdapterState
 
 if TYPE_CHECKING:
@@ -126,18 +117,6 @@ def adapted_model(config: RunConfig, answer_model: AnswerModel | None) -> Answer
     return answer_model if ADAPTER_TERM in config.score else None
 
 
-def for_task(config: RunConfig, task: Task) -> RunConfig:
-    """Returns the settings with what they leave to the task filled in: the features that the score reads of items.
-
-    Hidden states of the language model take a reading of the whole catalog. They help where nobody rated the items that
-    a task asks about, and nowhere else (docs/benchmark.md), so they are left out elsewhere.
-    """
-    if config.collaborative.features is not None:
-        return config
-    features = ("text", "fields", "lm") if task.split.asks_unrated else ("text", "fields")
-    return config.model_copy(update={"collaborative": config.collaborative.model_copy(update={"features": features})})
-
-
 def needs_model(config: RunConfig) -> bool:
     """Says whether the score, or the features that the settings name, read the language model."""
     reads_states = "lm" in (config.collaborative.features or ())
@@ -163,16 +142,19 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
     collaborative = config.collaborative
     if "collaborative" not in config.score:
         collaborative = collaborative.model_copy(update={"members": "none"})
+    features = collaborative_features(answer_model, data, config)
+    side = _side(data, config, features)
     stack = cached_stack(
-        data.interactions,
+        data.interactions if side is None else side.interactions,
         data.parts["train"],
-        collaborative_features(answer_model, data, config),
+        features,
         collaborative,
         threshold=data.task.like_threshold,
         hide=collaborative.stack.hidden_share if data.task.split.asks_unrated else 0.0,
         seed=config.seed,
     )
-    prior = stack.prior
+    train = data.parts["train"]
+    prior = stack.prior if side is None else features.smoothed(fit_item_mean(data.interactions, train), config.seed)
     if "item mean" not in config.score:
         stack = stack.with_zero_mean()
     terms = score_terms(config)
@@ -184,6 +166,7 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
         config.score,
         stack,
         answer_model,
+        side,
     )
     crossed = {name: term.fit(context) for name, term in terms.items() if term.fit is not None}
     head = fit_head_start(head_of(config), terms, crossed, context, answer_model, config.collaborative.linear)
@@ -211,6 +194,20 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
         training={},
     )
     return Prepared(fitted, head.crossed, context, head.shifts)
+
+
+def _side(data: TaskData, config: RunConfig, features: Features) -> FittedSide | None:
+    """Returns the effects of side information; None where the score reads none."""
+    if SIDE_TERM not in config.score or not data.interactions.side:
+        return None
+    return fit_side(
+        data.interactions,
+        data.parts["train"],
+        features,
+        threshold=data.task.like_threshold,
+        folds=config.collaborative.stack.folds,
+        seed=config.seed,
+    )
 
 
 def meta_scorer(
@@ -315,47 +312,6 @@ def catalog_answer_model(
     )
     block_dtype = torch.bfloat16 if config.dtype == "mixed" else None
     return open_answer_model(backbone, prompts, placement, block_dtype, config.cache)
-
-
-def collaborative_features(answer_model: AnswerModel | None, data: TaskData, config: RunConfig) -> Features:
-    """Returns what the collaborative term, and the means of rarely rated items, know of items.
-
-    Args:
-        answer_model: The language model over the catalog; None where the settings leave its states out.
-        data: The task's data; the task says what is read of an item: text, fields, and sentences where unrated items
-            are queried.
-        config: The settings; `collaborative.features` says what is read.
-    """
-    task, catalog = data.task, data.interactions.catalog
-    wanted = for_task(config, task).collaborative.features or ()
-    read: dict[str, Floats] = {}
-    if "lm" in wanted:
-        assert answer_model is not None
-        if task.hidden_states and answer_model.backbone.kind == "causal":
-            read["lm"] = hidden_state_vectors(answer_model.backbone, catalog, task.hidden_states)
-        else:
-            # Where items are rated, the prompt's own states will do, which are read anyway.
-            read["lm"] = state_vectors(answer_model.states)
-    if "text" in wanted:
-        read["text"] = text_vectors(catalog, task.item_text, config.collaborative.encoder)
-    if "words" in wanted:
-        read["words"] = word_vectors([task.item_text.render(catalog, code) for code in range(len(catalog))])
-    fields = item_features(catalog, task.read_fields(catalog).read) if "fields" in wanted else {}
-    if "tuned text" in wanted:
-        read["tuned text"] = tuned_text_vectors(
-            data,
-            config.collaborative.encoder,
-            config.collaborative.tuning,
-            config.seed,
-            [*read.values(), *fields.values()],
-            config.collaborative.linear,
-        )
-    if not read and not fields:
-        read["nothing"] = np.zeros((len(catalog), 1))
-    if task.split.asks_unrated:
-        return unrated_features(read, fields)
-    side_by_side = [unit_vectors(vectors) for vectors in (read or fields).values()]
-    return Features({**read, **fields}, np.concatenate(side_by_side, 1))
 
 
 def unadapted_rows(fitted: Fitted, baseline: str) -> list[Scorer]:

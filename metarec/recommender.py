@@ -15,8 +15,8 @@ from metarec.adapted_user import AdaptedUser
 from metarec.artifacts import recover_dir
 from metarec.config import Dtype, Precision, RunConfig, validated
 from metarec.data.frames import is_frame
-from metarec.data.given_ratings import GivenRatings, rating_pairs
-from metarec.data.interactions import Ratings, read_ratings
+from metarec.data.given_ratings import GivenRatings
+from metarec.data.interactions import Ratings
 from metarec.data.source_options import is_table
 from metarec.data.split_record import refuse_other_catalog
 from metarec.data.task import Task
@@ -29,7 +29,6 @@ from metarec.fitting import (
     Prepared,
     adapted_model,
     calibrated,
-    for_task,
     meta_scorer,
     needs_model,
     open_backbone,
@@ -37,6 +36,7 @@ from metarec.fitting import (
     read_items,
     unadapted_rows,
 )
+from metarec.given_side import About, Moment, given_support, saved_support
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
@@ -50,6 +50,7 @@ from metarec.report import Report
 from metarec.run_directory import recommender_dir
 from metarec.scorer import Scorer
 from metarec.scorers.language.adapted import MetaScorer
+from metarec.task_features import for_task
 from metarec.tensors import AdapterState, select_user
 from metarec.training import meta_train, training_identity
 
@@ -143,8 +144,7 @@ class MetaRecommender:
             if config is not None:
                 raise ConfigError(f"'{saved}' brings its own settings", "Leave 'config' out")
             loaded = cls(*read_recommender(saved, place))
-            loaded._from_file = True
-            loaded._saved, loaded._place = saved.absolute(), place
+            loaded._from_file, loaded._saved, loaded._place = True, saved.absolute(), place
             return loaded
         given = (config or RunConfig()).model_dump()
         config = validated(RunConfig, {**given, "backbone": str(name), **place}, "from_pretrained")
@@ -215,14 +215,11 @@ class MetaRecommender:
         return self
 
     def prepare(self, task: TaskLike | None = None, **own: Any) -> MetaRecommender:
-        """Fits everything but the meta-parameters, which stay as they start: nothing is meta-trained.
+        """Fits everything but the meta-parameters, which stay as they start; returns itself, ready to score and adapt.
 
         Args:
             task: See `fit`.
             **own: See `fit`.
-
-        Returns:
-            Itself, ready to score and to adapt from a fresh adapter.
         """
         data = self.task_data(task, **own)
         self._keep(self._prepare(data).fitted, data)
@@ -254,16 +251,14 @@ class MetaRecommender:
         """
         from metarec.data.given_task import load_given, load_saved
 
-        if task is not None:
-            return load_given(task, own, self.config.seed)
-        if own:
+        if task is None and own:
             raise ConfigError(f"'{min(own)}' is given without a table", "Give the table, too")
-        if self._data is not None:
+        if task is None and self._data is not None:
             return self._data
-        task = self._fitted.task if self._fitted else self.config.task
-        if self._from_file and isinstance(task, Task):
-            return load_saved(task, self.config.seed)
-        return load_given(task, {}, self.config.seed)
+        if task is None and self._from_file and self._fitted:
+            return load_saved(self._fitted.task, self.config.seed)
+        known = self._fitted.task if self._fitted else self.config.task
+        return load_given(known if task is None else task, own, self.config.seed)
 
     def scorer(
         self, *, rate_scale: float = 1.0, steps: int | None = None, name: str = "metarec, adapted"
@@ -280,9 +275,8 @@ class MetaRecommender:
     def scorers(self) -> list[Scorer]:
         """Returns the rows of the default table: item mean, stack, zero-shot prompt, before and after adaptation.
 
-        Before adaptation the adapter is everybody's; the collaborative term knows the support all the same. Rows of
-        parts that the score leaves out are left out; a task whose prompt names an answer word per rating gets the
-        expected rating as well.
+        Before adaptation the adapter is everybody's; the collaborative term knows the support all the same. Parts that
+        the score leaves out have no row; a task whose prompt names an answer word per rating gets the expected rating.
         """
         rows = unadapted_rows(self.fitted, BASELINE)
         return [*rows, self.scorer(steps=0, name="metarec, before adaptation"), self.scorer()]
@@ -336,18 +330,24 @@ class MetaRecommender:
             calibrated={(own, found.shots): found for found in self.fitted.calibration} if scorers is None else {},
         )
 
-    def adapt(self, ratings: GivenRatings) -> AdaptedUser:
+    def adapt(
+        self, ratings: GivenRatings, *, about: About = None, friends: Sequence[str] = (), context: Moment = None
+    ) -> AdaptedUser:
         """Adapts to one person.
 
         Args:
             ratings: ``(title or id, rating)`` pairs, a dictionary ``{title or id: rating}``, or a DataFrame with the
                 columns ``item`` and ``rating``; with none, the person gets the unadapted ranking.
+            about: A sentence about the person, or fields of users to their values.
+            friends: Ids of friends among the users it was fitted on.
+            context: Columns of the data's `context` to their values now; `AdaptedUser.at` asks in another moment.
 
         Raises:
             UnknownItemError: An item is not in the catalog.
             RatingError: A rating is not finite, off the scale, or an item is rated twice.
+            ConfigError: The recommender knows no such field, or no side information at all.
         """
-        support = read_ratings(rating_pairs(ratings), self.fitted.catalog, self.fitted.scale)
+        support = given_support(self.fitted, ratings, about, friends, context)
         started = time.perf_counter()
         adapted = self.scorer().adapt([support])
         seconds = time.perf_counter() - started
@@ -366,7 +366,7 @@ class MetaRecommender:
         state, user = read_user(Path(path), self.fitted, self.config)
         if user["recommender"] != self.digest:
             raise ArtifactError(f"'{path}' was adapted from another recommender", "Load it with the one that made it")
-        support = read_ratings([*map(tuple, user["ratings"])], self.fitted.catalog, self.fitted.scale)
+        support = saved_support(self.fitted, user)
         return self.adapted_user(support, state, bool(user["diverged"]), float(user["seconds"]))
 
     @property

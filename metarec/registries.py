@@ -17,6 +17,7 @@ TERMS: Registry[Any] = Registry(
     {
         "item mean": "metarec.scorers.collaborative.terms:ITEM_MEAN",
         "collaborative": "metarec.scorers.collaborative.terms:COLLABORATIVE",
+        "side information": "metarec.scorers.collaborative.terms:SIDE",
         "prompt": "metarec.scorers.language.prompt_term:PROMPT",
         "kernel mean": "metarec.scorers.language.weight_prior:KERNEL_MEAN",
         "adapter": "metarec.scorers.language.score:ADAPTER",

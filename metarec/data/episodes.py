@@ -195,7 +195,7 @@ def evaluation_episodes(
             unrated = query_from.copy()
             unrated[interactions.item[interactions.rows_of_user[user]]] = False
             query = _with_unrated(query, np.flatnonzero(unrated), interactions, candidates, sampled, seed, name)
-        episodes.append(Episode(name, interactions.ratings(support), query))
+        episodes.append(Episode(name, interactions.ratings(support).asking(query), query))
     return episodes, len(users) - len(episodes)
 
 
@@ -225,10 +225,13 @@ def _with_unrated(
         unrated = seeded(seed, f"{name}\0candidates").choice(unrated, min(sampled, len(unrated)), replace=False)
     if query.liked is None:
         raise ConfigError("unrated candidates need labelled ratings", "Load the data through its task")
+    # Nobody was there in the moment of an unrated item: it takes one of the query's.
+    rows = np.resize(np.arange(len(query)), len(query) + len(unrated))
     return Ratings(
         np.concatenate([query.items, unrated]),
         np.concatenate([query.values, np.full(len(unrated), data.scale.low, np.float32)]),
         np.concatenate([query.liked, np.zeros(len(unrated), bool)]),
+        None if query.side is None else query.side.rows(rows),
     )
 
 

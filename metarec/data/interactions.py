@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from metarec.data.side import Side, SideColumns
 from metarec.data.titles import TitleIndex
 from metarec.errors import DataError, RatingError, UnknownItemError, shown
 
@@ -122,11 +123,13 @@ class Ratings:
         items: Item codes, shape (ratings,).
         values: Ratings on the dataset's scale, shape (ratings,).
         liked: What the task's label rule says of each, shape (ratings,); None where no rule was applied.
+        side: What is known beside the ratings, of the user and of the moments; None where nothing is.
     """
 
     items: Codes
     values: Values
     liked: Flags | None = None
+    side: Side | None = None
 
     def __post_init__(self) -> None:
         if self.items.shape != self.values.shape or self.items.ndim != 1:
@@ -143,7 +146,12 @@ class Ratings:
 
     def rows(self, chosen: Codes | slice) -> Ratings:
         """Returns the ratings in some positions."""
-        return Ratings(self.items[chosen], self.values[chosen], None if self.liked is None else self.liked[chosen])
+        return Ratings(
+            self.items[chosen],
+            self.values[chosen],
+            None if self.liked is None else self.liked[chosen],
+            None if self.side is None else self.side.rows(chosen),
+        )
 
     def head(self, count: int) -> Ratings:
         """Returns the first `count` ratings."""
@@ -163,7 +171,13 @@ class Ratings:
 
     def unlabelled(self) -> Ratings:
         """Returns the same ratings as a person would give them: a rule may have looked at held-out ratings."""
-        return Ratings(self.items, self.values)
+        return Ratings(self.items, self.values, side=self.side)
+
+    def asking(self, query: Ratings) -> Ratings:
+        """Returns the same ratings, of a user who is asked about a query at its moments."""
+        if self.side is None or query.side is None:
+            return self
+        return replace(self, side=self.side.asking(query.side.rated))
 
     @classmethod
     def empty(cls) -> Ratings:
@@ -249,6 +263,8 @@ class Interactions:
         notes: What the source did that a person should know, in sentences.
         part: Which part of a given split each row belongs to, as a position in `PART_NAMES`, shape (rows,); None where
             the split is not given with the data.
+        item_vectors: Name to a vector of each item that the data bring along, shape (items, width); NaN where unknown.
+        side: What else is known of users and of the moments of rows.
     """
 
     users: tuple[str, ...]
@@ -262,6 +278,8 @@ class Interactions:
     liked: Flags | None = None
     notes: tuple[str, ...] = ()
     part: Codes | None = None
+    item_vectors: Mapping[str, Values] = field(default_factory=dict)
+    side: SideColumns = field(default_factory=SideColumns)
 
     def __len__(self) -> int:
         return len(self.user)
@@ -284,8 +302,13 @@ class Interactions:
         return np.bincount(pairs // max(len(self.catalog), 1), minlength=len(self.users))
 
     def ratings(self, rows: Codes) -> Ratings:
-        """Returns the items and ratings of some rows."""
-        return Ratings(self.item[rows], self.rating[rows], None if self.liked is None else self.liked[rows])
+        """Returns the items and ratings of some rows, which are one user's."""
+        return Ratings(
+            self.item[rows],
+            self.rating[rows],
+            None if self.liked is None else self.liked[rows],
+            self.side.of(self.user[rows], rows) if self.side and len(rows) else None,
+        )
 
     def likes(self, threshold: float) -> Flags:
         """Says of each row whether it is a like, as `Ratings.likes` does for one user's ratings, shape (rows,)."""
@@ -306,6 +329,7 @@ class Interactions:
             timestamp=None if self.timestamp is None else self.timestamp[rows],
             liked=None if self.liked is None else self.liked[rows],
             part=None if self.part is None else self.part[rows],
+            side=self.side.rows(rows),
         )
 
     @cached_property
@@ -317,4 +341,8 @@ class Interactions:
         digest.update("\0".join([*sorted(self.catalog.fields), str(self.scale)]).encode())
         for numbers in (self.user, self.item, self.rating, self.timestamp):
             digest.update(b"" if numbers is None else np.ascontiguousarray(numbers).tobytes())
+        if self.side:
+            digest.update(self.side.digest)
+        for name, vectors in sorted(self.item_vectors.items()):
+            digest.update(f"{name} {vectors.shape}".encode() + np.ascontiguousarray(vectors).tobytes())
         return digest.hexdigest()[:16]

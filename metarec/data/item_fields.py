@@ -29,7 +29,8 @@ _CARRIED_SHARE = 0.25
 _NUMBER_SHARE = 0.9
 # Words that are categories of their own, as RecBole writes genres; text has more of them.
 _MAX_WORDS = 300
-_SEPARATORS = re.compile(r"[,|;]")
+# Commas and semicolons of Latin, Chinese, Japanese and Arabic scripts, and bars.
+_SEPARATORS = re.compile(r"[,|;、，；،؛]")  # noqa: RUF001
 _ID_NAME = re.compile(r"(?:.*[_\W])?(?:id|isbn\d*|ean|gtin|upc|asin|sku|url|index)|.*[a-z]Id|.*ID", re.DOTALL)
 _DATE = re.compile(r"(-?\d{4})-(\d\d)(?:-\d\d)?(?:[T ].*)?", re.DOTALL)
 _NUMBER = re.compile(
@@ -67,8 +68,8 @@ def field_kind(name: str, column: Sequence[str]) -> FieldKind | Unread:
 def tokens_in(column: Sequence[str]) -> list[set[str]]:
     """Returns the categories of each value.
 
-    They end at commas, bars and semicolons. A column without these holds one category a value; or, where there are
-    fewer words than values, as in RecBole's ``Comedy Drama``, one a word.
+    They end at commas, bars and semicolons of any script. A column without these holds one category a value; or, where
+    there are fewer words than values, as in RecBole's ``Comedy Drama``, one a word.
     """
     if any(_SEPARATORS.search(text) for text in column):
         return [{token.strip() for token in _SEPARATORS.split(text)} - {""} for text in column]

@@ -116,7 +116,7 @@ def read_own(data: pd.DataFrame | Path, options: SourceOptions, items: pd.DataFr
     tables = frame_tables(data, options, items)
     for note in tables.notes:
         _LOG.warning("%s", note)
-    return assemble_tables(tables, quarantine=options.bad_rows == "quarantine")
+    return assemble_tables(tables, quarantine=options.bad_rows == "quarantine", of_rows=options.of_rows)
 
 
 def with_item_fields(data: pd.DataFrame | Path, options: SourceOptions) -> SourceOptions:
@@ -197,7 +197,7 @@ def _item_fields(data: pd.DataFrame | Path, options: SourceOptions) -> dict[str,
         names, frame = [str(name) for name in data.columns], data.rename(columns=str)
     columns = layout_of_ratings(str(data) if isinstance(data, Path) else "the DataFrame", names, options).columns
     item = text_column(frame[columns.get("item", columns["title"])])
-    ignored = {theirs for theirs in options.columns.values() if theirs}
+    ignored = {theirs for theirs in options.columns.values() if theirs} | set(options.of_rows)
     found: dict[str, str] = {}
     for theirs in names:
         if not theirs or theirs in columns.values() or theirs in ignored:

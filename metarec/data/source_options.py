@@ -14,7 +14,14 @@ from metarec.data.interactions import RatingScale
 TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".dat", ".json", ".jsonl", ".ndjson", ".parquet", ".gz")
 # What describes a folder that `metarec.data.sources.write_tables` wrote.
 CONVERTED = "dataset.json"
+# What timestamps say of a moment, where no column does.
+OF_TIME = ("hour", "weekday", "month")
 BadRows = Literal["error", "quarantine"]
+
+
+def _unset(value: object) -> bool:
+    """Says whether an option is left out, so that tasks without it keep the digest they had before there was one."""
+    return not value
 
 
 def is_table(path: str | Path) -> bool:
@@ -50,6 +57,30 @@ class SourceOptions(Section):
     line_breaks: bool = Field(False, description="whether quoted fields may hold line breaks")
     scale: tuple[float, float] | None = Field(None, description="lowest and highest rating; null takes what there is")
     bad_rows: BadRows = Field("error", description="quarantine: leave bad rows out and count them")
+    vectors: dict[str, str] = Field(
+        {},
+        description="names to files (.npz, .npy, .parquet, .safetensors) of items' vectors, as of images",
+        exclude_if=_unset,
+    )
+    item_graph: str | None = Field(
+        None, description="file of edges: item, relation, other; other is an item or anything else", exclude_if=_unset
+    )
+    users: str | None = Field(
+        None, description="file of users: user, then their fields; 'about' is a sentence", exclude_if=_unset
+    )
+    friends: str | None = Field(None, description="file of edges between users: user, friend", exclude_if=_unset)
+    context: tuple[str, ...] = Field(
+        (),
+        description="columns that say in which moment a rating was given; hour, weekday and month are read off "
+        "timestamps where there are no such columns",
+        exclude_if=_unset,
+    )
+    review: str | None = Field(None, description="column of the text that came with a rating", exclude_if=_unset)
+
+    @property
+    def of_rows(self) -> tuple[str, ...]:
+        """Columns of ratings that are side information."""
+        return (*self.context, *([self.review] if self.review else []))
 
     @field_validator("separator")
     @classmethod

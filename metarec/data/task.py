@@ -227,6 +227,18 @@ class Task(Section):
         return self
 
     @property
+    def brings_vectors(self) -> bool:
+        """Whether the data bring vectors of items, or a graph that becomes some."""
+        parts = (self.dataset, *self.dataset.parts.values())
+        return any(part.options.vectors or part.options.item_graph for part in parts)
+
+    @property
+    def brings_side(self) -> bool:
+        """Whether the data bring side information of users or of moments."""
+        options = [part.options for part in (self.dataset, *self.dataset.parts.values())]
+        return any(one.users or one.friends or one.context for one in options)
+
+    @property
     def hidden_states(self) -> tuple[str, ...]:
         """Sentences that a causal language model reads of each item where ones are asked about that nobody rated."""
         if not self.split.asks_unrated:

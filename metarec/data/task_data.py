@@ -20,6 +20,7 @@ from metarec.data.episodes import (
     split_users,
 )
 from metarec.data.interactions import PART_NAMES, Codes, Flags, Interactions, SplitPart
+from metarec.data.side_files import with_side
 from metarec.data.sources import read_source
 from metarec.data.task import DatasetConfig, QueryConfig, SplitConfig, Task, UnseenFrom
 from metarec.data.templates import derive_fields
@@ -210,6 +211,8 @@ def load_dataset(
         data = merge({name: load_dataset(part) for name, part in config.parts.items()})
     else:
         data = read_source(config.source, config.path, config.options, files)
+    if config.source != "mix":
+        data = with_side(data, config.path, config.options)
     if config.fields:
         data = replace(data, catalog=derive_fields(data.catalog, config.fields))
     return keep_users(data, *config.ratings_per_user)

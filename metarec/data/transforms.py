@@ -7,13 +7,14 @@ somebody gave, to another scale. Knows nothing of files, splits or models.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from metarec.data.episodes import seeded
-from metarec.data.interactions import Catalog, Codes, Interactions, RatingScale
+from metarec.data.interactions import Catalog, Codes, Interactions, RatingScale, Values
+from metarec.data.side import SideColumns, Texts
 from metarec.errors import DataError, suggest
 
 DOMAIN = "domain"
@@ -52,7 +53,8 @@ def as_domains(interactions: Interactions, field: str, separator: str) -> Intera
     kept = domain >= 0
     lost = int((~kept).sum())
     dropped = {**interactions.dropped, **({f"item without {field}": lost} if lost else {})}
-    return replace(interactions.subset(kept), users=tuple(domains), user=domain[kept], dropped=dropped)
+    moments = SideColumns(moments=interactions.side.moments, reviews=interactions.side.reviews).rows(kept)
+    return replace(interactions.subset(kept), users=tuple(domains), user=domain[kept], dropped=dropped, side=moments)
 
 
 def merge(parts: Mapping[str, Interactions]) -> Interactions:
@@ -90,6 +92,52 @@ def merge(parts: Mapping[str, Interactions]) -> Interactions:
         catalog=Catalog(tuple(f"{label}/{item}" for label, part in named for item in part.catalog.ids), columns),
         scale=scale,
         dropped={f"{label}: {reason}": count for label, part in named for reason, count in part.dropped.items()},
+        item_vectors=_joined_vectors([part for _, part in named]),
+        side=_joined_sides(named),
+    )
+
+
+def _joined_vectors(parts: Sequence[Interactions]) -> dict[str, Values]:
+    """Returns the items' vectors of several datasets, NaN where a dataset has none of a name."""
+    found: dict[str, Values] = {}
+    for name in dict.fromkeys(name for part in parts for name in part.item_vectors):
+        widths = {part.item_vectors[name].shape[1] for part in parts if name in part.item_vectors}
+        if len(widths) > 1:
+            raise DataError(
+                f"the vectors '{name}' are {' and '.join(map(str, sorted(widths)))} numbers wide",
+                "Give them names of their own in each part",
+            )
+        blank = [np.full((len(part.catalog), max(widths)), np.nan, np.float32) for part in parts]
+        found[name] = np.concatenate(
+            [part.item_vectors.get(name, none) for part, none in zip(parts, blank, strict=True)]
+        )
+    return found
+
+
+def _joined_sides(named: Sequence[tuple[str, Interactions]]) -> SideColumns:
+    """Returns the side information of several datasets, empty texts where a dataset has no column of a name."""
+
+    def joined(columns: Sequence[Mapping[str, Texts]], lengths: Sequence[int]) -> dict[str, Texts]:
+        names = dict.fromkeys(name for column in columns for name in column)
+        blanks = [np.full(length, "", object) for length in lengths]
+        return {
+            name: np.concatenate([some.get(name, blank) for some, blank in zip(columns, blanks, strict=True)])
+            for name in names
+        }
+
+    sides, rows = [part.side for _, part in named], [len(part) for _, part in named]
+    users = [len(part.users) for _, part in named]
+    friends = tuple(
+        tuple(f"{label}/{friend}" for friend in some)
+        for label, part in named
+        for some in part.side.friends or ((),) * len(part.users)
+    )
+    reviews = joined([{} if side.reviews is None else {"": side.reviews} for side in sides], rows).get("")
+    return SideColumns(
+        joined([side.about for side in sides], users),
+        friends if any(friends) else (),
+        joined([side.moments for side in sides], rows),
+        reviews,
     )
 
 
@@ -126,15 +174,21 @@ def with_negatives(interactions: Interactions, per_positive: int, seed: int, pop
         np.concatenate([*part, np.zeros(0, np.int64)]) for part in (users, items, sources)
     )
     time, part = interactions.timestamp, interactions.part
+    source = source.astype(np.int64)
+    side = interactions.side
+    moments = {name: np.concatenate([column, column[source]]) for name, column in side.moments.items()}
+    unsaid = np.full(len(source), "", object)
+    reviews = None if side.reviews is None else np.concatenate([side.reviews, unsaid])
     return replace(
         interactions,
         user=np.concatenate([interactions.user, extra_user]).astype(np.int64),
         item=np.concatenate([interactions.item, extra_item]).astype(np.int64),
         rating=np.repeat(np.array([1, 0], np.float32), [len(interactions), len(extra_user)]),
-        timestamp=None if time is None else np.concatenate([time, time[source.astype(np.int64)]]),
+        timestamp=None if time is None else np.concatenate([time, time[source]]),
         scale=RatingScale(0.0, 1.0),
         liked=None,
-        part=None if part is None else np.concatenate([part, part[source.astype(np.int64)]]),
+        part=None if part is None else np.concatenate([part, part[source]]),
+        side=replace(side, moments=moments, reviews=reviews),
     )
 
 
@@ -172,4 +226,10 @@ def keep_users(interactions: Interactions, fewest: int, most: int | None) -> Int
     rows = new[interactions.user] >= 0
     data = interactions.subset(rows)
     dropped = {**interactions.dropped, "user outside ratings_per_user": len(interactions.users) - len(kept)}
-    return replace(data, users=tuple(interactions.users[user] for user in kept), user=new[data.user], dropped=dropped)
+    return replace(
+        data,
+        users=tuple(interactions.users[user] for user in kept),
+        user=new[data.user],
+        dropped=dropped,
+        side=data.side.users(kept),
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -31,8 +31,10 @@ from metarec.scorers.collaborative.foldin import ALS, EASE, ItemKNN, UserKNN
 from metarec.scorers.collaborative.gp import GaussianProcess
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.networks import Network
+from metarec.scorers.collaborative.side_effects import SideEffects
+from metarec.scorers.collaborative.side_readers import Categories, Friends, Numbers
 from metarec.scorers.collaborative.stack import Stacked
-from metarec.scorers.collaborative.terms import CollaborativeTerm, ItemMeanTerm
+from metarec.scorers.collaborative.terms import CollaborativeTerm, ItemMeanTerm, SideTerm
 from metarec.scorers.collaborative.text import TextLogistic, TextRidge, TwoTower
 from metarec.scorers.collaborative.trivial import Constant, ItemMean, Popularity, Random
 from metarec.scorers.language.adapted import InnerLoop, MetaScorer
@@ -52,11 +54,13 @@ _FORMAT = 2
 CLASSES: dict[str, type[Any]] = {
     "ALS": ALS,
     "Catalog": Catalog,
+    "Categories": Categories,
     "CollaborativeTerm": CollaborativeTerm,
     "Constant": Constant,
     "EASE": EASE,
     "ExpectedRating": ExpectedRating,
     "FineTuned": FineTuned,
+    "Friends": Friends,
     "GaussianProcess": GaussianProcess,
     "History": History,
     "InContext": InContext,
@@ -71,11 +75,14 @@ CLASSES: dict[str, type[Any]] = {
     "MetaScorer": MetaScorer,
     "MetaState": MetaState,
     "Network": Network,
+    "Numbers": Numbers,
     "Popularity": Popularity,
     "PromptTemplate": PromptTemplate,
     "PromptTerm": PromptTerm,
     "Random": Random,
     "Recipe": Recipe,
+    "SideEffects": SideEffects,
+    "SideTerm": SideTerm,
     "Stacked": Stacked,
     "TextLogistic": TextLogistic,
     "TextRidge": TextRidge,
@@ -179,6 +186,10 @@ def read_scorer(
         path, read_tensors(path / f"{name}.safetensors"), answer_model, backbone, device, {**CLASSES, **(classes or {})}
     )
     return cast("Scorer", unpacker.unpack(document["scorer"]))
+
+
+def _has_no_default(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _is_sparse(value: object) -> bool:
@@ -316,7 +327,10 @@ class _Unpacker:
 
     def _make(self, name: str, packed: Mapping[str, Any]) -> Any:
         cls = self.classes.get(name)
-        if cls is None or {field.name for field in fields(cls)} != set(packed):
+        names = {field.name for field in fields(cls)} if cls is not None else set()
+        # A field that files of before do not have takes its default.
+        needed = {field.name for field in fields(cls) if _has_no_default(field)} if cls is not None else set()
+        if cls is None or not needed <= set(packed) <= names:
             raise ArtifactError(
                 f"'{self.path}' holds a '{name}' as this metarec does not know it",
                 "Save the scorer again, or install the metarec that wrote it",

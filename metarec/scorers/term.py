@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metarec.data.interactions import Catalog, Codes, Flags, Interactions, Ratings, Values
 from metarec.scorers.collaborative.item_mean import ItemPrior
+from metarec.scorers.collaborative.side_effects import FittedSide
 from metarec.scorers.collaborative.stack import FittedStack
 
 # The term whose values depend on a user's adapter; see `metarec.scorers.language.score`.
@@ -117,6 +118,8 @@ class TermContext:
         score: Names of all terms of the score.
         stack: Item means and collaborative predictors, fitted on all meta-training users and without each fold of them.
         answer_model: The language model over the catalog; None where the score has none.
+        side: The effects of side information, in the same folds; None where the data have none. The stack's ratings
+            lack them.
     """
 
     interactions: Interactions
@@ -126,6 +129,7 @@ class TermContext:
     score: tuple[str, ...]
     stack: FittedStack
     answer_model: Any = None
+    side: FittedSide | None = None
 
     @property
     def hidden(self) -> Callable[[str], Flags] | None:

@@ -12,7 +12,7 @@ from metarec.bench.context import ENCODER, NO_SETTINGS, Method, MethodContext, M
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from metarec.data.interactions import Catalog, Interactions
+    from metarec.data.interactions import Catalog, Codes, Interactions
     from metarec.data.task_data import TaskData
     from metarec.scorer import Request, Scorer
     from metarec.scorers.collaborative.gp import GaussianProcess
@@ -57,20 +57,27 @@ def _text_kernel(context: MethodContext, *, tuned: bool = False, **options: Any)
     return fit_linear_kernel(context.interactions, context.users, vectors, name=name, **options)
 
 
-def permuted_catalog(catalog: Catalog, seed: int) -> Catalog:
-    """Returns the catalog with titles and all other fields moved together to other items, as a function of the seed."""
+def _other_items(items: int, seed: int) -> Codes:
+    """Returns an order of the items that is a function of the seed."""
     from metarec.data.episodes import seeded
 
-    order = seeded(seed, "titles permuted").permutation(len(catalog))
+    return seeded(seed, "titles permuted").permutation(items)
+
+
+def permuted_catalog(catalog: Catalog, seed: int) -> Catalog:
+    """Returns the catalog with titles and all other fields moved together to other items, as a function of the seed."""
+    order = _other_items(len(catalog), seed)
     return replace(catalog, fields={name: tuple(column[at] for at in order) for name, column in catalog.fields.items()})
 
 
 def permuted_data(data: TaskData) -> TaskData:
-    """Returns a task's data with permuted texts; who rated what, the split and the episodes stay."""
+    """Returns a task's data with permuted texts and vectors; who rated what, the split and the episodes stay."""
     catalog = permuted_catalog(data.interactions.catalog, data.seed)
 
     def moved(interactions: Interactions) -> Interactions:
-        return replace(interactions, catalog=catalog)
+        order = _other_items(len(catalog), data.seed)
+        vectors = {name: some[order] for name, some in interactions.item_vectors.items()}
+        return replace(interactions, catalog=catalog, item_vectors=vectors)
 
     return replace(
         data,

@@ -69,7 +69,7 @@ def read_source(
     tables = read_tables(name, path, options, files)
     for note in tables.notes:
         _LOG.warning("%s", note)
-    return assemble_tables(tables, quarantine=options.bad_rows == "quarantine")
+    return assemble_tables(tables, quarantine=options.bad_rows == "quarantine", of_rows=options.of_rows)
 
 
 def read_tables(

@@ -5,7 +5,7 @@ Knows the columns ``user, item, rating, timestamp`` and ``item, title, ...``; no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from metarec.data.interactions import PART_NAMES, Catalog, Flags, Interactions, RatingScale
-from metarec.data.sources.columns import ids, rating_numbers, text_column, times
+from metarec.data.side import SideColumns, Texts
+from metarec.data.sources.columns import coded, ids, rating_numbers, text_column, times
 from metarec.data.text import MAX_TEXT
 from metarec.errors import DataError, shown
 
@@ -91,12 +92,13 @@ def assemble(
     return assemble_tables(Tables(ratings, items, where, scale), quarantine=quarantine)
 
 
-def assemble_tables(tables: Tables, *, quarantine: bool = False) -> Interactions:
+def assemble_tables(tables: Tables, *, quarantine: bool = False, of_rows: Sequence[str] = ()) -> Interactions:
     """Checks raw tables and turns them into `Interactions`.
 
     Args:
         tables: The tables.
         quarantine: Rows that cannot be read are left out and counted by reason, instead of being an error.
+        of_rows: Columns of the ratings that are side information; those that are not there are passed over.
 
     Raises:
         DataError: A row cannot be read, a rated item is not in the catalog, or nothing is left.
@@ -136,7 +138,17 @@ def assemble_tables(tables: Tables, *, quarantine: bool = False) -> Interactions
         dropped={**tables.dropped, **sieve.dropped, **({"repeated rating": repeated} if repeated else {})},
         notes=tuple(map(str, tables.notes)),
         part=None if part is None else part[latest],
+        side=SideColumns(
+            moments={name: _texts_of(ratings[name])[latest] for name in of_rows if name in ratings},
+        ),
     )
+
+
+def _texts_of(column: pd.Series) -> Texts:
+    """Returns a column as texts without blanks around them, each different one in memory once."""
+    names, codes = coded(column)
+    found: Texts = np.array([str(name).strip() for name in names], object)[codes]
+    return found
 
 
 def _refuse_shared_ratings(tables: Tables, rows: np.ndarray, pair: np.ndarray, part: np.ndarray) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from metarec.data.source_options import ItemsTable, SourceOptions, options_scale
+from metarec.data.source_options import OF_TIME, ItemsTable, SourceOptions, options_scale
 from metarec.data.sources.arrow import arrow_columns, parquet_table
 from metarec.data.sources.assembly import Note, Tables, first_filled
 from metarec.data.sources.columns import blanks, coded, numbers, text_column
@@ -21,7 +21,7 @@ from metarec.data.sources.layout import Layout, theirs_to_ours
 from metarec.data.sources.names import OWN, recognise
 from metarec.data.sources.shared import malformed
 from metarec.data.sources.texts import list_as_text
-from metarec.errors import DataError
+from metarec.errors import DataError, suggest
 
 
 def table(path: Path | None, options: SourceOptions) -> Tables:
@@ -107,10 +107,10 @@ def _assembled(
         notes.append(Note("no-rating-column", "note", f"{where} has no ratings: every row counts as 1", cure, ()))
     if "rating" not in ratings:
         ratings = ratings.assign(rating=1.0)
-    items, more = beside or _inside(ratings)
+    items, more = beside or _inside(ratings.drop(columns=list(options.of_rows), errors="ignore"))
     for name in items.columns.drop(["item", "title"], errors="ignore"):
         items[name] = _lists_as_text(items[name])
-    frame = ratings[[name for name in OWN if name in ratings]]
+    frame = ratings[[name for name in (*OWN, *options.of_rows) if name in ratings]]
     frame.attrs = ratings.attrs
     dropped = malformed(ratings, *(() if beside is None else (items,)))
     return Tables(frame, items, where, options_scale(options), first, dropped, (*notes, *more))
@@ -145,7 +145,14 @@ def layout_of_ratings(file: object, names: Sequence[str], options: SourceOptions
     Raises:
         DataError: There is no user or title, or neither an item nor a title.
     """
-    given = {ours: theirs for ours, theirs in options.columns.items() if theirs and (inside or ours in OWN)}
+    of_rows = options.of_rows
+    for name in of_rows:
+        if name not in (*names, *options.columns, *OF_TIME):
+            raise DataError(f"{file} has no column '{name}', which is side information", suggest(name, names))
+    given = {
+        ours: theirs for ours, theirs in options.columns.items() if theirs and (inside or ours in (*OWN, *of_rows))
+    }
+    given |= {name: name for name in of_rows if name in names and name not in given}
     sought = [ours for ours in (*OWN, *(["title"] if inside else [])) if ours not in options.columns]
     guessed = recognise(names, sought, given.values())
     columns = {**given, **guessed}

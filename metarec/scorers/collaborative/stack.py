@@ -208,6 +208,11 @@ class FittedStack:
         return FittedStack(self.prior.with_zero_mean(), self.stack.with_zero_mean(), self.out_of_fold.with_zero_mean())
 
 
+def fold_order(users: int, folds: int, seed: int) -> Codes:
+    """Returns the fold of each of the meta-training users, shape (users,)."""
+    return np.random.default_rng(seed).permutation(users) % folds
+
+
 def fit_stack(
     interactions: Interactions,
     users: Codes,
@@ -232,7 +237,8 @@ def fit_stack(
     Source: Wolpert 1992, "Stacked generalization"; weights by the pairwise logistic loss of Rendle et al. 2009, eq. 4.
     """
     generator, folds = np.random.default_rng(seed), settings.stack.folds
-    order = generator.permutation(len(users)) % folds
+    order = fold_order(len(users), folds, seed)
+    generator.permutation(len(users))  # what `fold_order` drew, so that the items hidden from folds stay the same
     out_of_fold = [users[order == fold] for fold in range(folds)]
     rated = np.bincount(interactions.item, minlength=len(interactions.catalog)) > 0
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from metarec.data.interactions import Codes, Ratings, Values
 from metarec.scorers.collaborative.item_mean import ItemPrior
+from metarec.scorers.collaborative.side_effects import SideEffects, no_effects
 from metarec.scorers.collaborative.stack import Stacked
 from metarec.scorers.term import AddedItems, CrossFitted, ScoreTerm, TermContext
 from metarec.threads import one_thread
@@ -37,26 +38,59 @@ class CollaborativeTerm:
 
     Args:
         stack: The collaborative predictors.
+        side: The effects of side information, which the stack's ratings lack; None where there are none.
     """
 
     stack: Stacked
+    side: SideEffects | None = None
 
     @one_thread(scipy=False)
     def values(self, supports: Sequence[Ratings], items: Sequence[Codes]) -> list[Values]:
         """See `Term.values`."""
         return [
-            self.stack.posterior_mean(support, codes) - self.stack.prior.values(codes)
+            self.stack.posterior_mean(self._bare(support), codes) - self.stack.prior.values(codes)
             for support, codes in zip(supports, items, strict=True)
         ]
 
     @one_thread(scipy=False)
     def leave_one_out(self, supports: Sequence[Ratings]) -> list[Values]:
         """See `Term.leave_one_out`."""
-        return [self.stack.leave_one_out(support) - self.stack.prior.values(support.items) for support in supports]
+        return [
+            self.stack.leave_one_out(self._bare(support)) - self.stack.prior.values(support.items)
+            for support in supports
+        ]
+
+    def _bare(self, support: Ratings) -> Ratings:
+        """Returns a support whose ratings lack the effects of side information."""
+        return support if self.side is None else self.side.without(support, self.stack.prior.scale)
 
     def extended(self, added: AddedItems) -> CollaborativeTerm:
         """See `Term.extended`."""
-        return CollaborativeTerm(self.stack.extended(added.prior))
+        side = None if self.side is None else self.side.extended(len(added.catalog))
+        return CollaborativeTerm(self.stack.extended(added.prior), side)
+
+
+@dataclass(frozen=True)
+class SideTerm:
+    """What is known of a user and of the moment, times what is known of an item; 0 where nothing is known.
+
+    Args:
+        effects: The effects.
+    """
+
+    effects: SideEffects
+
+    def values(self, supports: Sequence[Ratings], items: Sequence[Codes]) -> list[Values]:
+        """See `Term.values`."""
+        return [self.effects.asked(support.side, codes) for support, codes in zip(supports, items, strict=True)]
+
+    def leave_one_out(self, supports: Sequence[Ratings]) -> list[Values]:
+        """See `Term.leave_one_out`; the effects were fitted without the users' ratings."""
+        return [self.effects.rated(support) for support in supports]
+
+    def extended(self, added: AddedItems) -> SideTerm:
+        """See `Term.extended`."""
+        return SideTerm(self.effects.extended(len(added.catalog)))
 
 
 def _fit_item_mean(context: TermContext) -> CrossFitted:
@@ -67,9 +101,22 @@ def _fit_item_mean(context: TermContext) -> CrossFitted:
 
 def _fit_collaborative(context: TermContext) -> CrossFitted:
     fitted = context.stack
-    folds = tuple(CollaborativeTerm(fold.stack) for fold in fitted.out_of_fold.folds)
-    return CrossFitted(CollaborativeTerm(fitted.stack), folds, fitted.out_of_fold.fold)
+    side = context.side
+    if side is None:
+        folds = tuple(CollaborativeTerm(fold.stack) for fold in fitted.out_of_fold.folds)
+        return CrossFitted(CollaborativeTerm(fitted.stack), folds, fitted.out_of_fold.fold)
+    parts = zip(fitted.out_of_fold.folds, side.folds, strict=True)
+    crossed = tuple(CollaborativeTerm(fold.stack, effects) for fold, effects in parts)
+    return CrossFitted(CollaborativeTerm(fitted.stack, side.whole), crossed, fitted.out_of_fold.fold)
+
+
+def _fit_side(context: TermContext) -> CrossFitted:
+    side = context.side
+    if side is None:
+        return CrossFitted(SideTerm(no_effects(len(context.interactions.catalog))))
+    return CrossFitted(SideTerm(side.whole), tuple(map(SideTerm, side.folds)), side.fold)
 
 
 ITEM_MEAN = ScoreTerm(_fit_item_mean, adapted=True)
 COLLABORATIVE = ScoreTerm(_fit_collaborative)
+SIDE = ScoreTerm(_fit_side)

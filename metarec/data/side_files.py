@@ -1,0 +1,129 @@
+"""Reads what a task names beside ratings and items: vectors, graphs, users, friends, moments; joins it to the data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from metarec.data.interactions import Interactions, Values
+from metarec.data.item_graph import graph_vectors, read_item_graph
+from metarec.data.item_vectors import read_item_vectors
+from metarec.data.side import SideColumns, Texts
+from metarec.data.source_options import OF_TIME, SourceOptions
+from metarec.data.sources.columns import text_column
+from metarec.data.sources.files import File
+from metarec.data.sources.names import recognise
+from metarec.data.sources.table import column_names, guess_separator, read_table
+from metarec.errors import DataError, suggest
+
+_LOG = logging.getLogger(__name__)
+# Name of the block of vectors that a graph of items becomes.
+GRAPH = "graph"
+# How pandas calls what timestamps say of a moment.
+_OF_TIME = dict(zip(OF_TIME, ("hour", "day_name", "month_name"), strict=True))
+
+
+def with_side(data: Interactions, path: Path | None, options: SourceOptions) -> Interactions:
+    """Returns a dataset with the side information that a source's options name.
+
+    Args:
+        data: The dataset.
+        path: Where it lies; file names start at its folder.
+        options: The options.
+
+    Raises:
+        DataError: A file is missing or malformed, or names no user or item of the data; or a column is not there.
+    """
+    folder = path if path is not None and path.is_dir() else Path() if path is None else path.parent
+    ids = data.catalog.ids
+    vectors = {name: read_item_vectors(folder / file, ids) for name, file in options.vectors.items()}
+    if options.item_graph:
+        if GRAPH in vectors:
+            raise DataError(f"'vectors' and 'item_graph' are both called '{GRAPH}'", "Name the vectors otherwise")
+        vectors[GRAPH] = graph_vectors(read_item_graph(folder / options.item_graph), ids)
+    side = data.side
+    columns = {**side.moments}
+    reviews = columns.pop(options.review, side.reviews) if options.review else side.reviews
+    if options.review and reviews is None:
+        raise DataError(f"the ratings have no column '{options.review}' of reviews", "Name it in 'review'")
+    moments = {name: columns[name] if name in columns else _of_time(data, name, columns) for name in options.context}
+    about = side.about if not options.users else _users(folder / options.users, data.users)
+    friends = side.friends if not options.friends else _friends(folder / options.friends, data.users)
+    found = SideColumns(about, friends, moments, reviews)
+    return replace(data, item_vectors={**data.item_vectors, **vectors}, side=found)
+
+
+def _of_time(data: Interactions, name: str, columns: Sequence[str] | dict[str, Texts]) -> Texts:
+    """Returns what the timestamps say of each row's moment."""
+    if name not in _OF_TIME:
+        cure = suggest(name, [*columns, *_OF_TIME])
+        raise DataError(f"the ratings have no column '{name}', which 'context' names", cure)
+    if data.timestamp is None:
+        raise DataError(f"'{name}' is read off timestamps, and the ratings have none", "Name a column of that name")
+    times = pd.to_datetime(pd.Series(data.timestamp), unit="s", utc=True).dt
+    found = getattr(times, _OF_TIME[name])
+    texts: Texts = np.array([str(value) for value in (found() if callable(found) else found)], object)
+    return texts
+
+
+def _table(path: Path) -> tuple[pd.DataFrame, File]:
+    if not path.is_file():
+        raise DataError(f"'{path}' does not exist", "Check the path; it starts at the data's folder")
+    options = SourceOptions(separator=guess_separator(path, "utf-8"), line_breaks=True)
+    file = File(path)
+    names = column_names(file, options)
+    return read_table(file, {name: name for name in names if name}, options), file
+
+
+def _users(path: Path, users: Sequence[str]) -> dict[str, Texts]:
+    """Reads the fields of users; those that the file does not name have none."""
+    frame, file = _table(path)
+    key = recognise(list(map(str, frame.columns)), ["user"]).get("user")
+    if key is None:
+        raise DataError(f"{file} has no column 'user'", "Name the column of the users' ids 'user'")
+    ids = text_column(frame[key]).str.strip()
+    if ids.duplicated().any():
+        raise DataError(f"{file} names user '{ids[ids.duplicated()].iloc[0]}' twice", "Give every user one row")
+    place = {name: row for row, name in enumerate(ids)}
+    rows = np.array([place.get(user, -1) for user in users], np.int64)
+    if (rows < 0).all():
+        raise DataError(f"{file} names no user of the ratings, e.g. '{users[0]}'", "Name users by their ids")
+    if (rows < 0).any():
+        _LOG.warning("%s: %d of %d users have no row", file, int((rows < 0).sum()), len(users))
+    found: dict[str, Texts] = {}
+    for name in frame.columns.drop(key):
+        column = np.array([*text_column(frame[name]).str.strip(), ""], object)
+        found[str(name)] = column[rows]
+    return found
+
+
+def _friends(path: Path, users: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Reads edges between users, which go both ways; those to nobody in the ratings are left out."""
+    frame, file = _table(path)
+    if len(frame.columns) < 2:
+        raise DataError(f"{file} has one column", "Write one edge a row: user, friend")
+    one, other = (text_column(frame[name]).str.strip().to_numpy(object) for name in frame.columns[:2])
+    place = {name: code for code, name in enumerate(users)}
+    friends: list[dict[str, None]] = [{} for _ in users]
+    kept = 0
+    for first, second in zip([*one, *other], [*other, *one], strict=True):
+        if first in place and second in place and first != second:
+            friends[place[first]][second] = None
+            kept += 1
+    if not kept:
+        raise DataError(
+            f"no edge of {file} joins two users of the ratings, e.g. '{users[0]}'", "Name users by their ids"
+        )
+    return tuple(map(tuple, friends))
+
+
+def known(vectors: Values) -> Values:
+    """Returns vectors whose unknown rows are the mean of the known ones."""
+    unknown = np.asarray(np.isnan(vectors).any(axis=1), bool)
+    found: Values = np.where(unknown[:, None], vectors[~unknown].mean(0), vectors)
+    return found

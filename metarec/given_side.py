@@ -1,0 +1,111 @@
+"""Side information as a person or a file gives it: checked against what a recommender knows, kept beside ratings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from metarec.data.given_ratings import GivenRatings, rating_pairs
+from metarec.data.interactions import Ratings, read_ratings
+from metarec.data.side import ABOUT, Side, Texts
+from metarec.errors import ConfigError, suggest
+from metarec.fitting import Fitted
+from metarec.scorers.collaborative.side_effects import SideEffects
+from metarec.scorers.collaborative.terms import SideTerm
+
+About: TypeAlias = "str | Mapping[str, str | float] | None"
+Moment: TypeAlias = "Mapping[str, str | float] | None"
+
+
+def with_side(
+    fitted: Fitted,
+    support: Ratings,
+    about: About = None,
+    friends: Sequence[str] = (),
+    moment: Moment = None,
+) -> Ratings:
+    """Returns a support with what is known of the person and of the moment.
+
+    Args:
+        fitted: The recommender.
+        support: The person's ratings.
+        about: A sentence about them, or fields of users to their values.
+        friends: Ids of friends; those that meta-training knows count.
+        moment: Columns of `context` to their values now.
+
+    Raises:
+        ConfigError: The recommender knows no such field or column, or reads no side information.
+    """
+    fields = {ABOUT: about} if isinstance(about, str) else dict(about or {})
+    if not (fields or friends or moment):
+        return support
+    effects = _effects(fitted)
+    for what, names, read in (("user", fields, effects.about), ("moment", moment or {}, effects.moments)):
+        for name in names:
+            if name not in (*read, *effects.unread):
+                raise ConfigError(f"'{name}' is no field of a {what}", suggest(name, [*read, *effects.unread]))
+    side = Side(
+        {name: _text(value) for name, value in fields.items()},
+        tuple(map(str, friends)),
+        asked={name: _texts([value]) for name, value in (moment or {}).items()},
+    )
+    return replace(support, side=side)
+
+
+def given_support(
+    fitted: Fitted,
+    ratings: GivenRatings,
+    about: About = None,
+    friends: Sequence[str] = (),
+    moment: Moment = None,
+) -> Ratings:
+    """Returns a person's ratings, checked, with what is known of the person; see `with_side`."""
+    support = read_ratings(rating_pairs(ratings), fitted.catalog, fitted.scale)
+    return with_side(fitted, support, about, friends, moment)
+
+
+def asked_at(fitted: Fitted, support: Ratings, moment: Moment) -> Ratings:
+    """Returns the support of the same person, who asks in a moment; see `with_side`."""
+    before = support.side or Side()
+    checked = with_side(fitted, support, moment=moment).side
+    return replace(support, side=before.asking({} if checked is None else checked.asked))
+
+
+def side_facts(support: Ratings) -> dict[str, Any]:
+    """Returns what is known beside a person's ratings, as JSON values; nothing where nothing is."""
+    side = support.side
+    if side is None:
+        return {}
+    asked = {name: list(column) for name, column in side.asked.items()}
+    return {"side": {"about": dict(side.about), "friends": list(side.friends), "asked": asked}}
+
+
+def saved_support(fitted: Fitted, facts: Mapping[str, Any]) -> Ratings:
+    """Returns the support of a person whose facts were kept, with the side information that `side_facts` wrote."""
+    support = read_ratings([*map(tuple, facts["ratings"])], fitted.catalog, fitted.scale)
+    if "side" not in facts:
+        return support
+    given = facts["side"]
+    asked = {name: _texts(column) for name, column in given["asked"].items()}
+    return replace(support, side=Side(given["about"], tuple(given["friends"]), asked=asked))
+
+
+def _effects(fitted: Fitted) -> SideEffects:
+    found = next((term.effects for term in fitted.terms.values() if isinstance(term, SideTerm)), None)
+    if found is None:
+        raise ConfigError(
+            "the recommender reads no side information of users or moments",
+            "Name 'users', 'friends' or 'context' with the data it is fitted on",
+        )
+    return found
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _texts(values: Sequence[object]) -> Texts:
+    return np.array([_text(value) for value in values], object)

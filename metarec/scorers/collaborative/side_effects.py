@@ -1,0 +1,333 @@
+"""What side information adds to a rating: features of the user and of the moment, times features of the item.
+
+    effect(z, i) = z' P x_i
+
+where z are features of who rates, and when, and x_i those of the item: 1, its fields and text, and factors of ratings.
+P is learned by ridge regression of what item means and user biases leave of ratings; every block of z has a scale of
+its own, chosen on users held out, and is left out where it does not help them.
+
+Source: Rendle 2012, "Factorization machines with libFM", section 3: side features times item features; here linear in
+both, so that a new user's effects need no gradient steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from metarec.data.interactions import Codes, Interactions, Ratings, Values
+from metarec.data.side import Side, Texts
+from metarec.progress import progress
+from metarec.scorers.collaborative.features import Features, principal_components
+from metarec.scorers.collaborative.item_mean import fit_item_mean
+from metarec.scorers.collaborative.residuals import Floats, Residuals, training_residuals
+from metarec.scorers.collaborative.side_readers import Friends, Reader, friends_of, reader_of
+from metarec.scorers.collaborative.stack import fold_order
+from metarec.threads import one_thread
+
+_LOG = logging.getLogger(__name__)
+_FACTORS = 16
+_COMPONENTS = 16
+# Scales of a block of side information that are tried, beside leaving it out.
+_SCALES = (0.1, 0.3, 1.0, 3.0)
+_DAMP = 10.0
+_ITERATIONS = 40
+_BIAS_DAMPING = 3.0
+_TASTE_DAMPING = 5.0
+# Standard errors by which a block has to lower the error of held-out users.
+_TOLD = 2.0
+FRIENDS = "friends"
+
+
+@dataclass(frozen=True)
+class SideEffects:
+    """What side information adds to each rating, in standard deviations of the rating.
+
+    Args:
+        about: Field of users to what reads it.
+        moments: Field of moments to what reads it.
+        friends: What reads friends; None where there are none, or they say nothing.
+        items: Features of items, the first one 1, shape (items, width).
+        effects: Block of side information to P's rows of it, shape (width of block, width).
+        worth: Block to how far it lowers held-out users' squared error, with its standard error.
+        unread: Fields of users and of moments that the data have and that are not read.
+    """
+
+    about: Mapping[str, Reader]
+    moments: Mapping[str, Reader]
+    friends: Friends | None
+    items: Floats
+    effects: Mapping[str, Floats]
+    worth: Mapping[str, tuple[float, float]]
+    unread: tuple[str, ...] = ()
+
+    def asked(self, side: Side | None, items: Codes) -> Values:
+        """Returns the effects on items that a user is asked about, shape (items,)."""
+        return self._values(side, {} if side is None else side.asked, items)
+
+    def rated(self, support: Ratings) -> Values:
+        """Returns the effects on a user's ratings, shape (ratings,)."""
+        return self._values(support.side, {} if support.side is None else support.side.rated, support.items)
+
+    def _values(self, side: Side | None, moments: Mapping[str, Texts], items: Codes) -> Values:
+        if side is None or not self.effects:
+            return np.zeros(len(items), np.float32)
+        weights = np.zeros((1, self.items.shape[1]))
+        for name, reader in self.about.items():
+            weights = weights + reader.read(np.array([side.about.get(name, "")], object)) @ self.effects[name]
+        if self.friends is not None:
+            weights = weights + self.friends.read([side]) @ self.effects[FRIENDS]
+        for name, reader in self.moments.items():
+            if name in moments:
+                weights = weights + reader.read(moments[name]) @ self.effects[name]
+        return np.asarray((weights * self.items[items]).sum(1), np.float32)
+
+    def without(self, support: Ratings, scale: float) -> Ratings:
+        """Returns a support whose ratings lack the effects; `scale` is a rating's standard deviation."""
+        if support.side is None:
+            return support
+        return replace(support, values=(support.values - scale * self.rated(support)).astype(np.float32))
+
+    def extended(self, items: int) -> SideEffects:
+        """Returns the effects for a catalog of so many items, the new ones last: on these there are none."""
+        return replace(self, items=np.pad(self.items, ((0, items - len(self.items)), (0, 0))))
+
+
+@dataclass(frozen=True)
+class FittedSide:
+    """What `fit_side` fits.
+
+    Args:
+        whole: The effects, for new users.
+        folds: Fitted without each fold of the meta-training users.
+        fold: The fold of each meta-training user, by user id.
+        interactions: The data whose ratings lack the effects; a meta-training user's by the fit without them.
+    """
+
+    whole: SideEffects
+    folds: tuple[SideEffects, ...]
+    fold: Mapping[str, int]
+    interactions: Interactions
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Features of side information of some rows.
+
+    Args:
+        readers: Field of users and of moments to what reads it.
+        friends: What reads friends.
+        features: Block to its features, by user or by row.
+        of_rows: The blocks that are by row.
+    """
+
+    about: Mapping[str, Reader]
+    moments: Mapping[str, Reader]
+    friends: Friends | None
+    features: Mapping[str, Floats]
+    of_rows: frozenset[str]
+
+
+def no_effects(items: int) -> SideEffects:
+    """Returns the effects of no side information on so many items: all 0."""
+    return SideEffects({}, {}, None, np.ones((items, 1)), {}, {})
+
+
+def fit_side(
+    interactions: Interactions,
+    users: Codes,
+    features: Features,
+    *,
+    threshold: float,
+    folds: int,
+    seed: int,
+    text_reader: Callable[[str, Texts], Reader | str] = reader_of,
+) -> FittedSide:
+    """Fits the effects of side information on all meta-training users and without each fold of them.
+
+    Args:
+        interactions: The dataset, with side information.
+        users: The meta-training users; only their ratings are used.
+        features: Features of all items.
+        threshold: Ratings from here on are likes, see `Ratings.likes`.
+        folds: Number of folds.
+        seed: Seed of the folds.
+        text_reader: Returns what reads a field, given its name and values.
+    """
+    order = fold_order(len(users), folds, seed)
+    content = principal_components(features.linear, _COMPONENTS)
+    with progress("fitting the effects of side information", folds + 1, after=2.0) as advance:
+        whole = _fit(interactions, users, content, seed, text_reader)
+        advance(1)
+        kept = {name: scale for name, (scale, _) in whole[1].items()}
+        parts = []
+        for fold in range(folds):
+            parts.append(_fit(interactions, users[order != fold], content, seed, text_reader, kept)[0])
+            advance(fold + 2)
+    fold_of = {interactions.users[code]: int(fold) for code, fold in zip(users, order, strict=True)}
+    scale = fit_item_mean(interactions, users).scale
+    rating = interactions.rating.copy()
+    for code, rows in enumerate(interactions.rows_of_user):
+        if len(rows):
+            part = parts[fold_of[interactions.users[code]]] if interactions.users[code] in fold_of else whole[0]
+            rating[rows] = part.without(interactions.ratings(rows), scale).values
+    bare = replace(interactions, rating=rating, liked=interactions.likes(threshold))
+    return FittedSide(whole[0], tuple(parts), fold_of, bare)
+
+
+@one_thread()
+def _fit(
+    interactions: Interactions,
+    users: Codes,
+    content: Floats,
+    seed: int,
+    text_reader: Callable[[str, Texts], Reader | str],
+    scales: Mapping[str, float] | None = None,
+) -> tuple[SideEffects, dict[str, tuple[float, tuple[float, float]]]]:
+    """Returns the effects and the scale of each block; `scales` that are given are not chosen again."""
+    own = np.isin(interactions.user, users)
+    residuals = training_residuals(interactions, users, fit_item_mean(interactions, users)).centred(_BIAS_DAMPING)
+    factors, tastes = _factors(residuals)
+    items = _standardized(np.concatenate([content, factors], 1))
+    side = interactions.side
+    blocks = _blocks(interactions, users, own, tastes, text_reader)
+    problem = _Problem(residuals, items, blocks)
+    given = {name: scale for name, scale in (scales or {}).items() if name in blocks.features}
+    chosen = problem.choose(seed) if scales is None else {name: (scale, (0.0, 0.0)) for name, scale in given.items()}
+    effects = problem.solve({name: scale for name, (scale, _) in chosen.items()}, None)
+    found = SideEffects(
+        about={name: reader for name, reader in blocks.about.items() if name in effects},
+        moments={name: reader for name, reader in blocks.moments.items() if name in effects},
+        friends=blocks.friends if FRIENDS in effects else None,
+        items=items,
+        effects=effects,
+        worth={name: worth for name, (_, worth) in chosen.items()},
+        unread=tuple(name for name in (*side.about, *side.moments) if name not in effects),
+    )
+    return found, chosen
+
+
+def _factors(residuals: Residuals) -> tuple[Floats, Floats]:
+    """Returns factors of items, shape (items, factors), and tastes of users along them, shape (users, factors)."""
+    from scipy.sparse.linalg import svds
+
+    matrix = residuals.matrix().tocsc()
+    width = min(_FACTORS, min(matrix.shape) - 1)
+    if width < 1:
+        return np.zeros((matrix.shape[1], 0)), np.zeros((matrix.shape[0], 0))
+    _, _, items = svds(matrix, k=width, v0=np.ones(min(matrix.shape)))
+    count = np.bincount(residuals.user, minlength=matrix.shape[0])
+    factors: Floats = items.T * np.sqrt(matrix.shape[1])
+    tastes: Floats = np.asarray(matrix @ factors) / (count + _TASTE_DAMPING)[:, None]
+    return factors, tastes
+
+
+def _standardized(features: Floats) -> Floats:
+    """Returns features of mean square one behind a constant."""
+    spread = np.sqrt(np.maximum((features**2).mean(0), 1e-12))
+    return np.concatenate([np.ones((len(features), 1)), features / spread], 1)
+
+
+def _blocks(
+    interactions: Interactions,
+    users: Codes,
+    own: np.ndarray,
+    tastes: Floats,
+    text_reader: Callable[[str, Texts], Reader | str],
+) -> _Blocks:
+    side, ordered = interactions.side, np.sort(users)
+    about, moments, features = {}, {}, {}
+    for name, column in side.about.items():
+        reader = text_reader(name, column[ordered])
+        if isinstance(reader, str):
+            _LOG.info("users' field '%s' is not read: %s", name, reader)
+        else:
+            about[name], features[name] = reader, reader.read(column[ordered])
+    for name, column in side.moments.items():
+        reader = text_reader(name, column[own])
+        if isinstance(reader, str):
+            _LOG.info("the moments' column '%s' is not read: %s", name, reader)
+        else:
+            moments[name], features[name] = reader, reader.read(column[own])
+    friends = None
+    if any(side.friends):
+        friends = friends_of([interactions.users[code] for code in ordered], tastes)
+        features[FRIENDS] = friends.read([Side(friends=side.friends[code]) for code in ordered])
+    return _Blocks(about, moments, friends, features, frozenset(moments))
+
+
+class _Problem:
+    """Ridge regression of residuals on products of side information's and items' features."""
+
+    def __init__(self, residuals: Residuals, items: Floats, blocks: _Blocks) -> None:
+        self._residuals, self._items, self._blocks = residuals, items, blocks
+
+    def choose(self, seed: int) -> dict[str, tuple[float, tuple[float, float]]]:
+        """Returns the scale of every block that lowers held-out users' error, with how far it does."""
+        held_out = np.random.default_rng([seed, 3]).permutation(self._residuals.shape[0]) % 2
+        chosen: dict[str, tuple[float, tuple[float, float]]] = {}
+        best = self._errors({}, held_out)
+        for name in self._blocks.features:
+            scales = {other: scale for other, (scale, _) in chosen.items()}
+            tried = {scale: self._errors({**scales, name: scale}, held_out) for scale in _SCALES}
+            scale = min(tried, key=lambda one: float(tried[one].sum()))
+            gain = best - tried[scale]
+            mean, error = float(gain.mean()), float(gain.std() / np.sqrt(len(gain)))
+            told = mean > _TOLD * error and mean > 0
+            _LOG.info("side information '%s' lowers the squared error by %.4f (%.4f)", name, mean, error)
+            if told:
+                chosen[name], best = (scale, (mean, error)), tried[scale]
+            else:
+                _LOG.warning("side information '%s' does not help users held out: it is left out", name)
+        return chosen
+
+    def _errors(self, scales: Mapping[str, float], held_out: Codes) -> Floats:
+        """Returns each user's mean squared error under effects learned from the other half, shape (users,)."""
+        user, value = self._residuals.user, self._residuals.value
+        squares = np.zeros(self._residuals.shape[0])
+        for half in (0, 1):
+            rows = held_out[user] == half
+            effects = self.solve(scales, ~rows) if scales else {}
+            left = value[rows] - self._predicted(effects, rows)
+            squares += np.bincount(user[rows], left**2, len(squares))
+        return squares / np.maximum(np.bincount(user, minlength=len(squares)), 1)
+
+    def _side(self, name: str, rows: np.ndarray | slice) -> Floats:
+        block = self._blocks.features[name]
+        found: Floats = block[rows] if name in self._blocks.of_rows else block[self._residuals.user[rows]]
+        return found
+
+    def _predicted(self, effects: Mapping[str, Floats], rows: np.ndarray | slice) -> Floats:
+        items = self._items[self._residuals.item[rows]]
+        found = np.zeros(len(items))
+        for name, effect in effects.items():
+            found += ((self._side(name, rows) @ effect) * items).sum(1)
+        return found
+
+    def solve(self, scales: Mapping[str, float], rows: np.ndarray | None) -> dict[str, Floats]:
+        """Returns the effects of blocks with given scales, from some rows."""
+        from scipy.sparse.linalg import LinearOperator, lsmr
+
+        if not scales:
+            return {}
+        chosen = np.ones(len(self._residuals.value), bool) if rows is None else rows
+        item, value = self._residuals.item[chosen], self._residuals.value[chosen]
+        side = np.concatenate([self._side(name, chosen) * scale for name, scale in scales.items()], 1)
+        known, width = self._items[item], self._items.shape[1]
+
+        def forward(flat: Floats) -> Floats:
+            return np.asarray(((side @ flat.reshape(-1, width)) * known).sum(1))
+
+        def back(errors: Floats) -> Floats:
+            return np.asarray((side.T @ (known * errors.ravel()[:, None])).ravel())
+
+        operator = LinearOperator((len(value), side.shape[1] * width), matvec=forward, rmatvec=back, dtype=np.float64)
+        flat = lsmr(operator, value, damp=np.sqrt(_DAMP), maxiter=_ITERATIONS)[0].reshape(-1, width)
+        bounds = np.cumsum([0, *(self._blocks.features[name].shape[1] for name in scales)])
+        return {
+            name: flat[start:end] * scale
+            for (name, scale), start, end in zip(scales.items(), bounds[:-1], bounds[1:], strict=True)
+        }

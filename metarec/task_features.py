@@ -1,0 +1,111 @@
+"""What a task's data say of its items, as features for the collaborative term and for rarely rated items' means."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from metarec.config import RunConfig
+from metarec.data.side_files import known
+from metarec.data.task import Task
+from metarec.scorers.collaborative.block_worth import block_worth
+from metarec.scorers.collaborative.features import (
+    Features,
+    item_features,
+    state_vectors,
+    unrated_features,
+    word_vectors,
+)
+from metarec.scorers.collaborative.residuals import Floats
+from metarec.scorers.collaborative.text import unit_vectors
+from metarec.scorers.language.encoder_tuning import tuned_text_vectors
+from metarec.scorers.language.item_vectors import hidden_state_vectors, text_vectors
+
+if TYPE_CHECKING:
+    from metarec.data.task_data import TaskData
+    from metarec.lm.answer_model import AnswerModel
+
+_LOG = logging.getLogger(__name__)
+SIDE_TERM = "side information"
+
+
+def for_task(config: RunConfig, task: Task) -> RunConfig:
+    """Returns the settings with what they leave to the task filled in: features of items, and side information.
+
+    Hidden states of the language model take a reading of the whole catalog. They help where nobody rated the items that
+    a task asks about, and nowhere else (docs/benchmark.md), so they are left out elsewhere. Vectors that the data bring
+    are read wherever there are any.
+    """
+    if task.brings_side and config.collaborative.side and SIDE_TERM not in config.score:
+        config = config.model_copy(update={"score": (*config.score, SIDE_TERM)})
+    if config.collaborative.features is not None:
+        return config
+    features: tuple[str, ...] = ("text", "fields")
+    if task.split.asks_unrated:
+        features += ("lm",)
+    if task.brings_vectors:
+        features += ("vectors",)
+    return config.model_copy(update={"collaborative": config.collaborative.model_copy(update={"features": features})})
+
+
+def collaborative_features(answer_model: AnswerModel | None, data: TaskData, config: RunConfig) -> Features:
+    """Returns what the collaborative term, and the means of rarely rated items, know of items.
+
+    Args:
+        answer_model: The language model over the catalog; None where the settings leave its states out.
+        data: The task's data; the task says what is read of an item: text, fields, and sentences where unrated items
+            are queried.
+        config: The settings; `collaborative.features` says what is read.
+    """
+    task, catalog = data.task, data.interactions.catalog
+    wanted = for_task(config, task).collaborative.features or ()
+    read: dict[str, Floats] = {}
+    if "lm" in wanted:
+        assert answer_model is not None
+        if task.hidden_states and answer_model.backbone.kind == "causal":
+            read["lm"] = hidden_state_vectors(answer_model.backbone, catalog, task.hidden_states)
+        else:
+            # Where items are rated, the prompt's own states will do, which are read anyway.
+            read["lm"] = state_vectors(answer_model.states)
+    if "text" in wanted:
+        read["text"] = text_vectors(catalog, task.item_text, config.collaborative.encoder)
+    if "words" in wanted:
+        read["words"] = word_vectors([task.item_text.render(catalog, code) for code in range(len(catalog))])
+    fields = item_features(catalog, task.read_fields(catalog).read) if "fields" in wanted else {}
+    if "vectors" in wanted:
+        read |= _told_vectors(data, {**read, **fields}, config.seed)
+    if "tuned text" in wanted:
+        read["tuned text"] = tuned_text_vectors(
+            data,
+            config.collaborative.encoder,
+            config.collaborative.tuning,
+            config.seed,
+            [*read.values(), *fields.values()],
+            config.collaborative.linear,
+        )
+    if not read and not fields:
+        read["nothing"] = np.zeros((len(catalog), 1))
+    if task.split.asks_unrated:
+        return unrated_features(read, fields)
+    side_by_side = [unit_vectors(vectors) for vectors in (read or fields).values()]
+    return Features({**read, **fields}, np.concatenate(side_by_side, 1))
+
+
+def _told_vectors(data: TaskData, others: Mapping[str, Floats], seed: int) -> dict[str, Floats]:
+    """Returns the vectors that the data bring of items, without those that explain nothing beside what else is read."""
+    found = {name: known(vectors).astype(np.float64) for name, vectors in data.interactions.item_vectors.items()}
+    if not found:
+        return {}
+    worth = block_worth(data.interactions, data.parts["train"], {**others, **found}, seed)
+    for name in found:
+        one = worth[name]
+        _LOG.log(
+            logging.INFO if one.told else logging.WARNING,
+            "vectors '%s' explain %.3f (error %.3f) of taste, %.3f (%.3f) of quality%s",
+            *(name, one.taste, one.taste_error, one.quality, one.quality_error),
+            "" if one.told else ", which is not told from nothing: they are left out",
+        )
+    return {name: vectors for name, vectors in found.items() if worth[name].told}

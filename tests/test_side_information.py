@@ -1,0 +1,357 @@
+"""What is known of items, users and moments beside titles and ratings: found where it carries taste, else left out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from made_shop import ITEMS, KINDS, PLAIN, USERS, Shop, own_tastes, shop, write_vectors
+
+from metarec import MetaRecommender
+from metarec.config import RunConfig, validated
+from metarec.data.interactions import Interactions
+from metarec.data.item_graph import graph_vectors
+from metarec.data.item_vectors import read_item_vectors
+from metarec.data.own_data import load_own
+from metarec.data.transforms import keep_users, merge, with_negatives
+from metarec.errors import ConfigError, DataError
+from metarec.scorers.collaborative.terms import SideTerm
+
+NEW_USERS: dict[str, Any] = {"split": {"fractions": [0.6, 0.2, 0.2]}, "shots": [0, 5], "query": {"max": 10, "min": 3}}
+NEW_ITEMS: dict[str, Any] = {**NEW_USERS, "split": {"by": "item", "unseen": 0.2, "fractions": [0.6, 0.2, 0.2]}}
+GENERATOR = np.random.default_rng(5)
+GROUP = GENERATOR.integers(0, 3, USERS)
+BY_GROUP = GENERATOR.normal(size=(3, KINDS))[GROUP] + 0.3 * GENERATOR.normal(size=(USERS, KINDS))
+
+
+def fitted(
+    world: Shop, folder: Path, monkeypatch: pytest.MonkeyPatch, task: dict[str, Any], **files: Any
+) -> MetaRecommender:
+    """Fits a recommender without a language model to a shop whose files lie in a folder."""
+    monkeypatch.chdir(folder)
+    features = ["fields", *(["vectors"] if {"vectors", "item_graph"} & set(files) else [])]
+    settings = {**PLAIN, "collaborative": {**PLAIN["collaborative"], "features": features}}
+    recommender = MetaRecommender.from_pretrained("smollm2-135m-instruct", validated(RunConfig, settings, "test"))
+    return recommender.fit(world.orders, items=world.items, label="rating >= 4", **task, **files)
+
+
+def gains(recommender: MetaRecommender) -> list[float]:
+    """Returns the gain over the item mean in AUC for each K."""
+    frame = recommender.evaluate().to_frame()
+    return frame[frame["method"] == "metarec, adapted"]["auc_gain"].tolist()
+
+
+def effects(recommender: MetaRecommender) -> SideTerm:
+    term = recommender.fitted.terms["side information"]
+    assert isinstance(term, SideTerm)
+    return term
+
+
+def users_file(folder: Path, group: np.ndarray) -> str:
+    shoes = np.random.default_rng(7).integers(36, 46, USERS)
+    rows = [f"u{user},{'abc'[code]},{shoes[user]}" for user, code in enumerate(group)]
+    (folder / "users.csv").write_text("\n".join(["user,group,shoe", *rows]) + "\n")
+    return "users.csv"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> MetaRecommender:
+    """Fitted to a shop where groups of users have one taste, without knowing the groups."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return fitted(shop(BY_GROUP), tmp_path_factory.mktemp("plain"), monkeypatch, NEW_USERS)
+
+
+@pytest.fixture(scope="module")
+def informed(tmp_path_factory: pytest.TempPathFactory) -> MetaRecommender:
+    """Fitted to the same shop, with a file of users that names the groups."""
+    folder = tmp_path_factory.mktemp("informed")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return fitted(shop(BY_GROUP), folder, monkeypatch, NEW_USERS, users=users_file(folder, GROUP))
+
+
+def scores(recommender: MetaRecommender) -> list[float]:
+    items = [f"i{code}" for code in range(20)]
+    return recommender.adapt({"i30": 5, "i31": 1}).score(items)
+
+
+@pytest.fixture
+def kinds(tmp_path: Path) -> Shop:
+    """A shop of own tastes, with vectors and a graph of what kind an item is, and vectors of nothing."""
+    world = shop(own_tastes())
+    generator = np.random.default_rng(7)
+    mixed = np.eye(KINDS)[world.kind] @ generator.normal(size=(KINDS, 16))
+    write_vectors(tmp_path / "covers.npz", mixed + 0.3 * generator.normal(size=(ITEMS, 16)))
+    write_vectors(tmp_path / "noise.npz", generator.normal(size=(ITEMS, 16)))
+    edges = [f"i{code},maker,m{kind}" for code, kind in enumerate(world.kind)]
+    (tmp_path / "graph.csv").write_text("\n".join(["item,relation,other", *edges]) + "\n")
+    return world
+
+
+@pytest.mark.parametrize(
+    "files", [{"vectors": {"cover": "covers.npz"}}, {"item_graph": "graph.csv"}], ids=["vectors", "graph"]
+)
+def test_vectors_and_graphs_of_items_tell_taste_for_items_that_nobody_rated(
+    kinds: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, Any]
+) -> None:
+    found = gains(fitted(kinds, tmp_path, monkeypatch, NEW_ITEMS, **files))
+    plain = gains(fitted(kinds, tmp_path, monkeypatch, NEW_ITEMS))
+    assert found[1] > 0.1
+    assert found[1] > plain[1] + 0.1
+
+
+def test_vectors_that_say_nothing_are_left_out_and_named(
+    kinds: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    noisy = fitted(kinds, tmp_path, monkeypatch, NEW_ITEMS, vectors={"noise": "noise.npz"})
+    assert "vectors 'noise' explain" in caplog.text
+    assert "left out" in caplog.text
+    assert scores(noisy) == scores(fitted(kinds, tmp_path, monkeypatch, NEW_ITEMS))
+
+
+def test_what_is_known_of_a_user_ranks_before_any_rating(plain: MetaRecommender, informed: MetaRecommender) -> None:
+    assert min(gains(informed)) > gains(plain)[0] + 0.08
+    assert list(effects(informed).effects.about) == ["group"]
+    assert effects(informed).effects.unread == ("shoe",)
+    one, other = (informed.adapt({}, about={"group": name}).recommend(5) for name in "ab")
+    assert [entry.item for entry in one] != [entry.item for entry in other]
+
+
+def test_a_sentence_about_a_user_ranks_before_any_rating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [f"u{user},Person {user} keeps {('cats', 'dogs', 'birds')[code]} at home" for user, code in enumerate(GROUP)]
+    (tmp_path / "users.csv").write_text("\n".join(["user,about", *rows]) + "\n")
+    found = fitted(shop(BY_GROUP), tmp_path, monkeypatch, NEW_USERS, users="users.csv")
+    assert gains(found)[0] > 0.1
+    keeper, group = found.adapt({}, about="I have three dogs"), int(np.flatnonzero(GROUP == 1)[0])
+    liked = BY_GROUP[group][shop(BY_GROUP).kind]
+    best = [int(entry.item[1:]) for entry in keeper.recommend(10)]
+    assert liked[best].mean() > liked.mean() + 0.3
+
+
+def test_friends_rank_before_any_rating(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: MetaRecommender
+) -> None:
+    generator = np.random.default_rng(7)
+    alike = [np.flatnonzero(group == GROUP) for group in range(3)]
+    pairs = [(one, other) for one in range(USERS) for other in generator.choice(alike[GROUP[one]], 4)]
+    (tmp_path / "friends.csv").write_text(
+        "\n".join(["user,friend", *(f"u{one},u{other}" for one, other in pairs)]) + "\n"
+    )
+    found = fitted(shop(BY_GROUP), tmp_path, monkeypatch, NEW_USERS, friends="friends.csv")
+    assert gains(found)[0] > gains(plain)[0] + 0.08
+    nobody = found.adapt({}, friends=["a stranger"]).score(["i0", "i1"])
+    assert nobody == found.adapt({}).score(["i0", "i1"])
+
+
+def test_the_moment_of_a_question_changes_its_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    everybodys = np.array([1.0, 1.0, -1.0, -1.0])
+    world = shop(np.tile(everybodys, (USERS, 1)), flipped=np.ones(1))
+    found = fitted(world, tmp_path, monkeypatch, NEW_USERS, context=["device", "hour"])
+    assert min(gains(found)) > 0.1
+    assert effects(found).effects.unread == ("hour",)
+    me = found.adapt({"i0": 5}, context={"device": "phone"})
+    assert me.at(device="phone").score(["i1", "i2"]) == me.score(["i1", "i2"])
+    liked = everybodys[world.kind]
+    desk, phone = ([int(entry.item[1:]) for entry in me.at(device=name).recommend(10)] for name in ("desk", "phone"))
+    assert liked[phone].mean() > 0 > liked[desk].mean()
+
+
+def test_side_information_that_says_nothing_changes_no_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, plain: MetaRecommender
+) -> None:
+    name = users_file(tmp_path, np.random.default_rng(7).permutation(GROUP))
+    found = fitted(shop(BY_GROUP), tmp_path, monkeypatch, NEW_USERS, users=name)
+    assert "side information 'group' does not help users held out" in caplog.text
+    np.testing.assert_allclose(scores(found), scores(plain), atol=0.02)
+
+
+def test_a_setting_leaves_side_information_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, name = shop(BY_GROUP), users_file(tmp_path, GROUP)
+    monkeypatch.chdir(tmp_path)
+    settings = {**PLAIN, "collaborative": {**PLAIN["collaborative"], "side": False}}
+    recommender = MetaRecommender.from_pretrained("smollm2-135m-instruct", validated(RunConfig, settings, "test"))
+    recommender.prepare(world.orders, items=world.items, label="rating >= 4", **NEW_USERS, users=name)
+    assert "side information" not in recommender.fitted.terms
+
+
+def test_a_saved_recommender_and_a_saved_person_know_what_they_knew(tmp_path: Path, informed: MetaRecommender) -> None:
+    found = informed
+    me = found.adapt({"i0": 5}, about={"group": "b"})
+    me.save(tmp_path / "me")
+    found.save_pretrained(tmp_path / "saved")
+    again = MetaRecommender.from_pretrained(tmp_path / "saved")
+    items = [f"i{code}" for code in range(20)]
+    assert again.load_user(tmp_path / "me").score(items) == me.score(items)
+    assert me.score(items) != found.adapt({"i0": 5}).score(items)
+    assert "u17" not in (tmp_path / "saved" / "terms.json").read_text()
+    assert json.loads((tmp_path / "me" / "user.json").read_text())["side"]["about"] == {"group": "b"}
+
+
+def test_what_a_recommender_does_not_know_of_people_is_refused(
+    plain: MetaRecommender, informed: MetaRecommender
+) -> None:
+    with pytest.raises(ConfigError, match=r"'grup' is no field of a user.*group"):
+        informed.adapt({}, about={"grup": "a"})
+    with pytest.raises(ConfigError, match="'device' is no field of a moment"):
+        informed.adapt({}).at(device="phone")
+    with pytest.raises(ConfigError, match=r"reads no side information.*'users'"):
+        plain.adapt({}, about="I like cats")
+
+
+def test_a_user_sees_no_effects_that_were_learned_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every meta-training user's term comes from a fold without them: another fold gives other effects."""
+    monkeypatch.chdir(tmp_path)
+    name = users_file(tmp_path, GROUP)
+    settings = validated(RunConfig, PLAIN, "test")
+    recommender = MetaRecommender.from_pretrained("smollm2-135m-instruct", settings)
+    world = shop(BY_GROUP)
+    data = load_own(world.orders, {"items": world.items, "label": "rating >= 4", **NEW_USERS, "users": name}, 0)
+    crossed = recommender._prepare(data).crossed["side information"]
+    assert len(crossed.folds) == 2
+    episode = data.episodes("test")[0][0]
+    one, other = (fold.values([episode.support], [episode.query.items])[0] for fold in crossed.folds)
+    assert not np.array_equal(one, other)
+    assert np.corrcoef(one, other)[0, 1] > 0.6
+
+
+ORDERS = pd.DataFrame(
+    {
+        "user": [f"u{n % 6}" for n in range(60)],
+        "item": [f"i{n // 6}" for n in range(60)],
+        "rating": [n % 5 + 1 for n in range(60)],
+    }
+)
+THINGS = pd.DataFrame({"item": [f"i{n}" for n in range(10)], "title": [f"thing {n}" for n in range(10)]})
+
+
+def loaded(folder: Path, **files: Any) -> Interactions:
+    options = {"items": THINGS, "label": "rating >= 4", "shots": [0, 2], "query": {"min": 2, "max": 5}, **files}
+    return load_own(ORDERS.assign(place=["home", "away"] * 30, timestamp=np.arange(60) * 7200), options, 0).interactions
+
+
+IDS = [f"i{n}" for n in range(10)]
+
+
+@pytest.mark.parametrize(
+    "form", ["npz", "named npz", "npy", "safetensors", "named safetensors", "parquet", "wide parquet"]
+)
+def test_vectors_are_read_in_every_form(tmp_path: Path, form: str) -> None:
+    from safetensors.numpy import save_file
+
+    ids, vectors = IDS[1:], np.arange(18, dtype=np.float32).reshape(9, 2)
+    path = tmp_path / f"v.{form.split()[-1]}"
+    if form == "npz":
+        np.savez(path, ids=np.array(ids), vectors=vectors)
+    elif form == "named npz":
+        np.savez(path, **dict(zip(ids, vectors, strict=True)))
+    elif form == "npy":
+        np.save(path, vectors)
+        path.with_suffix(".txt").write_text("\n".join(ids) + "\n")
+    elif form == "safetensors":
+        save_file({"vectors": vectors}, path, {"ids": json.dumps(ids)})
+    elif form == "named safetensors":
+        save_file(dict(zip(ids, vectors, strict=True)), path)
+    elif form == "parquet":
+        pd.DataFrame({"item": ids, "vector": vectors.tolist()}).to_parquet(path)
+    else:
+        pd.DataFrame({"item": ids, "x": vectors[:, 0], "y": vectors[:, 1]}).to_parquet(path)
+    found = read_item_vectors(path, IDS)
+    assert np.isnan(found[0]).all()
+    np.testing.assert_array_equal(found[1:], vectors)
+
+
+def test_vectors_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "nan.npz", ids=np.array(IDS), vectors=np.full((10, 2), np.nan))
+    np.savez(tmp_path / "others.npz", ids=np.array(["x", "y"]), vectors=np.zeros((2, 2)))
+    np.savez(tmp_path / "short.npz", ids=np.array(IDS), vectors=np.zeros((9, 2)))
+    np.savez(tmp_path / "objects.npz", ids=np.array(IDS, object), vectors=np.zeros((10, 2)))
+    (tmp_path / "v.bin").write_bytes(b"x")
+    (tmp_path / "broken.safetensors").write_bytes(b"broken")
+    for name, said in {
+        "nan.npz": "vector of 'i0' holds a number that is not finite",
+        "others.npz": "holds no vector of any item",
+        "short.npz": "10 ids beside vectors of shape",
+        "objects.npz": "cannot be read",
+        "v.bin": "of no kind",
+        "broken.safetensors": "cannot be read",
+        "missing.npz": "does not exist",
+    }.items():
+        with pytest.raises(DataError, match=said):
+            read_item_vectors(tmp_path / name, IDS)
+
+
+def test_items_of_one_maker_get_vectors_that_point_the_same_way() -> None:
+    edges = [(f"i{n}", "maker", f"m{n % 2}") for n in range(8)] + [("i9", "maker", "m9"), ("nobody", "maker", "m1")]
+    vectors = graph_vectors(edges, IDS)
+    assert np.isnan(vectors[8]).all()
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert unit[0] @ unit[2] > 0.9
+    assert abs(unit[0] @ unit[1]) < 0.1
+
+
+def test_rows_keep_their_moments_through_every_view_of_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "users.csv").write_text("user,age\n" + "".join(f"u{n},{20 + n}\n" for n in range(6)))
+    data = loaded(tmp_path, context=["place", "hour"], users="users.csv")
+    row = 7
+    side = data.ratings(np.array([row])).side
+    assert side is not None
+    assert side.about == {"age": "21"}
+    assert {name: column.tolist() for name, column in side.rated.items()} == {"place": ["away"], "hour": ["14"]}
+    fewer = data.subset(np.arange(60) % 2 == 1)
+    assert set(fewer.side.moments["place"]) == {"away"}
+    drawn = with_negatives(fewer, 1, 0)
+    assert len(drawn.side.moments["place"]) == len(drawn)
+    assert set(drawn.side.moments["place"]) == {"away"}
+    joined = merge({"one": data, "two": fewer})
+    assert joined.side.about["age"].tolist() == [str(20 + n) for n in range(6)] * 2
+    assert len(joined.side.moments["hour"]) == len(joined)
+    few = keep_users(data.subset(~np.isin(np.arange(60), [0, 6])), 9, None)
+    assert few.side.about["age"].tolist() == [str(20 + n) for n in range(1, 6)]
+
+
+def test_side_information_is_part_of_what_names_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = loaded(tmp_path)
+    assert loaded(tmp_path, context=["place"]).digest != plain.digest
+    write_vectors(tmp_path / "v.npz", np.eye(10))
+    assert loaded(tmp_path, vectors={"v": "v.npz"}).digest != plain.digest
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"context": ["plaice"]}, "no column 'plaice'.*'place'"),
+        ({"users": "nobody.csv"}, "'nobody.csv' does not exist"),
+        ({"users": "twice.csv"}, "names user 'u1' twice"),
+        ({"users": "others.csv"}, "names no user of the ratings"),
+        ({"friends": "others.csv"}, "joins two users"),
+        ({"item_graph": "edges.csv"}, "no edge of the graph names an item"),
+        ({"review": "text"}, "no column 'text'"),
+    ],
+)
+def test_faulty_side_information_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, Any], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "twice.csv").write_text("user,age\nu1,20\nu1,21\n")
+    (tmp_path / "others.csv").write_text("user,friend\nx,y\n")
+    (tmp_path / "edges.csv").write_text("item,relation,other\nx,r,y\n")
+    with pytest.raises(DataError, match=said):
+        loaded(tmp_path, **files)
+
+
+def test_a_column_of_rows_is_no_field_of_items(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        data = loaded(tmp_path, context=["place"])
+    assert "place" not in data.catalog.fields
+    assert "'place'" not in caplog.text
