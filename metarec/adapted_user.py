@@ -28,7 +28,6 @@ from metarec.metrics import leaders, rank_order
 from metarec.notebook import facts_table
 from metarec.progress import progress
 from metarec.recommender_files import digest_of, write_user
-from metarec.registries import TERMS
 from metarec.reranking import ItemVectors, check_diversity, mmr, pool_size
 from metarec.scorers.language.score import score_adapted
 from metarec.scorers.term import weighted_sum
@@ -279,17 +278,12 @@ class AdaptedUser:
 
     def _retrieved(self, codes: Codes, count: int) -> Codes:
         """Returns the best items by the terms that need no language model; all of them where no term says anything."""
-        cheap = self.cheap_terms
+        cheap = self.fitted.cheap_terms
         if len(codes) <= count or not cheap or not (self.adapted_model or len(cheap) < len(self.fitted.terms)):
             return codes
         best = np.argsort(-self.term_scores(cheap)[codes], kind="stable")[:count]
         retrieved: Codes = np.sort(codes[best])
         return retrieved
-
-    @property
-    def cheap_terms(self) -> tuple[str, ...]:
-        """The terms that read no language model."""
-        return tuple(name for name in self.fitted.terms if not TERMS.get(name).needs_model)
 
     @torch.no_grad()
     def term_scores(self, names: Sequence[str] | None = None) -> Values:

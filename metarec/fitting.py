@@ -79,6 +79,11 @@ class Fitted:
     def __repr__(self) -> str:
         return f"Fitted(task={self.task.name!r}, items={len(self.catalog)}, terms={list(self.terms)})"
 
+    @property
+    def cheap_terms(self) -> tuple[str, ...]:
+        """The terms that read no language model."""
+        return tuple(name for name in self.terms if not TERMS.get(name).needs_model)
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -211,7 +211,7 @@ def test_of_a_large_catalog_the_service_reads_what_other_terms_put_in_front(
     person = rate(engine, "ann", LOVES_DRAMA)
     found = [entry.item for entry, _ in engine.recommend(person, 3)[1]]
     codes = np.setdiff1d(np.arange(40), person.adapted.support.items)
-    terms = person.adapted.term_scores(person.adapted.cheap_terms)[codes]
+    terms = person.adapted.term_scores(person.adapted.fitted.cheap_terms)[codes]
     front = codes[np.argsort(-terms, kind="stable")[:12]]
     assert set(asked) <= {*front.tolist(), *person.adapted.support.items.tolist(), 0}, "0 fills up a block"
     scores = person.adapted.scores(front).numpy()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import Ran
 from made_shop import ITEMS, KINDS, PLAIN, USERS, Shop, own_tastes, shop, write_vectors
 
 from metarec import MetaRecommender
@@ -355,3 +357,23 @@ def test_a_column_of_rows_is_no_field_of_items(
         data = loaded(tmp_path, context=["place"])
     assert "place" not in data.catalog.fields
     assert "'place'" not in caplog.text
+
+
+def test_the_command_line_takes_what_is_known(tmp_path: Path, metarec: Callable[..., Ran]) -> None:
+    world = shop(BY_GROUP)
+    world.orders.to_csv(tmp_path / "orders.csv", index=False)
+    world.items.to_csv(tmp_path / "items.csv", index=False)
+    side = ["--side", f"users={users_file(tmp_path, GROUP)}", "--side", "context=device"]
+    settings = [f"--set=collaborative.{name}" for name in ("features=[fields]", "members=gp", "stack.folds=2")]
+    settings += ["--set=score=[item mean, collaborative]", "--set=train.steps=2", "--set=train.validate_every=2"]
+    orders = ["train", tmp_path / "orders.csv", "--items-file", "items.csv", "--runs", tmp_path]
+    ran = metarec(*orders, "--name", "shop", *side, *settings)
+    assert ran.status == 0, ran.err
+    run = tmp_path / "shop"
+    one, other = (metarec("recommend", run, "--about", f"group={name}", "--json").out for name in "ab")
+    assert [entry["item"] for entry in json.loads(one)] != [entry["item"] for entry in json.loads(other)]
+    wrong = metarec("recommend", run, "--context", "devise=phone")
+    assert wrong.status == 2
+    assert "'devise' is no field of a moment" in wrong.err
+    assert metarec("recommend", run, "--context", "phone").status == 2
+    assert metarec(*orders, "--name", "no", "--side", "users").status == 2

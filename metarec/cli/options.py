@@ -104,6 +104,59 @@ EncodingOption = Annotated[str, typer.Option(help="Of table: the encoding.")]
 ScaleOption = Annotated[str | None, typer.Option(help="LOW,HIGH: the rating scale.", show_default=False)]
 
 
+SideOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--side",
+        help="Of table: what else is known, e.g. vectors.cover=covers.npz, item_graph=edges.csv, users=users.csv, "
+        "friends=friends.csv, context=device,hour; may be repeated.",
+        show_default=False,
+    ),
+]
+AboutOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A sentence about the person, or FIELD=VALUE of the users' fields; may be repeated.", show_default=False
+    ),
+]
+FriendOption = Annotated[
+    list[str] | None, typer.Option(help="Id of a friend of the person; may be repeated.", show_default=False)
+]
+ContextOption = Annotated[
+    list[str] | None,
+    typer.Option(help="COLUMN=VALUE of the moment, e.g. device=phone; may be repeated.", show_default=False),
+]
+
+
+def side_files(entries: list[str] | None) -> dict[str, Any]:
+    """Returns the options of a source that ``--side`` gives."""
+    found: dict[str, Any] = {}
+    for entry in entries or []:
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise ConfigError(f"--side {shown(entry)} has no '='", "Write --side users=users.csv")
+        if name.startswith("vectors."):
+            found.setdefault("vectors", {})[name.removeprefix("vectors.")] = value
+        else:
+            found[name] = value.split(",") if name == "context" else value
+    return found
+
+
+def person_facts(about: list[str] | None, friends: list[str] | None, context: list[str] | None) -> dict[str, Any]:
+    """Returns what a command line tells of a person, as arguments of `MetaRecommender.adapt`."""
+    fields: dict[str, str] = {}
+    for entry in about or []:
+        name, equals, value = entry.partition("=")
+        fields[name if equals else "about"] = value if equals else entry
+    moment: dict[str, str | float] = {}
+    for entry in context or []:
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise ConfigError(f"--context {shown(entry)} has no '='", "Write --context device=phone")
+        moment[name] = value
+    return {"about": fields, "friends": friends or (), "context": moment}
+
+
 def show(facts: dict[str, Any], json: bool) -> None:
     """Prints facts line by line, or as JSON."""
     if json:
@@ -137,6 +190,7 @@ def source_options(
     scale: str | None,
     header: str | None,
     line_breaks: bool,
+    side: list[str] | None = None,
 ) -> SourceOptions:
     """Returns the options of a table that the command line gives; bad rows are set aside and counted."""
     from metarec.config import validated
@@ -158,5 +212,6 @@ def source_options(
         "scale": scale.split(",") if scale else None,
         "header": header.split(",") if header else None,
         "line_breaks": line_breaks,
+        **side_files(side),
     }
     return validated(SourceOptions, values, "options")

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from metarec.cli.options import (
+    AboutOption,
     BackboneOption,
     ColumnOption,
     ConfigOption,
+    ContextOption,
     DeviceOption,
     EncodingOption,
     EngineOption,
+    FriendOption,
     HeaderOption,
     ItemsFileOption,
     ItemsIdOption,
@@ -29,8 +32,10 @@ from metarec.cli.options import (
     SeedOption,
     SeparatorOption,
     SetOption,
+    SideOption,
     TaskOption,
     console,
+    person_facts,
     print_json,
     show,
     source_options,
@@ -132,6 +137,7 @@ def train(
     scale: ScaleOption = None,
     header: HeaderOption = None,
     line_breaks: LineBreaksOption = False,
+    side: SideOption = None,
     bad_rows: Annotated[
         str | None,
         typer.Option(
@@ -147,7 +153,7 @@ def train(
     """Meta-train a recommender and keep it in RUNS/NAME."""
     if what is not None and task is not None:
         raise ConfigError(f"'{what}' and --task '{task}' are two tasks", "Give one")
-    options = source_options(None, items_file, items_id, column, separator, encoding, scale, header, line_breaks)
+    options = source_options(None, items_file, items_id, column, separator, encoding, scale, header, line_breaks, side)
     own = options.model_dump(exclude_defaults=True, exclude={"bad_rows"}) | ({"bad_rows": bad_rows} if bad_rows else {})
     task = what or task
     run = run_dir(runs, name)
@@ -202,6 +208,9 @@ def adapt(
     run: Annotated[Path, typer.Argument(help="Directory of a run.")],
     rating: RatingOption = None,
     ratings: RatingsOption = None,
+    about: AboutOption = None,
+    friend: FriendOption = None,
+    context: ContextOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to write the adapter, as a PEFT directory.", show_default=False)
     ] = None,
@@ -220,11 +229,11 @@ def adapt(
     if ray is not None and users is None:
         raise ConfigError("--ray is given without --users", "One person is adapted here: leave --ray out")
     if users is not None and store is not None:
-        if rating or ratings or out:
+        if rating or ratings or out or about or friend or context:
             raise ConfigError("--users and one person's options are both given", "Choose one of the two")
         adapt_bulk(lambda: load_run(run, device=device), users, store, adapters, ray, json)
         return
-    user = _adapted(load_run(run, device=device), rating, ratings)
+    user = _adapted(load_run(run, device=device), rating, ratings, person_facts(about, friend, context))
     if out is not None:
         user.save(out)
     facts = {
@@ -248,6 +257,9 @@ def recommend(
     ] = None,
     rating: RatingOption = None,
     ratings: RatingsOption = None,
+    about: AboutOption = None,
+    friend: FriendOption = None,
+    context: ContextOption = None,
     k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
     store: StoreOption = None,
     adapters: AdaptersOption = None,
@@ -272,7 +284,7 @@ def recommend(
     json: JsonOption = False,
 ) -> None:
     """Rank the catalog for a saved person, or for the ratings given here; with neither, as for anybody."""
-    if user is not None and (rating or ratings):
+    if user is not None and (rating or ratings or about or friend):
         raise ConfigError("--user and ratings are both given", "A saved person brings their own ratings")
     chosen: dict[str, Any] = {"diversity": diversity, "where": where, "block": block or ()}
     if store is not None:
@@ -282,7 +294,9 @@ def recommend(
         _print_ranking(stored["items"], stored if json else None)
         return
     recommender = load_run(run, device=device)
-    person = recommender.load_user(user) if user else _adapted(recommender, rating, ratings)
+    facts = person_facts(about, friend, context)
+    person = recommender.load_user(user) if user else _adapted(recommender, rating, ratings, facts)
+    person = person.at(**facts["context"]) if facts["context"] else person
     ranked = [vars(entry) for entry in person.recommend(k, **chosen)]
     if explain:
         reasons = person.reasons([entry["item"] for entry in ranked])
@@ -360,7 +374,9 @@ def check_run(run: Path, device: str | None = None) -> None:
         check_device_name(device)
 
 
-def _adapted(recommender: MetaRecommender, ratings: list[str] | None, file: Path | None) -> AdaptedUser:
+def _adapted(
+    recommender: MetaRecommender, ratings: list[str] | None, file: Path | None, facts: dict[str, Any]
+) -> AdaptedUser:
     pairs: list[tuple[str, Any]] = []
     for entry in ratings or []:
         item, equals, value = entry.rpartition("=")
@@ -371,4 +387,4 @@ def _adapted(recommender: MetaRecommender, ratings: list[str] | None, file: Path
         from metarec.data.sources.rated import own_ratings
 
         pairs += own_ratings(file, recommender.fitted.catalog, recommender.fitted.scale)
-    return recommender.adapt(pairs)
+    return recommender.adapt(pairs, **facts)

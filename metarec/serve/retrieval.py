@@ -18,7 +18,6 @@ from torch import Tensor
 
 from metarec.adapted_user import CANDIDATES, AdaptedUser
 from metarec.data.interactions import Codes
-from metarec.fitting import score_terms
 from metarec.lm.answer_model import AnswerModel
 from metarec.meta.inner_loop import MetaState
 from metarec.progress import progress
@@ -146,9 +145,8 @@ def reads_all(trained: MetaRecommender) -> bool:
 
     It does not where that would take long, and other terms can say which items are worth reading.
     """
-    fitted, terms = trained.fitted, score_terms(trained.config)
-    cheap = any(not terms[name].needs_model for name in fitted.terms)
-    return fitted.answer_model is None or not cheap or len(fitted.catalog) <= WHOLE_CATALOG
+    fitted = trained.fitted
+    return fitted.answer_model is None or not fitted.cheap_terms or len(fitted.catalog) <= WHOLE_CATALOG
 
 
 class CandidateRetrieval:
@@ -174,7 +172,7 @@ class CandidateRetrieval:
         self._new_user = new_user
         items = len(new_user.fitted.catalog)
         if not reads_all(self._trained):
-            self.new_user_scores = self._new_user_terms = new_user.term_scores(new_user.cheap_terms)
+            self.new_user_scores = self._new_user_terms = new_user.term_scores(new_user.fitted.cheap_terms)
             return
         fresh = new_user.scores(np.arange(len(self.new_user_scores), items)).numpy()
         self.new_user_scores = np.concatenate([self.new_user_scores, fresh])
@@ -209,7 +207,7 @@ class CandidateRetrieval:
         if not reads_all(self._trained):
             count = max(count, CANDIDATES)
             if len(codes) > count:
-                scores = np.nan_to_num(adapted.term_scores(adapted.cheap_terms))
+                scores = np.nan_to_num(adapted.term_scores(adapted.fitted.cheap_terms))
         elif len(codes) > count and state is not start:
             moved = adapted.term_scores() - self._new_user_terms + self.prepare()(state, start)
             scores = scores + np.nan_to_num(moved)
