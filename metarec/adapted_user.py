@@ -339,7 +339,7 @@ class AdaptedUser:
         """Scores items by code, shape (items,); higher is better."""
         fitted = self.fitted
         state = expand_users(self.state, 1)
-        at_once = _TERM_ITEMS_AT_ONCE if len(self.cheap_terms) == len(self.config.score) else _ITEMS_AT_ONCE
+        at_once = _TERM_ITEMS_AT_ONCE if len(self.fitted.cheap_terms) == len(self.config.score) else _ITEMS_AT_ONCE
         blocks = np.array_split(codes, max(1, -(-len(codes) // at_once)))
         values = []
         with progress("ranking", len(blocks), after=2.0) as advance:

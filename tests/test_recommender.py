@@ -53,7 +53,7 @@ def test_sentences_are_read_where_items_are_unrated_and_nowhere_else(
         read.append(sentences)
         return np.random.default_rng(0).normal(size=(len(catalog), 6))
 
-    monkeypatch.setattr("metarec.fitting.hidden_state_vectors", recalled)
+    monkeypatch.setattr("metarec.task_features.hidden_state_vectors", recalled)
     known = known_task()
     recommender = MetaRecommender.from_pretrained(model_dir("llama"), validated(RunConfig, SETTINGS, "test"))
     recommender.prepare(known)
