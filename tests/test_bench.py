@@ -170,9 +170,8 @@ def test_a_benchmark_measures_what_the_task_asks_for(
     assert (load_json(result)["tables"][0]["rows"][0]["auc"] is None) == one_item
 
 
-@pytest.fixture
-def oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method that knows the two tastes, with a trajectory, prompts and tokens; ``broken`` fails to fit."""
+def add_oracle(patch: pytest.MonkeyPatch) -> None:
+    """Adds a method that knows the two tastes, with a trajectory, prompts and tokens; ``broken`` fails to fit."""
 
     class Oracle(ItemMean):
         def score(self, requests):  # type: ignore[no-untyped-def]
@@ -196,8 +195,13 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(context: MethodContext) -> list[MethodRow]:
         raise FloatingPointError("nothing fits")
 
-    monkeypatch.setitem(METHODS._builtin, "metarec", Method(rows, "meta", "knows"))
-    monkeypatch.setitem(METHODS._builtin, "broken", Method(broken, "meta", "fails"))
+    patch.setitem(METHODS._builtin, "metarec", Method(rows, "meta", "knows"))
+    patch.setitem(METHODS._builtin, "broken", Method(broken, "meta", "fails"))
+
+
+@pytest.fixture
+def oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_oracle(monkeypatch)
 
 
 def test_every_method_is_measured_on_the_same_users_and_the_baseline_joins_by_itself(task: str, tmp_path: Path) -> None:
@@ -346,10 +350,13 @@ def test_limited_users_and_limited_training_are_cells_of_their_own(task: str, tm
     assert small.report.values("popularity", 0).tolist() != whole.report.values("popularity", 0).tolist()
 
 
-@pytest.fixture
-def known(oracle: None, task: str, tmp_path: Path) -> Summary:
-    bench.run(plan(task, "metarec", "random", seeds=3), tmp_path)
-    return read_cells(tmp_path, BASELINE)[0]
+@pytest.fixture(scope="module")
+def known(task: str, tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    out = tmp_path_factory.mktemp("known-cells")
+    with pytest.MonkeyPatch.context() as patch:
+        add_oracle(patch)
+        bench.run(plan(task, "metarec", "random", seeds=3), out)
+        return read_cells(out, BASELINE)[0]
 
 
 def test_a_row_says_what_is_known_by_hand(known: Summary) -> None:

@@ -295,7 +295,7 @@ WORDS = st.text(max_size=20)
 
 
 @given(st.lists(st.tuples(WORDS, WORDS, st.one_of(st.floats(), WORDS), st.one_of(st.floats(), st.integers()))), WORDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_tables_can_be_checked_described_and_fixed(rows: list[tuple[Any, ...]], title: str) -> None:
     ratings = pd.DataFrame(rows, columns=["user", "item", "rating", "timestamp"]).astype(
         {"user": object, "item": object}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -16,7 +18,7 @@ import typer
 import yaml
 from conftest import TEMPLATES, Ran, known_interactions
 
-from metarec.cli import app
+from metarec.cli import app, main
 
 SMALL = [
     *("--set", "adapter.layers=2", "--set", "adapter.rank=2", "--set", "train.shots=[5]", "--set", "train.users=4"),
@@ -60,14 +62,17 @@ def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run_dir(task_file: Path, model_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, "-m", "metarec.cli", "quickstart", "--name", "first", "--runs", runs]
+    command = ["metarec", "quickstart", "--name", "first", "--runs", runs]
     command += ["--task", task_file, "--backbone", model_dir("llama"), *SMALL]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "new user rates five movies" in done.stdout
-    assert "top ten after adapting" in done.stdout
-    assert "K = 5" in done.stdout
-    (runs / "printed").write_text(done.stdout)
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", list(map(str, command)))
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert not ended.value.code
+    for said in ("new user rates five movies", "top ten after adapting", "K = 5"):
+        assert said in printed.getvalue()
+    (runs / "printed").write_text(printed.getvalue())
     return runs / "first"
 
 

@@ -303,7 +303,7 @@ else:
     file = root / "ratings.parquet"
     pq.write_table(table, file)
 whole, random, refused = file.read_bytes(), np.random.default_rng(0), 0
-for _ in range(250):
+for _ in range(125):
     place = int(random.integers(len(whole) * 8))
     print("bit", place, file=sys.stderr, flush=True)
     content = bytearray(whole)
@@ -322,7 +322,7 @@ def test_a_damaged_arrow_or_parquet_file_is_refused_or_read_and_kills_no_process
     command = [sys.executable, "-c", FLIPPED, kind, str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert int(ran.stdout) > 50
+    assert int(ran.stdout) > 25
 
 
 def test_a_flipped_byte_of_the_cached_movielens_changes_nothing(
@@ -789,7 +789,7 @@ LINES = st.lists(st.lists(FIELD, max_size=4).map(",".join), max_size=6).map("\n"
 
 @given(LINES, LINES, st.sampled_from(["error", "quarantine"]), st.sampled_from(["csv", "tsv", "jsonl"]), st.booleans())
 @example("u,0,4", "u,u,u\n0,u", "quarantine", "csv", True)
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_table_is_read_or_refused_and_no_row_is_lost_silently(
     tmp_path_factory: pytest.TempPathFactory, ratings: str, items: str, bad_rows: str, kind: str, header: bool
 ) -> None:
@@ -814,7 +814,7 @@ def test_any_table_is_read_or_refused_and_no_row_is_lost_silently(
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_bytes_are_data_or_a_typed_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     folder = tmp_path_factory.mktemp("bytes")
     for name in ("u.data", "ratings.csv.gz", "x.inter", "ml.zip", "behaviors.tsv", "ratings.parquet"):
