@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ from sklearn.metrics import roc_auc_score
 from small_tasks import BASE
 
 from metarec.bench.methods import METHODS, MethodContext
-from metarec.bench.methods.controls import PERMUTED, permuted_data
+from metarec.bench.methods.controls import PERMUTED, WITHOUT, permuted_data, without_block
 from metarec.config import validated
 from metarec.data import task_data
 from metarec.data.interactions import Catalog, Interactions, Ratings, RatingScale
+from metarec.data.side import SideColumns
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.errors import ConfigError
@@ -149,3 +151,28 @@ def test_controls_read_no_language_model() -> None:
     for name in METHODS.groups()["control"]:
         assert not METHODS.get(name).reads("backbone")
         assert not METHODS.get(name).reads("collaborative.encoder")
+
+
+def test_a_method_without_a_block_reads_nothing_of_it(cold: TaskData, tmp_path: Path) -> None:
+    assert auc(cold, f"fields kernel{WITHOUT}maker", 10, tmp_path) == 0.5
+    (row,) = METHODS.get(f"fields kernel{WITHOUT}maker").rows(MethodContext(cold, tmp_path))
+    assert row.scorer.name == "fields kernel, without maker"
+    with pytest.raises(ConfigError, match="has no block 'makr'"):
+        METHODS.get(f"GP{WITHOUT}makr").rows(MethodContext(cold, tmp_path))
+    with pytest.raises(ConfigError):
+        METHODS.get(f"GQ{WITHOUT}maker")
+
+
+def test_every_block_can_be_left_out_by_its_name(cold: TaskData) -> None:
+    named = np.array(["x"] * USERS, object)
+    rows = np.array(["y"] * len(cold.interactions), object)
+    side = SideColumns({"age": named}, (("u1",),) * USERS, {"hour": rows})
+    vectors = {"cover": np.zeros((ITEMS, 2), np.float32)}
+    told = replace(cold, interactions=replace(cold.interactions, side=side, item_vectors=vectors))
+    assert without_block(told, "cover").interactions.item_vectors == {}
+    assert without_block(told, "age").interactions.side.about == {}
+    assert without_block(told, "hour").interactions.side.moments == {}
+    assert without_block(told, "friends").interactions.side.friends == ()
+    assert not without_block(told, "side information").interactions.side
+    assert set(without_block(told, "maker").interactions.catalog.fields["maker"]) == {""}
+    assert told.interactions.side.about == {"age": named}

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from metarec.data.interactions import Values
+from metarec.data.side_table import side_table
 from metarec.errors import DataError
 
 _COMPONENTS = 64
@@ -22,24 +23,13 @@ Edges = list[tuple[str, str, str]]
 
 
 def read_item_graph(path: Path) -> Edges:
-    """Reads a CSV or TSV with the columns ``item``, ``relation`` and ``other``; ``relation`` may be missing.
+    """Reads a table of edges: ``item``, ``relation``, ``other``, or three columns that mean these in this order.
 
     Raises:
         DataError: The file is missing or malformed, or holds no edge.
     """
-    from metarec.data.sources.delimited import delimited
-    from metarec.data.sources.files import File
-    from metarec.data.sources.table import guess_separator
-
-    if not path.is_file():
-        raise DataError(f"the file of edges '{path}' does not exist", "Check the path; it starts at the data's folder")
-    wanted = {name: name for name in _COLUMNS}
-    separator = "\t" if path.suffix == ".tsv" else guess_separator(path, "utf-8")
-    frame = delimited(File(path), wanted, separator=separator, optional=("relation",))
-    if frame.empty:
-        raise DataError(f"'{path}' holds no edge", "Write one row for each: item, relation, other")
-    relation = frame["relation"].astype(str) if "relation" in frame else [""] * len(frame)
-    return list(zip(frame["item"].astype(str), relation, frame["other"].astype(str), strict=True))
+    frame = side_table(path, _COLUMNS)
+    return list(zip(*(frame[name] for name in _COLUMNS), strict=True))
 
 
 def graph_vectors(edges: Edges, ids: Sequence[str]) -> Values:

@@ -14,16 +14,16 @@ from metarec.data.interactions import Interactions, Values
 from metarec.data.item_graph import graph_vectors, read_item_graph
 from metarec.data.item_vectors import read_item_vectors
 from metarec.data.side import SideColumns, Texts
+from metarec.data.side_table import side_table
 from metarec.data.source_options import OF_TIME, SourceOptions
-from metarec.data.sources.columns import text_column
-from metarec.data.sources.files import File
 from metarec.data.sources.names import recognise
-from metarec.data.sources.table import column_names, guess_separator, read_table
 from metarec.errors import DataError, suggest
 
 _LOG = logging.getLogger(__name__)
 # Name of the block of vectors that a graph of items becomes.
 GRAPH = "graph"
+# Name of the block that edges between users become.
+FRIENDS = "friends"
 # How pandas calls what timestamps say of a moment.
 _OF_TIME = dict(zip(OF_TIME, ("hour", "day_name", "month_name"), strict=True))
 
@@ -71,22 +71,13 @@ def _of_time(data: Interactions, name: str, columns: Sequence[str] | dict[str, T
     return texts
 
 
-def _table(path: Path) -> tuple[pd.DataFrame, File]:
-    if not path.is_file():
-        raise DataError(f"'{path}' does not exist", "Check the path; it starts at the data's folder")
-    options = SourceOptions(separator=guess_separator(path, "utf-8"), line_breaks=True)
-    file = File(path)
-    names = column_names(file, options)
-    return read_table(file, {name: name for name in names if name}, options), file
-
-
 def _users(path: Path, users: Sequence[str]) -> dict[str, Texts]:
     """Reads the fields of users; those that the file does not name have none."""
-    frame, file = _table(path)
+    frame, file = side_table(path), f"'{path}'"
     key = recognise(list(map(str, frame.columns)), ["user"]).get("user")
     if key is None:
         raise DataError(f"{file} has no column 'user'", "Name the column of the users' ids 'user'")
-    ids = text_column(frame[key]).str.strip()
+    ids = frame[key]
     if ids.duplicated().any():
         raise DataError(f"{file} names user '{ids[ids.duplicated()].iloc[0]}' twice", "Give every user one row")
     place = {name: row for row, name in enumerate(ids)}
@@ -97,17 +88,15 @@ def _users(path: Path, users: Sequence[str]) -> dict[str, Texts]:
         _LOG.warning("%s: %d of %d users have no row", file, int((rows < 0).sum()), len(users))
     found: dict[str, Texts] = {}
     for name in frame.columns.drop(key):
-        column = np.array([*text_column(frame[name]).str.strip(), ""], object)
+        column = np.array([*frame[name], ""], object)
         found[str(name)] = column[rows]
     return found
 
 
 def _friends(path: Path, users: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Reads edges between users, which go both ways; those to nobody in the ratings are left out."""
-    frame, file = _table(path)
-    if len(frame.columns) < 2:
-        raise DataError(f"{file} has one column", "Write one edge a row: user, friend")
-    one, other = (text_column(frame[name]).str.strip().to_numpy(object) for name in frame.columns[:2])
+    frame, file = side_table(path, ("user", "friend")), f"'{path}'"
+    one, other = (frame[name].to_numpy(object) for name in ("user", "friend"))
     place = {name: code for code, name in enumerate(users)}
     friends: list[dict[str, None]] = [{} for _ in users]
     kept = 0

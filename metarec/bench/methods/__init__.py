@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from metarec.bench.context import Method, MethodContext, MethodRow
-from metarec.bench.methods.controls import CONTROLS, KERNELS, PERMUTED, permuted
+from metarec.bench.methods.controls import CONTROLS, KERNELS, PERMUTED, WITHOUT, permuted, without
 from metarec.bench.methods.finetuning import FINE_TUNED
 from metarec.bench.methods.foldin import FOLD_IN
 from metarec.bench.methods.networks import NETWORKS
@@ -35,7 +35,8 @@ _GROUP_OF_FUNCTIONS = "other"
 class Methods(Registry[Method]):
     """The registry of methods, with their groups; a plain function becomes a `Method` of the group ``other``.
 
-    A method's name followed by ``, titles permuted`` is that method on a catalog whose texts were permuted.
+    A method's name followed by ``, titles permuted`` is that method on a catalog whose texts were permuted; followed by
+    ``, without BLOCK``, on data that lack a field, vectors or side information.
     """
 
     def get(self, name: str, *, from_file: bool = False) -> Method:
@@ -44,8 +45,10 @@ class Methods(Registry[Method]):
         Raises:
             ConfigError: The name is not known, cannot be imported, or stands for no method.
         """
-        if (base := self._permuted_of(name)) is not None:
-            return permuted(self.get(base, from_file=from_file))
+        if (derived := self._derived(name)) is not None:
+            base, block = derived
+            method = self.get(base, from_file=from_file)
+            return permuted(method) if block is None else without(method, block)
         try:
             found: Any = super().get(name, from_file=from_file)
         except (ImportError, AttributeError) as error:
@@ -65,15 +68,19 @@ class Methods(Registry[Method]):
         about = (getattr(function, "__doc__", None) or name).strip().splitlines()[0]
         return Method(function, _GROUP_OF_FUNCTIONS, about, options)
 
-    def _permuted_of(self, name: str) -> str | None:
-        """Returns the method that a name ending in ``, titles permuted`` is the control of."""
-        if name in self.names() or not name.endswith(PERMUTED):
+    def _derived(self, name: str) -> tuple[str, str | None] | None:
+        """Returns the method that a name is a control of, and the block that it lacks; None: permuted titles."""
+        if name in self.names():
             return None
-        return name.removesuffix(PERMUTED)
+        if name.endswith(PERMUTED):
+            return name.removesuffix(PERMUTED), None
+        base, found, block = name.rpartition(WITHOUT)
+        return (base, block) if found else None
 
     def is_own(self, name: str) -> bool:
         """Says whether a method is metarec's own."""
-        return (self._permuted_of(name) or name) in self._builtin
+        derived = self._derived(name)
+        return self.is_own(derived[0]) if derived else name in self._builtin
 
     def groups(self) -> dict[str, list[str]]:
         """Returns the names of every group's methods, by group."""
@@ -88,7 +95,7 @@ class Methods(Registry[Method]):
         Raises:
             ConfigError: Neither a method nor a group is called so.
         """
-        if name in self.names() or ":" in name or self._permuted_of(name) is not None:
+        if name in self.names() or ":" in name or self._derived(name) is not None:
             self.get(name)
             return [name]
         groups = self.groups()
@@ -104,8 +111,8 @@ class Methods(Registry[Method]):
 
         So a cell is measured again once that file has changed, with it options that are not in `Method.options`.
         """
-        if (base := self._permuted_of(name)) is not None:
-            return self.code(base)
+        if (derived := self._derived(name)) is not None:
+            return self.code(derived[0])
         if name in self._builtin:
             return None
         outside = {entry.name: entry.module for entry in entry_points(group=self.group)}

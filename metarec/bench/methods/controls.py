@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from metarec.bench.context import ENCODER, NO_SETTINGS, Method, MethodContext, MethodRow, one_row
+from metarec.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 # A method's name with this behind it is the method on a catalog whose texts were permuted.
 PERMUTED = ", titles permuted"
+# And with this and a block's name, the method on data that lack the block.
+WITHOUT = ", without "
+# All that is known of users and moments at once.
+SIDE = "side information"
 
 
 def _words_kernel(context: MethodContext, **options: Any) -> GaussianProcess:
@@ -86,6 +91,44 @@ def permuted_data(data: TaskData) -> TaskData:
     )
 
 
+def without_block(data: TaskData, block: str) -> TaskData:
+    """Returns a task's data that lack a field or vectors of items, a field of users, friends, or a column of moments.
+
+    Raises:
+        ConfigError: The data have no such block.
+    """
+    from metarec.data.side import SideColumns
+    from metarec.data.side_files import FRIENDS
+
+    whole = data.interactions
+    side, catalog = whole.side, whole.catalog
+    blocks = [*whole.item_vectors, *side.about, *side.moments, *(name for name in catalog.fields if name != "title")]
+    blocks += [FRIENDS] * any(side.friends) + [SIDE] * bool(side)
+    if block not in blocks:
+        raise ConfigError(f"task '{data.task.name}' has no block '{block}'", suggest(block, blocks))
+
+    def left(interactions: Interactions) -> Interactions:
+        side = interactions.side
+        fewer = SideColumns(
+            {name: column for name, column in side.about.items() if name != block},
+            () if block == FRIENDS else side.friends,
+            {name: column for name, column in side.moments.items() if name != block},
+            side.reviews,
+        )
+        columns = interactions.catalog.fields.items()
+        # Blank, not away: a prompt may name the field.
+        fields = {name: ("",) * len(column) if name == block else column for name, column in columns}
+        return replace(
+            interactions,
+            catalog=replace(interactions.catalog, fields=fields),
+            item_vectors={name: some for name, some in interactions.item_vectors.items() if name != block},
+            side=SideColumns() if block == SIDE else fewer,
+        )
+
+    held_out = None if data.held_out is None else left(data.held_out)
+    return replace(data, interactions=left(whole), held_out=held_out)
+
+
 @dataclass(frozen=True)
 class _Renamed:
     """A scorer under another name."""
@@ -106,15 +149,25 @@ def permuted(method: Method) -> Method:
 
     Whatever it gains over item means because texts say what people like is gone; what is left comes from ratings alone.
     """
+    return _on_other_data(method, permuted_data, PERMUTED, "texts of other items")
+
+
+def without(method: Method, block: str) -> Method:
+    """Returns a method as an ablation: on data that lack one block; see `without_block`."""
+    return _on_other_data(method, partial(without_block, block=block), f"{WITHOUT}{block}", f"without {block}")
+
+
+def _on_other_data(method: Method, change: Callable[[TaskData], TaskData], suffix: str, said: str) -> Method:
+    """Returns a method that is fitted and tested on changed data, its rows with a suffix to their names."""
 
     def rows(context: MethodContext, **options: Any) -> Sequence[MethodRow]:
-        moved = MethodContext(permuted_data(context.data), context.workspace, context.train_users, context.settings)
+        moved = MethodContext(change(context.data), context.workspace, context.train_users, context.settings)
         return [
-            replace(row, scorer=_Renamed(row.scorer, f"{row.scorer.name}{PERMUTED}"))
+            replace(row, scorer=_Renamed(row.scorer, f"{row.scorer.name}{suffix}"))
             for row in method.fit(moved, **options)
         ]
 
-    return replace(method, fit=rows, group="control", about=f"texts of other items: {method.about}"[:89])
+    return replace(method, fit=rows, group="control", about=f"{said}: {method.about}"[:89])
 
 
 _WORDS = Method(
