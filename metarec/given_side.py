@@ -62,9 +62,38 @@ def given_support(
     friends: Sequence[str] = (),
     moment: Moment = None,
 ) -> Ratings:
-    """Returns a person's ratings, checked, with what is known of the person; see `with_side`."""
-    support = read_ratings(rating_pairs(ratings), fitted.catalog, fitted.scale)
-    return with_side(fitted, support, about, friends, moment)
+    """Returns a person's ratings, checked, with what is known of the person; see `with_side`.
+
+    A rating that is a text is a review: the head that was trained on reviews reads it.
+    """
+    pairs, reviews = _read_reviews(fitted, rating_pairs(ratings))
+    support = with_side(fitted, read_ratings(pairs, fitted.catalog, fitted.scale), about, friends, moment)
+    if not any(reviews):
+        return support
+    side = support.side or Side()
+    return replace(support, side=replace(side, reviews=np.array(reviews, object)))
+
+
+def _read_reviews(fitted: Fitted, rated: Sequence[tuple[Any, ...]]) -> tuple[list[tuple[Any, Any]], list[str]]:
+    """Returns pairs of item and rating, and the text beside each; a review without a rating gets the head's."""
+    pairs: list[tuple[Any, Any]] = []
+    reviews: list[str] = []
+    head = next((term.effects.reviews for term in fitted.terms.values() if isinstance(term, SideTerm)), None)
+    for given in rated:
+        item, rating, review = given if len(given) == 3 else (*given, "") if len(given) == 2 else (None, 0, "")
+        if head is not None and isinstance(rating, str) and not _is_number(rating):
+            rating, review = float(head.ratings([rating])[0]), ""  # it is the reading already
+        pairs.append((item, rating) if len(given) in (2, 3) else given)  # others are refused with their place
+        reviews.append(str(review))
+    return pairs, reviews
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def asked_at(fitted: Fitted, support: Ratings, moment: Moment) -> Ratings:
@@ -80,7 +109,8 @@ def side_facts(support: Ratings) -> dict[str, Any]:
     if side is None:
         return {}
     asked = {name: list(column) for name, column in side.asked.items()}
-    return {"side": {"about": dict(side.about), "friends": list(side.friends), "asked": asked}}
+    reviews = {} if side.reviews is None else {"reviews": list(side.reviews)}
+    return {"side": {"about": dict(side.about), "friends": list(side.friends), "asked": asked, **reviews}}
 
 
 def saved_support(fitted: Fitted, facts: Mapping[str, Any]) -> Ratings:
@@ -90,7 +120,8 @@ def saved_support(fitted: Fitted, facts: Mapping[str, Any]) -> Ratings:
         return support
     given = facts["side"]
     asked = {name: _texts(column) for name, column in given["asked"].items()}
-    return replace(support, side=Side(given["about"], tuple(given["friends"]), asked=asked))
+    reviews = _texts(given["reviews"]) if "reviews" in given else None
+    return replace(support, side=Side(given["about"], tuple(given["friends"]), asked=asked, reviews=reviews))
 
 
 def _effects(fitted: Fitted) -> SideEffects:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from made_shop import ITEMS, KINDS, PLAIN, USERS, Shop, own_tastes, shop, write_
 
 from metarec import MetaRecommender
 from metarec.config import RunConfig, validated
-from metarec.data.interactions import Interactions
+from metarec.data.interactions import Catalog, Interactions, Ratings
 from metarec.data.item_graph import graph_vectors
 from metarec.data.item_vectors import read_item_vectors
 from metarec.data.own_data import load_own
+from metarec.data.side import Side
+from metarec.data.templates import PromptTemplate
 from metarec.data.transforms import keep_users, merge, with_negatives
-from metarec.errors import ConfigError, DataError
+from metarec.errors import ConfigError, DataError, RatingError
 from metarec.scorers.collaborative.terms import SideTerm
+from metarec.scorers.language.in_context import History
 
 NEW_USERS: dict[str, Any] = {"split": {"fractions": [0.6, 0.2, 0.2]}, "shots": [0, 5], "query": {"max": 10, "min": 3}}
 NEW_ITEMS: dict[str, Any] = {**NEW_USERS, "split": {"by": "item", "unseen": 0.2, "fractions": [0.6, 0.2, 0.2]}}
@@ -377,3 +381,55 @@ def test_the_command_line_takes_what_is_known(tmp_path: Path, metarec: Callable[
     assert "'devise' is no field of a moment" in wrong.err
     assert metarec("recommend", run, "--context", "phone").status == 2
     assert metarec(*orders, "--name", "no", "--side", "users").status == 2
+
+
+SAID = {1: "I hated it", 2: "not good at all", 3: "it was fine", 4: "quite good", 5: "I loved it"}
+
+
+def reviewed(seed: int = 3) -> Shop:
+    """A shop whose ratings are half noise, and whose reviews say what people thought."""
+    world, generator = shop(own_tastes()), np.random.default_rng(seed)
+    thought = world.orders["rating"].astype(int)
+    noisy = np.clip(np.round(thought + generator.normal(0, 1.8, len(thought))), 1, 5)
+    wrote = np.where(generator.random(len(thought)) < 0.8, thought.map(SAID), "")
+    return replace(world, orders=world.orders.assign(rating=noisy, text=wrote))
+
+
+def test_reviews_are_a_second_reading_of_noisy_ratings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = reviewed()
+    found = fitted(world, tmp_path, monkeypatch, NEW_USERS, review="text")
+    head = effects(found).effects.reviews
+    assert head is not None
+    assert head.share > 0
+    assert gains(found)[1] > gains(fitted(world, tmp_path, monkeypatch, NEW_USERS))[1] + 0.01
+    read = dict(zip(SAID, head.ratings(list(SAID.values())), strict=True))
+    assert read[5] > read[4] > read[2] > read[1] - 0.3
+    me = found.adapt([("i0", "I loved it"), ("i1", "I hated it, not good"), ("i2", 4, "quite good")])
+    assert me.support.values[0] > 3 > me.support.values[1]
+    me.save(tmp_path / "me")
+    assert found.load_user(tmp_path / "me").score(["i5", "i6"]) == me.score(["i5", "i6"])
+    frame = pd.DataFrame({"item": ["i2"], "rating": [4], "review": ["I hated it"]})
+    assert found.adapt(frame).score(["i5", "i6"]) != found.adapt({"i2": 4}).score(["i5", "i6"])
+
+
+def test_reviews_that_say_nothing_change_no_rating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = reviewed()
+    shuffled = np.random.default_rng(0).permutation(world.orders["text"])
+    noise = replace(world, orders=world.orders.assign(text=shuffled))
+    head = effects(fitted(noise, tmp_path, monkeypatch, NEW_USERS, review="text")).effects.reviews
+    assert head is None or head.share == 0
+
+
+def test_a_review_without_a_head_is_no_rating(plain: MetaRecommender) -> None:
+    with pytest.raises(RatingError, match="not a number"):
+        plain.adapt({"i0": "I loved it"})
+
+
+def test_what_people_wrote_stands_in_the_in_context_prompt() -> None:
+    template = PromptTemplate("{{ title }} :", " yes", " no")
+    catalog = Catalog(("a", "b"), {"title": ("Alien", "Heat")})
+    side = Side(reviews=np.array(["too\nloud", ""], object))
+    support = Ratings(np.array([0, 1]), np.array([1.0, 5.0], np.float32), side=side)
+    text = History(template, catalog, 3.5).text(support, ())
+    assert "Alien : no (too loud)" in text
+    assert "Heat : yes\n" in text

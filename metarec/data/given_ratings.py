@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from metarec.data.frames import is_frame, is_series
 from metarec.errors import RatingError
@@ -12,17 +12,22 @@ from metarec.errors import RatingError
 if TYPE_CHECKING:
     import pandas as pd
 
-GivenRatings: TypeAlias = "Iterable[tuple[str, float]] | Mapping[str, float] | pd.DataFrame | pd.Series"
+GivenRatings: TypeAlias = (
+    "Iterable[tuple[str, float | str] | tuple[str, float, str]] | Mapping[str, float | str] | pd.DataFrame | pd.Series"
+)
 _TAKES = "Give (title or id, rating) pairs, a dict {title or id: rating}, or a DataFrame with the columns item, rating"
+# Column of a DataFrame with the text that came with a rating.
+REVIEW = "review"
 _LOG = logging.getLogger(__name__)
 
 
-def rating_pairs(ratings: GivenRatings) -> list[tuple[str, float]]:
-    """Returns one person's ratings as ``(title or id, rating)`` pairs.
+def rating_pairs(ratings: GivenRatings) -> list[tuple[Any, ...]]:
+    """Returns one person's ratings as ``(title or id, rating)`` pairs; a third part is the text that came with one.
 
     Args:
         ratings: Pairs, a dictionary or a series by title or id; or a DataFrame with the columns ``item`` (or ``title``)
-            and ``rating``. Ids that are whole numbers in a DataFrame are read as texts, as those of a table are.
+            and ``rating``, perhaps ``review``. Ids that are whole numbers in a DataFrame are read as texts, as those of
+            a table are.
 
     Raises:
         RatingError: It is none of these, a column is missing, or it holds the ratings of several users.
@@ -38,7 +43,7 @@ def rating_pairs(ratings: GivenRatings) -> list[tuple[str, float]]:
     return list(ratings)
 
 
-def _of_frame(frame: pd.DataFrame) -> list[tuple[str, float]]:
+def _of_frame(frame: pd.DataFrame) -> list[tuple[Any, ...]]:
     from metarec.data.sources.names import recognise
 
     names = [str(name) for name in frame.columns]
@@ -46,6 +51,8 @@ def _of_frame(frame: pd.DataFrame) -> list[tuple[str, float]]:
     found = {**recognise(names, ["item"]), **recognise(names, ["rating"])}
     if "item" not in found and (title := recognise(names, ["title"])):
         found["item"] = title["title"]
+    if REVIEW in names:
+        found[REVIEW] = REVIEW
     if missing := [name for name in ("item", "rating") if name not in found]:
         raise RatingError(f"the DataFrame has no column '{missing[0]}', but {', '.join(map(repr, names))}", _TAKES)
     users = recognise(names, ["user"]).get("user")
@@ -55,7 +62,8 @@ def _of_frame(frame: pd.DataFrame) -> list[tuple[str, float]]:
         )
     if unread := [name for name in names if name not in found.values() and name != users]:
         _LOG.warning("columns of the ratings that nothing reads: %s", ", ".join(unread))
-    return [(_item(item), rating) for item, rating in zip(frame[found["item"]], frame[found["rating"]], strict=True)]
+    columns = [frame[found[name]] for name in ("item", "rating", "review") if name in found]
+    return [(_item(item), *rest) for item, *rest in zip(*columns, strict=True)]
 
 
 def _item(value: object) -> str:

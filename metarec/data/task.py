@@ -236,7 +236,7 @@ class Task(Section):
     def brings_side(self) -> bool:
         """Whether the data bring side information of users or of moments."""
         options = [part.options for part in (self.dataset, *self.dataset.parts.values())]
-        return any(one.users or one.friends or one.context for one in options)
+        return any(one.users or one.friends or one.of_rows for one in options)
 
     @property
     def hidden_states(self) -> tuple[str, ...]:

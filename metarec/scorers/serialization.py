@@ -31,6 +31,7 @@ from metarec.scorers.collaborative.foldin import ALS, EASE, ItemKNN, UserKNN
 from metarec.scorers.collaborative.gp import GaussianProcess
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.networks import Network
+from metarec.scorers.collaborative.review_head import ReviewHead
 from metarec.scorers.collaborative.side_effects import SideEffects
 from metarec.scorers.collaborative.side_readers import Categories, Friends, Numbers
 from metarec.scorers.collaborative.stack import Stacked
@@ -81,6 +82,7 @@ CLASSES: dict[str, type[Any]] = {
     "PromptTerm": PromptTerm,
     "Random": Random,
     "Recipe": Recipe,
+    "ReviewHead": ReviewHead,
     "SideEffects": SideEffects,
     "SideTerm": SideTerm,
     "Stacked": Stacked,

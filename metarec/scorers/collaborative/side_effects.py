@@ -24,6 +24,7 @@ from metarec.progress import progress
 from metarec.scorers.collaborative.features import Features, principal_components
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.residuals import Floats, Residuals, training_residuals
+from metarec.scorers.collaborative.review_head import ReviewHead, with_reviews
 from metarec.scorers.collaborative.side_readers import Friends, Reader, friends_of, reader_of
 from metarec.scorers.collaborative.stack import fold_order
 from metarec.threads import one_thread
@@ -54,6 +55,7 @@ class SideEffects:
         effects: Block of side information to P's rows of it, shape (width of block, width).
         worth: Block to how far it lowers held-out users' squared error, with its standard error.
         unread: Fields of users and of moments that the data have and that are not read.
+        reviews: What reads the text that came with a rating; None where nothing does.
     """
 
     about: Mapping[str, Reader]
@@ -63,6 +65,7 @@ class SideEffects:
     effects: Mapping[str, Floats]
     worth: Mapping[str, tuple[float, float]]
     unread: tuple[str, ...] = ()
+    reviews: ReviewHead | None = None
 
     def asked(self, side: Side | None, items: Codes) -> Values:
         """Returns the effects on items that a user is asked about, shape (items,)."""
@@ -86,10 +89,11 @@ class SideEffects:
         return np.asarray((weights * self.items[items]).sum(1), np.float32)
 
     def without(self, support: Ratings, scale: float) -> Ratings:
-        """Returns a support whose ratings lack the effects; `scale` is a rating's standard deviation."""
+        """Returns a support of readings that lack the effects; `scale` is a rating's standard deviation."""
         if support.side is None:
             return support
-        return replace(support, values=(support.values - scale * self.rated(support)).astype(np.float32))
+        read = self.reviews.readings(support.values, support.side.reviews) if self.reviews else support.values
+        return replace(support, values=(read - scale * self.rated(support)).astype(np.float32))
 
     def extended(self, items: int) -> SideEffects:
         """Returns the effects for a catalog of so many items, the new ones last: on these there are none."""
@@ -158,6 +162,8 @@ def fit_side(
         text_reader: Returns what reads a field, given its name and values.
     """
     order = fold_order(len(users), folds, seed)
+    liked = interactions.likes(threshold)
+    reviews, interactions = with_reviews(interactions, users, seed)
     content = principal_components(features.linear, _COMPONENTS)
     with progress("fitting the effects of side information", folds + 1, after=2.0) as advance:
         whole = _fit(interactions, users, content, seed, text_reader)
@@ -174,8 +180,9 @@ def fit_side(
         if len(rows):
             part = parts[fold_of[interactions.users[code]]] if interactions.users[code] in fold_of else whole[0]
             rating[rows] = part.without(interactions.ratings(rows), scale).values
-    bare = replace(interactions, rating=rating, liked=interactions.likes(threshold))
-    return FittedSide(whole[0], tuple(parts), fold_of, bare)
+    bare = replace(interactions, rating=rating, liked=liked)
+    folded = tuple(replace(part, reviews=reviews) for part in parts)
+    return FittedSide(replace(whole[0], reviews=reviews), folded, fold_of, bare)
 
 
 @one_thread()

@@ -77,10 +77,22 @@ class History:
         """Returns the text before the question; empty for a user without ratings."""
         items, likes = self.examples(support)
         words = {True: self.template.positive, False: self.template.negative}
+        said = self._reviews(support, special_tokens)
         return "".join(
-            self.template.render(self.catalog, int(code), special_tokens) + words[liked] + _BETWEEN
+            self.template.render(self.catalog, int(code), special_tokens)
+            + words[liked]
+            + said.get(int(code), "")
+            + _BETWEEN
             for code, liked in zip(items, likes, strict=True)
         )
+
+    @staticmethod
+    def _reviews(support: Ratings, special_tokens: Sequence[str]) -> dict[int, str]:
+        """Returns what the user wrote about items, behind their answers."""
+        if support.side is None or support.side.reviews is None:
+            return {}
+        texts = zip(support.items.tolist(), support.side.reviews, strict=True)
+        return {code: f" ({clean})" for code, text in texts if (clean := clean_field(str(text), special_tokens))}
 
 
 @dataclass(frozen=True)
