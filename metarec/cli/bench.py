@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -196,6 +197,60 @@ def compare(
         cells = (row["task"], row["method"], row["shots"], row["episodes"], f"{row['difference']:+.4f}", interval)
         table.add_row(*map(str, cells), f"{row['p_holm']:.3g}")
     console().print(table)
+
+
+@app.command(
+    epilog="Example: metarec robustness runs/fast --items 1500; one part alone: "
+    "metarec robustness runs/fast --part 'flipped ratings'"
+)
+def robustness(
+    run: Annotated[Path, typer.Argument(help="Directory of a run; its settings are fitted anew on disturbed data.")],
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="noisy titles, flipped ratings, injected profiles, prompt injection; may be repeated (default: all).",
+            show_default=False,
+        ),
+    ] = None,
+    items: Annotated[
+        int | None, typer.Option(help="Only so many of the most rated items (default: all).", min=20)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON.", show_default=False)] = None,
+    device: DeviceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure what noise in titles and ratings, false users and hostile titles do to a run's ranking."""
+    from metarec.cli.runs import load_run, provenance
+
+    recommender = load_run(run, device=device)
+    from metarec.artifacts import write_json
+    from metarec.bench.robustness import PARTS, most_rated
+    from metarec.bench.robustness import robustness as measured
+
+    data = recommender.task_data()
+    data = data if items is None else most_rated(data, items)
+    said = typer.echo if not json else (lambda _: None)
+    found = {**measured(recommender, data, part or PARTS, advance=said), **provenance(recommender)}
+    if out is not None:
+        write_json(out, found)
+    if json:
+        print_json(found)
+        return
+    for name in PARTS:
+        for line in _flat(found.get(name, {})):
+            typer.echo(f"{name}: {line}")
+
+
+def _flat(values: dict[str, Any], above: str = "") -> Iterator[str]:
+    """Yields lines of nested results: every number with its path, a difference with its interval."""
+    for key, value in values.items():
+        name = f"{above}{key}"
+        if isinstance(value, dict):
+            yield from _flat(value, f"{name} ")
+        elif key in ("difference", "shift"):
+            yield f"{name} {value:+.4f} [{values['low']:+.4f} {values['high']:+.4f}]"
+        elif key not in ("low", "high"):
+            yield f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
 
 
 def _show(
