@@ -11,7 +11,12 @@ A document holds a table between two comments; what is between them is replaced:
 ``rows`` are names of rows (all without it); ``columns`` follow the AUC (names in `metarec.bench.report.COLUMNS`);
 ``versus`` is the row that differences are to (without it the item mean; else that of ``metarec report --reference``);
 ``task`` is needed where the JSON holds several tasks, and ``sizes="each"`` gives one table line per method and size of
-meta-training. A picture of the gain over the baseline by K is a block of its own, drawn beside the document:
+meta-training. Results of another form are shown line by line, each line a path in the JSON (``*`` stands for all keys):
+
+    <!-- lines: robustness.json head="disturbance" rows="flipped ratings/*" columns="auc; difference" -->
+    <!-- end -->
+
+A picture of the gain over the baseline by K is a block of its own, drawn beside the document:
 
     <!-- picture: headline.json file="k-shot.svg" rows="metarec; GP" -->
     <!-- end -->
@@ -38,11 +43,15 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmark.md")
 BLOCK = re.compile(
-    r"(?P<start><!-- (?P<kind>table|picture): (?P<file>[\w.-]+\.json)(?P<options>(?: \w+=\"[^\"]*\")*) -->\n)"
+    r"(?P<start><!-- (?P<kind>table|lines|picture): (?P<file>[\w.-]+\.json)(?P<options>(?: \w+=\"[^\"]*\")*) -->\n)"
     r"(?P<body>.*?)(?P<end><!-- end -->)",
     re.S,
 )
-_KNOWN = {"table": {"rows", "columns", "task", "sizes", "versus"}, "picture": {"file", "rows", "task"}}
+_KNOWN = {
+    "table": {"rows", "columns", "task", "sizes", "versus"},
+    "lines": {"head", "rows", "columns"},
+    "picture": {"file", "rows", "task"},
+}
 _COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#7f7f7f", "#e377c2", "#17becf")
 _MARKERS = "osD^vPX*"
 
@@ -85,12 +94,12 @@ def written(text: str, results: Path) -> tuple[str, dict[str, Any]]:
         ValueError: A block is not closed, or names a row, a task or an option that there is not.
     """
     pictures: dict[str, Any] = {}
-    opened = len(re.findall(r"<!-- (?:table|picture):", text))
+    opened = len(re.findall(r"<!-- (?:table|lines|picture):", text))
     if opened != len(BLOCK.findall(text)):
         raise ValueError("a table or picture comment is not closed by <!-- end -->, or not written as it should be")
 
     def replaced(found: re.Match[str]) -> str:
-        if "<!-- table:" in found["body"] or "<!-- picture:" in found["body"]:
+        if re.search(r"<!-- (?:table|lines|picture):", found["body"]):
             raise ValueError(f"the block of {found['file']} is not closed by <!-- end -->")
         options = dict(re.findall(r'(\w+)="([^"]*)"', found["options"]))
         unknown = sorted(set(options) - _KNOWN[found["kind"]])
@@ -101,6 +110,8 @@ def written(text: str, results: Path) -> tuple[str, dict[str, Any]]:
         content = load_json(results / found["file"])
         if found["kind"] == "table":
             body = table(content, options)
+        elif found["kind"] == "lines":
+            body = lines_of(content, options)
         else:
             shown = curves(content, options)
             pictures[options["file"]] = shown
@@ -136,6 +147,52 @@ def table(results: Mapping[str, Any], options: Mapping[str, str]) -> str:
         lines = lines or [f"| meta-training users {head}", f"|---{rule}"]
         lines += [f"| {size} {line}" for line in body]
     return "\n".join(lines)
+
+
+def lines_of(results: Mapping[str, Any], options: Mapping[str, str]) -> str:
+    """Returns a table in Markdown of numbers in a results file, a line for each path.
+
+    Args:
+        results: Any results.
+        options: A block's options: ``head`` over the paths, ``rows`` (paths, keys joined by ``/``, ``*`` for all keys
+            below which there are more), and ``columns``: keys there. A number has its interval behind it, where
+            ``KEY_low`` and ``KEY_high`` are beside it; a ``difference`` or ``shift`` where ``low`` and ``high`` are.
+
+    Raises:
+        ValueError: There is no such path, or no line has a column.
+    """
+    columns = _names(options["columns"])
+    found = [one for path in _names(options["rows"]) for one in _below(results, path.split("/"), ())]
+    for column in columns:
+        if not any(column in values for _, values in found):
+            raise ValueError(f"no line has a column '{column}'")
+    lines = [f"| {' | '.join([options.get('head', ''), *columns])} |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join([*lines, *(_line(path, values, columns) for path, values in found)])
+
+
+def _below(values: Any, path: Sequence[str], above: tuple[str, ...]) -> list[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    if not path:
+        return [(above, values)]
+    head, *rest = path
+    if head == "*":
+        keys = [key for key, value in values.items() if isinstance(value, dict)]
+    elif head in values:
+        keys = [head]
+    else:
+        raise ValueError(f"there is no '{head}' below '{'/'.join(above)}', but {', '.join(values)}")
+    return [one for key in keys for one in _below(values[key], rest, (*above, key))]
+
+
+def _line(path: tuple[str, ...], values: Mapping[str, Any], columns: Sequence[str]) -> str:
+    cells = []
+    for column in columns:
+        value = values.get(column)
+        moved = column in ("difference", "shift")
+        ends = [values.get("low" if moved else f"{column}_low"), values.get("high" if moved else f"{column}_high")]
+        form = "+.3f" if moved else ".3f"
+        text = "" if value is None else str(value) if isinstance(value, int | str) else format(value, form)
+        cells.append(text if None in ends else f"{text} [{format(ends[0], form)} {format(ends[1], form)}]")
+    return f"| {', '.join(path)} | {' | '.join(cells)} |"
 
 
 def curves(results: Mapping[str, Any], options: Mapping[str, str]) -> dict[str, Any]:

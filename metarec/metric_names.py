@@ -64,3 +64,9 @@ def check_metric(name: str) -> None:
         measures = (*RANKING, *RECBOLE, *LISTS)
         known = ["auc", *OF_A_TABLE, *CALIBRATED, f"{GROUPED}activity", *(f"{measure}@5" for measure in measures)]
         raise EvaluationError(f"no metric is called '{name}'", suggest(name, known))
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Refuses metrics of which there is not one; see `check_metric`."""
+    for name in names:
+        check_metric(name)

@@ -42,7 +42,7 @@ from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
 from metarec.meta.distributed import ALONE, Ranks
 from metarec.meta.outer_loop import check_checkpoint, clear_checkpoint, refuse_overwriting
-from metarec.metric_names import check_metric
+from metarec.metric_names import check_metrics
 from metarec.metrics import BASELINE
 from metarec.notebook import facts_table
 from metarec.recommender_files import digest_of, read_recommender, read_user, write_recommender
@@ -50,6 +50,7 @@ from metarec.report import Report
 from metarec.run_directory import recommender_dir
 from metarec.scorer import Scorer
 from metarec.scorers.language.adapted import MetaScorer
+from metarec.search import SearchesItems
 from metarec.task_features import for_task
 from metarec.tensors import AdapterState, select_user
 from metarec.training import meta_train, training_identity
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
     from metarec.data.task_data import TaskData
 
 
-class MetaRecommender:
+class MetaRecommender(SearchesItems):
     """A few-shot recommender: a language model whose adapter was meta-learned to fit new users in a few steps.
 
     Example:
@@ -305,8 +306,7 @@ class MetaRecommender:
             DataError: Fitting saw all users.
             EvaluationError: A score cannot be ranked, or there is no such metric.
         """
-        for metric in metrics:
-            check_metric(metric)
+        check_metrics(metrics)
         if is_frame(task) or (isinstance(task, str | Path) and is_table(task)):
             from metarec.data.own_data import reload_own
 

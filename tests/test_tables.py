@@ -86,6 +86,26 @@ def test_a_table_has_the_rows_and_columns_that_its_comment_names(results: Path) 
     assert last.endswith("| never |")
 
 
+def test_lines_are_numbers_of_a_results_file_with_their_intervals(results: Path) -> None:
+    shares = {"0.1": {"auc": 0.7, "difference": -0.01, "low": -0.02, "high": 0.0}, "0.3": {"auc": 0.65, "users": 12}}
+    asked = {"q": {"recall@10": 0.5, "recall@10_low": 0.25, "recall@10_high": 0.75}}
+    (results / "other.json").write_text(json.dumps({"flipped": {**shares, "note": 3}, "search": asked}))
+    options = ' head="share" rows="flipped/*; search/q" columns="auc; difference; users; recall@10"'
+    text, _ = tables.written(block(file="other.json", kind="lines", options=options), results)
+    assert text.splitlines()[3:-3] == [
+        "| share | auc | difference | users | recall@10 |",
+        "|---|---|---|---|---|",
+        "| flipped, 0.1 | 0.700 | -0.010 [-0.020 +0.000] |  |  |",
+        "| flipped, 0.3 | 0.650 |  | 12 |  |",
+        "| search, q |  |  |  | 0.500 [0.250 0.750] |",
+    ]
+    for wrong, said in (("flip/*", "no 'flip'"), ("flipped/*/x", "no 'x' below 'flipped/0.1'")):
+        with pytest.raises(ValueError, match=said):
+            tables.written(block(file="other.json", kind="lines", options=f' rows="{wrong}" columns="auc"'), results)
+    with pytest.raises(ValueError, match="no line has a column 'acu'"):
+        tables.written(block(file="other.json", kind="lines", options=' rows="flipped/*" columns="acu"'), results)
+
+
 def test_differences_are_to_the_row_that_a_comment_names(results: Path) -> None:
     rows = [{**row, "versus B": row["versus item mean"]} for row in ROWS if row["method"] == "metarec"]
     others = [row for row in ROWS if row["method"] == "B"]

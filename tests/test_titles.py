@@ -178,3 +178,9 @@ def test_an_unknown_title_costs_no_look_at_every_title() -> None:
         lambda: few.nearest("the terkala of prasin")
     )
     assert ratio < 15, ratio
+
+
+def test_a_word_that_no_title_has_is_shared_with_none() -> None:
+    titles = TitleIndex(["Alien", "The Thing", "Thing"])
+    assert titles.shared("sisters").tolist() == [0, 0, 0]
+    assert titles.shared("thing sisters").tolist() == pytest.approx([0, 1 / 3, 1 / 2])

@@ -40,13 +40,13 @@ from metarec.cli.options import (
     show,
     source_options,
 )
+from metarec.cli.people import adapted
 from metarec.cli.run_dirs import refuse_overwriting, run_dir
 from metarec.cli.store import AdaptersOption, RayOption, StoreOption, adapt_bulk, recommend_stored
 from metarec.cli.training import processes, run_settings, train_run
-from metarec.errors import ConfigError, shown
+from metarec.errors import ConfigError
 
 if TYPE_CHECKING:
-    from metarec.adapted_user import AdaptedUser
     from metarec.config import Dtype, Precision
     from metarec.recommender import MetaRecommender
 
@@ -192,11 +192,10 @@ def evaluate(
     json: JsonOption = False,
 ) -> None:
     """Score the test users of the run's task and print the table; per-user results go into the run."""
-    from metarec.metric_names import BEYOND, check_metric
+    from metarec.metric_names import BEYOND, check_metrics
 
     metrics = [*(metric or []), *(BEYOND if beyond_accuracy else ())]
-    for name in metrics:
-        check_metric(name)
+    check_metrics(metrics)
     evaluate_run(load_run(run, device=device), run, json, metrics=metrics)
 
 
@@ -233,7 +232,7 @@ def adapt(
             raise ConfigError("--users and one person's options are both given", "Choose one of the two")
         adapt_bulk(lambda: load_run(run, device=device), users, store, adapters, ray, json)
         return
-    user = _adapted(load_run(run, device=device), rating, ratings, person_facts(about, friend, context))
+    user = adapted(load_run(run, device=device), rating, ratings, person_facts(about, friend, context))
     if out is not None:
         user.save(out)
     facts = {
@@ -295,7 +294,7 @@ def recommend(
         return
     recommender = load_run(run, device=device)
     facts = person_facts(about, friend, context)
-    person = recommender.load_user(user) if user else _adapted(recommender, rating, ratings, facts)
+    person = recommender.load_user(user) if user else adapted(recommender, rating, ratings, facts)
     person = person.at(**facts["context"]) if facts["context"] else person
     ranked = [vars(entry) for entry in person.recommend(k, **chosen)]
     if explain:
@@ -372,19 +371,3 @@ def check_run(run: Path, device: str | None = None) -> None:
         raise ConfigError(f"'{run}' holds no trained recommender", f"Run: metarec train --name {run.name}")
     if device is not None:
         check_device_name(device)
-
-
-def _adapted(
-    recommender: MetaRecommender, ratings: list[str] | None, file: Path | None, facts: dict[str, Any]
-) -> AdaptedUser:
-    pairs: list[tuple[str, Any]] = []
-    for entry in ratings or []:
-        item, equals, value = entry.rpartition("=")
-        if not equals:
-            raise ConfigError(f"--rating {shown(entry)} has no '='", "Write --rating 'Toy Story=5'")
-        pairs.append((item, value))
-    if file is not None:
-        from metarec.data.sources.rated import own_ratings
-
-        pairs += own_ratings(file, recommender.fitted.catalog, recommender.fitted.scale)
-    return recommender.adapt(pairs, **facts)

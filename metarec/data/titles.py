@@ -205,8 +205,8 @@ class TitleIndex:
         items, counts = self._words
         own = set(words(text))
         common = np.zeros(len(self._titles))
-        for word in own:
-            common[items.get(word, ())] += 1
+        for word in own & items.keys():
+            common[items[word]] += 1
         share: NDArray[np.float64] = common / np.maximum(counts + len(own) - common, 1)
         return share
 

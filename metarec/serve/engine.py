@@ -1,7 +1,7 @@
 """Serves a recommender over a store: adapters from ratings, rankings from adapters, explanations, added items.
 
 One thread calls it; it divides the work of a call among several. `batching` adapts and scores, `retrieval` chooses the
-items worth an exact score, `search` finds items by text.
+items worth an exact score, `metarec.search` finds items by text.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from metarec.explanations import Reason, explain
 from metarec.metrics import rank_order
 from metarec.recommender import MetaRecommender
 from metarec.reranking import ItemVectors, check_diversity, mmr, pool_size
+from metarec.search import Found, TextSearch
 from metarec.serve.batching import BLOCK, USERS_AT_ONCE, BatchedModel, linearize_most_rated
 from metarec.serve.hot_adapters import HotAdapters
 from metarec.serve.items import check_fields, extend
 from metarec.serve.person import Person
 from metarec.serve.records import NewAdapter, Profile, latest_ratings
 from metarec.serve.retrieval import CandidateRetrieval, Effects, reads_all
-from metarec.serve.search import Found, TextSearch
 from metarec.serve.store import AdapterStore
 from metarec.tensors import AdapterState
 
@@ -90,7 +90,7 @@ class Engine:
         self.new_user = recommender.adapt([])
         self._adapter_bytes = _size(self.new_user.state)
         self._retrieval = CandidateRetrieval(recommender, linearized)
-        self._search = TextSearch(recommender)
+        self._search = TextSearch.of(recommender.fitted, recommender.config)
         self._removed: frozenset[str] = frozenset()
         self._serve(recommender)
         self.reload_items()
@@ -113,7 +113,7 @@ class Engine:
         self._code = {item: code for code, item in enumerate(recommender.fitted.catalog.ids)}
         self.new_user = replace(self.new_user, fitted=recommender.fitted)
         self._retrieval.update(self.new_user)
-        self._search.index(recommender)
+        self._search.index(recommender.fitted.catalog)
         self._filter = ItemFilter(recommender.fitted.catalog)
         self._vectors = ItemVectors(recommender.fitted)
         self._hide(self._removed)
@@ -125,11 +125,12 @@ class Engine:
         self._kept[[self._code[item] for item in self._removed if item in self._code]] = False
 
     def prepare(self) -> Effects:
-        """Computes what ranking a large catalog needs of items that do not have it yet, so that no user waits for it.
+        """Computes what rankings and searches need of items that do not have it yet, so that no user waits for it.
 
         Returns:
             The effect of an adapter on every item.
         """
+        self._search.prepare()
         return self._retrieval.prepare()
 
     def code(self, item: str) -> int:
@@ -372,7 +373,7 @@ class Engine:
         if person is None:
             return self._search.find(text, k, kept=self._kept)
         user = person
-        return self._search.find(text, k, lambda codes: self._finite_scores(user, codes)[1], self._kept)
+        return self._search.find(text, k, score=lambda codes: self._finite_scores(user, codes)[1], kept=self._kept)
 
 
 def _size(state: AdapterState) -> int:

@@ -1,0 +1,51 @@
+"""docs/coverage.md names commands, tests and results that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from metarec.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8")
+ROWS = [
+    [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+    for line in PAGE.splitlines()
+    if line.startswith("| ") and not line.startswith("| capability")
+]
+COMMANDS = [command for row in ROWS for command in re.findall(r"`(metarec [^`]+)`", row[1])]
+
+
+def test_every_row_names_a_command_a_test_and_a_figure_or_why_there_is_none() -> None:
+    assert len(ROWS) >= 14
+    for capability, command, known, figure in ROWS:
+        assert "`" in command, capability
+        files = re.findall(r"`(tests/[\w/]+\.py)`", known)
+        assert files, capability
+        assert all((ROOT / file).exists() for file in files), capability
+        assert figure.startswith("none: ") or figure == "the same" or re.search(r"`[\w-]+\.json`", figure), capability
+        for name in re.findall(r"`([\w-]+\.json)`", figure):
+            assert (ROOT / "benchmarks" / "results" / name).exists(), name
+        for file, anchor in re.findall(r"\]\((\w+\.md)#([\w-]+)\)", figure):
+            heads = re.findall(r"^#+ (.+)$", (ROOT / "docs" / file).read_text(encoding="utf-8"), re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads], anchor
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_the_options_that_the_page_gives_it(command: str) -> None:
+    _, verb, *arguments = shlex.split(command)
+    found = get_command(app).commands[verb]  # type: ignore[attr-defined]
+    known = {name for parameter in found.params for name in parameter.opts}
+    for argument in arguments:
+        if argument.startswith("-"):
+            assert argument.partition("=")[0] in known, argument
+
+
+def test_every_script_and_plan_exists() -> None:
+    for path in re.findall(r"benchmarks/[\w/-]+\.(?:py|yaml)", PAGE):
+        assert (ROOT / path).exists(), path
