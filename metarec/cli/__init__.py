@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from metarec.cli import bench, data, quickstart, runs, search, serve, store, tasks
+from metarec.cli import bench, data, features, quickstart, runs, search, serve, store, tasks
 from metarec.errors import ConfigError, MetarecError, RankError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.add_typer(quickstart.app)
 app.add_typer(bench.app)
 app.add_typer(tasks.tasks_app, name="tasks")
 app.add_typer(data.data_app, name="data")
+app.add_typer(features.features_app, name="features")
 app.add_typer(serve.app)
 app.add_typer(store.app)
 
