@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from metarec.artifacts import cache_dir, dump_json, is_whole, replace_dir
 from metarec.config import CollaborativeConfig
-from metarec.data.interactions import Codes, Interactions
+from metarec.data.interactions import Codes, Flags, Interactions
 from metarec.scorers.collaborative.features import Features
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.stack import FittedStack, Fold, OutOfFold, Stacked, fit_stack
@@ -40,6 +40,7 @@ def cached_stack(
     *,
     threshold: float,
     hide: float = 0.0,
+    asked: Flags | None = None,
     seed: int = 0,
 ) -> FittedStack:
     """Returns what `fit_stack` does for the same arguments, from the cache if it was fitted before.
@@ -48,13 +49,17 @@ def cached_stack(
         ArtifactError: The cache cannot be written.
     """
     options = {"threshold": str(threshold), "hide": hide, "seed": seed}
+    if asked is not None:
+        options["asked"] = np.flatnonzero(asked).tolist()
     path = cache_dir() / _KIND / _key(interactions, users, features, settings, options)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Processes that want the same stack at the same time wait for the first one.
     with FileLock(path.with_suffix(".lock")):
         if is_whole(path, _KIND):
             return _read(path, [interactions.users[code] for code in users], features)
-        fitted = fit_stack(interactions, users, features, settings, threshold=threshold, hide=hide, seed=seed)
+        fitted = fit_stack(
+            interactions, users, features, settings, threshold=threshold, hide=hide, asked=asked, seed=seed
+        )
         fold_of = fitted.out_of_fold.fold
         with replace_dir(path, _KIND) as directory:
             parts = {

@@ -28,11 +28,19 @@ class DatasetConfig(Section):
     fields: dict[str, str] = Field({}, description="catalog fields made from others, by Jinja2 templates")
     ratings_per_user: tuple[int, int | None] = Field((1, None), description="users with fewer or more are left out")
     parts: dict[str, DatasetConfig] = Field({}, description="of source 'mix': the datasets that are joined")
+    shared_users: bool = Field(
+        False,
+        description="of source 'mix': an id that stands in several parts is one person",
+        # Mixes without shared users keep the digest they had before there were any.
+        exclude_if=lambda shared: not shared,
+    )
 
     @model_validator(mode="after")
     def _only_a_mix_has_parts(self) -> DatasetConfig:
         if bool(self.parts) != (self.source == "mix"):
             raise ValueError("'parts' and source 'mix' belong together")
+        if self.shared_users and not self.parts:
+            raise ValueError("'shared_users' is of source 'mix'")
         return self
 
 
@@ -48,6 +56,13 @@ class TransferConfig(Section):
 
     train: str
     test: str
+
+
+class CrossConfig(Section):
+    """Of a mix with shared users: which part a person's support is from, and which one they are asked about."""
+
+    support: str
+    query: str
 
 
 def _unset(value: object) -> bool:
@@ -71,6 +86,9 @@ class SplitConfig(Section):
     )
     users: Literal["new", "known"] = Field("new", description="known: test users' other ratings are trained on")
     transfer: TransferConfig | None = None
+    cross: CrossConfig | None = Field(
+        None, description="supports from one part of a mix, queries from another", exclude_if=_unset
+    )
     seed: int | None = Field(None, ge=0, description="null takes the run's")
 
     @property
@@ -90,6 +108,8 @@ class SplitConfig(Section):
             raise ValueError("a split by time has new users, all items and one dataset")
         if self.by in ("item", "both") and self.unseen is None:
             raise ValueError(f"a split by {self.by} says which items are 'unseen', e.g. 0.2 of them")
+        if self.cross and (self.by != "user" or self.transfer or self.files):
+            raise ValueError("'cross' has a split by user, without 'transfer' or files")
         if self.files and not (self.train and self.test):
             raise ValueError(
                 "a split by files names those of 'train' and 'test', and of 'validation' where there is one"
@@ -283,6 +303,9 @@ class Task(Section):
         transfer = self.split.transfer
         if transfer and not {transfer.train, transfer.test} <= set(self.dataset.parts):
             raise ValueError(f"split.transfer names no parts of the mix: {sorted(self.dataset.parts)}")
+        cross = self.split.cross
+        if cross and (not self.dataset.shared_users or not {cross.support, cross.query} <= set(self.dataset.parts)):
+            raise ValueError(f"split.cross names two parts of a mix with shared_users: {sorted(self.dataset.parts)}")
         return self
 
     @property

@@ -24,7 +24,7 @@ from metarec.data.side_files import with_side
 from metarec.data.sources import read_source
 from metarec.data.task import DatasetConfig, QueryConfig, SplitConfig, Task, UnseenFrom
 from metarec.data.templates import derive_fields
-from metarec.data.transforms import as_domains, keep_users, log_ratings, merge, with_negatives
+from metarec.data.transforms import DOMAIN, as_domains, keep_users, log_ratings, merge, with_negatives
 from metarec.errors import DataError, shown, suggest
 
 
@@ -56,6 +56,9 @@ class TaskData:
         """Returns the evaluation episodes of a part, and how many of its users have too few ratings."""
         split, query = self.task.split, self.task.query
         cold = self.seen if self.seen is None or split.by == "user" else ~self.seen
+        shown, asked = cold if split.by == "both" else self.seen, cold
+        if split.cross:
+            shown, asked = self._of_part(split.cross.support), self.asked
         return evaluation_episodes(
             self.interactions if self.held_out is None else self.held_out,
             self.parts[part],
@@ -64,13 +67,24 @@ class TaskData:
             min_query=query.min,
             order=split.order,
             seed=self.seed,
-            support_from=cold if split.by == "both" else self.seen,
-            query_from=cold,
+            support_from=shown,
+            query_from=asked,
             short_supports=self.task.short_supports,
             candidates=query.candidates,
             sampled=query.sampled,
             **self._rows_of_a_given_split(part),
         )
+
+    @property
+    def asked(self) -> Flags | None:
+        """Items of the part of a mix that users are asked about, shape (items,); None where that is no part alone."""
+        cross = self.task.split.cross
+        return None if cross is None else self._of_part(cross.query)
+
+    def _of_part(self, part: str) -> Flags:
+        """Says which items are of a part of the mix, and seen in meta-training if some are not, shape (items,)."""
+        domain: Flags = np.array([name == part for name in self.interactions.catalog.fields[DOMAIN]], bool)
+        return domain if self.seen is None else domain & self.seen
 
     def _rows_of_a_given_split(self, part: SplitPart) -> dict[str, Flags]:
         """Which ratings a support and a query may hold, where known users' ratings are divided by files."""
@@ -208,7 +222,8 @@ def load_dataset(
     elif config.source == IN_MEMORY:
         raise DataError("the ratings were a DataFrame, which is kept nowhere", "Give it again, e.g. evaluate(frame)")
     elif config.source == "mix":
-        data = merge({name: load_dataset(part) for name, part in config.parts.items()})
+        parts = {name: load_dataset(part) for name, part in config.parts.items()}
+        data = merge(parts, shared_users=config.shared_users)
     else:
         data = read_source(config.source, config.path, config.options, files)
     if config.source != "mix":

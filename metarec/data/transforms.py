@@ -57,7 +57,7 @@ def as_domains(interactions: Interactions, field: str, separator: str) -> Intera
     return replace(interactions.subset(kept), users=tuple(domains), user=domain[kept], dropped=dropped, side=moments)
 
 
-def merge(parts: Mapping[str, Interactions]) -> Interactions:
+def merge(parts: Mapping[str, Interactions], *, shared_users: bool = False) -> Interactions:
     """Joins several datasets into one catalog, with a ``domain`` field that says which one an item is from.
 
     Ids get their part's name in front. Ratings are multiplied so that the highest of every part is the first one's:
@@ -65,6 +65,7 @@ def merge(parts: Mapping[str, Interactions]) -> Interactions:
 
     Args:
         parts: Name to dataset, at least one.
+        shared_users: An id that stands in several parts is one person; users' ids stay as they are then.
     """
     named = list(parts.items())
     high = named[0][1].scale.high
@@ -77,11 +78,15 @@ def merge(parts: Mapping[str, Interactions]) -> Interactions:
         for name in names
     }
     columns[DOMAIN] = tuple(label for label, part in named for _ in part.catalog.ids)
+    everybody = [user if shared_users else f"{label}/{user}" for label, part in named for user in part.users]
+    users = dict.fromkeys(everybody)
+    place = {user: code for code, user in enumerate(users)}
+    code = np.array([place[user] for user in everybody], np.int64)
     first_user = np.cumsum([0, *(len(part.users) for _, part in named)])
     first_item = np.cumsum([0, *(len(part.catalog) for _, part in named)])
     return Interactions(
-        users=tuple(f"{label}/{user}" for label, part in named for user in part.users),
-        user=np.concatenate([part.user + start for (_, part), start in zip(named, first_user, strict=False)]),
+        users=tuple(users),
+        user=code[np.concatenate([part.user + start for (_, part), start in zip(named, first_user, strict=False)])],
         item=np.concatenate([part.item + start for (_, part), start in zip(named, first_item, strict=False)]),
         rating=np.concatenate(
             [(part.rating * factor).astype(np.float32) for (_, part), factor in zip(named, factors, strict=True)]
@@ -93,7 +98,7 @@ def merge(parts: Mapping[str, Interactions]) -> Interactions:
         scale=scale,
         dropped={f"{label}: {reason}": count for label, part in named for reason, count in part.dropped.items()},
         item_vectors=_joined_vectors([part for _, part in named]),
-        side=_joined_sides(named),
+        side=_joined_sides(named, code, len(users), prefixed=not shared_users),
     )
 
 
@@ -114,8 +119,15 @@ def _joined_vectors(parts: Sequence[Interactions]) -> dict[str, Values]:
     return found
 
 
-def _joined_sides(named: Sequence[tuple[str, Interactions]]) -> SideColumns:
-    """Returns the side information of several datasets, empty texts where a dataset has no column of a name."""
+def _joined_sides(named: Sequence[tuple[str, Interactions]], code: Codes, users: int, *, prefixed: bool) -> SideColumns:
+    """Returns the side information of several datasets, empty texts where a dataset has no column of a name.
+
+    Args:
+        named: The datasets by name.
+        code: The code of each dataset's users, one dataset after the other.
+        users: How many users there are; of one who is in several datasets, the first that is not empty counts.
+        prefixed: Whether the datasets' names stand in front of ids.
+    """
 
     def joined(columns: Sequence[Mapping[str, Texts]], lengths: Sequence[int]) -> dict[str, Texts]:
         names = dict.fromkeys(name for column in columns for name in column)
@@ -126,16 +138,23 @@ def _joined_sides(named: Sequence[tuple[str, Interactions]]) -> SideColumns:
         }
 
     sides, rows = [part.side for _, part in named], [len(part) for _, part in named]
-    users = [len(part.users) for _, part in named]
-    friends = tuple(
-        tuple(f"{label}/{friend}" for friend in some)
+    listed = [
+        [f"{label}/{friend}" if prefixed else friend for friend in some]
         for label, part in named
         for some in part.side.friends or ((),) * len(part.users)
-    )
+    ]
+    friends: list[dict[str, None]] = [{} for _ in range(users)]
+    for user, some in zip(code, listed, strict=True):
+        friends[user] |= dict.fromkeys(some)
+    about = joined([side.about for side in sides], [len(part.users) for _, part in named])
+    for name, column in about.items():
+        about[name] = np.full(users, "", object)
+        for user, value in zip(code[::-1], column[::-1], strict=True):
+            about[name][user] = value or about[name][user]
     reviews = joined([{} if side.reviews is None else {"": side.reviews} for side in sides], rows).get("")
     return SideColumns(
-        joined([side.about for side in sides], users),
-        friends if any(friends) else (),
+        about,
+        tuple(map(tuple, friends)) if any(friends) else (),
         joined([side.moments for side in sides], rows),
         reviews,
     )
