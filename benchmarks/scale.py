@@ -273,10 +273,13 @@ def slope(by_size: Mapping[Any, float]) -> dict[str, Any]:
     """Returns the least-squares slope of log seconds over log size, and that of the last two sizes alone."""
     import numpy as np
 
-    sizes, values = np.log([float(size) for size in by_size]), np.log(list(by_size.values()))
+    # JSON's keys are texts, in the order of texts.
+    ordered = sorted((int(size), value) for size, value in by_size.items())
+    sizes, values = np.log(np.array(ordered, np.float64)).T
     last = (values[-1] - values[-2]) / (sizes[-1] - sizes[-2])
     return {
-        "cpu_seconds": {str(size): round(value, 4) for size, value in by_size.items()},
+        "sizes": [size for size, _ in ordered],
+        "cpu_seconds": [round(value, 4) for _, value in ordered],
         "slope": round(float(np.polyfit(sizes, values, 1)[0]), 2),
         "slope_of_the_last_two": round(float(last), 2),
     }

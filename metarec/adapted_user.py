@@ -198,7 +198,8 @@ class AdaptedUser:
         catalog = self.fitted.catalog
         left_out = {*self.support.items.tolist(), *self._codes(exclude).tolist()}
         kept = ItemFilter(catalog).kept(where, block) if where is not None or block else np.ones(len(catalog), bool)
-        codes = np.setdiff1d(np.flatnonzero(kept), sorted(left_out))
+        kept[sorted(left_out)] = False
+        codes = np.flatnonzero(kept)
         if not 1 <= k <= len(codes):
             raise ConfigError(f"k is {k}", f"There are {len(codes)} items to recommend: choose 1 to {len(codes)}")
         codes = self._retrieved(codes, max(candidates, 2 * k, pool_size(k) if diversity else 0))
@@ -281,7 +282,9 @@ class AdaptedUser:
         cheap = self.fitted.cheap_terms
         if len(codes) <= count or not cheap or not (self.adapted_model or len(cheap) < len(self.fitted.terms)):
             return codes
-        best = np.argsort(-self.term_scores(cheap)[codes], kind="stable")[:count]
+        scores = self.term_scores(cheap)[codes]
+        front = leaders(scores, count)
+        best = front[np.argsort(-scores[front], kind="stable")[:count]]
         retrieved: Codes = np.sort(codes[best])
         return retrieved
 

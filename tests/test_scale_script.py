@@ -87,6 +87,12 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path: Path, monkeypatch:
     assert found["growth"]["adapt over users"]["slope"] == pytest.approx(0.5)
 
 
+def test_a_slope_is_over_ascending_sizes_however_the_file_orders_them() -> None:
+    found = scale.slope({"16": 4.0, "32": 8.0, "4": 1.0, "8": 2.0})
+    assert found["sizes"] == [4, 8, 16, 32]
+    assert (found["slope"], found["slope_of_the_last_two"]) == (1.0, 1.0)
+
+
 def test_growth_is_measured_by_fitting_adapting_and_ranking(tmp_path: Path) -> None:
     scale.make(150, 60, tmp_path)
     found = json.loads(json.dumps(scale.grow(tmp_path, TINY)))

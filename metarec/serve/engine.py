@@ -352,8 +352,10 @@ class Engine:
             exclude_seen: Leaves out what the user has rated.
             kept: Which items may be chosen, shape (items,); None for all but those that were removed.
         """
-        seen = person.adapted.support.items if exclude_seen else np.zeros(0, np.int64)
-        codes = np.setdiff1d(np.flatnonzero(self._kept if kept is None else self._kept & kept), seen)
+        allowed = self._kept.copy() if kept is None else self._kept & kept
+        if exclude_seen:
+            allowed[person.adapted.support.items] = False
+        codes = np.flatnonzero(allowed)
         return self._retrieval.choose(person.adapted, codes, max(self._candidates, 2 * k))
 
     def explain(self, person: Person, codes: Codes, most: int = 3) -> list[list[Reason]]:

@@ -20,6 +20,7 @@ from metarec.adapted_user import CANDIDATES, AdaptedUser
 from metarec.data.interactions import Codes
 from metarec.lm.answer_model import AnswerModel
 from metarec.meta.inner_loop import MetaState
+from metarec.metrics import leaders
 from metarec.progress import progress
 from metarec.recommender import MetaRecommender
 from metarec.scorers.language.adapted import InnerLoop
@@ -211,6 +212,8 @@ class CandidateRetrieval:
         elif len(codes) > count and state is not start:
             moved = adapted.term_scores() - self._new_user_terms + self.prepare()(state, start)
             scores = scores + np.nan_to_num(moved)
-        best = np.argsort(-scores[codes], kind="stable")[:count]
+        ours = scores[codes]
+        front = leaders(ours, count)
+        best = front[np.argsort(-ours[front], kind="stable")[:count]]
         chosen: Codes = np.sort(codes[best])
         return chosen
