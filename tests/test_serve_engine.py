@@ -208,6 +208,7 @@ def test_of_a_large_catalog_the_service_reads_what_other_terms_put_in_front(
     engine._candidates = 12
     engine.prepare()
     assert not asked, "nothing is read before somebody asks"
+    assert "_words" not in vars(engine._search), "nor are titles indexed before somebody searches"
     person = rate(engine, "ann", LOVES_DRAMA)
     found = [entry.item for entry, _ in engine.recommend(person, 3)[1]]
     codes = np.setdiff1d(np.arange(40), person.adapted.support.items)

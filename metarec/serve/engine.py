@@ -28,7 +28,7 @@ from metarec.serve.hot_adapters import HotAdapters
 from metarec.serve.items import check_fields, extend
 from metarec.serve.person import Person
 from metarec.serve.records import NewAdapter, Profile, latest_ratings
-from metarec.serve.retrieval import CandidateRetrieval, Effects, reads_all
+from metarec.serve.retrieval import CandidateRetrieval, Effects, is_small, reads_all
 from metarec.serve.store import AdapterStore
 from metarec.tensors import AdapterState
 
@@ -130,7 +130,8 @@ class Engine:
         Returns:
             The effect of an adapter on every item.
         """
-        self._search.prepare()
+        if is_small(len(self.catalog)):  # of a larger one, the first search waits instead of every start
+            self._search.prepare()
         return self._retrieval.prepare()
 
     def code(self, item: str) -> int:

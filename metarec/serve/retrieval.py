@@ -141,13 +141,18 @@ def _read(effects: Effects, answer_model: AnswerModel, meta: MetaState, items: C
     return coordinates
 
 
+def is_small(items: int) -> bool:
+    """Says whether a catalog of so many items is gone through before the first answer."""
+    return items <= WHOLE_CATALOG
+
+
 def reads_all(trained: MetaRecommender) -> bool:
     """Says whether the language model, if there is one, reads the whole catalog before the first ranking.
 
     It does not where that would take long, and other terms can say which items are worth reading.
     """
     fitted = trained.fitted
-    return fitted.answer_model is None or not fitted.cheap_terms or len(fitted.catalog) <= WHOLE_CATALOG
+    return fitted.answer_model is None or not fitted.cheap_terms or is_small(len(fitted.catalog))
 
 
 class CandidateRetrieval:
