@@ -45,6 +45,7 @@ from metarec.meta.outer_loop import check_checkpoint, clear_checkpoint, refuse_o
 from metarec.metric_names import check_metrics
 from metarec.metrics import BASELINE
 from metarec.notebook import facts_table
+from metarec.profiles import WritesProfiles
 from metarec.recommender_files import digest_of, read_recommender, read_user, write_recommender
 from metarec.report import Report
 from metarec.run_directory import recommender_dir
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     from metarec.data.task_data import TaskData
 
 
-class MetaRecommender(SearchesItems):
+class MetaRecommender(SearchesItems, WritesProfiles):
     """A few-shot recommender: a language model whose adapter was meta-learned to fit new users in a few steps.
 
     Example:
@@ -93,8 +94,8 @@ class MetaRecommender(SearchesItems):
         facts: dict[str, object] = {"backbone": backbone, "score": list(self.config.score)}
         if self._fitted is None:
             return {**facts, "fitted": False}
-        items = len(self._fitted.catalog)
-        return {**facts, "task": self._fitted.task.name, "items": items, "device": self.config.device}
+        task, items = self._fitted.task.name, len(self._fitted.catalog)
+        return {**facts, "task": task, "items": items, "device": self.config.device}
 
     def __reduce__(self) -> tuple[Callable[..., MetaRecommender], tuple[object, ...]]:
         """A recommender is pickled as the directory that it was loaded from or saved to, never by its content."""
@@ -318,7 +319,6 @@ class MetaRecommender(SearchesItems):
         episodes, too_few = data.evaluated("test")
         if scorers is None:
             read_items(self.fitted, episodes)
-        own = self.scorer().name
         return evaluate_on(
             data,
             [*(self.scorers() if scorers is None else scorers), *beside_pooled(data.task, data.interactions.catalog)],
@@ -327,7 +327,7 @@ class MetaRecommender(SearchesItems):
             baseline=BASELINE,
             left_out={"too few ratings": too_few} if too_few else {},
             metrics=metrics,
-            calibrated={(own, found.shots): found for found in self.fitted.calibration} if scorers is None else {},
+            calibrated={} if scorers else {(self.scorer().name, at.shots): at for at in self.fitted.calibration},
         )
 
     def adapt(

@@ -1,7 +1,8 @@
-"""The verb ``search``: items by text, and by a person's taste too."""
+"""The verbs ``search | profile``: items by text; a sentence about a person or an item."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -55,3 +56,37 @@ def search(
     for place, entry in enumerate(found, start=1):
         scored = "" if entry.score is None else f"  {entry.score:+.3f}"
         typer.echo(f"{place:3d}  {entry.similarity:.3f}{scored}  {entry.title}")
+
+
+@app.command(
+    epilog="Example: metarec profile runs/mine --rating 'Toy Story=5' --rating 'Alien=2'; of an item: "
+    "metarec profile runs/mine --item Alien --generate"
+)
+def profile(
+    run: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    item: Annotated[
+        str | None, typer.Option(help="Describe this item, by title or id, instead of a person.", show_default=False)
+    ] = None,
+    user: Annotated[str | None, typer.Option(help="An adapter written by 'metarec adapt'.", show_default=False)] = None,
+    rating: RatingOption = None,
+    ratings: RatingsOption = None,
+    generate: Annotated[
+        bool,
+        typer.Option("--generate", help="Let the language model write; claims that the evidence lacks are left out."),
+    ] = False,
+    device: DeviceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say in a sentence what a person likes, from their ratings, or what an item is, from the catalog."""
+    if (item is not None) + (user is not None) + bool(rating or ratings) > 1:
+        raise ConfigError("--item, --user and ratings exclude each other", "Give one of them")
+    recommender = load_run(run, device=device)
+    if item is not None:
+        said = recommender.describe(item, generate=generate)
+    else:
+        person = recommender.load_user(user) if user else adapted(recommender, rating, ratings, {})
+        said = recommender.profile(person, generate=generate)
+    if json:
+        print_json(asdict(said))
+        return
+    typer.echo(said.text)
