@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from metarec.config import RunConfig
-from metarec.data.side_files import known
 from metarec.data.task import Task
 from metarec.scorers.collaborative.block_worth import block_worth
 from metarec.scorers.collaborative.features import (
@@ -96,6 +95,8 @@ def collaborative_features(answer_model: AnswerModel | None, data: TaskData, con
 
 def _told_vectors(data: TaskData, others: Mapping[str, Floats], seed: int) -> dict[str, Floats]:
     """Returns the vectors that the data bring of items, without those that explain nothing beside what else is read."""
+    from metarec.data.side_files import known  # reads tables with pandas, which one person's adapter needs not
+
     found = {name: known(vectors).astype(np.float64) for name, vectors in data.interactions.item_vectors.items()}
     if not found:
         return {}
