@@ -49,6 +49,7 @@ from metarec.report import Report
 from metarec.scorer import Request, Scorer
 from metarec.scorers.collaborative.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn
 from metarec.scorers.collaborative.gp import fit_gp
+from metarec.scorers.collaborative.graph_network import fit_graph_network
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
 from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
 from metarec.scorers.collaborative.networks import Form, fit_network
@@ -169,6 +170,16 @@ FITS: dict[str, Callable[[Given], Scorer]] = {
     "neural process": network("neural process"),
     "set transformer": network("set transformer"),
     "hypernetwork": network("hypernetwork"),
+    "graph network": lambda given: fit_graph_network(
+        given.data,
+        TRAIN,
+        given.prior,
+        VECTORS,
+        validation=episodes(given.data, VALIDATION),
+        threshold=given.threshold,
+        seed=0,
+        steps=50,
+    ),
     "zero-shot prompt": lambda given: ZeroShot(given.recommender().fitted.answer_model),
     "zero-shot, calibrated": lambda given: calibrated_zero_shot(
         given.recommender().fitted.answer_model, given.history.template, given.data.catalog
@@ -216,6 +227,7 @@ BANDS = {
     "neural process": (0.80, 1.0),
     "set transformer": (0.80, 1.0),
     "hypernetwork": (0.80, 1.0),
+    "graph network": (0.80, 1.0),
     "zero-shot prompt": (0.35, 0.65),
     "zero-shot, calibrated": (0.35, 0.65),
     "expected rating, prompt": (0.35, 0.65),
@@ -414,6 +426,7 @@ LABELLED = (
     "neural process",
     "set transformer",
     "hypernetwork",
+    "graph network",
 )
 
 

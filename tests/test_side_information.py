@@ -25,6 +25,9 @@ from metarec.data.side import Side
 from metarec.data.templates import PromptTemplate
 from metarec.data.transforms import keep_users, merge, with_negatives
 from metarec.errors import ConfigError, DataError, RatingError
+from metarec.evaluate import validation_auc
+from metarec.scorers.collaborative.graph_network import fit_graph_network
+from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.terms import SideTerm
 from metarec.scorers.language.in_context import History
 
@@ -433,3 +436,31 @@ def test_what_people_wrote_stands_in_the_in_context_prompt() -> None:
     text = History(template, catalog, 3.5).text(support, ())
     assert "Alien : no (too loud)" in text
     assert "Heat : yes\n" in text
+
+
+def test_a_graph_network_ranks_by_friends_before_any_rating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(7)
+    rows = [
+        f"u{one},u{other}" for one in range(USERS) for other in generator.choice(np.flatnonzero(GROUP[one] == GROUP), 4)
+    ]
+    (tmp_path / "friends.csv").write_text("\n".join(["user,friend", *rows]) + "\n")
+    world = shop(BY_GROUP)
+    data = load_own(
+        world.orders, {"items": world.items, "label": "rating >= 4", **NEW_USERS, "friends": "friends.csv"}, 0
+    )
+    train = data.parts["train"]
+    prior = fit_item_mean(data.interactions, train)
+    network = fit_graph_network(
+        data.interactions,
+        train,
+        prior,
+        np.zeros((ITEMS, 1)),
+        validation=data.episodes("validation")[0],
+        threshold=4.0,
+        seed=0,
+        steps=50,
+    )
+    episodes = data.episodes("test")[0]
+    alone = [replace(episode, support=replace(episode.support, side=None)) for episode in episodes]
+    assert validation_auc(network, episodes, [0], 4.0) > validation_auc(network, alone, [0], 4.0) + 0.08

@@ -29,6 +29,7 @@ from metarec.meta.inner_loop import MetaState
 from metarec.scorer import Scorer
 from metarec.scorers.collaborative.foldin import ALS, EASE, ItemKNN, UserKNN
 from metarec.scorers.collaborative.gp import GaussianProcess
+from metarec.scorers.collaborative.graph_network import GraphNetwork
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.networks import Network
 from metarec.scorers.collaborative.review_head import ReviewHead
@@ -63,6 +64,7 @@ CLASSES: dict[str, type[Any]] = {
     "FineTuned": FineTuned,
     "Friends": Friends,
     "GaussianProcess": GaussianProcess,
+    "GraphNetwork": GraphNetwork,
     "History": History,
     "InContext": InContext,
     "InnerLoop": InnerLoop,

@@ -1,4 +1,4 @@
-"""Meta-learned networks over item features, without a language model: MeLU and amortised learners."""
+"""Networks over item features, without a language model: MeLU, amortised learners, a graph network."""
 
 from __future__ import annotations
 
@@ -18,6 +18,21 @@ def _network(form: Form, context: MethodContext, **options: Any) -> Scorer:
 
     return fit_network(
         form,
+        context.interactions,
+        context.users,
+        context.prior,
+        context.features,
+        validation=context.validation,
+        threshold=context.threshold,
+        seed=context.seed,
+        **options,
+    )
+
+
+def _graph(context: MethodContext, **options: Any) -> Scorer:
+    from metarec.scorers.collaborative.graph_network import fit_graph_network
+
+    return fit_graph_network(
         context.interactions,
         context.users,
         context.prior,
@@ -50,6 +65,12 @@ NETWORKS = {
         "ratings attend to each other, candidates to the ratings",
         {"weight_decay": 1.0},
         ENCODER,
+    ),
+    "graph network": Method(
+        one_row(_graph, lambda network: network.layers[0].size),
+        "meta",
+        "LightGCN over likes, friends and texts (needs torch-geometric)",
+        settings=ENCODER,
     ),
     "hypernetwork": Method(
         one_row(partial(_network, "hypernetwork"), _size),
