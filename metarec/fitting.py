@@ -29,9 +29,11 @@ from metarec.scorer import Scorer
 from metarec.scorers.collaborative.features import Features
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
 from metarec.scorers.collaborative.side_effects import FittedSide, fit_side
+from metarec.scorers.collaborative.side_readers import reader_of
 from metarec.scorers.collaborative.terms import CollaborativeTerm
 from metarec.scorers.collaborative.trivial import ItemMean
 from metarec.scorers.language.adapted import InnerLoop, MetaScorer
+from metarec.scorers.language.encoded_text import encoded_reader
 from metarec.scorers.language.expected_rating import expected_rating
 from metarec.scorers.language.score import initial_state
 from metarec.scorers.language.weight_prior import fit_head_start
@@ -206,6 +208,7 @@ def _side(data: TaskData, config: RunConfig, features: Features) -> FittedSide |
     """Returns the effects of side information; None where the score reads none."""
     if SIDE_TERM not in config.score or not data.interactions.side:
         return None
+    settings = config.collaborative
     return fit_side(
         data.interactions,
         data.parts["train"],
@@ -213,6 +216,7 @@ def _side(data: TaskData, config: RunConfig, features: Features) -> FittedSide |
         threshold=data.task.like_threshold,
         folds=config.collaborative.stack.folds,
         seed=config.seed,
+        text_reader=encoded_reader(settings.encoder) if "text" in (settings.features or ()) else reader_of,
     )
 
 

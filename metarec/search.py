@@ -41,7 +41,6 @@ LARGEST_READ = 20_000
 _UNSPACED = re.compile(
     "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]+"
 )
-_AS_IT_IS = PromptTemplate("{{ title }}", "good", "bad", "the query")
 
 
 def tokens(text: str) -> list[str]:
@@ -139,16 +138,9 @@ class MeaningIndex:
         return load_backbone(self._encoder)
 
     def _read(self, text: str) -> Floats:
-        from metarec.lm.placement import default_placement
-        from metarec.lm.reference_forward import ReferenceForward
-        from metarec.lm.tokenized import tokenize_catalog
+        from metarec.scorers.language.item_vectors import unkept_text_vectors
 
-        prompts = tokenize_catalog(self._backbone, _AS_IT_IS, Catalog(("query",), {"title": (text,)}))
-        placement = default_placement(
-            self._backbone, prompts, layers=1, targets=None, rank=1, alpha=1.0, active_tokens=None
-        )
-        states = ReferenceForward(self._backbone, prompts, placement).frozen_states(np.zeros(1, np.int64))
-        vector: Floats = states.float().cpu().numpy()[0]
+        vector: Floats = unkept_text_vectors([text], self._backbone)[0].astype(np.float32)
         return vector
 
 

@@ -29,6 +29,7 @@ from metarec.evaluate import validation_auc
 from metarec.scorers.collaborative.graph_network import fit_graph_network
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.terms import SideTerm
+from metarec.scorers.language.encoded_text import EncodedText
 from metarec.scorers.language.in_context import History
 
 NEW_USERS: dict[str, Any] = {"split": {"fractions": [0.6, 0.2, 0.2]}, "shots": [0, 5], "query": {"max": 10, "min": 3}}
@@ -139,6 +140,27 @@ def test_a_sentence_about_a_user_ranks_before_any_rating(tmp_path: Path, monkeyp
     liked = BY_GROUP[group][shop(BY_GROUP).kind]
     best = [int(entry.item[1:]) for entry in keeper.recommend(10)]
     assert liked[best].mean() > liked.mean() + 0.3
+
+
+def test_a_sentence_is_read_by_the_encoder_where_items_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words that no meta-training user wrote are understood."""
+    said = ("I keep a small dog", "my car is fast", "I read poems in bed")
+    rows = [f"u{user},{said[code]} since {1990 + user % 20}" for user, code in enumerate(GROUP)]
+    (tmp_path / "users.csv").write_text("\n".join(["user,about", *rows]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    settings = {**PLAIN, "collaborative": {**PLAIN["collaborative"], "features": ["text", "fields"]}}
+    found = MetaRecommender.from_pretrained("smollm2-135m-instruct", validated(RunConfig, settings, "test"))
+    world = shop(BY_GROUP)
+    found.fit(world.orders, items=world.items, label="rating >= 4", **NEW_USERS, users="users.csv")
+    assert isinstance(effects(found).effects.about["about"], EncodedText)
+    items = [f"i{code}" for code in range(ITEMS)]
+    puppy, lorry = (found.adapt({}, about=text).score(items) for text in ("the puppies are mine", "a lorry driver"))
+    tastes = [BY_GROUP[np.flatnonzero(group == GROUP)[0]][world.kind] for group in range(2)]
+    assert np.corrcoef(puppy, tastes[0])[0, 1] > np.corrcoef(puppy, tastes[1])[0, 1]
+    assert np.corrcoef(lorry, tastes[1])[0, 1] > np.corrcoef(lorry, tastes[0])[0, 1]
+    found.save_pretrained(tmp_path / "saved")
+    again = MetaRecommender.from_pretrained(tmp_path / "saved")
+    np.testing.assert_allclose(again.adapt({}, about="the puppies are mine").score(items), puppy, atol=1e-5)
 
 
 def test_friends_rank_before_any_rating(

@@ -40,6 +40,7 @@ from metarec.scorers.collaborative.terms import CollaborativeTerm, ItemMeanTerm,
 from metarec.scorers.collaborative.text import TextLogistic, TextRidge, TwoTower
 from metarec.scorers.collaborative.trivial import Constant, ItemMean, Popularity, Random
 from metarec.scorers.language.adapted import InnerLoop, MetaScorer
+from metarec.scorers.language.encoded_text import EncodedText
 from metarec.scorers.language.expected_rating import ExpectedRating
 from metarec.scorers.language.finetuned import FineTuned
 from metarec.scorers.language.in_context import History, InContext, Listwise
@@ -60,6 +61,7 @@ CLASSES: dict[str, type[Any]] = {
     "CollaborativeTerm": CollaborativeTerm,
     "Constant": Constant,
     "EASE": EASE,
+    "EncodedText": EncodedText,
     "ExpectedRating": ExpectedRating,
     "FineTuned": FineTuned,
     "Friends": Friends,

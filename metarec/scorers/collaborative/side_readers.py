@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metarec.data.item_fields import MIN_ITEMS, field_kind, numbers_in, tokens_in
-from metarec.data.side import Side, Texts
+from metarec.data.side import ABOUT, Side, Texts
 from metarec.scorers.collaborative.residuals import Floats
 
 _MAX_TOKENS = 200
@@ -49,7 +49,7 @@ class Categories:
 
     def read(self, texts: Texts) -> Floats:
         """See `Reader.read`."""
-        return _by_value(texts, len(self.tokens), self._indicators)
+        return by_value(texts, len(self.tokens), self._indicators)
 
     def _indicators(self, values: Sequence[str]) -> Floats:
         place = {token: at for at, token in enumerate(self.tokens)}
@@ -76,7 +76,7 @@ class Numbers:
 
     def read(self, texts: Texts) -> Floats:
         """See `Reader.read`."""
-        return _by_value(texts, len(self.knots), self._ramps)
+        return by_value(texts, len(self.knots), self._ramps)
 
     def _ramps(self, values: Sequence[str]) -> Floats:
         numbers = numbers_in(values)
@@ -85,19 +85,30 @@ class Numbers:
         return found
 
 
-def _by_value(texts: Texts, width: int, read: object) -> Floats:
-    """Reads every different text once; an empty one is 0."""
+def by_value(texts: Texts, width: int, read: Callable[[list[str]], Floats]) -> Floats:
+    """Returns the features of texts, each different one read once; those of an empty one are 0.
+
+    Args:
+        texts: The texts.
+        width: How many features there are.
+        read: Texts to features, shape (texts, width).
+    """
     values, place = np.unique(np.asarray(texts, object).astype(str), return_inverse=True)
     found = np.zeros((len(values), width))
     filled = np.array([bool(value.strip()) for value in values], bool)
     if filled.any():
-        found[filled] = read(values[filled].tolist())  # type: ignore[operator]
+        found[filled] = read(values[filled].tolist())
     rows: Floats = found[place.ravel()]
     return rows
 
 
 def _tokens(values: Sequence[str], words: bool) -> list[set[str]]:
     return [set(_WORD.findall(text.casefold())) for text in values] if words else tokens_in(list(values))
+
+
+def side_kind(name: str, filled: Sequence[str]) -> str:
+    """Returns what a field of users or moments is, see `field_kind`; `about` is text."""
+    return "text" if name == ABOUT else field_kind(name, filled)
 
 
 def reader_of(name: str, texts: Texts) -> Reader | str:
@@ -108,7 +119,7 @@ def reader_of(name: str, texts: Texts) -> Reader | str:
         texts: Its values, of users or of rows.
     """
     filled = [str(text) for text in texts if str(text).strip()]
-    kind = field_kind(name, filled)
+    kind = side_kind(name, filled)
     if kind == "number":
         numbers = numbers_in(filled)
         numbers = numbers[~np.isnan(numbers)]

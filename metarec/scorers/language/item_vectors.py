@@ -12,10 +12,15 @@ from metarec.lm.answer_model import open_answer_model
 from metarec.lm.backbone import MINILM, Backbone, load_backbone
 from metarec.lm.hidden_states import mean_hidden_states
 from metarec.lm.placement import default_placement
+from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import tokenize_catalog
 from metarec.scorers.collaborative.features import state_vectors
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.text import unit_vectors
+
+_AS_IT_IS = PromptTemplate("{{ title }}", "good", "bad")
+# Texts that are read at once.
+_AT_ONCE = 64
 
 
 def text_vectors(catalog: Catalog, text: PromptTemplate, encoder: str = MINILM) -> Floats:
@@ -37,6 +42,16 @@ def text_vectors(catalog: Catalog, text: PromptTemplate, encoder: str = MINILM) 
     prompts = tokenize_catalog(backbone, text, catalog)
     placement = default_placement(backbone, prompts, layers=1, targets=None, rank=1, alpha=1.0, active_tokens=None)
     return open_answer_model(backbone, prompts, placement).states.numpy().astype(np.float64)
+
+
+def unkept_text_vectors(texts: Sequence[str], backbone: Backbone) -> Floats:
+    """Returns a sentence encoder's vector of each text, shape (texts, features); leaves nothing on disk."""
+    catalog = Catalog(tuple(map(str, range(len(texts)))), {"title": tuple(texts)})
+    prompts = tokenize_catalog(backbone, _AS_IT_IS, catalog)
+    placement = default_placement(backbone, prompts, layers=1, targets=None, rank=1, alpha=1.0, active_tokens=None)
+    forward = ReferenceForward(backbone, prompts, placement)
+    blocks = np.array_split(np.arange(len(texts)), max(1, -(-len(texts) // _AT_ONCE)))
+    return np.concatenate([forward.frozen_states(block).float().cpu().numpy() for block in blocks]).astype(np.float64)
 
 
 def hidden_state_vectors(backbone: Backbone, catalog: Catalog, sentences: Sequence[str]) -> Floats:

@@ -1,0 +1,67 @@
+"""Reads what users write about themselves by a sentence encoder: two towers, the user's text and the item's.
+
+The effects of side information multiply these vectors with items' features, text vectors among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import numpy as np
+
+from metarec.data.side import Texts
+from metarec.lm.backbone import Backbone, load_backbone
+from metarec.scorers.collaborative.residuals import Floats
+from metarec.scorers.collaborative.side_readers import Reader, by_value, reader_of, side_kind
+from metarec.scorers.language.item_vectors import unkept_text_vectors
+
+_COMPONENTS = 32
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Principal components of a sentence encoder's vectors of texts; nothing of a text is left on disk.
+
+    Args:
+        encoder: The encoder's name or directory.
+        mean: Mean vector of the texts that it was fitted on, shape (features,).
+        components: Directions, scaled so that the components of a text have a mean squared length of one, shape
+            (features, width).
+    """
+
+    encoder: str
+    mean: Floats
+    components: Floats
+
+    def read(self, texts: Texts) -> Floats:
+        """See `Reader.read`."""
+        width = self.components.shape[1]
+        return by_value(texts, width, lambda some: (_vectors(self.encoder, some) - self.mean) @ self.components)
+
+
+@cache
+def _backbone(encoder: str) -> Backbone:
+    return load_backbone(encoder)
+
+
+def _vectors(encoder: str, texts: list[str]) -> Floats:
+    return unkept_text_vectors(texts, _backbone(encoder))
+
+
+def encoded_reader(encoder: str) -> Callable[[str, Texts], Reader | str]:
+    """Returns a function as `reader_of` that has texts read by a sentence encoder."""
+    return partial(_reader_of, encoder)
+
+
+def _reader_of(encoder: str, name: str, texts: Texts) -> Reader | str:
+    filled = [str(text) for text in texts if str(text).strip()]
+    if side_kind(name, filled) != "text":
+        return reader_of(name, texts)
+    vectors = _vectors(encoder, filled)
+    mean = vectors.mean(0)
+    _, lengths, directions = np.linalg.svd(vectors - mean, full_matrices=False)
+    kept = directions[:_COMPONENTS].T
+    size = np.sqrt(max(float((lengths[:_COMPONENTS] ** 2).sum()) / len(filled), 1e-12))
+    return EncodedText(encoder, mean, kept / size)
