@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 _FACTORS = 16
 _COMPONENTS = 16
 # Scales of a block of side information that are tried, beside leaving it out.
-_SCALES = (0.1, 0.3, 1.0, 3.0)
+_SCALES = (0.01, 0.03, 0.1, 0.3, 1.0)
 _DAMP = 10.0
 _ITERATIONS = 40
 _BIAS_DAMPING = 3.0
@@ -266,18 +266,38 @@ def _blocks(
     return _Blocks(about, moments, friends, features, frozenset(moments))
 
 
+@dataclass(frozen=True)
+class _Grouped:
+    """Features of a block, once for each user or each different moment.
+
+    Args:
+        features: Shape (groups, width).
+        group: The group of each rating, shape (ratings,).
+    """
+
+    features: Floats
+    group: Codes
+
+
 class _Problem:
     """Ridge regression of residuals on products of side information's and items' features."""
 
     def __init__(self, residuals: Residuals, items: Floats, blocks: _Blocks) -> None:
-        self._residuals, self._items, self._blocks = residuals, items, blocks
+        self._residuals, self._items = residuals, items
+        self._blocks: dict[str, _Grouped] = {}
+        for name, block in blocks.features.items():
+            if name in blocks.of_rows:
+                different, place = np.unique(block, axis=0, return_inverse=True)
+                self._blocks[name] = _Grouped(different, place.ravel())
+            else:
+                self._blocks[name] = _Grouped(block, residuals.user)
 
     def choose(self, seed: int) -> dict[str, tuple[float, tuple[float, float]]]:
         """Returns the scale of every block that lowers held-out users' error, with how far it does."""
         held_out = np.random.default_rng([seed, 3]).permutation(self._residuals.shape[0]) % 2
         chosen: dict[str, tuple[float, tuple[float, float]]] = {}
         best = self._errors({}, held_out)
-        for name in self._blocks.features:
+        for name in self._blocks:
             scales = {other: scale for other, (scale, _) in chosen.items()}
             tried = {scale: self._errors({**scales, name: scale}, held_out) for scale in _SCALES}
             scale = min(tried, key=lambda one: float(tried[one].sum()))
@@ -302,39 +322,47 @@ class _Problem:
             squares += np.bincount(user[rows], left**2, len(squares))
         return squares / np.maximum(np.bincount(user, minlength=len(squares)), 1)
 
-    def _side(self, name: str, rows: np.ndarray | slice) -> Floats:
-        block = self._blocks.features[name]
-        found: Floats = block[rows] if name in self._blocks.of_rows else block[self._residuals.user[rows]]
-        return found
-
-    def _predicted(self, effects: Mapping[str, Floats], rows: np.ndarray | slice) -> Floats:
+    def _predicted(self, effects: Mapping[str, Floats], rows: np.ndarray) -> Floats:
         items = self._items[self._residuals.item[rows]]
         found = np.zeros(len(items))
         for name, effect in effects.items():
-            found += ((self._side(name, rows) @ effect) * items).sum(1)
+            block = self._blocks[name]
+            found += ((block.features @ effect)[block.group[rows]] * items).sum(1)
         return found
 
     def solve(self, scales: Mapping[str, float], rows: np.ndarray | None) -> dict[str, Floats]:
         """Returns the effects of blocks with given scales, from some rows."""
+        from scipy.sparse import csr_array
         from scipy.sparse.linalg import LinearOperator, lsmr
 
         if not scales:
             return {}
         chosen = np.ones(len(self._residuals.value), bool) if rows is None else rows
-        item, value = self._residuals.item[chosen], self._residuals.value[chosen]
-        side = np.concatenate([self._side(name, chosen) * scale for name, scale in scales.items()], 1)
-        known, width = self._items[item], self._items.shape[1]
+        value, known = self._residuals.value[chosen], self._items[self._residuals.item[chosen]]
+        ratings, width = known.shape
+        features = [self._blocks[name].features * scale for name, scale in scales.items()]
+        groups = [self._blocks[name].group[chosen] for name in scales]
+        # Each sums what is known of ratings over the ratings of a group.
+        sums = [
+            csr_array((np.ones(ratings), (group, np.arange(ratings))), (len(block), ratings))
+            for group, block in zip(groups, features, strict=True)
+        ]
+        bounds = np.cumsum([0, *(block.shape[1] for block in features)]).tolist()
 
         def forward(flat: Floats) -> Floats:
-            return np.asarray(((side @ flat.reshape(-1, width)) * known).sum(1))
+            parts = np.split(flat.reshape(-1, width), bounds[1:-1])
+            weights = sum((block @ part)[group] for block, part, group in zip(features, parts, groups, strict=True))
+            return np.asarray((weights * known).sum(1))
 
         def back(errors: Floats) -> Floats:
-            return np.asarray((side.T @ (known * errors.ravel()[:, None])).ravel())
+            moved = known * errors.ravel()[:, None]
+            return np.concatenate(
+                [(block.T @ (total @ moved)).ravel() for block, total in zip(features, sums, strict=True)]
+            )
 
-        operator = LinearOperator((len(value), side.shape[1] * width), matvec=forward, rmatvec=back, dtype=np.float64)
+        shape = (ratings, bounds[-1] * width)
+        operator = LinearOperator(shape, matvec=forward, rmatvec=back, dtype=np.float64)
         flat = lsmr(operator, value, damp=np.sqrt(_DAMP), maxiter=_ITERATIONS)[0].reshape(-1, width)
-        bounds = np.cumsum([0, *(self._blocks.features[name].shape[1] for name in scales)])
         return {
-            name: flat[start:end] * scale
-            for (name, scale), start, end in zip(scales.items(), bounds[:-1], bounds[1:], strict=True)
+            name: part * scale for (name, scale), part in zip(scales.items(), np.split(flat, bounds[1:-1]), strict=True)
         }
