@@ -18,7 +18,7 @@ from metarec.data.item_fields import choose_fields, tokens_in
 from metarec.data.titles import words
 from metarec.metric_names import LIST_OF_A_USER
 from metarec.metrics import check_scores, rank_order
-from metarec.scorer import Request, Scorer, request
+from metarec.scorer import Scorer, request
 
 if TYPE_CHECKING:
     from metarec.data.task_data import TaskData
@@ -110,7 +110,7 @@ def best_lists(
     for start in range(0, len(episodes), _USERS_AT_ONCE):
         asked = [request(episode, shots) for episode in episodes[start : start + _USERS_AT_ONCE]]
         unrated = [np.setdiff1d(everything, one.support.items) for one in asked]
-        whole = [Request(one.user, one.support, codes) for one, codes in zip(asked, unrated, strict=True)]
+        whole = [one.instead(codes) for one, codes in zip(asked, unrated, strict=True)]
         for codes, found in zip(unrated, scorer.score(whole), strict=True):
             scores = found.detach().numpy()
             check_scores(scores, f"method '{scorer.name}', K = {shots}, whole catalog")

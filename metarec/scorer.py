@@ -34,6 +34,10 @@ class Request:
     support: Ratings
     candidates: Codes
 
+    def instead(self, items: Codes) -> Request:
+        """Returns the same user's question about other items, all in the moment of the first that was asked about."""
+        return Request(self.user, self.support.asking_once(), items)
+
 
 class Scorer(Protocol):
     """ScoreArray candidates; higher is better. ScoreArray of different users need not be comparable."""

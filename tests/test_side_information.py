@@ -16,16 +16,18 @@ from conftest import Ran
 from made_shop import ITEMS, KINDS, PLAIN, USERS, Shop, own_tastes, shop, write_vectors
 
 from metarec import MetaRecommender
+from metarec.bench.robustness import flipped, most_rated, with_profiles
 from metarec.config import RunConfig, validated
 from metarec.data.interactions import Catalog, Interactions, Ratings
 from metarec.data.item_graph import graph_vectors
 from metarec.data.item_vectors import read_item_vectors
-from metarec.data.own_data import load_own
+from metarec.data.own_data import load_own, reload_own
 from metarec.data.side import Side
 from metarec.data.templates import PromptTemplate
 from metarec.data.transforms import keep_users, merge, with_negatives
 from metarec.errors import ConfigError, DataError, RatingError
 from metarec.evaluate import validation_auc
+from metarec.recommended_lists import best_lists, catalog_facts
 from metarec.scorers.collaborative.graph_network import fit_graph_network
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.terms import SideTerm
@@ -486,3 +488,43 @@ def test_a_graph_network_ranks_by_friends_before_any_rating(tmp_path: Path, monk
     episodes = data.episodes("test")[0]
     alone = [replace(episode, support=replace(episode.support, side=None)) for episode in episodes]
     assert validation_auc(network, episodes, [0], 4.0) > validation_auc(network, alone, [0], 4.0) + 0.08
+
+
+def test_a_person_asked_about_the_whole_catalog_is_asked_in_one_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = shop(np.tile([1.0, 1.0, -1.0, -1.0], (USERS, 1)), flipped=np.ones(1))
+    found = fitted(world, tmp_path, monkeypatch, NEW_USERS, context=["device"])
+    data = reload_own(world.orders, found.fitted.task, 0, world.items)
+    episodes, facts = data.evaluated("test")[0][:6], catalog_facts(data)
+    scorer = found.scorer()
+    for episode, best in zip(episodes, best_lists(scorer, episodes, 0, 5, facts, 0), strict=True):
+        assert episode.support.side is not None
+        device = episode.support.side.asked["device"][0]
+        me = found.adapt([], context={"device": device})
+        assert {entry.item for entry in me.recommend(5)} == {data.interactions.catalog.ids[code] for code in best}
+
+
+def test_a_disturbance_leaves_what_else_is_known_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    users_file(tmp_path, GROUP)
+    (tmp_path / "friends.csv").write_text("user,friend\nu1,u2\n")
+    world = reviewed()
+    files = {"users": "users.csv", "friends": "friends.csv", "context": ["device"], "review": "text"}
+    vectors = write_vectors(tmp_path / "covers.npz", np.eye(ITEMS, dtype=np.float32))
+    choices = {"items": world.items, "label": "rating >= 4", "vectors": {"cover": vectors}, **NEW_USERS, **files}
+    data = load_own(world.orders, choices, 0)
+    whole = data.interactions
+    attacked = with_profiles(data, np.array([3, 4, 5, 6]), 2, 0).interactions
+    more = len(attacked) - len(whole)
+    assert attacked.side.about["group"].tolist() == [*whole.side.about["group"], "", ""]
+    assert attacked.side.friends == (*whole.side.friends, (), ())
+    assert attacked.side.moments["device"][:-more].tolist() == whole.side.moments["device"].tolist()
+    assert set(attacked.side.moments["device"][-more:]) == {"phone", "desk"}
+    assert attacked.side.reviews is not None
+    assert len(attacked.side.reviews) == len(attacked)
+    assert attacked.item_vectors["cover"] is whole.item_vectors["cover"]
+    few = most_rated(data, 30).interactions
+    assert few.item_vectors["cover"].argmax(1).tolist() == [int(item[1:]) for item in few.catalog.ids]
+    support = data.evaluated("test")[0][0].support
+    assert flipped(support, 1.0, whole.scale, np.random.default_rng(0)).side is support.side

@@ -28,7 +28,7 @@ from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import tokenize_catalog
 from metarec.metrics import bootstrap_interval
 from metarec.recommender import MetaRecommender
-from metarec.scorer import Request, Scorer, request
+from metarec.scorer import Scorer, request
 
 NOISY_TITLES, FLIPPED_RATINGS = "noisy titles", "flipped ratings"
 INJECTED_PROFILES, PROMPT_INJECTION = "injected profiles", "prompt injection"
@@ -72,7 +72,7 @@ def flipped(ratings: Ratings, share: float, scale: RatingScale, generator: np.ra
     """Returns ratings of which a share, drawn one by one, is turned round on the scale: 5 becomes 0.5."""
     turned = generator.random(len(ratings)) < share
     values = np.where(turned, scale.low + scale.high - ratings.values, ratings.values).astype(np.float32)
-    return Ratings(ratings.items, values)
+    return replace(ratings, values=values, liked=None)
 
 
 def with_profiles(data: TaskData, targets: Codes, profiles: int, seed: int) -> TaskData:
@@ -103,15 +103,16 @@ def with_profiles(data: TaskData, targets: Codes, profiles: int, seed: int) -> T
     if not profiles:
         return data
     item, rating = np.concatenate(items), np.concatenate(values).astype(np.float32)
-    more = Interactions(
+    more = replace(
+        whole,
         users=whole.users + tuple(f"false-{seed}-{profile}" for profile in range(profiles)),
         user=np.concatenate([whole.user, *users]),
         item=np.concatenate([whole.item, item]),
         rating=np.concatenate([whole.rating, rating]),
         timestamp=None if whole.timestamp is None else np.concatenate([whole.timestamp, np.zeros(len(item), np.int64)]),
-        catalog=whole.catalog,
-        scale=whole.scale,
-        dropped=whole.dropped,
+        liked=None,
+        part=None if whole.part is None else np.concatenate([whole.part, np.zeros(len(item), np.int64)]),
+        side=whole.side.followed(profiles, generator.integers(0, len(whole), len(item))),
     )
     train = np.concatenate([data.parts["train"], np.arange(len(whole.users), len(more.users))])
     return replace(data, interactions=data.task.rule.apply(more), parts={**data.parts, "train": train})
@@ -128,7 +129,8 @@ def most_rated(data: TaskData, items: int) -> TaskData:
     part = whole.subset(code[whole.item] >= 0)
     fields = {name: tuple(column[item] for item in kept) for name, column in whole.catalog.fields.items()}
     catalog = Catalog(tuple(whole.catalog.ids[item] for item in kept), fields)
-    return replace(data, interactions=replace(part, item=code[part.item], catalog=catalog))
+    vectors = {name: values[kept] for name, values in whole.item_vectors.items()}
+    return replace(data, interactions=replace(part, item=code[part.item], catalog=catalog, item_vectors=vectors))
 
 
 def robustness(
@@ -245,7 +247,7 @@ def _places(scorer: Scorer, episodes: Sequence[Episode], shots: int, targets: Co
     for episode in episodes:
         asked = request(episode, shots)
         codes = np.setdiff1d(np.arange(items), asked.support.items)
-        scores = scorer.score([Request(asked.user, asked.support, codes)])[0].detach().numpy()
+        scores = scorer.score([asked.instead(codes)])[0].detach().numpy()
         own = scores[np.isin(codes, targets)]
         means.append(float((scores[None] > own[:, None]).mean()) if len(own) else np.nan)
     values = np.array(means)

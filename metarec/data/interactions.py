@@ -179,6 +179,12 @@ class Ratings:
             return self
         return replace(self, side=self.side.asking(query.side.rated))
 
+    def asking_once(self) -> Ratings:
+        """Returns the same ratings, of a user who asks about all items in the moment of the first."""
+        if self.side is None:
+            return self
+        return replace(self, side=self.side.asking({name: column[:1] for name, column in self.side.asked.items()}))
+
     @classmethod
     def empty(cls) -> Ratings:
         """Returns no ratings at all: what is known of a brand-new user."""

@@ -97,6 +97,20 @@ class SideColumns:
             friends=tuple(self.friends[user] for user in kept) if self.friends else (),
         )
 
+    def followed(self, users: int, rows: NDArray[np.int64]) -> SideColumns:
+        """Returns the side information with more users, of whom nothing is known, and more rows.
+
+        Args:
+            users: How many users.
+            rows: For each further row the one whose moment it takes; nothing is written about it.
+        """
+        return SideColumns(
+            about={name: np.append(column, np.full(users, "", object)) for name, column in self.about.items()},
+            friends=self.friends + ((),) * users if self.friends else (),
+            moments={name: np.append(column, column[rows]) for name, column in self.moments.items()},
+            reviews=None if self.reviews is None else np.append(self.reviews, np.full(len(rows), "", object)),
+        )
+
     @property
     def digest(self) -> bytes:
         """Names the side information by its content."""

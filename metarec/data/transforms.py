@@ -194,10 +194,6 @@ def with_negatives(interactions: Interactions, per_positive: int, seed: int, pop
     )
     time, part = interactions.timestamp, interactions.part
     source = source.astype(np.int64)
-    side = interactions.side
-    moments = {name: np.concatenate([column, column[source]]) for name, column in side.moments.items()}
-    unsaid = np.full(len(source), "", object)
-    reviews = None if side.reviews is None else np.concatenate([side.reviews, unsaid])
     return replace(
         interactions,
         user=np.concatenate([interactions.user, extra_user]).astype(np.int64),
@@ -207,7 +203,7 @@ def with_negatives(interactions: Interactions, per_positive: int, seed: int, pop
         scale=RatingScale(0.0, 1.0),
         liked=None,
         part=None if part is None else np.concatenate([part, part[source]]),
-        side=replace(side, moments=moments, reviews=reviews),
+        side=interactions.side.followed(0, source),
     )
 
 
