@@ -22,7 +22,7 @@ from metarec.data.interactions import Catalog, Interactions, Ratings
 from metarec.data.item_graph import graph_vectors
 from metarec.data.item_vectors import read_item_vectors
 from metarec.data.own_data import load_own, reload_own
-from metarec.data.side import Side
+from metarec.data.side import Side, SideColumns
 from metarec.data.templates import PromptTemplate
 from metarec.data.transforms import keep_users, merge, with_negatives
 from metarec.errors import ConfigError, DataError, RatingError
@@ -30,6 +30,8 @@ from metarec.evaluate import validation_auc
 from metarec.recommended_lists import best_lists, catalog_facts
 from metarec.scorers.collaborative.graph_network import fit_graph_network
 from metarec.scorers.collaborative.item_mean import fit_item_mean
+from metarec.scorers.collaborative.side_effects import SideEffects
+from metarec.scorers.collaborative.side_readers import friends_of, reader_of
 from metarec.scorers.collaborative.terms import SideTerm
 from metarec.scorers.language.encoded_text import EncodedText
 from metarec.scorers.language.in_context import History
@@ -347,6 +349,35 @@ def test_rows_keep_their_moments_through_every_view_of_the_data(
     assert len(joined.side.moments["hour"]) == len(joined)
     few = keep_users(data.subset(~np.isin(np.arange(60), [0, 6])), 9, None)
     assert few.side.about["age"].tolist() == [str(20 + n) for n in range(1, 6)]
+
+
+def test_effects_of_all_rows_are_those_of_one_user_after_another(informed: MetaRecommender) -> None:
+    """In bulk as one by one, with users, friends and moments."""
+    data = informed.task_data().interactions
+    generator = np.random.default_rng(2)
+    users, rows = len(data.users), len(data)
+    side = SideColumns(
+        {"group": data.side.about["group"]},
+        tuple((data.users[int(code)],) for code in generator.integers(0, users, users)),
+        {"device": np.array(["phone", "desk", ""], object)[generator.integers(0, 3, rows)]},
+    )
+    data = replace(data, side=side)
+    read = {"group": reader_of("group", side.about["group"]), "device": reader_of("device", side.moments["device"])}
+    assert not any(isinstance(reader, str) for reader in read.values())
+    widths = {"group": 3, "device": 2, "friends": 4}
+    found = SideEffects(
+        {"group": read["group"]},
+        {"device": read["device"]},
+        friends_of(data.users, generator.normal(size=(users, 4))),
+        generator.normal(size=(len(data.catalog), 5)),
+        {name: generator.normal(size=(width, 5)) for name, width in widths.items()},
+        {},
+    )
+    bulk = found.of_rows(data, np.arange(rows))
+    for code in (0, 7, 33):
+        own = data.rows_of_user[code]
+        np.testing.assert_allclose(bulk[own], found.rated(data.ratings(own)), atol=1e-5)
+    assert np.abs(bulk).max() > 0.1
 
 
 def test_side_information_is_part_of_what_names_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ The effects of side information multiply these vectors with items' features, tex
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -46,8 +47,28 @@ def _backbone(encoder: str) -> Backbone:
     return load_backbone(encoder)
 
 
+_REMEMBERED: dict[tuple[str, str], Floats] | None = None
+
+
+@contextmanager
+def texts_read_once() -> Iterator[None]:
+    """Remembers the vector of each text while the body runs, as where fits without each fold read the same texts."""
+    global _REMEMBERED
+    _REMEMBERED = {}
+    try:
+        yield
+    finally:
+        _REMEMBERED = None
+
+
 def _vectors(encoder: str, texts: list[str]) -> Floats:
-    return unkept_text_vectors(texts, _backbone(encoder))
+    """Returns the encoder's vector of each text, shape (texts, features); each different one is read once."""
+    known = {} if _REMEMBERED is None else _REMEMBERED
+    unread = [text for text in dict.fromkeys(texts) if (encoder, text) not in known]
+    if unread:
+        for text, vector in zip(unread, unkept_text_vectors(unread, _backbone(encoder)), strict=True):
+            known[encoder, text] = vector
+    return np.stack([known[encoder, text] for text in texts])
 
 
 def encoded_reader(encoder: str) -> Callable[[str, Texts], Reader | str]:
