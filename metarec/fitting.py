@@ -33,7 +33,7 @@ from metarec.scorers.collaborative.side_readers import reader_of
 from metarec.scorers.collaborative.terms import CollaborativeTerm
 from metarec.scorers.collaborative.trivial import ItemMean
 from metarec.scorers.language.adapted import InnerLoop, MetaScorer
-from metarec.scorers.language.encoded_text import encoded_reader, texts_read_once
+from metarec.scorers.language.encoded_text import encoded_reader
 from metarec.scorers.language.expected_rating import expected_rating
 from metarec.scorers.language.score import initial_state
 from metarec.scorers.language.weight_prior import fit_head_start
@@ -209,16 +209,15 @@ def _side(data: TaskData, config: RunConfig, features: Features) -> FittedSide |
     if SIDE_TERM not in config.score or not data.interactions.side:
         return None
     settings = config.collaborative
-    with texts_read_once():
-        return fit_side(
-            data.interactions,
-            data.parts["train"],
-            features,
-            threshold=data.task.like_threshold,
-            folds=settings.stack.folds,
-            seed=config.seed,
-            text_reader=encoded_reader(settings.encoder) if "text" in (settings.features or ()) else reader_of,
-        )
+    return fit_side(
+        data.interactions,
+        data.parts["train"],
+        features,
+        threshold=data.task.like_threshold,
+        folds=settings.stack.folds,
+        seed=config.seed,
+        text_reader=encoded_reader(settings.encoder) if "text" in (settings.features or ()) else reader_of,
+    )
 
 
 def meta_scorer(

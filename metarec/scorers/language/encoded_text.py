@@ -5,8 +5,8 @@ The effects of side information multiply these vectors with items' features, tex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -47,28 +47,21 @@ def _backbone(encoder: str) -> Backbone:
     return load_backbone(encoder)
 
 
-_REMEMBERED: dict[tuple[str, str], Floats] | None = None
-
-
-@contextmanager
-def texts_read_once() -> Iterator[None]:
-    """Remembers the vector of each text while the body runs, as where fits without each fold read the same texts."""
-    global _REMEMBERED
-    _REMEMBERED = {}
-    try:
-        yield
-    finally:
-        _REMEMBERED = None
+# Vectors of the texts that were read last: an evaluation asks for a user's again and again.
+_RECENT: OrderedDict[tuple[str, str], Floats] = OrderedDict()
+_MOST_RECENT = 16_384
 
 
 def _vectors(encoder: str, texts: list[str]) -> Floats:
     """Returns the encoder's vector of each text, shape (texts, features); each different one is read once."""
-    known = {} if _REMEMBERED is None else _REMEMBERED
-    unread = [text for text in dict.fromkeys(texts) if (encoder, text) not in known]
-    if unread:
-        for text, vector in zip(unread, unkept_text_vectors(unread, _backbone(encoder)), strict=True):
-            known[encoder, text] = vector
-    return np.stack([known[encoder, text] for text in texts])
+    known = {text: _RECENT.get((encoder, text)) for text in texts}
+    unread = [text for text, vector in known.items() if vector is None]
+    fresh = dict(zip(unread, unkept_text_vectors(unread, _backbone(encoder)), strict=True)) if unread else {}
+    found = np.stack([vector if (vector := known[text]) is not None else fresh[text] for text in texts])
+    _RECENT.update({(encoder, text): vector for text, vector in fresh.items()})
+    while len(_RECENT) > _MOST_RECENT:
+        _RECENT.popitem(last=False)
+    return found
 
 
 def encoded_reader(encoder: str) -> Callable[[str, Texts], Reader | str]:
