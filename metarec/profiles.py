@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 
 from metarec.data.interactions import Catalog, Ratings
@@ -144,16 +145,19 @@ class Profile:
         return self.text
 
 
-def taste(catalog: Catalog, support: Ratings, threshold: float) -> Evidence:
+def taste(catalog: Catalog, support: Ratings, threshold: float, middle: float) -> Evidence:
     """Returns what a person's ratings say of their taste.
 
     Args:
         catalog: The items.
         support: What the person rated.
         threshold: See `Ratings.likes`.
+        middle: The middle of the rating scale. Where likes are ratings above the person's mean, and all of theirs are
+            alike, likes are those above the middle.
     """
-    liked = support.likes(threshold)
     mean = float(support.values.mean()) if len(support) else 0.0
+    alike = np.isnan(threshold) and len(support) > 0 and support.values.min() == support.values.max()
+    liked = support.values > middle if alike else support.likes(threshold)
     order = sorted(range(len(support)), key=lambda row: (-abs(float(support.values[row]) - mean), row))
     titles = [_spoken(catalog, int(code)) for code in support.items]
     seen, good = Counter[str](), Counter[str]()
@@ -306,7 +310,9 @@ class WritesProfiles(ABC):
         Raises:
             ConfigError: The language model does not read left to right.
         """
-        evidence = taste(self.fitted.catalog, user.support, self.fitted.task.like_threshold)
+        scale = self.fitted.scale
+        middle = (scale.low + scale.high) / 2
+        evidence = taste(self.fitted.catalog, user.support, self.fitted.task.like_threshold, middle)
         return self._written(evidence, generate)
 
     def describe(self, item: str, *, generate: bool = False) -> Profile:

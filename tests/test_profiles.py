@@ -35,12 +35,20 @@ EVIDENCE = Evidence(
 
 def test_the_evidence_is_what_the_ratings_say() -> None:
     support = Ratings(np.array([0, 3, 4, 1, 5, 2]), np.array([5, 4, 4.5, 1, 2, 3], np.float32))
-    found = taste(CATALOG, support, 4.0)
+    found = taste(CATALOG, support, 4.0, 3.0)
     assert found.likes == ("Comedy", "Romance")
     assert found.dislikes == ("Horror",), "one drama says nothing of dramas"
     assert found.liked == ("Film a", "Film e", "Film d")
     assert found.disliked == ("Film b", "Film f", "Film c")
-    assert not taste(CATALOG, Ratings.empty(), 4.0)
+    assert not taste(CATALOG, Ratings.empty(), 4.0, 3.0)
+
+
+@pytest.mark.parametrize(("rating", "said"), [(5, "Likes Comedy"), (1, "Dislikes Comedy")])
+def test_ratings_that_are_all_alike_are_high_or_low_on_the_scale(rating: float, said: str) -> None:
+    one = Ratings(np.array([0]), np.array([rating], np.float32))
+    assert template(taste(CATALOG, one, np.nan, 3.0)) == f"Rated Film a {'high' if rating > 3 else 'low'}."
+    some = Ratings(np.array([0, 3]), np.full(2, rating, np.float32))
+    assert template(taste(CATALOG, some, np.nan, 3.0)).startswith(said)
 
 
 def test_a_template_says_the_evidence_alone() -> None:
