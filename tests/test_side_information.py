@@ -226,6 +226,34 @@ def test_a_saved_recommender_and_a_saved_person_know_what_they_knew(tmp_path: Pa
     assert json.loads((tmp_path / "me" / "user.json").read_text())["side"]["about"] == {"group": "b"}
 
 
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"context": ["rating"]}, "'rating' is no side information"),
+        ({"review": "timestamp"}, "'timestamp' is no side information"),
+        ({"context": ["place", "place"]}, "'place' is named twice"),
+        ({"context": ["place"], "review": "place"}, "'place' is named twice"),
+    ],
+)
+def test_what_is_predicted_is_no_side_information(tmp_path: Path, files: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        loaded(tmp_path, **files)
+
+
+def test_what_is_not_read_of_a_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "friends.csv").write_text("from,to,since\nu1,u2,2010\nu1,nobody,2011\n")
+    (tmp_path / "users.csv").write_bytes("user, town ,\nu1,Köln,0\nu2,Aš,1\n".encode("iso-8859-2"))
+    data = loaded(tmp_path, friends="friends.csv", users="users.csv", encoding="iso-8859-2")
+    assert data.side.friends[data.users.index("u1")] == ("u2",)
+    assert {name: set(column) for name, column in data.side.about.items()} == {"town": {"Köln", "Aš", ""}}
+    assert "columns of 'friends.csv' that nothing reads: 'since'" in caplog.text
+    assert "'friends.csv': 1 of 2 edges join no two users of the ratings" in caplog.text
+    assert "'column 3, without a name'" in caplog.text
+
+
 def test_what_a_recommender_does_not_know_of_people_is_refused(
     plain: MetaRecommender, informed: MetaRecommender
 ) -> None:
@@ -304,6 +332,9 @@ def test_vectors_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "others.npz", ids=np.array(["x", "y"]), vectors=np.zeros((2, 2)))
     np.savez(tmp_path / "short.npz", ids=np.array(IDS), vectors=np.zeros((9, 2)))
     np.savez(tmp_path / "objects.npz", ids=np.array(IDS, object), vectors=np.zeros((10, 2)))
+    np.savez(tmp_path / "complex.npz", ids=np.array(IDS), vectors=np.ones((10, 2), complex))
+    np.savez(tmp_path / "narrow.npz", ids=np.array(IDS), vectors=np.ones((10, 0)))
+    (tmp_path / "broken.npz").write_bytes(b"PK broken")
     (tmp_path / "v.bin").write_bytes(b"x")
     (tmp_path / "broken.safetensors").write_bytes(b"broken")
     for name, said in {
@@ -311,6 +342,9 @@ def test_vectors_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
         "others.npz": "holds no vector of any item",
         "short.npz": "10 ids beside vectors of shape",
         "objects.npz": "cannot be read",
+        "complex.npz": "holds complex128, which are no real numbers",
+        "narrow.npz": "10 ids beside vectors of shape",
+        "broken.npz": "cannot be read",
         "v.bin": "of no kind",
         "broken.safetensors": "cannot be read",
         "missing.npz": "does not exist",
@@ -398,6 +432,13 @@ def test_side_information_is_part_of_what_names_the_data(tmp_path: Path, monkeyp
         ({"friends": "others.csv"}, "joins two users"),
         ({"item_graph": "edges.csv"}, "no edge of the graph names an item"),
         ({"review": "text"}, "no column 'text'"),
+        ({"users": "columns.csv"}, "has two columns 'age'"),
+        ({"friends": "columns.csv"}, "has two columns 'age'"),
+        ({"users": "alone.csv"}, "has no column beside 'user'"),
+        ({"users": "ragged.csv"}, "row 3 has 3 fields.*none is left out"),
+        ({"users": "headless.csv"}, "first row of 'headless.csv' is data: 'u1' is an id"),
+        ({"friends": "headless.csv"}, "first row of 'headless.csv' is data: 'u1' is an id"),
+        ({"item_graph": "nothing.csv"}, "names an 'other'"),
     ],
 )
 def test_faulty_side_information_is_named(
@@ -407,6 +448,11 @@ def test_faulty_side_information_is_named(
     (tmp_path / "twice.csv").write_text("user,age\nu1,20\nu1,21\n")
     (tmp_path / "others.csv").write_text("user,friend\nx,y\n")
     (tmp_path / "edges.csv").write_text("item,relation,other\nx,r,y\n")
+    (tmp_path / "columns.csv").write_text("user,age,age\nu1,20,21\n")
+    (tmp_path / "alone.csv").write_text("user\nu1\n")
+    (tmp_path / "ragged.csv").write_text("user,age\nu1,20\nu2,21,22\n")
+    (tmp_path / "headless.csv").write_text("u1,u2\nu3,u4\n")
+    (tmp_path / "nothing.csv").write_text("item,relation,other\ni1,r,\n")
     with pytest.raises(DataError, match=said):
         loaded(tmp_path, **files)
 

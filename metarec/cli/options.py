@@ -138,7 +138,7 @@ def side_files(entries: list[str] | None) -> dict[str, Any]:
         if name.startswith("vectors."):
             found.setdefault("vectors", {})[name.removeprefix("vectors.")] = value
         else:
-            found[name] = value.split(",") if name == "context" else value
+            found[name] = [part.strip() for part in value.split(",")] if name == "context" else value
     return found
 
 

@@ -22,13 +22,21 @@ _COLUMNS = ("item", "relation", "other")
 Edges = list[tuple[str, str, str]]
 
 
-def read_item_graph(path: Path) -> Edges:
+def read_item_graph(path: Path, ids: Sequence[str] = (), encoding: str = "utf-8") -> Edges:
     """Reads a table of edges: ``item``, ``relation``, ``other``, or three columns that mean these in this order.
+
+    Args:
+        path: The file.
+        ids: The items' ids, to tell a row from a header.
+        encoding: The file's encoding where it is not UTF-8.
 
     Raises:
         DataError: The file is missing or malformed, or holds no edge.
     """
-    frame = side_table(path, _COLUMNS)
+    frame = side_table(path, _COLUMNS, encoding=encoding, ids=frozenset(ids))
+    frame = frame[frame["other"] != ""]  # what has no name joins nothing
+    if frame.empty:
+        raise DataError(f"no row of '{path}' names an 'other'", "Write one edge in each row")
     return list(zip(*(frame[name] for name in _COLUMNS), strict=True))
 
 

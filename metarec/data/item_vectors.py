@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,15 @@ def read_item_vectors(path: Path, ids: Sequence[str]) -> Values:
         raise DataError(f"'{path}' is of no kind that vectors are read from", f"Give one of {', '.join(_READERS)}")
     try:
         named, vectors = reader(path)
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, struct.error, zipfile.BadZipFile) as error:
         raise DataError(f"'{path}' cannot be read: {error}", _FORMS) from None
     vectors = np.asarray(vectors)
-    if vectors.ndim != 2 or len(named) != len(vectors) or not np.issubdtype(vectors.dtype, np.number):
+    if vectors.ndim != 2 or len(named) != len(vectors) or not vectors.shape[1]:
         raise DataError(f"'{path}' holds {len(named)} ids beside vectors of shape {vectors.shape}", _FORMS)
-    return _in_order(path, named, vectors.astype(np.float32), ids)
+    if vectors.dtype.kind not in "biuf":
+        raise DataError(f"'{path}' holds {vectors.dtype}, which are no real numbers", _FORMS)
+    with np.errstate(over="ignore"):
+        return _in_order(path, named, vectors.astype(np.float32), ids)
 
 
 def _in_order(path: Path, named: Sequence[str], vectors: Values, ids: Sequence[str]) -> Values:

@@ -45,15 +45,15 @@ def with_side(data: Interactions, path: Path | None, options: SourceOptions) -> 
     if options.item_graph:
         if GRAPH in vectors:
             raise DataError(f"'vectors' and 'item_graph' are both called '{GRAPH}'", "Name the vectors otherwise")
-        vectors[GRAPH] = graph_vectors(read_item_graph(folder / options.item_graph), ids)
+        vectors[GRAPH] = graph_vectors(read_item_graph(folder / options.item_graph, ids, options.encoding), ids)
     side = data.side
     columns = {**side.moments}
     reviews = columns.pop(options.review, side.reviews) if options.review else side.reviews
     if options.review and reviews is None:
         raise DataError(f"the ratings have no column '{options.review}' of reviews", "Name it in 'review'")
     moments = {name: columns[name] if name in columns else _of_time(data, name, columns) for name in options.context}
-    about = side.about if not options.users else _users(folder / options.users, data.users)
-    friends = side.friends if not options.friends else _friends(folder / options.friends, data.users)
+    about = side.about if not options.users else _users(folder / options.users, data.users, options.encoding)
+    friends = side.friends if not options.friends else _friends(folder / options.friends, data.users, options.encoding)
     found = SideColumns(about, friends, moments, reviews)
     return replace(data, item_vectors={**data.item_vectors, **vectors}, side=found)
 
@@ -71,12 +71,14 @@ def _of_time(data: Interactions, name: str, columns: Sequence[str] | dict[str, T
     return texts
 
 
-def _users(path: Path, users: Sequence[str]) -> dict[str, Texts]:
+def _users(path: Path, users: Sequence[str], encoding: str) -> dict[str, Texts]:
     """Reads the fields of users; those that the file does not name have none."""
-    frame, file = side_table(path), f"'{path}'"
+    frame, file = side_table(path, encoding=encoding, ids=frozenset(users)), f"'{path}'"
     key = recognise(list(map(str, frame.columns)), ["user"]).get("user")
     if key is None:
         raise DataError(f"{file} has no column 'user'", "Name the column of the users' ids 'user'")
+    if len(frame.columns) == 1:
+        raise DataError(f"{file} has no column beside '{key}'", "Add columns of what is known of users")
     ids = frame[key]
     if ids.duplicated().any():
         raise DataError(f"{file} names user '{ids[ids.duplicated()].iloc[0]}' twice", "Give every user one row")
@@ -93,11 +95,11 @@ def _users(path: Path, users: Sequence[str]) -> dict[str, Texts]:
     return found
 
 
-def _friends(path: Path, users: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Reads edges between users, which go both ways; those to nobody in the ratings are left out."""
-    frame, file = side_table(path, ("user", "friend")), f"'{path}'"
-    one, other = (frame[name].to_numpy(object) for name in ("user", "friend"))
+def _friends(path: Path, users: Sequence[str], encoding: str) -> tuple[tuple[str, ...], ...]:
+    """Reads edges between users, which go both ways; those to nobody in the ratings are counted and left out."""
     place = {name: code for code, name in enumerate(users)}
+    frame, file = side_table(path, ("user", "friend"), encoding=encoding, ids=place), f"'{path}'"
+    one, other = (frame[name].to_numpy(object) for name in ("user", "friend"))
     friends: list[dict[str, None]] = [{} for _ in users]
     kept = 0
     for first, second in zip([*one, *other], [*other, *one], strict=True):
@@ -108,6 +110,8 @@ def _friends(path: Path, users: Sequence[str]) -> tuple[tuple[str, ...], ...]:
         raise DataError(
             f"no edge of {file} joins two users of the ratings, e.g. '{users[0]}'", "Name users by their ids"
         )
+    if kept < 2 * len(one):
+        _LOG.warning("%s: %d of %d edges join no two users of the ratings", file, len(one) - kept // 2, len(one))
     return tuple(map(tuple, friends))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from metarec.config import Section
 from metarec.data.interactions import RatingScale
@@ -16,6 +16,8 @@ TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".dat", ".json", ".jsonl", ".ndjson", "
 CONVERTED = "dataset.json"
 # What timestamps say of a moment, where no column does.
 OF_TIME = ("hour", "weekday", "month")
+# Columns of ratings that are never side information.
+_OF_RATINGS = ("user", "item", "title", "rating", "timestamp")
 BadRows = Literal["error", "quarantine"]
 
 
@@ -88,6 +90,15 @@ class SourceOptions(Section):
         if separator != "::" and (len(separator) != 1 or separator.isalnum() or separator in '"\r\n'):
             raise ValueError("One sign separates fields, such as ',' ';' '|' or a tab (\\t), or '::'")
         return separator
+
+    @model_validator(mode="after")
+    def _side_information_is_no_rating(self) -> SourceOptions:
+        for name in self.of_rows:
+            if name in _OF_RATINGS:
+                raise ValueError(f"'{name}' is no side information: it is what is predicted, or names who and what")
+            if self.of_rows.count(name) > 1:
+                raise ValueError(f"'{name}' is named twice in 'context' and 'review'")
+        return self
 
     @field_validator("scale")
     @classmethod

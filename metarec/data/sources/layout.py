@@ -45,7 +45,10 @@ class Layout:
             )
         rest = tuple(f"'{name}'" for name, ours in close.items() if not ours)
         if rest:
-            cure = "Map those that describe items in 'columns' (--column OURS=THEIRS)"
+            cure = (
+                "Map those that describe items in 'columns' (--column OURS=THEIRS); name those that differ from row "
+                "to row in 'context' or 'review' (--side context=NAME)"
+            )
             found.append(Note("unused-column", "note", f"columns of {file} that nothing reads", cure, rest))
         return found
 
