@@ -23,7 +23,7 @@ CALIBRATED = (*ERRORS, *OF_CHANCES, "f1")
 LIST_OF_A_USER = ("diversity", "novelty", "popularity")
 OF_ALL_LISTS = ("coverage", "gini")
 LISTS = (*OF_ALL_LISTS, *LIST_OF_A_USER)
-# The AUC of groups of users; what follows names one of `metarec.data.user_groups.GROUPINGS`.
+# The AUC of groups of users; what follows names a grouping or a field of users, see `metarec.data.user_groups`.
 GROUPED = "auc_by_"
 # All there is beyond a ranking's accuracy.
 BEYOND = (*(f"{measure}@{CUTOFF}" for measure in LISTS), *OF_CHANCES, "f1", f"{GROUPED}activity")

@@ -21,6 +21,7 @@ from metarec.bench.report import table
 from metarec.config import RunConfig, validated
 from metarec.data import task_data
 from metarec.data.interactions import Catalog
+from metarec.data.side import SideColumns
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.data.user_groups import user_groups
@@ -192,6 +193,31 @@ def test_users_of_the_same_activity_are_in_one_group(data: TaskData) -> None:
     assert set(groups.of_user.values()) == {"few"}, "everybody rated 24 items"
     with pytest.raises(DataError, match=r"users cannot be grouped by 'activty'\. Did you mean 'activity'"):
         user_groups("activty", data, [])
+
+
+def test_the_auc_of_users_with_a_value_is_theirs_alone(data: TaskData) -> None:
+    users = data.interactions.users
+    about = {
+        "gender": np.array(["", *(["f", "m"] * len(users))][: len(users)], object),
+        "age": np.array([str(20 + code) for code in range(len(users))], object),
+        "town": np.array([f"town {code}" for code in range(len(users))], object),
+    }
+    told = replace(data, interactions=replace(data.interactions, side=SideColumns(about)))
+    code = {user: at for at, user in enumerate(users)}
+    found = report(told, "auc_by_gender", "auc_by_age")
+    cell = next(cell for cell in found.cells() if (cell.method, cell.shots) == ("first", 5))
+    values = found.values("first", 5)
+    for label in "fm":
+        own = [user for user in values.index if about["gender"][code[user]] == label]
+        assert 0 < len(own) < len(values)
+        assert cell.means[f"auc_by_gender:{label}"] == pytest.approx(values.loc[own].mean())
+    ages = user_groups("age", told, told.episodes("test")[0])
+    assert len(ages.labels) == 3
+    assert all(20 + code[user] <= float(label.removeprefix("to ")) for user, label in ages.of_user.items())
+    with pytest.raises(DataError, match=r"grouped by 'town': it has \d+ values"):
+        user_groups("town", told, told.episodes("test")[0])
+    with pytest.raises(DataError, match=r"Did you mean 'gender'"):
+        user_groups("gendre", told, [])
 
 
 @pytest.mark.parametrize("name", ["coverage", "coverage@0", "auc_by_", "loglos"])

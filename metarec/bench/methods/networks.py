@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,8 @@ if TYPE_CHECKING:
     from metarec.scorers.collaborative.networks import Network
 
 
-def _network(form: Form, context: MethodContext, **options: Any) -> Scorer:
-    from metarec.scorers.collaborative.networks import fit_network
-
-    return fit_network(
-        form,
+def _fitted(fit: Callable[..., Scorer], context: MethodContext, **options: Any) -> Scorer:
+    return fit(
         context.interactions,
         context.users,
         context.prior,
@@ -27,21 +25,18 @@ def _network(form: Form, context: MethodContext, **options: Any) -> Scorer:
         seed=context.seed,
         **options,
     )
+
+
+def _network(form: Form, context: MethodContext, **options: Any) -> Scorer:
+    from metarec.scorers.collaborative.networks import fit_network
+
+    return _fitted(partial(fit_network, form), context, **options)
 
 
 def _graph(context: MethodContext, **options: Any) -> Scorer:
     from metarec.scorers.collaborative.graph_network import fit_graph_network
 
-    return fit_graph_network(
-        context.interactions,
-        context.users,
-        context.prior,
-        context.features,
-        validation=context.validation,
-        threshold=context.threshold,
-        seed=context.seed,
-        **options,
-    )
+    return _fitted(fit_graph_network, context, **options)
 
 
 def _size(network: Network) -> int:
