@@ -362,6 +362,31 @@ def test_items_of_one_maker_get_vectors_that_point_the_same_way() -> None:
     assert abs(unit[0] @ unit[1]) < 0.1
 
 
+def test_a_graph_gives_the_same_vectors_and_names_the_data_by_its_edges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [f"i{code}" for code in range(80)]
+    edges = [
+        (item, relation, f"{relation}{at % size}")
+        for at, item in enumerate(ids)
+        for relation, size in (("a", 12), ("b", 4))
+    ]
+    once, again = graph_vectors(edges, ids), graph_vectors(edges, ids)
+    np.testing.assert_array_equal(once, again)
+    monkeypatch.chdir(tmp_path)
+    rows = [f"i{n},maker,m{n % 3}" for n in range(10)]
+    (tmp_path / "graph.csv").write_text("\n".join(["item,relation,other", *rows]) + "\n")
+    data = loaded(tmp_path, item_graph="graph.csv")
+    turned = replace(data, item_vectors={"graph": -data.item_vectors["graph"]})
+    assert turned.digest == data.digest
+    joined = merge({"one": data, "two": data})
+    assert joined.digest == merge({"one": turned, "two": data}).digest
+    (tmp_path / "graph.csv").write_text("\n".join(["item,relation,other", *rows[1:]]) + "\n")
+    other = loaded(tmp_path, item_graph="graph.csv")
+    assert other.digest != data.digest
+    assert merge({"one": other, "two": data}).digest != joined.digest
+
+
 def test_rows_keep_their_moments_through_every_view_of_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

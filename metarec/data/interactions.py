@@ -270,6 +270,7 @@ class Interactions:
         part: Which part of a given split each row belongs to, as a position in `PART_NAMES`, shape (rows,); None where
             the split is not given with the data.
         item_vectors: Name to a vector of each item that the data bring along, shape (items, width); NaN where unknown.
+        vector_sources: Name of computed item vectors to a digest of what they were computed from.
         side: What else is known of users and of the moments of rows.
     """
 
@@ -285,6 +286,7 @@ class Interactions:
     notes: tuple[str, ...] = ()
     part: Codes | None = None
     item_vectors: Mapping[str, Values] = field(default_factory=dict)
+    vector_sources: Mapping[str, str] = field(default_factory=dict)
     side: SideColumns = field(default_factory=SideColumns)
 
     def __len__(self) -> int:
@@ -350,5 +352,7 @@ class Interactions:
         if self.side:
             digest.update(self.side.digest)
         for name, vectors in sorted(self.item_vectors.items()):
-            digest.update(f"{name} {vectors.shape}".encode() + np.ascontiguousarray(vectors).tobytes())
+            digest.update(f"{name} {vectors.shape}".encode())
+            source = self.vector_sources.get(name)
+            digest.update(source.encode() if source else np.ascontiguousarray(vectors).tobytes())
         return digest.hexdigest()[:16]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from metarec.data.interactions import Interactions, Values
-from metarec.data.item_graph import graph_vectors, read_item_graph
+from metarec.data.item_graph import graph_digest, graph_vectors, read_item_graph
 from metarec.data.item_vectors import read_item_vectors
 from metarec.data.side import SideColumns, Texts
 from metarec.data.side_table import side_table
@@ -42,10 +42,12 @@ def with_side(data: Interactions, path: Path | None, options: SourceOptions) -> 
     folder = path if path is not None and path.is_dir() else Path() if path is None else path.parent
     ids = data.catalog.ids
     vectors = {name: read_item_vectors(folder / file, ids) for name, file in options.vectors.items()}
+    sources = {**data.vector_sources}
     if options.item_graph:
         if GRAPH in vectors:
             raise DataError(f"'vectors' and 'item_graph' are both called '{GRAPH}'", "Name the vectors otherwise")
-        vectors[GRAPH] = graph_vectors(read_item_graph(folder / options.item_graph, ids, options.encoding), ids)
+        edges = read_item_graph(folder / options.item_graph, ids, options.encoding)
+        vectors[GRAPH], sources[GRAPH] = graph_vectors(edges, ids), graph_digest(edges)
     side = data.side
     columns = {**side.moments}
     reviews = columns.pop(options.review, side.reviews) if options.review else side.reviews
@@ -55,7 +57,7 @@ def with_side(data: Interactions, path: Path | None, options: SourceOptions) -> 
     about = side.about if not options.users else _users(folder / options.users, data.users, options.encoding)
     friends = side.friends if not options.friends else _friends(folder / options.friends, data.users, options.encoding)
     found = SideColumns(about, friends, moments, reviews)
-    return replace(data, item_vectors={**data.item_vectors, **vectors}, side=found)
+    return replace(data, item_vectors={**data.item_vectors, **vectors}, vector_sources=sources, side=found)
 
 
 def _of_time(data: Interactions, name: str, columns: Sequence[str] | dict[str, Texts]) -> Texts:

@@ -98,6 +98,7 @@ def merge(parts: Mapping[str, Interactions], *, shared_users: bool = False) -> I
         scale=scale,
         dropped={f"{label}: {reason}": count for label, part in named for reason, count in part.dropped.items()},
         item_vectors=_joined_vectors([part for _, part in named]),
+        vector_sources=_joined_sources(named),
         side=_joined_sides(named, code, len(users), prefixed=not shared_users),
     )
 
@@ -116,6 +117,16 @@ def _joined_vectors(parts: Sequence[Interactions]) -> dict[str, Values]:
         found[name] = np.concatenate(
             [part.item_vectors.get(name, none) for part, none in zip(parts, blank, strict=True)]
         )
+    return found
+
+
+def _joined_sources(named: Sequence[tuple[str, Interactions]]) -> dict[str, str]:
+    """Returns what items' vectors of several datasets were computed from, where all of a name were computed."""
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(name for _, part in named for name in part.vector_sources):
+        having = [(label, part) for label, part in named if name in part.item_vectors]
+        if all(name in part.vector_sources for _, part in having):
+            found[name] = " ".join(f"{label} {part.vector_sources[name]}" for label, part in having)
     return found
 
 

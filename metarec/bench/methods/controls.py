@@ -82,7 +82,7 @@ def permuted_data(data: TaskData) -> TaskData:
     def moved(interactions: Interactions) -> Interactions:
         order = _other_items(len(catalog), data.seed)
         vectors = {name: some[order] for name, some in interactions.item_vectors.items()}
-        return replace(interactions, catalog=catalog, item_vectors=vectors)
+        return replace(interactions, catalog=catalog, item_vectors=vectors, vector_sources={})
 
     return replace(
         data,
