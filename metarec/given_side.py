@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -11,9 +11,9 @@ import numpy as np
 from metarec.data.given_ratings import GivenRatings, rating_pairs
 from metarec.data.interactions import Ratings, read_ratings
 from metarec.data.side import ABOUT, Side, Texts
-from metarec.errors import ConfigError, suggest
+from metarec.errors import ConfigError, shown, suggest
 from metarec.fitting import Fitted
-from metarec.scorers.collaborative.side_effects import SideEffects
+from metarec.scorers.collaborative.side_effects import FRIENDS, SideEffects
 from metarec.scorers.collaborative.terms import SideTerm
 
 About: TypeAlias = "str | Mapping[str, str | float] | None"
@@ -37,22 +37,39 @@ def with_side(
         moment: Columns of `context` to their values now.
 
     Raises:
-        ConfigError: The recommender knows no such field or column, or reads no side information.
+        ConfigError: The recommender knows no such field, column or friends, or reads no side information; or what is
+            given is of another type.
     """
-    fields = {ABOUT: about} if isinstance(about, str) else dict(about or {})
+    fields = {ABOUT: about} if isinstance(about, str) else about or {}
+    _check_types(fields, friends, moment)
     if not (fields or friends or moment):
         return support
     effects = _effects(fitted)
-    for what, names, read in (("user", fields, effects.about), ("moment", moment or {}, effects.moments)):
+    of_users, of_moments = (*effects.about, *effects.unread), (*effects.moments, *effects.unread_moments)
+    for what, names, known in (("user", fields, of_users), ("moment", moment or {}, of_moments)):
+        fields_of = [name for name in known if name != FRIENDS]
         for name in names:
-            if name not in (*read, *effects.unread):
-                raise ConfigError(f"'{name}' is no field of a {what}", suggest(name, [*read, *effects.unread]))
+            if name not in fields_of:
+                cure = suggest(name, fields_of) if fields_of else f"The data have no fields of a {what}"
+                raise ConfigError(f"'{name}' is no field of a {what}", cure)
+    if friends and effects.friends is None and FRIENDS not in effects.unread:
+        raise ConfigError("the recommender knows no friends", "Name 'friends' with the data it is fitted on")
     side = Side(
         {name: _text(value) for name, value in fields.items()},
         tuple(map(str, friends)),
         asked={name: _texts([value]) for name, value in (moment or {}).items()},
     )
     return replace(support, side=side)
+
+
+def _check_types(about: object, friends: object, moment: object) -> None:
+    """Refuses what is no field and value, and friends that are one text, which would be read letter by letter."""
+    if not isinstance(about, Mapping):
+        raise ConfigError(f"about is {shown(about)}", "Give a text, or fields and values: {'age': 30}")
+    if not isinstance(moment or {}, Mapping):
+        raise ConfigError(f"context is {shown(moment)}", "Give columns and values: {'device': 'phone'}")
+    if isinstance(friends, str) or not isinstance(friends, Iterable):
+        raise ConfigError(f"friends is {shown(friends)}", f"Give a list of ids: [{shown(friends)}]")
 
 
 def given_support(
@@ -81,10 +98,10 @@ def _read_reviews(fitted: Fitted, rated: Sequence[tuple[Any, ...]]) -> tuple[lis
     head = next((term.effects.reviews for term in fitted.terms.values() if isinstance(term, SideTerm)), None)
     for given in rated:
         item, rating, review = given if len(given) == 3 else (*given, "") if len(given) == 2 else (None, 0, "")
-        if head is not None and isinstance(rating, str) and not _is_number(rating):
+        if head is not None and isinstance(rating, str) and rating.strip() and not _is_number(rating):
             rating, review = float(head.ratings([rating])[0]), ""  # it is the reading already
         pairs.append((item, rating) if len(given) in (2, 3) else given)  # others are refused with their place
-        reviews.append(str(review))
+        reviews.append(_text(review))
     return pairs, reviews
 
 
@@ -135,6 +152,9 @@ def _effects(fitted: Fitted) -> SideEffects:
 
 
 def _text(value: object) -> str:
+    """Returns a value as text; nothing where it is unknown."""
+    if value is None or value != value:
+        return ""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -187,7 +187,7 @@ def test_the_moment_of_a_question_changes_its_answer(tmp_path: Path, monkeypatch
     world = shop(np.tile(everybodys, (USERS, 1)), flipped=np.ones(1))
     found = fitted(world, tmp_path, monkeypatch, NEW_USERS, context=["device", "hour"])
     assert min(gains(found)) > 0.1
-    assert effects(found).effects.unread == ("hour",)
+    assert effects(found).effects.unread_moments == ("hour",)
     me = found.adapt({"i0": 5}, context={"device": "phone"})
     assert me.at(device="phone").score(["i1", "i2"]) == me.score(["i1", "i2"])
     liked = everybodys[world.kind]
@@ -263,6 +263,15 @@ def test_what_a_recommender_does_not_know_of_people_is_refused(
         informed.adapt({}).at(device="phone")
     with pytest.raises(ConfigError, match=r"reads no side information.*'users'"):
         plain.adapt({}, about="I like cats")
+    with pytest.raises(ConfigError, match="knows no friends"):
+        informed.adapt({}, friends=["u1"])
+    with pytest.raises(ConfigError, match=r"friends is 'anna'.*\['anna'\]"):
+        informed.adapt({}, friends="anna")
+    for given in ({"about": 5}, {"about": ["I read"]}, {"context": "phone"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(given))} is "):
+            informed.adapt({}, **given)  # type: ignore[arg-type]
+    unknown = informed.adapt({"i30": 5}, about={"group": None, "shoe": float("nan")})  # type: ignore[dict-item]
+    assert unknown.score(["i1"]) == informed.adapt({"i30": 5}).score(["i1"])
 
 
 def test_a_user_sees_no_effects_that_were_learned_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,6 +467,8 @@ def test_side_information_is_part_of_what_names_the_data(tmp_path: Path, monkeyp
         ({"item_graph": "edges.csv"}, "no edge of the graph names an item"),
         ({"review": "text"}, "no column 'text'"),
         ({"users": "columns.csv"}, "has two columns 'age'"),
+        ({"users": "places.csv", "context": ["place"]}, "'place' is a field of users and a column"),
+        ({"users": "friendly.csv"}, "is called 'friends'"),
         ({"friends": "columns.csv"}, "has two columns 'age'"),
         ({"users": "alone.csv"}, "has no column beside 'user'"),
         ({"users": "ragged.csv"}, "row 3 has 3 fields.*none is left out"),
@@ -474,6 +485,8 @@ def test_faulty_side_information_is_named(
     (tmp_path / "others.csv").write_text("user,friend\nx,y\n")
     (tmp_path / "edges.csv").write_text("item,relation,other\nx,r,y\n")
     (tmp_path / "columns.csv").write_text("user,age,age\nu1,20,21\n")
+    (tmp_path / "places.csv").write_text("user,place\nu1,home\n")
+    (tmp_path / "friendly.csv").write_text("user,friends\nu1,3\n")
     (tmp_path / "alone.csv").write_text("user\nu1\n")
     (tmp_path / "ragged.csv").write_text("user,age\nu1,20\nu2,21,22\n")
     (tmp_path / "headless.csv").write_text("u1,u2\nu3,u4\n")
@@ -535,6 +548,8 @@ def test_reviews_are_a_second_reading_of_noisy_ratings(tmp_path: Path, monkeypat
     assert read[5] > read[4] > read[2] > read[1] - 0.3
     me = found.adapt([("i0", "I loved it"), ("i1", "I hated it, not good"), ("i2", 4, "quite good")])
     assert me.support.values[0] > 3 > me.support.values[1]
+    with pytest.raises(RatingError, match="rating '' of 'i0' is not a number"):
+        found.adapt({"i0": ""})
     me.save(tmp_path / "me")
     assert found.load_user(tmp_path / "me").score(["i5", "i6"]) == me.score(["i5", "i6"])
     frame = pd.DataFrame({"item": ["i2"], "rating": [4], "review": ["I hated it"]})

@@ -56,6 +56,11 @@ def with_side(data: Interactions, path: Path | None, options: SourceOptions) -> 
     moments = {name: columns[name] if name in columns else _of_time(data, name, columns) for name in options.context}
     about = side.about if not options.users else _users(folder / options.users, data.users, options.encoding)
     friends = side.friends if not options.friends else _friends(folder / options.friends, data.users, options.encoding)
+    for name in moments:
+        if name in about:
+            raise DataError(f"'{name}' is a field of users and a column of 'context'", "Rename one of the two")
+    if FRIENDS in {*about, *moments}:
+        raise DataError(f"a field of users or moments is called '{FRIENDS}'", "Rename it")
     found = SideColumns(about, friends, moments, reviews)
     return replace(data, item_vectors={**data.item_vectors, **vectors}, vector_sources=sources, side=found)
 

@@ -55,7 +55,8 @@ class SideEffects:
         items: Features of items, the first one 1, shape (items, width).
         effects: Block of side information to P's rows of it, shape (width of block, width).
         worth: Block to how far it lowers held-out users' squared error, with its standard error.
-        unread: Fields of users and of moments that the data have and that are not read.
+        unread: Fields of users that the data have and that are not read; ``friends`` where these are not.
+        unread_moments: The same of moments.
         reviews: What reads the text that came with a rating; None where nothing does.
     """
 
@@ -66,6 +67,7 @@ class SideEffects:
     effects: Mapping[str, Floats]
     worth: Mapping[str, tuple[float, float]]
     unread: tuple[str, ...] = ()
+    unread_moments: tuple[str, ...] = ()
     reviews: ReviewHead | None = None
 
     def asked(self, side: Side | None, items: Codes) -> Values:
@@ -232,7 +234,8 @@ def _fit(
         items=items,
         effects=effects,
         worth={name: worth for name, (_, worth) in chosen.items()},
-        unread=tuple(name for name in (*side.about, *side.moments) if name not in effects),
+        unread=tuple(name for name in (*side.about, *([FRIENDS] if side.friends else [])) if name not in effects),
+        unread_moments=tuple(name for name in side.moments if name not in effects),
     )
     return found, chosen
 
