@@ -10,9 +10,9 @@ from metarec.errors import ConfigError, suggest
 
 # Dotted keys, as in --set; "standard" is the defaults.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"score": ["item mean", "collaborative"], "collaborative.features": ["text", "fields"]},
+    "fast": {"score": ["item mean", "collaborative"], "collaborative.features": ["text", "fields", "vectors"]},
     "quick": {
-        "collaborative.features": ["text", "fields"],
+        "collaborative.features": ["text", "fields", "vectors"],
         "collaborative.kernel.steps": 100,
         "train.steps": 20,
         "train.max_query": 10,
@@ -22,7 +22,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "text": {
         "score": ["item mean", "collaborative"],
         "collaborative.members": "linear",
-        "collaborative.features": ["words", "text", "tuned text", "fields"],
+        "collaborative.features": ["words", "text", "tuned text", "fields", "vectors"],
     },
     "standard": {},
 }

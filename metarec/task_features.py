@@ -40,13 +40,14 @@ def for_task(config: RunConfig, task: Task) -> RunConfig:
     """
     if task.brings_side and config.collaborative.side and SIDE_TERM not in config.score:
         config = config.model_copy(update={"score": (*config.score, SIDE_TERM)})
-    if config.collaborative.features is not None:
+    named = config.collaborative.features
+    if named is not None and (task.brings_vectors or "vectors" not in named):
         return config
     features: tuple[str, ...] = ("text", "fields")
-    if task.split.asks_unrated:
-        features += ("lm",)
-    if task.brings_vectors:
-        features += ("vectors",)
+    if named is not None:
+        features = tuple(name for name in named if name != "vectors")
+    else:
+        features += ("lm",) * task.split.asks_unrated + ("vectors",) * task.brings_vectors
     return config.model_copy(update={"collaborative": config.collaborative.model_copy(update={"features": features})})
 
 
@@ -76,6 +77,9 @@ def collaborative_features(answer_model: AnswerModel | None, data: TaskData, con
     fields = item_features(catalog, task.read_fields(catalog).read) if "fields" in wanted else {}
     if "vectors" in wanted:
         read |= _told_vectors(data, {**read, **fields}, config.seed)
+    elif data.interactions.item_vectors:
+        named = ", ".join(f"'{name}'" for name in data.interactions.item_vectors)
+        _LOG.warning("vectors %s are not read: 'collaborative.features' does not name 'vectors'", named)
     if "tuned text" in wanted:
         read["tuned text"] = tuned_text_vectors(
             data,

@@ -52,5 +52,14 @@ def test_presets_are_methods_of_the_benchmark() -> None:
 def test_hidden_states_are_read_by_default_only_where_nobody_rated_the_items(name: str, states: bool) -> None:
     settings = metarec.preset("standard", {"score": ["item mean", "collaborative"]})
     assert needs_model(for_task(settings, load_task(name))) is states
-    fixed = metarec.preset("fast")
-    assert for_task(fixed, load_task(name)) == fixed
+    fixed = metarec.preset("fast", {"collaborative": {"features": ["text", "fields"]}})
+    assert for_task(fixed, load_task(name)) == fixed == for_task(metarec.preset("fast"), load_task(name))
+
+
+@pytest.mark.parametrize("name", ["fast", "quick", "text", "standard"])
+def test_every_preset_reads_vectors_of_items_where_there_are_any(name: str) -> None:
+    settings, plain = validated(RunConfig, with_preset(name, {}), name), load_task("movielens/user-cold")
+    options = plain.dataset.options.model_copy(update={"item_graph": "graph.csv"})
+    told = plain.model_copy(update={"dataset": plain.dataset.model_copy(update={"options": options})})
+    without, found = (for_task(settings, task).collaborative.features or () for task in (plain, told))
+    assert found == (*without, "vectors")

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from metarec.scorer import Request, Scorer
 
 
+def _measured(preset: str) -> dict[str, Any]:
+    """Returns a preset as it is measured: without `vectors`, which no measured data have."""
+    features = [name for name in PRESETS[preset]["collaborative.features"] if name != "vectors"]
+    return {**PRESETS[preset], "collaborative.features": features}
+
+
 def trained_recommender(context: MethodContext, options: Mapping[str, Any]) -> MetaRecommender:
     """Returns a recommender trained on the context's data, or the one that was trained there before."""
     from metarec.recommender import MetaRecommender
@@ -98,7 +104,7 @@ _PARTS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     (
         "no language model",
         "item means and stack over ratings, fields and a sentence encoder's vectors of titles",
-        PRESETS["fast"],
+        _measured("fast"),
     ),
     (
         "+ hidden states",
@@ -151,13 +157,13 @@ RECOMMENDERS = {
         _metarec,
         "presets",
         "preset quick: item mean, stack, prompt and adapter; fewer steps",
-        {"name": "metarec, quick", **PRESETS["quick"]},
+        {"name": "metarec, quick", **_measured("quick")},
     ),
     "metarec, text": Method(
         _metarec,
         "presets",
         "preset text: item mean and a kernel over words, a sentence encoder and its LoRA",
-        {"name": "metarec, text", **PRESETS["text"]},
+        {"name": "metarec, text", **_measured("text")},
     ),
     "metarec, no stack": Method(
         _metarec, "ablation", "prior and adapted language model", {"name": "metarec, no stack", "score": NO_STACK}
