@@ -240,6 +240,12 @@ def test_what_is_predicted_is_no_side_information(tmp_path: Path, files: dict[st
         loaded(tmp_path, **files)
 
 
+def test_a_frame_of_users_is_refused_and_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^fit: 'users' is a DataFrame\. Write it to a file") as refused:
+        loaded(tmp_path, users=pd.DataFrame({"user": ["u1"], "about": ["a secret"]}))
+    assert "secret" not in str(refused.value)
+
+
 def test_what_is_not_read_of_a_file_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

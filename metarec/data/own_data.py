@@ -61,6 +61,9 @@ def own_task(data: pd.DataFrame | Path, choices: Mapping[str, Any], *, where: st
         DataError: A column is missing, or more than 5% of the rows cannot be read.
     """
     choices, items = _without_items(data, choices, where)
+    for name, value in choices.items():
+        if isinstance(value, pd.DataFrame):
+            raise ConfigError(f"{where}: '{name}' is a DataFrame", "Write it to a file, and name the file")
     options, keys = _options_and_keys(choices, where)
     stated = "bad_rows" in options.model_fields_set
     options = options.model_copy(update={"bad_rows": options.bad_rows if stated else "quarantine"})
