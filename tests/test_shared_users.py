@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_shop import PLAIN, USERS, own_tastes, shop
+from made_shop import PLAIN, USERS, write_two_shops
 from small_tasks import BASE
 
 from metarec import MetaRecommender
@@ -17,24 +17,10 @@ from metarec.data.task_data import TaskData, load_task_data
 from metarec.errors import ConfigError
 
 
-def written(folder: Path, *, both: bool = True) -> Path:
-    """Writes two shops with the same people, each with a taste for a few kinds that both shops have."""
-    tastes = own_tastes()
-    for name, seed in (("movies", 0), ("books", 1)):
-        world = shop(tastes, seed=seed)
-        (folder / name).mkdir(parents=True)
-        rows = world.orders if both or name == "movies" else world.orders.assign(user="v" + world.orders["user"])
-        rows.drop(columns="device").to_csv(folder / name / "ratings.csv", index=False)
-        items = world.items.assign(colour=[f"kind {kind}" for kind in world.kind])
-        items.to_csv(folder / name / "items.csv", index=False)
-    return folder
-
-
-def mixed(folder: Path, **changes: Any) -> Task:
-    parts = {name: {"source": "table", "path": str(folder / name)} for name in ("movies", "books")}
+def mixed(dataset: dict[str, Any], **changes: Any) -> Task:
     values = {
         **BASE,
-        "dataset": {"source": "mix", "parts": parts, "shared_users": True},
+        "dataset": dataset,
         "split": {"fractions": [0.6, 0.2, 0.2], "cross": {"support": "movies", "query": "books"}},
         "shots": [0, 10],
         "query": {"max": 20, "min": 4},
@@ -45,7 +31,7 @@ def mixed(folder: Path, **changes: Any) -> Task:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> TaskData:
-    return load_task_data(mixed(written(tmp_path_factory.mktemp("mix"))), 0)
+    return load_task_data(mixed(write_two_shops(tmp_path_factory.mktemp("mix"))), 0)
 
 
 def test_an_id_in_both_parts_is_one_person(data: TaskData) -> None:
@@ -75,15 +61,16 @@ def test_taste_in_movies_ranks_books(data: TaskData) -> None:
 
 
 def test_what_does_not_fit_a_cross_split_is_refused(tmp_path: Path) -> None:
+    mix = write_two_shops(tmp_path)
     with pytest.raises(ConfigError, match="names two parts"):
-        mixed(tmp_path, split={"cross": {"support": "movies", "query": "games"}})
+        mixed(mix, split={"cross": {"support": "movies", "query": "games"}})
     with pytest.raises(ConfigError, match="split by user"):
-        mixed(tmp_path, split={"by": "item", "unseen": 0.2, "cross": {"support": "movies", "query": "books"}})
+        mixed(mix, split={"by": "item", "unseen": 0.2, "cross": {"support": "movies", "query": "books"}})
     with pytest.raises(ConfigError, match="'shared_users' is of source 'mix'"):
-        mixed(tmp_path, dataset={"source": "embedded-movielens", "shared_users": True}, split={})
+        mixed({"source": "embedded-movielens", "shared_users": True}, split={})
 
 
 def test_people_of_one_part_alone_are_nobody_to_ask(tmp_path: Path) -> None:
-    data = load_task_data(mixed(written(tmp_path, both=False)), 0)
+    data = load_task_data(mixed(write_two_shops(tmp_path, shared=False)), 0)
     assert len(data.interactions.users) == 2 * USERS
     assert data.episodes("test")[0] == []

@@ -13,7 +13,21 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import Ran
-from made_shop import ITEMS, KINDS, PLAIN, USERS, Shop, own_tastes, shop, write_vectors
+from made_shop import (
+    ITEMS,
+    KINDS,
+    PLAIN,
+    SAID,
+    USERS,
+    Shop,
+    own_tastes,
+    pictures,
+    reviewed,
+    shop,
+    write_friends,
+    write_graph,
+    write_vectors,
+)
 
 from metarec import MetaRecommender
 from metarec.bench.robustness import flipped, most_rated, with_profiles
@@ -97,12 +111,9 @@ def scores(recommender: MetaRecommender) -> list[float]:
 def kinds(tmp_path: Path) -> Shop:
     """A shop of own tastes, with vectors and a graph of what kind an item is, and vectors of nothing."""
     world = shop(own_tastes())
-    generator = np.random.default_rng(7)
-    mixed = np.eye(KINDS)[world.kind] @ generator.normal(size=(KINDS, 16))
-    write_vectors(tmp_path / "covers.npz", mixed + 0.3 * generator.normal(size=(ITEMS, 16)))
-    write_vectors(tmp_path / "noise.npz", generator.normal(size=(ITEMS, 16)))
-    edges = [f"i{code},maker,m{kind}" for code, kind in enumerate(world.kind)]
-    (tmp_path / "graph.csv").write_text("\n".join(["item,relation,other", *edges]) + "\n")
+    write_vectors(tmp_path / "covers.npz", pictures(world.kind, 0))
+    write_vectors(tmp_path / "noise.npz", np.random.default_rng(7).normal(size=(ITEMS, 16)))
+    write_graph(tmp_path / "graph.csv", world.kind)
     return world
 
 
@@ -170,12 +181,7 @@ def test_a_sentence_is_read_by_the_encoder_where_items_are(tmp_path: Path, monke
 def test_friends_rank_before_any_rating(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: MetaRecommender
 ) -> None:
-    generator = np.random.default_rng(7)
-    alike = [np.flatnonzero(group == GROUP) for group in range(3)]
-    pairs = [(one, other) for one in range(USERS) for other in generator.choice(alike[GROUP[one]], 4)]
-    (tmp_path / "friends.csv").write_text(
-        "\n".join(["user,friend", *(f"u{one},u{other}" for one, other in pairs)]) + "\n"
-    )
+    write_friends(tmp_path / "friends.csv", GROUP)
     found = fitted(shop(BY_GROUP), tmp_path, monkeypatch, NEW_USERS, friends="friends.csv")
     assert gains(found)[0] > gains(plain)[0] + 0.08
     nobody = found.adapt({}, friends=["a stranger"]).score(["i0", "i1"])
@@ -531,20 +537,8 @@ def test_the_command_line_takes_what_is_known(tmp_path: Path, metarec: Callable[
     assert metarec(*orders, "--name", "no", "--side", "users").status == 2
 
 
-SAID = {1: "I hated it", 2: "not good at all", 3: "it was fine", 4: "quite good", 5: "I loved it"}
-
-
-def reviewed(seed: int = 3) -> Shop:
-    """A shop whose ratings are half noise, and whose reviews say what people thought."""
-    world, generator = shop(own_tastes()), np.random.default_rng(seed)
-    thought = world.orders["rating"].astype(int)
-    noisy = np.clip(np.round(thought + generator.normal(0, 1.8, len(thought))), 1, 5)
-    wrote = np.where(generator.random(len(thought)) < 0.8, thought.map(SAID), "")
-    return replace(world, orders=world.orders.assign(rating=noisy, text=wrote))
-
-
 def test_reviews_are_a_second_reading_of_noisy_ratings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = reviewed()
+    world = reviewed(shop(own_tastes()), 3)
     found = fitted(world, tmp_path, monkeypatch, NEW_USERS, review="text")
     head = effects(found).effects.reviews
     assert head is not None
@@ -563,7 +557,7 @@ def test_reviews_are_a_second_reading_of_noisy_ratings(tmp_path: Path, monkeypat
 
 
 def test_reviews_that_say_nothing_change_no_rating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = reviewed()
+    world = reviewed(shop(own_tastes()), 3)
     shuffled = np.random.default_rng(0).permutation(world.orders["text"])
     noise = replace(world, orders=world.orders.assign(text=shuffled))
     head = effects(fitted(noise, tmp_path, monkeypatch, NEW_USERS, review="text")).effects.reviews
@@ -632,7 +626,7 @@ def test_a_disturbance_leaves_what_else_is_known_as_it_is(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     users_file(tmp_path, GROUP)
     (tmp_path / "friends.csv").write_text("user,friend\nu1,u2\n")
-    world = reviewed()
+    world = reviewed(shop(own_tastes()), 3)
     files = {"users": "users.csv", "friends": "friends.csv", "context": ["device"], "review": "text"}
     vectors = write_vectors(tmp_path / "covers.npz", np.eye(ITEMS, dtype=np.float32))
     choices = {"items": world.items, "label": "rating >= 4", "vectors": {"cover": vectors}, **NEW_USERS, **files}
