@@ -151,9 +151,9 @@ def measured(block: Block, seeds: int, done: Callable[[], None]) -> dict[str, An
         with tempfile.TemporaryDirectory() as scratch:
             os.chdir(scratch)
             files = block.files(seed, world, Path())
-            told, untold = (per_user(world, block.split, seed, some) for some in (files, {}))
+            with_it, without_it = (per_user(world, block.split, seed, some) for some in (files, {}))
         for count in SHOTS:
-            gains[count].append(told[count] - untold[count])
+            gains[count].append(with_it[count] - without_it[count])
         done()
     row: dict[str, Any] = {}
     for count, parts in gains.items():

@@ -158,7 +158,7 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
         collaborative,
         threshold=data.task.like_threshold,
         hide=collaborative.stack.hidden_share if data.task.split.asks_unrated else 0.0,
-        asked=data.asked,
+        query_items=data.query_items,
         seed=config.seed,
     )
     train = data.parts["train"]

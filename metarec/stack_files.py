@@ -40,7 +40,7 @@ def cached_stack(
     *,
     threshold: float,
     hide: float = 0.0,
-    asked: Flags | None = None,
+    query_items: Flags | None = None,
     seed: int = 0,
 ) -> FittedStack:
     """Returns what `fit_stack` does for the same arguments, from the cache if it was fitted before.
@@ -49,8 +49,8 @@ def cached_stack(
         ArtifactError: The cache cannot be written.
     """
     options = {"threshold": str(threshold), "hide": hide, "seed": seed}
-    if asked is not None:
-        options["asked"] = np.flatnonzero(asked).tolist()
+    if query_items is not None:
+        options["query_items"] = np.flatnonzero(query_items).tolist()
     path = cache_dir() / _KIND / _key(interactions, users, features, settings, options)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Processes that want the same stack at the same time wait for the first one.
@@ -58,7 +58,7 @@ def cached_stack(
         if is_whole(path, _KIND):
             return _read(path, [interactions.users[code] for code in users], features)
         fitted = fit_stack(
-            interactions, users, features, settings, threshold=threshold, hide=hide, asked=asked, seed=seed
+            interactions, users, features, settings, threshold=threshold, hide=hide, query_items=query_items, seed=seed
         )
         fold_of = fitted.out_of_fold.fold
         with replace_dir(path, _KIND) as directory:

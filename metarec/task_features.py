@@ -76,7 +76,7 @@ def collaborative_features(answer_model: AnswerModel | None, data: TaskData, con
         read["words"] = word_vectors([task.item_text.render(catalog, code) for code in range(len(catalog))])
     fields = item_features(catalog, task.read_fields(catalog).read) if "fields" in wanted else {}
     if "vectors" in wanted:
-        read |= _told_vectors(data, {**read, **fields}, config.seed)
+        read |= _significant_vectors(data, {**read, **fields}, config.seed)
     elif data.interactions.item_vectors:
         named = ", ".join(f"'{name}'" for name in data.interactions.item_vectors)
         _LOG.warning("vectors %s are not read: 'collaborative.features' does not name 'vectors'", named)
@@ -97,7 +97,7 @@ def collaborative_features(answer_model: AnswerModel | None, data: TaskData, con
     return Features({**read, **fields}, np.concatenate(side_by_side, 1))
 
 
-def _told_vectors(data: TaskData, others: Mapping[str, Floats], seed: int) -> dict[str, Floats]:
+def _significant_vectors(data: TaskData, others: Mapping[str, Floats], seed: int) -> dict[str, Floats]:
     """Returns the vectors that the data bring of items, without those that explain nothing beside what else is read."""
     from metarec.data.side_files import known  # reads tables with pandas, which one person's adapter needs not
 
@@ -108,9 +108,9 @@ def _told_vectors(data: TaskData, others: Mapping[str, Floats], seed: int) -> di
     for name in found:
         one = worth[name]
         _LOG.log(
-            logging.INFO if one.told else logging.WARNING,
+            logging.INFO if one.significant else logging.WARNING,
             "vectors '%s' explain %.3f (error %.3f) of taste, %.3f (%.3f) of quality%s",
             *(name, one.taste, one.taste_error, one.quality, one.quality_error),
-            "" if one.told else ", which is not told from nothing: they are left out",
+            "" if one.significant else ", which is not distinguishable from 0: they are left out",
         )
-    return {name: vectors for name, vectors in found.items() if worth[name].told}
+    return {name: vectors for name, vectors in found.items() if worth[name].significant}

@@ -58,7 +58,7 @@ class TaskData:
         cold = self.seen if self.seen is None or split.by == "user" else ~self.seen
         shown, asked = cold if split.by == "both" else self.seen, cold
         if split.cross:
-            shown, asked = self._of_part(split.cross.support), self.asked
+            shown, asked = self._of_part(split.cross.support), self.query_items
         return evaluation_episodes(
             self.interactions if self.held_out is None else self.held_out,
             self.parts[part],
@@ -76,7 +76,7 @@ class TaskData:
         )
 
     @property
-    def asked(self) -> Flags | None:
+    def query_items(self) -> Flags | None:
         """Items of the part of a mix that users are asked about, shape (items,); None where that is no part alone."""
         cross = self.task.split.cross
         return None if cross is None else self._of_part(cross.query)

@@ -1,4 +1,4 @@
-"""Says how much of what people like a block of item features explains, and whether that can be told from nothing.
+"""Says how much of what people like a block of item features explains, and whether that is more than nothing.
 
 A block that a user brings along, such as vectors of images, may say nothing. Read as the others are, it would add noise
 to every kernel.
@@ -25,8 +25,8 @@ _PAIRS_PER_USER = 100
 _ITEM_PAIRS = 100_000
 _PAIRS_AT_ONCE = 50_000
 _FEWEST_RATINGS = 3
-# Standard errors from which on a block's share is told from nothing.
-_TOLD = 2.5
+# Standard errors from which on what a block explains is significant.
+_STANDARD_ERRORS = 2.5
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class BlockWorth:
     quality_error: float
 
     @property
-    def told(self) -> bool:
+    def significant(self) -> bool:
         """Whether the block explains more than nothing."""
-        return self.taste > _TOLD * self.taste_error or self.quality > _TOLD * self.quality_error
+        return self.taste > _STANDARD_ERRORS * self.taste_error or self.quality > _STANDARD_ERRORS * self.quality_error
 
 
 @one_thread()

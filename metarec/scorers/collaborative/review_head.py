@@ -26,7 +26,7 @@ _PENALTIES = (0.1, 0.3, 1.0, 3.0)
 # Shares of the review in a rating's reading that are tried, beside none.
 _SHARES = (0.25, 0.5, 0.75)
 _FEWEST = 50
-_TOLD = 2.0
+_STANDARD_ERRORS = 2.0
 _FACTORS = 8
 _FACTOR_PENALTY = 5.0
 _WORD = re.compile(r"\w+")
@@ -163,5 +163,5 @@ def _share(interactions: Interactions, users: Codes, second: Values) -> float:
         errors.append((left**2).mean(0))
     gains = np.array(errors)[:, :1] - np.array(errors)
     best = int(gains.mean(0).argmax())
-    told = gains[:, best].mean() > _TOLD * gains[:, best].std() / np.sqrt(len(gains))
-    return float(shares[best]) if told else 0.0
+    significant = gains[:, best].mean() > _STANDARD_ERRORS * gains[:, best].std() / np.sqrt(len(gains))
+    return float(shares[best]) if significant else 0.0

@@ -39,7 +39,7 @@ _ITERATIONS = 40
 _BIAS_DAMPING = 3.0
 _TASTE_DAMPING = 5.0
 # Standard errors by which a block has to lower the error of held-out users.
-_TOLD = 2.0
+_STANDARD_ERRORS = 2.0
 _ROWS_AT_ONCE = 500_000
 FRIENDS = "friends"
 
@@ -326,9 +326,9 @@ class _Problem:
             scale = min(tried, key=lambda one: float(tried[one].sum()))
             gain = best - tried[scale]
             mean, error = float(gain.mean()), float(gain.std() / np.sqrt(len(gain)))
-            told = mean > _TOLD * error and mean > 0
+            significant = mean > _STANDARD_ERRORS * error and mean > 0
             _LOG.info("side information '%s' lowers the squared error by %.4f (%.4f)", name, mean, error)
-            if told:
+            if significant:
                 chosen[name], best = (scale, (mean, error)), tried[scale]
             else:
                 _LOG.warning("side information '%s' does not help users held out: it is left out", name)

@@ -222,7 +222,7 @@ def fit_stack(
     *,
     threshold: float,
     hide: float = 0.0,
-    asked: Flags | None = None,
+    query_items: Flags | None = None,
     seed: int = 0,
 ) -> FittedStack:
     """Fits the predictors on all meta-training users and without each fold of them, and learns the weights.
@@ -234,8 +234,8 @@ def fit_stack(
         settings: Which predictors, and how they are fitted; a single one has weight 1.
         threshold: Ratings from here on are likes.
         hide: Share of items whose ratings are left out of every fold too, where unrated items are queried.
-        asked: Items that users are asked about, while their supports hold the others, shape (items,); None where both
-            hold all items.
+        query_items: Items that queries hold, while supports hold the others, shape (items,); None where both hold all
+            items.
         seed: Seed of the folds and of the fits.
 
     Source: Wolpert 1992, "Stacked generalization"; weights by the pairwise logistic loss of Rendle et al. 2009, eq. 4.
@@ -260,8 +260,8 @@ def fit_stack(
     if settings.members == "stack" and not hide:
         # The kernel update changes rated items alone, so it has no effect where unrated items are queried.
         whole, parts = _with_kernel_update(interactions, out_of_fold, whole, parts, settings, threshold, seed)
-    if asked is not None:
-        parts = [replace(part, hidden=asked) for part in parts]
+    if query_items is not None:
+        parts = [replace(part, hidden=query_items) for part in parts]
     shots, weights = fit_weights(interactions, out_of_fold, whole, parts, settings.stack, threshold, seed)
     fitted = [Fold(part.prior, Stacked(part.prior, part.members, shots, weights), part.hidden) for part in parts]
     fold_of = {interactions.users[code]: int(fold) for code, fold in zip(users, order, strict=True)}
