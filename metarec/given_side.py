@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -14,8 +15,10 @@ from metarec.data.side import ABOUT, Side, Texts
 from metarec.errors import ConfigError, shown, suggest
 from metarec.fitting import Fitted
 from metarec.scorers.collaborative.side_effects import FRIENDS, SideEffects
+from metarec.scorers.collaborative.side_readers import Categories
 from metarec.scorers.collaborative.terms import SideTerm
 
+_LOG = logging.getLogger(__name__)
 About: TypeAlias = "str | Mapping[str, str | float] | None"
 Moment: TypeAlias = "Mapping[str, str | float] | None"
 
@@ -59,7 +62,19 @@ def with_side(
         tuple(map(str, friends)),
         asked={name: _texts([value]) for name, value in (moment or {}).items()},
     )
+    _say_what_is_unknown(effects, side)
     return replace(support, side=side)
+
+
+def _say_what_is_unknown(effects: SideEffects, side: Side) -> None:
+    """Warns of categories and friends that meta-training did not see: nothing follows from them."""
+    given = {name: (effects.about.get(name), value) for name, value in side.about.items()}
+    given |= {name: (effects.moments.get(name), str(column[0])) for name, column in side.asked.items()}
+    for name, (reader, value) in given.items():
+        if isinstance(reader, Categories) and not reader.words and value.strip() and not reader.knows(value):
+            _LOG.warning("nothing is known of %s '%s'. %s", name, value[:80], suggest(value, reader.tokens))
+    if side.friends and effects.friends is not None and not effects.friends.known(side).size:
+        _LOG.warning("none of %d friends is among the users that it was fitted on", len(side.friends))
 
 
 def _check_types(about: object, friends: object, moment: object) -> None:

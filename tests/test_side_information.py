@@ -645,3 +645,14 @@ def test_a_disturbance_leaves_what_else_is_known_as_it_is(tmp_path: Path, monkey
     assert few.item_vectors["cover"].argmax(1).tolist() == [int(item[1:]) for item in few.catalog.ids]
     support = data.evaluated("test")[0][0].support
     assert flipped(support, 1.0, whole.scale, np.random.default_rng(0)).side is support.side
+
+
+def test_a_value_that_meta_training_did_not_see_is_named(
+    informed: MetaRecommender, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = informed.adapt({}, about={"group": "a"}).score(["i0", "i1"])
+    assert not caplog.records
+    unknown = informed.adapt({}, about={"group": "aa"}).score(["i0", "i1"])
+    assert "nothing is known of group 'aa'. Known: 'a', 'b', 'c'" in caplog.text
+    assert unknown != known
+    assert unknown == informed.adapt({}).score(["i0", "i1"])

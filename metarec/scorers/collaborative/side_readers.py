@@ -51,12 +51,17 @@ class Categories:
         """See `Reader.read`."""
         return by_value(texts, len(self.tokens), self._indicators)
 
+    def knows(self, text: str) -> bool:
+        """Says whether a text has one of the categories."""
+        return bool(_tokens([text], self.words)[0] & set(self.tokens))
+
     def _indicators(self, values: Sequence[str]) -> Floats:
         place = {token: at for at, token in enumerate(self.tokens)}
-        found = np.tile(-self.mean, (len(values), 1))
+        found = np.zeros((len(values), len(place)))
         for row, tokens in enumerate(_tokens(values, self.words)):
-            for token in tokens & place.keys():
-                found[row, place[token]] += 1.0
+            if known := [place[token] for token in tokens & place.keys()]:
+                found[row] = -self.mean
+                found[row, known] += 1.0
         return found
 
 
@@ -159,12 +164,16 @@ class Friends:
         """Returns the friends' mean taste of several users, shape (users, width)."""
         found = np.zeros((len(sides), self.tastes.shape[1]))
         for row, side in enumerate(sides):
-            wanted = np.array([digest(friend) for friend in side.friends], np.int64)
-            place = np.minimum(np.searchsorted(self.digests, wanted), max(len(self.digests) - 1, 0))
-            known = place[self.digests[place] == wanted] if len(self.digests) else place[:0]
+            known = self.known(side)
             if len(known):
                 found[row] = self.tastes[known].sum(0) / (len(known) + 1.0)
         return found
+
+    def known(self, side: Side) -> NDArray[np.int64]:
+        """Returns the rows of a user's friends that are among the meta-training users."""
+        wanted = np.array([digest(friend) for friend in side.friends], np.int64)
+        place = np.minimum(np.searchsorted(self.digests, wanted), max(len(self.digests) - 1, 0))
+        return place[self.digests[place] == wanted] if len(self.digests) else place[:0]
 
 
 def friends_of(users: Sequence[str], tastes: Floats) -> Friends:
