@@ -76,7 +76,7 @@ def collaborative_features(answer_model: AnswerModel | None, data: TaskData, con
         read["words"] = word_vectors([task.item_text.render(catalog, code) for code in range(len(catalog))])
     fields = item_features(catalog, task.read_fields(catalog).read) if "fields" in wanted else {}
     if "vectors" in wanted:
-        read |= _significant_vectors(data, {**read, **fields}, config.seed)
+        read |= significant_vectors(data, {**read, **fields}, config.seed)
     elif data.interactions.item_vectors:
         named = ", ".join(f"'{name}'" for name in data.interactions.item_vectors)
         _LOG.warning("vectors %s are not read: 'collaborative.features' does not name 'vectors'", named)
@@ -97,7 +97,7 @@ def collaborative_features(answer_model: AnswerModel | None, data: TaskData, con
     return Features({**read, **fields}, np.concatenate(side_by_side, 1))
 
 
-def _significant_vectors(data: TaskData, others: Mapping[str, Floats], seed: int) -> dict[str, Floats]:
+def significant_vectors(data: TaskData, others: Mapping[str, Floats], seed: int) -> dict[str, Floats]:
     """Returns the vectors that the data bring of items, without those that explain nothing beside what else is read."""
     from metarec.data.side_files import known  # reads tables with pandas, which one person's adapter needs not
 

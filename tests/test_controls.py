@@ -12,7 +12,8 @@ from small_tasks import BASE
 
 from metarec.bench.methods import METHODS, MethodContext
 from metarec.bench.methods.controls import PERMUTED, WITHOUT, permuted_data, without_block
-from metarec.config import validated
+from metarec.bench.methods.recommenders import with_brought_vectors
+from metarec.config import RunConfig, validated
 from metarec.data import task_data
 from metarec.data.interactions import Catalog, Interactions, Ratings, RatingScale
 from metarec.data.side import SideColumns
@@ -176,3 +177,23 @@ def test_every_block_can_be_left_out_by_its_name(cold: TaskData) -> None:
     assert not without_block(told, "side information").interactions.side
     assert set(without_block(told, "maker").interactions.catalog.fields["maker"]) == {""}
     assert told.interactions.side.about == {"age": named}
+
+
+def test_vectors_that_the_data_bring_are_read_by_every_kind_of_method(cold: TaskData, tmp_path: Path) -> None:
+    """By processes, by networks and by metarec without a language model; noise by none."""
+    generator = np.random.default_rng(0)
+    series = np.eye(len(SERIES))[np.arange(ITEMS) % len(SERIES)]
+    brought = {"cover": series @ generator.normal(size=(len(SERIES), 8)), "noise": generator.normal(size=(ITEMS, 8))}
+    vectors = {name: some.astype(np.float32) for name, some in brought.items()}
+    told = replace(without_block(cold, "maker"), interactions=replace(cold.interactions, item_vectors=vectors))
+    blind = replace(told.interactions.catalog, fields={"title": tuple(f"game {n}" for n in range(ITEMS))})
+    told = replace(told, interactions=replace(told.interactions, catalog=blind))
+    context = MethodContext(told, tmp_path)
+    assert "cover" in context.known.blocks
+    assert "noise" not in context.known.blocks
+    bare = replace(told, interactions=replace(told.interactions, item_vectors={}))
+    assert context.features.shape[1] == MethodContext(bare, tmp_path).features.shape[1] + 8
+    assert auc(told, "GP", 10, tmp_path) > 0.7
+    plain = validated(RunConfig, {"collaborative": {"features": ["text"]}}, "test")
+    assert with_brought_vectors(plain, told).collaborative.features == ("text", "vectors")
+    assert with_brought_vectors(plain, cold) == plain

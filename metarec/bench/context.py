@@ -121,22 +121,34 @@ class MethodContext:
         return item_features(catalog, self.data.task.read_fields(catalog).read)
 
     @cached_property
+    def brought(self) -> dict[str, Floats]:
+        """Vectors of items that the data bring, without those that explain nothing, each of shape (items, width)."""
+        if not self.interactions.item_vectors:
+            return {}
+        from metarec.task_features import significant_vectors
+
+        return significant_vectors(self.task_data, {"text": self.vectors, **self.fields}, self.seed)
+
+    @cached_property
     def known(self) -> Features:
-        """Features of items beside ratings: text by the sentence encoder, and the fields."""
+        """Features of items beside ratings: text by the sentence encoder, vectors that the data bring, and fields."""
         from metarec.scorers.collaborative.features import Features, unrated_features
 
-        read = {"text": self.vectors}
+        read = {"text": self.vectors, **self.brought}
         if self.data.task.split.asks_unrated:
             return unrated_features(read, self.fields)
         return Features({**read, **self.fields}, self.vectors)
 
     @cached_property
     def features(self) -> Floats:
-        """Text's principal components and the fields side by side, each block of mean length one."""
+        """Principal components of text and of brought vectors, and fields, each block of mean length one."""
         import numpy as np
 
-        left, values, _ = np.linalg.svd(self.vectors - self.vectors.mean(0), full_matrices=False)
-        blocks = {"text": left[:, :_COMPONENTS] * values[:_COMPONENTS], **self.fields}
+        blocks = {}
+        for name, vectors in {"text": self.vectors, **self.brought}.items():
+            left, values, _ = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
+            blocks[name] = left[:, :_COMPONENTS] * values[:_COMPONENTS]
+        blocks |= self.fields
         return np.concatenate([block / np.sqrt((block**2).sum(1).mean()) for block in blocks.values()], 1)
 
     @cached_property

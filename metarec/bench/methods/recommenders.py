@@ -11,13 +11,15 @@ from metarec.errors import ConfigError
 from metarec.presets import PRESETS
 
 if TYPE_CHECKING:
+    from metarec.config import RunConfig
+    from metarec.data.task_data import TaskData
     from metarec.lm.answer_model import AnswerModel
     from metarec.recommender import MetaRecommender
     from metarec.scorer import Request, Scorer
 
 
 def _measured(preset: str) -> dict[str, Any]:
-    """Returns a preset as it is measured: without `vectors`, which no measured data have."""
+    """Returns a preset's settings without `vectors`; `trained_recommender` reads them where the data bring any."""
     features = [name for name in PRESETS[preset]["collaborative.features"] if name != "vectors"]
     return {**PRESETS[preset], "collaborative.features": features}
 
@@ -29,11 +31,20 @@ def trained_recommender(context: MethodContext, options: Mapping[str, Any]) -> M
     model = context.workspace / "model"
     if recover_dir(model):
         return MetaRecommender.from_pretrained(model)
-    config = context.configured(options)
+    config = with_brought_vectors(context.configured(options), context.data)
     recommender = MetaRecommender.from_pretrained(config.backbone, config)
     recommender.fit(context.task_data, checkpoint=context.workspace / "checkpoint", resume=True)
     recommender.save_pretrained(model)
     return recommender
+
+
+def with_brought_vectors(config: RunConfig, data: TaskData) -> RunConfig:
+    """Returns settings whose features include vectors where the data bring any; other data keep their cells' names."""
+    features = config.collaborative.features
+    if not data.interactions.item_vectors or features is None or "vectors" in features:
+        return config
+    collaborative = config.collaborative.model_copy(update={"features": (*features, "vectors")})
+    return config.model_copy(update={"collaborative": collaborative})
 
 
 def _metarec(context: MethodContext, *, name: str = "metarec", **options: Any) -> Sequence[MethodRow]:
