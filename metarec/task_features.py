@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from metarec.config import RunConfig
+from metarec.data.item_vectors import without_unknown
 from metarec.data.task import Task
 from metarec.scorers.collaborative.block_worth import block_worth
 from metarec.scorers.collaborative.features import (
@@ -99,9 +100,8 @@ def collaborative_features(answer_model: AnswerModel | None, data: TaskData, con
 
 def significant_vectors(data: TaskData, others: Mapping[str, Floats], seed: int) -> dict[str, Floats]:
     """Returns the vectors that the data bring of items, without those that explain nothing beside what else is read."""
-    from metarec.data.side_files import known  # reads tables with pandas, which one person's adapter needs not
-
-    found = {name: known(vectors).astype(np.float64) for name, vectors in data.interactions.item_vectors.items()}
+    brought = data.interactions.item_vectors
+    found = {name: without_unknown(vectors).astype(np.float64) for name, vectors in brought.items()}
     if not found:
         return {}
     worth = block_worth(data.interactions, data.parts["train"], {**others, **found}, seed)

@@ -55,6 +55,13 @@ def read_item_vectors(path: Path, ids: Sequence[str]) -> Values:
         return _in_order(path, named, vectors.astype(np.float32), ids)
 
 
+def without_unknown(vectors: Values) -> Values:
+    """Returns vectors whose unknown rows (NaN) are the mean of the known ones."""
+    unknown = np.asarray(np.isnan(vectors).any(axis=1), bool)
+    found: Values = np.where(unknown[:, None], vectors[~unknown].mean(0), vectors)
+    return found
+
+
 def _in_order(path: Path, named: Sequence[str], vectors: Values, ids: Sequence[str]) -> Values:
     bad = np.flatnonzero(~np.isfinite(vectors).all(1))
     if len(bad):

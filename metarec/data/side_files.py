@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from metarec.data.interactions import Interactions, Values
+from metarec.data.interactions import Interactions
 from metarec.data.item_graph import graph_digest, graph_vectors, read_item_graph
 from metarec.data.item_vectors import read_item_vectors
 from metarec.data.side import SideColumns, Texts
@@ -120,10 +120,3 @@ def _friends(path: Path, users: Sequence[str], encoding: str) -> tuple[tuple[str
     if kept < 2 * len(one):
         _LOG.warning("%s: %d of %d edges join no two users of the ratings", file, len(one) - kept // 2, len(one))
     return tuple(map(tuple, friends))
-
-
-def known(vectors: Values) -> Values:
-    """Returns vectors whose unknown rows are the mean of the known ones."""
-    unknown = np.asarray(np.isnan(vectors).any(axis=1), bool)
-    found: Values = np.where(unknown[:, None], vectors[~unknown].mean(0), vectors)
-    return found

@@ -120,4 +120,4 @@ def refuse_small_data(data: TaskData, config: TrainConfig) -> None:
 
 def summary(found: dict[int, dict[str, int]]) -> dict[str, Any]:
     """Returns `users_by_shots` as JSON values."""
-    return {str(shots): counts for shots, counts in found.items()}
+    return {str(shots): count for shots, count in found.items()}
