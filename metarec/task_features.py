@@ -67,7 +67,9 @@ def collaborative_features(answer_model: AnswerModel | None, data: TaskData, con
     if "lm" in wanted:
         assert answer_model is not None
         if task.hidden_states and answer_model.backbone.kind == "causal":
-            read["lm"] = hidden_state_vectors(answer_model.backbone, catalog, task.hidden_states)
+            read["lm"] = hidden_state_vectors(
+                answer_model.backbone, catalog, task.hidden_states, task.prompt.characters
+            )
         else:
             # Where items are rated, the prompt's own states will do, which are read anyway.
             read["lm"] = state_vectors(answer_model.states)

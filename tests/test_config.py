@@ -133,6 +133,17 @@ def test_a_cleaned_field_is_one_short_visible_line(text: str) -> None:
     assert cleaned.isprintable() or not cleaned.isascii()
 
 
+def test_a_task_says_how_many_characters_of_a_field_are_read() -> None:
+    catalog = Catalog(("1",), {"title": ("x" * 400 + " the punch line",)})
+    short, long = (PromptTemplate("{{ title }}", " Yes", " No", characters=most) for most in (300, 1200))
+    assert "punch line" not in short.render(catalog, 0)
+    assert "punch line" in long.render(catalog, 0)
+    task = load_task("jokes/item-cold")
+    for template in (task.template, task.item_text):
+        assert "punch line" in template.render(catalog, 0)
+    assert load_task("movielens/user-cold").prompt.model_dump().get("characters") is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -16,7 +16,7 @@ from metarec.data.task_files import load_task, task_names
 from metarec.errors import DataError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-FAMILIES = ("games", "news", "questionnaire")
+FAMILIES = ("games", "news", "questionnaire", "jokes")
 TASKS = [name for name in task_names() if name.split("/")[0] in FAMILIES]
 
 
@@ -49,7 +49,20 @@ def questionnaire(root: Path) -> None:
     write(root / "questionnaire", items__csv="\n".join(["item,text", *items]) + "\n")
 
 
-MADE: dict[str, Callable[[Path], None]] = {"games": games, "news": news, "questionnaire": questionnaire}
+def jokes(root: Path) -> None:
+    """Sixty people who find each of 120 jokes funny or not."""
+    rows = [f"{user},j{item},{(user * item) % 21 - 10}" for item in range(120) for user in range(60)]
+    items = [f'j{item},"Knock, knock. Who is there? Number {item}."' for item in range(120)]
+    write(root / "jokes", ratings__csv="\n".join(["user,item,rating", *rows]) + "\n")
+    write(root / "jokes", items__csv="\n".join(["item,title", *items]) + "\n")
+
+
+MADE: dict[str, Callable[[Path], None]] = {
+    "games": games,
+    "news": news,
+    "questionnaire": questionnaire,
+    "jokes": jokes,
+}
 
 
 @pytest.fixture
@@ -68,7 +81,7 @@ def test_each_family_is_cold_in_users_items_and_both() -> None:
     assert {name.split("/")[1] for name in TASKS if name.startswith("games/")} == {
         *("user-cold", "item-cold", "both-cold", "time")
     }
-    for family in ("news", "questionnaire"):
+    for family in ("news", "questionnaire", "jokes"):
         assert {f"{family}/{kind}" for kind in ("user-cold", "item-cold", "both-cold")} <= set(TASKS)
 
 
@@ -141,7 +154,12 @@ def test_a_table_that_says_it_has_no_ratings_is_not_warned_about(
     assert "every row counts as 1. Map one" in caplog.text
 
 
-SIZES = {"games": (267_696, 5_876, 16_859), "news": (9_838, 331, 9_075), "questionnaire": (540_000, 4_000, 135)}
+SIZES = {
+    "games": (267_696, 5_876, 16_859),
+    "news": (9_838, 331, 9_075),
+    "questionnaire": (540_000, 4_000, 135),
+    "jokes": (363_209, 5_000, 100),
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

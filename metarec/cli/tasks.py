@@ -151,8 +151,9 @@ def _validated(task: Task, seed: int, backbone: str | None) -> dict[str, Any]:
     catalog = data.interactions.catalog
     template = task.template
     prompts = [template.render(catalog, code) for code in range(len(catalog))]
+    characters = task.prompt.characters
     for sentence in task.hidden_states:
-        hidden_state_texts(catalog, sentence)
+        hidden_state_texts(catalog, sentence, characters=characters)
     repeated = len(prompts) - len(set(prompts))
     if len(set(prompts)) == 1:
         faults.append(f"all {len(prompts)} items have the same prompt: name a field in it that tells them apart")
@@ -161,7 +162,7 @@ def _validated(task: Task, seed: int, backbone: str | None) -> dict[str, Any]:
         "; ".join(faults)
         or f"{len(data.parts['train'])} meta-training {task.by}s, {episodes}, {repeated} items share a prompt"
     )
-    cut = cut_fields(catalog, [task.prompt.text, task.item_text.text, *task.hidden_states])
+    cut = cut_fields(catalog, [task.prompt.text, task.item_text.text, *task.hidden_states], characters)
     tokens = _tokens(task, data, backbone) if backbone else {}
     task.item_text.render(catalog, 0)
     chosen = task.read_fields(catalog)
@@ -174,7 +175,7 @@ def _validated(task: Task, seed: int, backbone: str | None) -> dict[str, Any]:
         },
         "warnings": [
             *data.interactions.notes,
-            *cut_sentences(cut),
+            *cut_sentences(cut, characters),
             *_left_out(task, shots),
             *([tokens.pop("cut")] if "cut" in tokens else []),
         ],
@@ -257,10 +258,8 @@ def preview(
 
     task = load_task(name, include_path or [])
     data = load_task_data(task, seed)
-    template, recalled = (
-        task.template,
-        [hidden_state_texts(data.interactions.catalog, sentence) for sentence in task.hidden_states],
-    )
+    catalog, template, characters = data.interactions.catalog, task.template, task.prompt.characters
+    read = [hidden_state_texts(catalog, sentence, characters=characters) for sentence in task.hidden_states]
     shown: list[dict[str, Any]] = []
     for episode in data.episodes("test")[0][:episodes]:
         sides = {}
@@ -268,16 +267,16 @@ def preview(
             liked = ratings.likes(task.like_threshold)
             sides[side] = [
                 {
-                    "prompt": template.render(data.interactions.catalog, int(code)),
+                    "prompt": template.render(catalog, int(code)),
                     "rating": round(float(value), 3),
                     "answer": task.prompt.positive if like else task.prompt.negative,
-                    "recall": [texts[code] for texts in recalled],
+                    "recall": [texts[code] for texts in read],
                 }
                 for code, value, like in list(zip(ratings.items, ratings.values, liked, strict=True))[:items]
             ]
         sizes = {"support_size": len(episode.support), "query_size": len(episode.query)}
         shown.append({task.by: episode.user, **sizes, **sides})
-    cut = cut_fields(data.interactions.catalog, [task.prompt.text, *task.hidden_states])
+    cut = cut_fields(catalog, [task.prompt.text, *task.hidden_states], characters)
     if json:
         print_json({"task": name, "hashes": data.hashes, "episodes": shown, "cut_fields": cut})
         return
@@ -290,5 +289,5 @@ def preview(
                 for text in entry["recall"]:
                     typer.echo(f"besides: {text}")
         typer.echo("")
-    for sentence in cut_sentences(cut):
+    for sentence in cut_sentences(cut, characters):
         typer.echo(f"warning: {sentence}")

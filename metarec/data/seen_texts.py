@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from metarec.data.interactions import Catalog
 from metarec.data.task import Task
-from metarec.data.templates import MAX_FIELD_CHARACTERS, PromptTemplate, cut_fields
+from metarec.data.templates import PromptTemplate, cut_fields
 from metarec.errors import ConfigError
 
 
@@ -30,17 +30,21 @@ def check_texts(task: Task, catalog: Catalog, *, prompt: bool, text: bool) -> li
     ]
     shared = [sentence for what, template in read for sentence in _shared(what, template, catalog)]
     sentences = task.hidden_states if prompt else ()
-    return cut_sentences(cut_fields(catalog, [*(template.text for _, template in read), *sentences])) + shared
+    characters = task.prompt.characters
+    cut = cut_fields(catalog, [*(template.text for _, template in read), *sentences], characters)
+    return cut_sentences(cut, characters) + shared
 
 
-def cut_sentences(fields: dict[str, int]) -> list[str]:
+def cut_sentences(fields: dict[str, int], characters: int) -> list[str]:
     """Says which fields are longer than a prompt shows.
 
     Args:
         fields: What `metarec.data.templates.cut_fields` returns.
+        characters: How many characters a prompt shows.
     """
     return [
-        f"'{name}' of {count} items has more than {MAX_FIELD_CHARACTERS} characters: prompts show the beginning"
+        f"'{name}' of {count} items has more than {characters} characters: prompts show the beginning "
+        "(prompt.characters in the task)"
         for name, count in fields.items()
     ]
 

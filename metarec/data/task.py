@@ -15,7 +15,7 @@ from metarec.data.interactions import PART_NAMES, Catalog, SplitPart
 from metarec.data.item_fields import FieldChoice, FieldKind, choose_fields
 from metarec.data.labels import LabelRule, read_rule
 from metarec.data.source_options import SourceOptions
-from metarec.data.templates import PromptTemplate, item_text, review_sentence
+from metarec.data.templates import MAX_FIELD_CHARACTERS, PromptTemplate, item_text, review_sentence
 from metarec.metric_names import METRICS, check_metric
 
 
@@ -148,6 +148,14 @@ class PromptConfig(Section):
     positive: str
     negative: str
     ratings: tuple[str, ...] = Field((), description="answer words from the lowest to the highest rating")
+    characters: int = Field(
+        MAX_FIELD_CHARACTERS,
+        ge=1,
+        le=10_000,
+        description="how many characters of a field the language model and the sentence encoder are given",
+        # Tasks that leave it keep the digest they had before it could be set.
+        exclude_if=lambda characters: characters == MAX_FIELD_CHARACTERS,
+    )
     hidden_states: tuple[str, ...] = Field(
         (),
         description="sentences about an item that go on with what is known of it, read for items that nobody rated",
@@ -271,7 +279,7 @@ class Task(Section):
         text, where = self.features.text, "features.text"
         if text is None:
             text, where = item_text(self.prompt.text), "prompt.text"
-        return PromptTemplate(text, "good", "bad", where)
+        return PromptTemplate(text, "good", "bad", where, self.prompt.characters)
 
     def read_fields(self, catalog: Catalog) -> FieldChoice:
         """Returns which fields of a catalog become features of its items.
@@ -324,7 +332,8 @@ class Task(Section):
     @property
     def template(self) -> PromptTemplate:
         """The prompt, ready to render."""
-        return PromptTemplate(self.prompt.text, self.prompt.positive, self.prompt.negative)
+        prompt = self.prompt
+        return PromptTemplate(prompt.text, prompt.positive, prompt.negative, characters=prompt.characters)
 
     @property
     def digest(self) -> str:

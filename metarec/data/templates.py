@@ -32,12 +32,14 @@ class PromptTemplate:
         positive: The answer word of a like.
         negative: The answer word that counts against it.
         where: The key of the task that says so.
+        characters: How many characters of a field are read at most.
     """
 
     text: str
     positive: str
     negative: str
     where: str = "prompt.text"
+    characters: int = MAX_FIELD_CHARACTERS
 
     @cached_property
     def _compiled(self) -> BoundedTemplate:
@@ -55,7 +57,7 @@ class PromptTemplate:
         Raises:
             ConfigError: The template names a field that the catalog does not have, or fails.
         """
-        fields = {**_cleaned(catalog, code, special_tokens), "mask": mask}
+        fields = {**_cleaned(catalog, code, special_tokens, self.characters), "mask": mask}
         return _render(self._compiled, fields, f"the template of '{self.where}'", catalog.ids[code])
 
 
@@ -101,7 +103,9 @@ def described(catalog: Catalog) -> Catalog:
     return Catalog(catalog.ids, {**{name: ("",) * len(catalog) for name in _USUAL_FIELDS}, **catalog.fields})
 
 
-def hidden_state_texts(catalog: Catalog, sentence: str, special_tokens: Sequence[str] = ()) -> list[str]:
+def hidden_state_texts(
+    catalog: Catalog, sentence: str, special_tokens: Sequence[str] = (), characters: int = MAX_FIELD_CHARACTERS
+) -> list[str]:
     """Renders, for every item, a sentence that goes on with what is known of it.
 
     Titles are written as in a text, ``The Matrix`` for ``Matrix, The``.
@@ -110,6 +114,7 @@ def hidden_state_texts(catalog: Catalog, sentence: str, special_tokens: Sequence
         catalog: The items.
         sentence: Jinja2 template over the catalog's fields, of which `described` gives the usual ones.
         special_tokens: The tokenizer's control texts, removed from the fields.
+        characters: How many characters of a field are read at most.
 
     Raises:
         ConfigError: The template does not parse, names a field that is not there, or fails.
@@ -119,7 +124,10 @@ def hidden_state_texts(catalog: Catalog, sentence: str, special_tokens: Sequence
     named = Catalog(catalog.ids, {**described(catalog).fields, "title": titles})
     return [
         _render(
-            compiled, _cleaned(named, code, special_tokens), "a template of 'prompt.hidden_states'", catalog.ids[code]
+            compiled,
+            _cleaned(named, code, special_tokens, characters),
+            "a template of 'prompt.hidden_states'",
+            catalog.ids[code],
         )
         for code in range(len(named))
     ]
@@ -168,13 +176,13 @@ def _render(template: BoundedTemplate, fields: Mapping[str, str], what: str, ite
         ) from None
 
 
-def _cleaned(catalog: Catalog, code: int, special_tokens: Sequence[str]) -> dict[str, str]:
-    return {name: clean_field(value, special_tokens) for name, value in catalog.row(code).items()}
+def _cleaned(catalog: Catalog, code: int, special_tokens: Sequence[str], characters: int) -> dict[str, str]:
+    return {name: clean_field(value, special_tokens, characters) for name, value in catalog.row(code).items()}
 
 
-def clean_field(value: str, special_tokens: Sequence[str] = ()) -> str:
+def clean_field(value: str, special_tokens: Sequence[str] = (), characters: int = MAX_FIELD_CHARACTERS) -> str:
     """Returns a field's text without control characters or control tokens, on one line, of bounded length."""
-    return whole_field(value, special_tokens)[:MAX_FIELD_CHARACTERS]
+    return whole_field(value, special_tokens)[:characters]
 
 
 def whole_field(value: str, special_tokens: Sequence[str] = ()) -> str:
@@ -185,16 +193,17 @@ def whole_field(value: str, special_tokens: Sequence[str] = ()) -> str:
     return " ".join(text.split())
 
 
-def cut_fields(catalog: Catalog, templates: Sequence[str]) -> dict[str, int]:
+def cut_fields(catalog: Catalog, templates: Sequence[str], characters: int = MAX_FIELD_CHARACTERS) -> dict[str, int]:
     """Returns how many items' values of each field are cut where templates show them, for fields where any is.
 
     Args:
         catalog: The items.
         templates: Jinja2 templates; only fields that they name count.
+        characters: How many characters of a field are read at most.
     """
     named = {name for text in templates for name in names_in(text)}
     counts = {
-        name: sum(len(whole_field(text)) > MAX_FIELD_CHARACTERS for text in column if len(text) > MAX_FIELD_CHARACTERS)
+        name: sum(len(whole_field(text)) > characters for text in column if len(text) > characters)
         for name, column in catalog.fields.items()
         if name in named
     }

@@ -80,7 +80,7 @@ ITEM_CHECKS: dict[str, Check] = {
         lambda data, _: _in_text(data, lambda text: len(text) > MAX_FIELD_CHARACTERS),
         "warning",
         f"items with a text of more than {MAX_FIELD_CHARACTERS} characters: prompts show its beginning",
-        "Put what matters first, or make a shorter field with 'dataset.fields'",
+        "Put what matters first, or raise 'prompt.characters' in the task",
         None,
     ),
     "wrong-encoding": Check(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from metarec.data.interactions import Catalog
-from metarec.data.templates import PromptTemplate, hidden_state_texts
+from metarec.data.templates import MAX_FIELD_CHARACTERS, PromptTemplate, hidden_state_texts
 from metarec.lm.answer_model import open_answer_model
 from metarec.lm.backbone import MINILM, Backbone, load_backbone
 from metarec.lm.hidden_states import mean_hidden_states
@@ -54,17 +54,20 @@ def unkept_text_vectors(texts: Sequence[str], backbone: Backbone) -> Floats:
     return np.concatenate([forward.frozen_states(block).float().cpu().numpy() for block in blocks]).astype(np.float64)
 
 
-def hidden_state_vectors(backbone: Backbone, catalog: Catalog, sentences: Sequence[str]) -> Floats:
+def hidden_state_vectors(
+    backbone: Backbone, catalog: Catalog, sentences: Sequence[str], characters: int = MAX_FIELD_CHARACTERS
+) -> Floats:
     """Returns features of a causal language model's hidden states of every item, shape (items, features).
 
     Args:
         backbone: The model.
         catalog: The items.
         sentences: Templates of the texts that the model reads, see `metarec.data.templates.hidden_state_texts`.
+        characters: How many characters of a field are read at most.
 
     Raises:
         ConfigError: A sentence does not fit the catalog.
     """
-    texts = [hidden_state_texts(catalog, sentence, backbone.special_tokens) for sentence in sentences]
+    texts = [hidden_state_texts(catalog, sentence, backbone.special_tokens, characters) for sentence in sentences]
     vectors = [unit_vectors(state_vectors(mean_hidden_states(backbone, some))) for some in texts]
     return np.concatenate(vectors, 1)
