@@ -22,7 +22,7 @@ from metarec.data.interactions import Codes, Ratings, Values
 from metarec.errors import ConfigError
 from metarec.explanations import Reason, explain
 from metarec.fitting import Fitted, adapted_model, meta_scorer
-from metarec.given_side import asked_at, side_facts
+from metarec.given_side import side_facts, warn_of_unknown_values, with_side
 from metarec.lm.answer_model import AnswerModel
 from metarec.metrics import leaders, rank_order
 from metarec.notebook import facts_table
@@ -125,7 +125,9 @@ class AdaptedUser:
         Raises:
             ConfigError: The recommender knows no such column.
         """
-        return replace(self, support=asked_at(self.fitted, self.support, moment))
+        asking = with_side(self.fitted, self.support, moment=moment)
+        warn_of_unknown_values(self.fitted, asking.side)
+        return replace(self, support=asking)
 
     def _codes(self, items: Sequence[str]) -> Codes:
         if isinstance(items, str):

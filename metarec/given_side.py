@@ -30,14 +30,14 @@ def with_side(
     friends: Sequence[str] = (),
     moment: Moment = None,
 ) -> Ratings:
-    """Returns a support with what is known of the person and of the moment.
+    """Returns a support with what is known of the person and of the moment, beside what it knows already.
 
     Args:
         fitted: The recommender.
         support: The person's ratings.
-        about: A sentence about them, or fields of users to their values.
-        friends: Ids of friends; those that meta-training knows count.
-        moment: Columns of `context` to their values now.
+        about: A sentence about them, or fields of users to their values; other fields stay as they are.
+        friends: Ids of friends; those that meta-training knows count. With none, they stay as they are.
+        moment: Columns of `context` to their values now. With none, they stay as they are.
 
     Raises:
         ConfigError: The recommender knows no such field, column or friends, or reads no side information; or what is
@@ -57,24 +57,36 @@ def with_side(
                 raise ConfigError(f"'{name}' is no field of a {what}", cure)
     if friends and effects.friends is None and FRIENDS not in effects.unread:
         raise ConfigError("the recommender knows no friends", "Name 'friends' with the data it is fitted on")
-    side = Side(
-        {name: _text(value) for name, value in fields.items()},
-        tuple(map(str, friends)),
-        asked={name: _texts([value]) for name, value in (moment or {}).items()},
+    before = support.side or Side()
+    side = replace(
+        before,
+        about={**before.about, **{name: _text(value) for name, value in fields.items()}},
+        friends=tuple(map(str, friends)) or before.friends,
+        asked={name: _texts([value]) for name, value in moment.items()} if moment else before.asked,
     )
-    _say_what_is_unknown(effects, side)
     return replace(support, side=side)
 
 
-def _say_what_is_unknown(effects: SideEffects, side: Side) -> None:
-    """Warns of categories and friends that meta-training did not see: nothing follows from them."""
+def unknown_values(fitted: Fitted, side: Side | None) -> list[str]:
+    """Names categories and friends that meta-training did not see, so that nothing follows from them."""
+    if side is None or not (side.about or side.friends or side.asked):
+        return []
+    effects = _effects(fitted)
     given = {name: (effects.about.get(name), value) for name, value in side.about.items()}
     given |= {name: (effects.moments.get(name), str(column[0])) for name, column in side.asked.items()}
+    found = []
     for name, (reader, value) in given.items():
         if isinstance(reader, Categories) and not reader.words and value.strip() and not reader.knows(value):
-            _LOG.warning("nothing is known of %s '%s'. %s", name, value[:80], suggest(value, reader.tokens))
+            found.append(f"nothing is known of {name} '{value[:80]}'. {suggest(value, reader.tokens)}")
     if side.friends and effects.friends is not None and not effects.friends.known(side).size:
-        _LOG.warning("none of %d friends is among the users that it was fitted on", len(side.friends))
+        found.append(f"none of {len(side.friends)} friends is among the users that it was fitted on")
+    return found
+
+
+def warn_of_unknown_values(fitted: Fitted, side: Side | None) -> None:
+    """Writes what `unknown_values` names to the log, of a person who is at this machine."""
+    for text in unknown_values(fitted, side):
+        _LOG.warning("%s", text)
 
 
 def _check_types(about: object, friends: object, moment: object) -> None:
@@ -128,11 +140,38 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def asked_at(fitted: Fitted, support: Ratings, moment: Moment) -> Ratings:
-    """Returns the support of the same person, who asks in a moment; see `with_side`."""
-    before = support.side or Side()
-    checked = with_side(fitted, support, moment=moment).side
-    return replace(support, side=before.asking({} if checked is None else checked.asked))
+def reads_reviews(fitted: Fitted) -> bool:
+    """Says whether the recommender reads the text beside a rating."""
+    return any(isinstance(term, SideTerm) and term.effects.reviews is not None for term in fitted.terms.values())
+
+
+def kept_side(
+    fitted: Fitted,
+    about: Mapping[str, str],
+    friends: Sequence[str],
+    rated: Sequence[Mapping[str, str]],
+    reviews: Sequence[str],
+) -> Side | None:
+    """Returns what was kept of a person, without what the recommender does not read; None where nothing is left.
+
+    Args:
+        fitted: The recommender; another one may have been there when these were kept.
+        about: Fields of users to their values.
+        friends: Ids of friends.
+        rated: The moment of each rating: columns to values.
+        reviews: The text beside each rating.
+    """
+    effects = next((term.effects for term in fitted.terms.values() if isinstance(term, SideTerm)), None)
+    if effects is None:
+        return None
+    columns = {name: _texts([moment.get(name, "") for moment in rated]) for name in effects.moments}
+    known = Side(
+        {name: value for name, value in about.items() if name in effects.about},
+        tuple(friends) if effects.friends is not None else (),
+        rated={name: column for name, column in columns.items() if any(column)},
+        reviews=_texts(reviews) if effects.reviews is not None and any(reviews) else None,
+    )
+    return known if known.about or known.friends or known.rated or known.reviews is not None else None
 
 
 def side_facts(support: Ratings) -> dict[str, Any]:
@@ -140,9 +179,10 @@ def side_facts(support: Ratings) -> dict[str, Any]:
     side = support.side
     if side is None:
         return {}
-    asked = {name: list(column) for name, column in side.asked.items()}
+    moments = {"asked": side.asked, "rated": side.rated}
+    columns = {of: {name: list(column) for name, column in columns.items()} for of, columns in moments.items()}
     reviews = {} if side.reviews is None else {"reviews": list(side.reviews)}
-    return {"side": {"about": dict(side.about), "friends": list(side.friends), "asked": asked, **reviews}}
+    return {"side": {"about": dict(side.about), "friends": list(side.friends), **columns, **reviews}}
 
 
 def saved_support(fitted: Fitted, facts: Mapping[str, Any]) -> Ratings:
@@ -151,9 +191,10 @@ def saved_support(fitted: Fitted, facts: Mapping[str, Any]) -> Ratings:
     if "side" not in facts:
         return support
     given = facts["side"]
-    asked = {name: _texts(column) for name, column in given["asked"].items()}
+    asked, rated = ({name: _texts(column) for name, column in given[of].items()} for of in ("asked", "rated"))
     reviews = _texts(given["reviews"]) if "reviews" in given else None
-    return replace(support, side=Side(given["about"], tuple(given["friends"]), asked=asked, reviews=reviews))
+    side = Side(given["about"], tuple(given["friends"]), rated=rated, asked=asked, reviews=reviews)
+    return replace(support, side=side)
 
 
 def _effects(fitted: Fitted) -> SideEffects:

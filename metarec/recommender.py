@@ -36,7 +36,7 @@ from metarec.fitting import (
     read_items,
     unadapted_rows,
 )
-from metarec.given_side import About, Moment, given_support, saved_support
+from metarec.given_side import About, Moment, given_support, saved_support, warn_of_unknown_values
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
@@ -348,6 +348,7 @@ class MetaRecommender(SearchesItems, WritesProfiles):
             ConfigError: The recommender knows no such field, or no side information at all.
         """
         support = given_support(self.fitted, ratings, about, friends, context)
+        warn_of_unknown_values(self.fitted, support.side)
         started = time.perf_counter()
         adapted = self.scorer().adapt([support])
         seconds = time.perf_counter() - started

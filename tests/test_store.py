@@ -21,6 +21,10 @@ from metarec.serve.records import Accepted, Feedback, FeedbackEvent, NewAdapter,
 from metarec.serve.store import AdapterStore
 
 
+def latest(events: list[FeedbackEvent], limit: int) -> list[tuple[str, float]]:
+    return [(event.item, event.rating) for event in latest_ratings(events, limit)]
+
+
 def writer(content: bytes = b"weights") -> Callable[[Path], None]:
     def write(path: Path) -> None:
         with replace_dir(path, "adapter") as directory:
@@ -77,8 +81,8 @@ def test_feedback_is_kept_in_order_and_counts_the_version(store: AdapterStore) -
     assert second == [Accepted(3, False)]
     events = store.events("ann")
     assert [(event.version, event.item, event.rating) for event in events] == [(1, "m1", 5), (2, "m2", 1), (3, "m1", 2)]
-    assert latest_ratings(events, 10) == [("m1", 2.0), ("m2", 1.0)]
-    assert latest_ratings(events, 1) == [("m1", 2.0)]
+    assert latest(events, 10) == [("m1", 2.0), ("m2", 1.0)]
+    assert latest(events, 1) == [("m1", 2.0)]
     assert store.profile("nobody") is None
     assert [(name, profile.version) for name, profile in store.users()] == [("ann", 3), ("bob", 1)]
 
@@ -334,4 +338,4 @@ def test_the_order_of_different_items_does_not_matter(ratings: list[tuple[str, f
     last = dict(ratings)
     shuffled = sorted(last.items(), key=lambda _: random.random())  # type: ignore[attr-defined]
     again = [FeedbackEvent(version, item, rating, 0.0) for version, (item, rating) in enumerate(shuffled, start=1)]
-    assert latest_ratings(events, 99) == latest_ratings(again, 99) == sorted(last.items())
+    assert latest(events, 99) == latest(again, 99) == sorted(last.items())

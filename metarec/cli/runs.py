@@ -289,7 +289,8 @@ def recommend(
     if store is not None:
         if user is None:
             raise ConfigError("--store is given without --user", "Name the user: metarec store ls STORE --users")
-        stored = recommend_stored(load_run(run, device=device), store, adapters, user, k, explain, **chosen)
+        moment = person_facts(None, None, context)["context"]
+        stored = recommend_stored(load_run(run, device=device), store, adapters, user, k, explain, moment, **chosen)
         _print_ranking(stored["items"], stored if json else None)
         return
     recommender = load_run(run, device=device)

@@ -15,7 +15,7 @@ from metarec.cli.options import JsonOption, print_json, show
 from metarec.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from metarec.recommender import MetaRecommender
     from metarec.serve.store import AdapterStore
@@ -65,7 +65,7 @@ def ls(
     listed: list[dict[str, Any]] = [
         {
             "user": name,
-            "ratings": profile.version,
+            "ratings": len(opened.events(name)),
             "adapters": [record.version for record in opened.records(profile.key)],
         }
         for name, profile in opened.users()
@@ -230,7 +230,14 @@ def adapt_bulk(
 
 
 def recommend_stored(
-    recommender: MetaRecommender, store: str, adapters: Path | None, user: str, k: int, explain: bool, **chosen: Any
+    recommender: MetaRecommender,
+    store: str,
+    adapters: Path | None,
+    user: str,
+    k: int,
+    explain: bool,
+    moment: Mapping[str, str],
+    **chosen: Any,
 ) -> dict[str, Any]:
     """Ranks the catalog for a user of a store; ``metarec recommend RUN --store DIR --user U``.
 
@@ -241,6 +248,7 @@ def recommend_stored(
         user: The user's id.
         k: How many items.
         explain: Adds the ratings that moved an item most.
+        moment: Columns of the data's `context` to their values now.
         **chosen: ``diversity``, ``where`` and ``block`` of `Engine.recommend`.
 
     Returns:
@@ -256,7 +264,8 @@ def recommend_stored(
         raise StoreError(f"'{store}' has no user '{user}'", "See: metarec store ls STORE --users")
     # For one ranking, scoring all items takes less time than preparing the first stage.
     engine = Engine(recommender, opened, candidates=sys.maxsize)
-    person, ranked = engine.recommend(engine.people([user])[user], k, explain=explain, **chosen)
+    person = engine.asking(engine.people([user])[user], {}, (), moment)
+    person, ranked = engine.recommend(person, k, explain=explain, **chosen)
     return {
         "adapter": person.facts(),
         "items": [{**vars(entry), "because": [asdict(reason) for reason in reasons]} for entry, reasons in ranked],

@@ -11,7 +11,7 @@ from http import HTTPStatus
 from importlib.metadata import version
 from typing import Annotated
 
-from fastapi import FastAPI, Header, Query, Request
+from fastapi import Depends, FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
@@ -22,19 +22,22 @@ from metarec.errors import ConfigError, ConflictError, MetarecError, StoreError
 from metarec.serve.engine import Engine
 from metarec.serve.guard import Guard, error_body
 from metarec.serve.person import Person
-from metarec.serve.records import MAX_ID_CHARACTERS, Accepted, check_id
+from metarec.serve.records import MAX_ID_CHARACTERS, Beside, Feedback, check_id
 from metarec.serve.schema import (
     MOST_EXPLAINED,
     MOST_RECOMMENDED,
     PROBLEMS,
     Added,
+    Asked,
     Erased,
     FeedbackAnswer,
     FeedbackBody,
     ItemId,
     Items,
     ItemsBody,
+    KnownBody,
     NewItems,
+    Rating,
     RatingsBody,
     ReasonAnswer,
     Recommendations,
@@ -45,6 +48,7 @@ from metarec.serve.schema import (
     SearchHit,
     UserAnswer,
     UserId,
+    asked,
     faults,
 )
 from metarec.serve.service import ServeSettings, Service, adapter_facts
@@ -105,15 +109,24 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
             Header(max_length=MAX_ID_CHARACTERS, description="A second request with the same key changes nothing."),
         ] = None,
     ) -> FeedbackAnswer:
-        """Rate one item or several. When the answer comes, the ratings are durable and the adapter uses them."""
-        ratings = said.ratings if isinstance(said, RatingsBody) else [said]
-        pairs = [(entry.item, entry.rating) for entry in ratings]
-        accepted, person = await service.feedback(user, pairs, idempotency_key)
+        """Rate one item or several, or say what is known of a user. When the answer comes, it is durable and used."""
+        ratings = [] if isinstance(said, KnownBody) else said.ratings if isinstance(said, RatingsBody) else [said]
+        accepted, person = await service.feedback(
+            Feedback(
+                user,
+                tuple((entry.item, entry.rating) for entry in ratings),
+                idempotency_key,
+                tuple(entry.beside for entry in ratings) if any(map(_came_with_more, ratings)) else (),
+                said.about,
+                None if said.friends is None else tuple(said.friends),
+            )
+        )
         return FeedbackAnswer(
-            accepted=0 if accepted.replayed else len(pairs),
+            accepted=0 if accepted.replayed else len(ratings),
             replayed=accepted.replayed,
             adapter=adapter_facts(person),
             losses=list(person.losses),
+            unknown=engine.unknown(person),
         )
 
     @app.get("/v1/users/{user}/recommendations", tags=["users"])
@@ -133,6 +146,8 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
             list[str] | None,
             Query(max_length=MOST_RECOMMENDED, description="Items to leave out, by id, or FIELD=CATEGORY; repeatable."),
         ] = None,
+        *,
+        now: Annotated[Asked, Depends(asked)],
     ) -> Recommendations:
         """Rank the whole catalog for a user; one without ratings gets the ranking before adaptation."""
         if explain and k > MOST_EXPLAINED:
@@ -160,9 +175,10 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
                     )
                     for (entry, reasons), rating in zip(ranked, predicted, strict=True)
                 ],
+                unknown=engine.unknown(served),
             )
 
-        ranking: Recommendations = await service.person(user, answer)
+        ranking: Recommendations = await service.person(user, answer, now)
         return ranking
 
     @app.post("/v1/users/{user}/score", tags=["users"])
@@ -174,10 +190,19 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
         def answer(person: Person) -> ScoresAnswer:
             served, scores = engine.score(person, items.items)
             predicted = served.adapted.predicted_ratings(scores)
-            return ScoresAnswer(adapter=adapter_facts(served), scores=scores, predicted_ratings=predicted)
+            return ScoresAnswer(
+                adapter=adapter_facts(served),
+                scores=scores,
+                predicted_ratings=predicted,
+                unknown=engine.unknown(served),
+            )
 
-        scored: ScoresAnswer = await service.person(user, answer)
+        scored: ScoresAnswer = await service.person(user, answer, items.asked)
         return scored
+
+
+def _came_with_more(rating: Rating) -> bool:
+    return rating.beside != Beside()
 
 
 def _add_privacy_routes(app: FastAPI, service: Service) -> None:
@@ -228,15 +253,23 @@ def _add_catalog_routes(app: FastAPI, service: Service) -> None:
             str | None,
             Query(min_length=1, max_length=MAX_ID_CHARACTERS, description="Also order by this user's scores."),
         ] = None,
+        *,
+        now: Annotated[Asked, Depends(asked)],
     ) -> SearchAnswer:
         """Find items by text."""
+        if user is None and now:
+            raise ConfigError("the question says something of a user, and names none", "Add user=ID")
 
-        def answer(person: Person | None, _: Accepted | None) -> SearchAnswer:
-            found = engine.search(q, k, person)
-            hits = [SearchHit(**asdict(hit)) for hit in found]
-            return SearchAnswer(adapter=None if person is None else adapter_facts(person), items=hits)
+        def answer(person: Person | None) -> SearchAnswer:
+            hits = [SearchHit(**asdict(hit)) for hit in engine.search(q, k, person)]
+            if person is None:
+                return SearchAnswer(adapter=None, items=hits)
+            return SearchAnswer(adapter=adapter_facts(person), items=hits, unknown=engine.unknown(person))
 
-        found: SearchAnswer = await service.ask(Job(answer, None if user is None else check_id(user, "user id")))
+        if user is None:
+            found: SearchAnswer = await service.ask(Job(lambda *_: answer(None)))
+        else:
+            found = await service.person(user, answer, now)
         return found
 
 

@@ -19,6 +19,14 @@ TABLES = (
     "CREATE TABLE IF NOT EXISTS feedback (user_id BIGINT NOT NULL REFERENCES users (id) ON DELETE CASCADE,"
     " version BIGINT NOT NULL, item TEXT NOT NULL, rating DOUBLE PRECISION NOT NULL, at DOUBLE PRECISION NOT NULL,"
     " PRIMARY KEY (user_id, version))",
+    # Written by those ratings alone with which something came.
+    "CREATE TABLE IF NOT EXISTS beside_ratings (user_id BIGINT NOT NULL REFERENCES users (id) ON DELETE CASCADE,"
+    " version BIGINT NOT NULL, context TEXT NOT NULL, review TEXT NOT NULL, PRIMARY KEY (user_id, version))",
+    "CREATE TABLE IF NOT EXISTS user_facts (user_id BIGINT PRIMARY KEY REFERENCES users (id) ON DELETE CASCADE,"
+    " version BIGINT NOT NULL, about TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS friends (user_id BIGINT NOT NULL REFERENCES users (id) ON DELETE CASCADE,"
+    " friend TEXT NOT NULL, PRIMARY KEY (user_id, friend))",
+    "CREATE INDEX IF NOT EXISTS friends_by_friend ON friends (friend)",
     "CREATE TABLE IF NOT EXISTS requests (user_id BIGINT NOT NULL REFERENCES users (id) ON DELETE CASCADE,"
     " idempotency_key TEXT NOT NULL, digest TEXT NOT NULL, version BIGINT NOT NULL,"
     " PRIMARY KEY (user_id, idempotency_key))",
@@ -141,7 +149,7 @@ class Postgres:
 
     def forget(self) -> None:
         """Removes deleted rows from the files of the tables."""
-        for table in ("requests", "feedback", "adapters", "users"):
+        for table in ("requests", "beside_ratings", "feedback", "user_facts", "friends", "adapters", "users"):
             self._open().execute(f"VACUUM {table}")
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from metarec.data.filters import ItemFilter
 from metarec.data.interactions import Catalog, Codes, Flags, Ratings
 from metarec.errors import ArtifactError, ConfigError, ConflictError, MetarecError, UnknownItemError
 from metarec.explanations import Reason, explain
+from metarec.given_side import kept_side, reads_reviews, unknown_values, with_side
 from metarec.metrics import rank_order
 from metarec.recommender import MetaRecommender
 from metarec.reranking import ItemVectors, check_diversity, mmr, pool_size
@@ -27,7 +28,7 @@ from metarec.serve.batching import BLOCK, USERS_AT_ONCE, BatchedModel, linearize
 from metarec.serve.hot_adapters import HotAdapters
 from metarec.serve.items import check_fields, extend
 from metarec.serve.person import Person
-from metarec.serve.records import NewAdapter, Profile, latest_ratings
+from metarec.serve.records import Feedback, FeedbackEvent, NewAdapter, Profile, UserFacts, latest_ratings
 from metarec.serve.retrieval import CandidateRetrieval, Effects, is_small, reads_all
 from metarec.serve.store import AdapterStore
 from metarec.tensors import AdapterState
@@ -239,10 +240,9 @@ class Engine:
         supports, left_out = [], []
         for user, _ in waiting:
             events = self.store.events(user)
-            latest = latest_ratings(events, MAX_RATINGS)
-            known = sorted((self._code[item], rating) for item, rating in latest if item in self._code)
-            items, values = [code for code, _ in known], [rating for _, rating in known]
-            supports.append(Ratings(np.array(items, np.int64), np.array(values, np.float32)))
+            latest = [event for event in latest_ratings(events, MAX_RATINGS) if event.item in self._code]
+            known = sorted(latest, key=lambda event: self._code[event.item])
+            supports.append(self._support(known, self.store.facts(user)))
             left_out.append(len({event.item for event in events}) - len(known))
         found = {}
         for (user, profile), missing, (adapted, losses) in zip(waiting, left_out, self.adapt(supports), strict=True):
@@ -253,6 +253,44 @@ class Engine:
             self.hot.put(profile.key, profile.version, person, self._adapter_bytes)
             self._save(NewAdapter(profile.key, profile.version, self.digest, partial(adapted.save, whole=False)))
         return found
+
+    def _support(self, rated: Sequence[FeedbackEvent], facts: UserFacts) -> Ratings:
+        """Returns ratings with what came with them and what was said of the user."""
+        items = np.array([self._code[event.item] for event in rated], np.int64)
+        contexts, reviews = [event.context for event in rated], [event.review for event in rated]
+        side = kept_side(self.trained.fitted, facts.about, facts.friends, contexts, reviews)
+        return Ratings(items, np.array([event.rating for event in rated], np.float32), side=side)
+
+    def check(self, said: Feedback) -> None:
+        """Checks that the recommender reads what feedback says beside ratings.
+
+        Raises:
+            ConfigError: It does not.
+        """
+        fitted, nothing = self.trained.fitted, Ratings.empty()
+        with_side(fitted, nothing, said.about, said.friends or ())
+        for beside in said.beside:
+            with_side(fitted, nothing, moment=beside.context)
+            if beside.review and not reads_reviews(fitted):
+                raise ConfigError("the recommender reads no reviews", "Name 'review' with the data it is fitted on")
+
+    def unknown(self, person: Person) -> list[str]:
+        """Says what is given of a person and of the moment and says nothing; see `unknown_values`."""
+        return unknown_values(self.trained.fitted, person.adapted.support.side)
+
+    def asking(
+        self, person: Person, about: Mapping[str, str], friends: Sequence[str], moment: Mapping[str, str]
+    ) -> Person:
+        """Returns a person with what one question says of them, beside what was said before; nothing is kept.
+
+        Raises:
+            ConfigError: The recommender does not read it; see `with_side`.
+        """
+        support = with_side(self.trained.fitted, person.adapted.support, about, friends, moment)
+        if not about and not friends:
+            return replace(person, adapted=replace(person.adapted, support=support))
+        adapted, losses = self.adapt([support])[0]
+        return replace(person, adapted=adapted, losses=losses)
 
     def save_with(self, save: Callable[[NewAdapter], object]) -> None:
         """Passes new adapters to `save` instead of writing them here; it calls `keep`, or writes them itself."""

@@ -10,11 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from metarec.errors import ConflictError
 from metarec.serve.index import Index
-from metarec.serve.records import Accepted, Feedback, FeedbackEvent, Profile
+from metarec.serve.records import Accepted, Feedback, FeedbackEvent, Profile, UserFacts
 
 
 class FeedbackLog:
-    """Users, ratings and added items in an index; a user's version is the number of ratings they have given."""
+    """Users, what they rated, what is said of them, and added items, in an index.
+
+    A user's version is the number of ratings they have given, and of times that something else was said of them.
+    """
 
     def __init__(self, index: Index) -> None:
         self._index = index
@@ -46,7 +49,7 @@ class FeedbackLog:
         return int(rows[0][0])
 
     def _append(self, user_id: int, feedback: Feedback, now: float) -> Accepted | ConflictError:
-        digest = hashlib.sha256(json.dumps(feedback.ratings).encode()).hexdigest()
+        digest = _digest(feedback)
         if feedback.idempotency_key is not None:
             known = self._index.execute(
                 "SELECT digest, version FROM requests WHERE user_id = ? AND idempotency_key = ?",
@@ -56,13 +59,21 @@ class FeedbackLog:
                 return ConflictError("the idempotency key was used for other ratings", "Use a new key")
             if known:
                 return Accepted(int(known[0][1]), replayed=True)
-        version = self._version(user_id)
+        version = self._say(user_id, feedback, self._version(user_id))
         rows = [
             (user_id, version + place, item, rating, now)
             for place, (item, rating) in enumerate(feedback.ratings, start=1)
         ]
         self._index.execute_many(
             "INSERT INTO feedback (user_id, version, item, rating, at) VALUES (?, ?, ?, ?, ?)", rows
+        )
+        self._index.execute_many(
+            "INSERT INTO beside_ratings (user_id, version, context, review) VALUES (?, ?, ?, ?)",
+            [
+                (user_id, version + place, json.dumps(dict(beside.context)), json.dumps(beside.review))
+                for place, beside in enumerate(feedback.beside, start=1)
+                if beside.context or beside.review
+            ],
         )
         version += len(rows)
         if feedback.idempotency_key is not None:
@@ -72,27 +83,82 @@ class FeedbackLog:
             )
         return Accepted(version, replayed=False)
 
+    def _say(self, user_id: int, feedback: Feedback, version: int) -> int:
+        """Keeps what feedback says of a user; returns the version after it, a new one if that changed anything."""
+        if feedback.about is None and feedback.friends is None:
+            return version
+        before = self._facts(user_id)
+        about = before.about if feedback.about is None else dict(feedback.about)
+        friends = before.friends if feedback.friends is None else tuple(sorted(set(feedback.friends)))
+        if (about, friends) == (before.about, before.friends):
+            return version
+        self._index.execute("DELETE FROM friends WHERE user_id = ?", (user_id,))
+        self._index.execute_many(
+            "INSERT INTO friends (user_id, friend) VALUES (?, ?)", [(user_id, friend) for friend in friends]
+        )
+        self._index.execute(
+            "INSERT INTO user_facts (user_id, version, about) VALUES (?, ?, ?)"
+            " ON CONFLICT (user_id) DO UPDATE SET version = excluded.version, about = excluded.about",
+            (user_id, version + 1, json.dumps(about)),
+        )
+        return version + 1
+
+    def _facts(self, user_id: int) -> UserFacts:
+        rows = self._index.execute("SELECT about FROM user_facts WHERE user_id = ?", (user_id,))
+        friends = self._index.execute("SELECT friend FROM friends WHERE user_id = ?", (user_id,))
+        return UserFacts(json.loads(rows[0][0]) if rows else {}, tuple(sorted(friend for friend, *_ in friends)))
+
+    def facts(self, user: str) -> UserFacts:
+        """Returns what was said of a user; nothing of one who is not there."""
+        rows = self._index.execute("SELECT id FROM users WHERE name = ?", (user,))
+        return self._facts(int(rows[0][0])) if rows else UserFacts()
+
+    def forget_friend(self, friend: str) -> list[str]:
+        """Takes somebody out of all users' friends, inside a transaction; returns the keys of these users."""
+        rows = self._index.execute("DELETE FROM friends WHERE friend = ? RETURNING user_id", (friend,))
+        keys = []
+        for user_id in sorted(int(row[0]) for row in rows):
+            # This locks the user, as feedback does, so that no other server takes the same version.
+            locked = self._index.execute("UPDATE users SET name = name WHERE id = ? RETURNING key", (user_id,))
+            self._index.execute(
+                "UPDATE user_facts SET version = ? WHERE user_id = ?", (self._version(user_id) + 1, user_id)
+            )
+            keys += [key for key, *_ in locked]
+        return keys
+
     def _version(self, user_id: int) -> int:
-        rows = self._index.execute("SELECT COALESCE(MAX(version), 0) FROM feedback WHERE user_id = ?", (user_id,))
-        return int(rows[0][0])
+        rows = self._index.execute(
+            "SELECT version FROM feedback WHERE user_id = ? UNION ALL SELECT version FROM user_facts WHERE user_id = ?"
+            " ORDER BY version DESC LIMIT 1",
+            (user_id, user_id),
+        )
+        return int(rows[0][0]) if rows else 0
 
     def profile(self, user: str) -> Profile | None:
         """Returns a user's key and version, or None where there is no such user."""
         rows = self._index.execute(
-            "SELECT key, created, (SELECT COALESCE(MAX(version), 0) FROM feedback WHERE user_id = users.id)"
-            " FROM users WHERE name = ?",
+            "SELECT key, created, (SELECT COALESCE(MAX(version), 0) FROM feedback WHERE user_id = users.id),"
+            " (SELECT COALESCE(MAX(version), 0) FROM user_facts WHERE user_id = users.id) FROM users WHERE name = ?",
             (user,),
         )
-        return Profile(rows[0][0], int(rows[0][2]), float(rows[0][1])) if rows else None
+        return Profile(rows[0][0], max(map(int, rows[0][2:])), float(rows[0][1])) if rows else None
 
     def events(self, user: str) -> list[FeedbackEvent]:
         """Returns a user's feedback, oldest first."""
         rows = self._index.execute(
-            "SELECT version, item, rating, at FROM feedback JOIN users ON users.id = user_id"
-            " WHERE name = ? ORDER BY version",
+            "SELECT feedback.version, item, rating, at, context, review FROM feedback"
+            " JOIN users ON users.id = feedback.user_id"
+            " LEFT JOIN beside_ratings AS beside"
+            " ON beside.user_id = users.id AND beside.version = feedback.version"
+            " WHERE name = ? ORDER BY feedback.version",
             (user,),
         )
-        return [FeedbackEvent(int(version), item, float(rating), float(at)) for version, item, rating, at in rows]
+        return [
+            FeedbackEvent(
+                int(version), item, float(rating), float(at), json.loads(context or "{}"), json.loads(review or '""')
+            )
+            for version, item, rating, at, context, review in rows
+        ]
 
     def users(self) -> Iterator[tuple[str, Profile]]:
         """Yields every user by name, a thousand at a time."""
@@ -100,14 +166,15 @@ class FeedbackLog:
         while True:
             rows = self._index.execute(
                 "SELECT id, name, key, created,"
-                " (SELECT COALESCE(MAX(version), 0) FROM feedback WHERE user_id = users.id)"
+                " (SELECT COALESCE(MAX(version), 0) FROM feedback WHERE user_id = users.id),"
+                " (SELECT COALESCE(MAX(version), 0) FROM user_facts WHERE user_id = users.id)"
                 " FROM users WHERE id > ? ORDER BY id LIMIT 1000",
                 (after,),
             )
             if not rows:
                 return
-            for row in rows:
-                yield row[1], Profile(row[2], int(row[4]), float(row[3]))
+            for _, name, key, created, *versions in rows:
+                yield name, Profile(key, max(map(int, versions)), float(created))
             after = rows[-1][0]
 
     # Items that the recommender was not trained with.
@@ -157,3 +224,13 @@ class FeedbackLog:
     def count_removed(self) -> int:
         """Returns how many items were removed."""
         return int(self._index.execute("SELECT COUNT(*) FROM removed_items")[0][0])
+
+
+def _digest(feedback: Feedback) -> str:
+    """Names what feedback says by its content."""
+    said: list[object] = [list(feedback.ratings)]
+    if feedback.beside or feedback.about is not None or feedback.friends is not None:
+        beside = [[dict(one.context), one.review] for one in feedback.beside]
+        said += [beside, None if feedback.about is None else dict(feedback.about), feedback.friends]
+    text = json.dumps(said if len(said) > 1 else feedback.ratings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -22,6 +22,7 @@ from metarec.adapted_user import Recommendation
 from metarec.errors import ConfigError
 from metarec.explanations import Reason
 from metarec.serve.person import Person
+from metarec.serve.records import Feedback
 from metarec.serve.service import Service
 
 _HERE = Path(__file__).parent
@@ -108,7 +109,7 @@ class PageContent:
         self._places[user] = _places(before)
         while len(self._places) > _REMEMBERED:
             self._places.pop(next(iter(self._places)))
-        await self._service.feedback(user, [(item, rating)], None)
+        await self._service.feedback(Feedback(user, ((item, rating),)))
 
     async def erase(self, user: str) -> None:
         """Removes a visitor everywhere."""

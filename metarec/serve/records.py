@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from metarec.errors import ConfigError
@@ -14,18 +14,40 @@ MAX_ID_CHARACTERS = 256
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What came with a rating: the moment, as columns and their values, and a review."""
+
+    context: Mapping[str, str] = field(default_factory=dict)
+    review: str = ""
+
+
+@dataclass(frozen=True)
 class Feedback:
-    """One request's ratings of one user.
+    """One request's ratings of one user, and what it says of the user.
 
     Args:
         user: The user's id.
         ratings: ``(item id, rating)`` pairs, oldest first.
         idempotency_key: Names the request; a second request of that name changes nothing. None where it has no name.
+        beside: What came with each rating; none where nothing came with any.
+        about: Fields of the user to their values, in place of those there are; None leaves these.
+        friends: Ids of the user's friends, in place of those there are; None leaves these.
     """
 
     user: str
     ratings: tuple[tuple[str, float], ...]
     idempotency_key: str | None = None
+    beside: tuple[Beside, ...] = ()
+    about: Mapping[str, str] | None = None
+    friends: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class UserFacts:
+    """What was said of a user: fields and their values, and ids of friends in order."""
+
+    about: Mapping[str, str] = field(default_factory=dict)
+    friends: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,7 +60,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Profile:
-    """A user's random key, the number of their ratings, and when they were first seen (seconds since the epoch)."""
+    """A user's random key, the number of their ratings and changes, and when they were first seen (Unix seconds)."""
 
     key: str
     version: int
@@ -53,6 +75,8 @@ class FeedbackEvent:
     item: str
     rating: float
     at: float
+    context: Mapping[str, str] = field(default_factory=dict)
+    review: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,15 +123,15 @@ def check_id(name: str, what: str) -> str:
     return name
 
 
-def latest_ratings(events: Sequence[FeedbackEvent], limit: int) -> list[tuple[str, float]]:
+def latest_ratings(events: Sequence[FeedbackEvent], limit: int) -> list[FeedbackEvent]:
     """Returns the last rating of each of the `limit` items rated last, in order of item id.
 
-    Two logs that end in the same ratings give the same list, and so the same adapter.
+    Two logs that end in the same ratings give the same ratings, and so the same adapter.
     """
-    last: dict[str, float] = {}
+    last: dict[str, FeedbackEvent] = {}
     for event in reversed(events):
         if len(last) == limit:
             break
-        last.setdefault(event.item, event.rating)
-    assert all(map(math.isfinite, last.values()))
-    return sorted(last.items())
+        last.setdefault(event.item, event)
+    assert all(math.isfinite(event.rating) for event in last.values())
+    return [event for _, event in sorted(last.items())]

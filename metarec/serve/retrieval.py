@@ -214,7 +214,7 @@ class CandidateRetrieval:
             count = max(count, CANDIDATES)
             if len(codes) > count:
                 scores = np.nan_to_num(adapted.term_scores(adapted.fitted.cheap_terms))
-        elif len(codes) > count and state is not start:
+        elif len(codes) > count and (state is not start or adapted.support.side is not None):
             moved = adapted.term_scores() - self._new_user_terms + self.prepare()(state, start)
             scores = scores + np.nan_to_num(moved)
         ours = scores[codes]

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 from urllib.parse import unquote
 
-from fastapi import Path
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from fastapi import Path, Query
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
-from metarec.serve.records import MAX_ID_CHARACTERS
+from metarec.data.side import ABOUT
+from metarec.errors import ConfigError
+from metarec.serve.records import MAX_ID_CHARACTERS, Beside
 
 MOST_RECOMMENDED = 1000
 MOST_EXPLAINED = 50
 _MOST_AT_ONCE = 100
+_MOST_FIELDS = 100
+_MOST_FRIENDS = 1000
+_MOST_CHARACTERS = 4000
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
 UserId = Annotated[
     str,
@@ -30,37 +36,126 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+def _text(value: object) -> object:
+    """Returns numbers as texts, and texts without halves of surrogate pairs."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+def _fields(value: object) -> object:
+    """Returns a sentence about a person as a field of its own."""
+    return {ABOUT: value} if isinstance(value, str) else value
+
+
+_JSON_FIELDS = {"type": "object", "additionalProperties": {"type": ["string", "number"]}}
+Text = Annotated[str, BeforeValidator(_text), Field(max_length=_MOST_CHARACTERS)]
+Fields = Annotated[dict[Id, Text], Field(max_length=_MOST_FIELDS), WithJsonSchema(_JSON_FIELDS)]
+About = Annotated[Fields, BeforeValidator(_fields), WithJsonSchema({"anyOf": [{"type": "string"}, _JSON_FIELDS]})]
+Friends = Annotated[list[Id], Field(max_length=_MOST_FRIENDS)]
+
+
+class _Known(_Strict):
+    about: About | None = Field(None, description="A sentence about the user, or fields of users to their values.")
+    friends: Friends | None = Field(None, description="Ids of friends of the user.")
+
+
 class Rating(_Strict):
-    """One rating."""
+    """One rating, and what came with it."""
 
     item: Id
     rating: float = Field(strict=True, allow_inf_nan=False, description="On the scale of the recommender's task.")
+    context: Fields | None = Field(None, description="The moment of the rating: columns of the data to their values.")
+    review: Text = Field("", description="What the user wrote about the item.")
+
+    @property
+    def beside(self) -> Beside:
+        """What came with the rating."""
+        return Beside(self.context or {}, self.review)
 
 
-class RatingsBody(_Strict):
-    """Several ratings, oldest first."""
+class OneRating(Rating, _Known):
+    """One rating, and what is known of the user from now on."""
+
+
+class RatingsBody(_Known):
+    """Several ratings, oldest first, and what is known of the user from now on."""
 
     ratings: list[Rating] = Field(min_length=1, max_length=_MOST_AT_ONCE)
 
 
-def _one_or_several(key: str, several: type[BaseModel]) -> Discriminator:
+class KnownBody(_Known):
+    """What is known of the user from now on."""
+
+
+def _which(key: str, several: type[BaseModel]) -> Discriminator:
     """Tells one thing from several by the key that holds the several, so that a fault is one of what was meant."""
 
     def which(body: Any) -> str:
+        if isinstance(body, KnownBody) or (isinstance(body, dict) and body.keys() and body.keys() <= _KNOWN):
+            return "known"
         return "several" if isinstance(body, several) or (isinstance(body, dict) and key in body) else "one"
 
     return Discriminator(which)
 
 
+_KNOWN = frozenset(_Known.model_fields)
 FeedbackBody = Annotated[
-    Annotated[RatingsBody, Tag("several")] | Annotated[Rating, Tag("one")], _one_or_several("ratings", RatingsBody)
+    Annotated[RatingsBody, Tag("several")] | Annotated[OneRating, Tag("one")] | Annotated[KnownBody, Tag("known")],
+    _which("ratings", RatingsBody),
 ]
 
 
-class Items(_Strict):
-    """Items to score."""
+@dataclass(frozen=True)
+class Asked:
+    """What one question says of the user and of the moment, beside what was said before."""
+
+    about: dict[str, str] = field(default_factory=dict)
+    friends: tuple[str, ...] = ()
+    context: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.about or self.friends or self.context)
+
+
+_Repeated = Annotated[str, Field(max_length=_MOST_CHARACTERS)]
+
+
+def asked(
+    context: Annotated[
+        list[_Repeated] | None,
+        Query(max_length=_MOST_FIELDS, description="COLUMN=VALUE of the moment, as device=phone; repeatable."),
+    ] = None,
+    about: Annotated[
+        list[_Repeated] | None,
+        Query(max_length=_MOST_FIELDS, description="A sentence about the user, or FIELD=VALUE; repeatable. Not kept."),
+    ] = None,
+    friend: Annotated[
+        list[Id] | None, Query(max_length=_MOST_FRIENDS, description="Id of a friend; repeatable. Not kept.")
+    ] = None,
+) -> Asked:
+    """Returns what the query of an address says of the user and of the moment."""
+    moment = {}
+    for entry in context or []:
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise ConfigError("'context' of the query has no '='", "Write context=device=phone")
+        moment[name] = value
+    fields = [entry.partition("=") for entry in about or []]
+    known = {name if equals else ABOUT: value if equals else name for name, equals, value in fields}
+    return Asked(known, tuple(friend or ()), moment)
+
+
+class Items(_Known):
+    """Items to score, and what this question says of the user and of the moment."""
 
     items: list[Id] = Field(min_length=1, max_length=MOST_RECOMMENDED)
+    context: Fields | None = Field(None, description="The moment: columns of the data to their values.")
+
+    @property
+    def asked(self) -> Asked:
+        """What the question says of the user and of the moment."""
+        return Asked(self.about or {}, tuple(self.friends or ()), self.context or {})
 
 
 class NewItem(_Strict):
@@ -78,15 +173,13 @@ class NewItems(_Strict):
     items: list[NewItem] = Field(min_length=1, max_length=_MOST_AT_ONCE)
 
 
-ItemsBody = Annotated[
-    Annotated[NewItems, Tag("several")] | Annotated[NewItem, Tag("one")], _one_or_several("items", NewItems)
-]
+ItemsBody = Annotated[Annotated[NewItems, Tag("several")] | Annotated[NewItem, Tag("one")], _which("items", NewItems)]
 
 
 class Adapter(BaseModel):
     """The adapter that an answer was computed with."""
 
-    version: int = Field(description="How many ratings the user had given when it was adapted; 0: not adapted.")
+    version: int = Field(description="How often the user had said something when it was adapted; 0: not adapted.")
     ratings: int = Field(description="How many items it was adapted to.")
     diverged: bool = Field(description="Adapting failed numerically: the ranking before adaptation is served.")
     stale: bool = Field(description="A newer version could not be computed; this is the last good one.")
@@ -99,6 +192,7 @@ class FeedbackAnswer(BaseModel):
     replayed: bool = Field(description="The idempotency key had been accepted before; nothing changed.")
     adapter: Adapter
     losses: list[float] = Field(description="Loss on the user's ratings before each adaptation step.")
+    unknown: list[str] = Field([], description="What is said of the user or the moment and says nothing, and why.")
 
 
 class ReasonAnswer(BaseModel):
@@ -127,6 +221,7 @@ class Recommendations(BaseModel):
 
     adapter: Adapter
     items: list[Recommended]
+    unknown: list[str] = Field([], description="What is said of the user or the moment and says nothing, and why.")
 
 
 class ScoresAnswer(BaseModel):
@@ -137,6 +232,7 @@ class ScoresAnswer(BaseModel):
     predicted_ratings: list[float] | None = Field(
         None, description="On the scale of the recommender's task; null where it has likes only."
     )
+    unknown: list[str] = Field([], description="What is said of the user or the moment and says nothing, and why.")
 
 
 class SearchHit(BaseModel):
@@ -153,6 +249,7 @@ class SearchAnswer(BaseModel):
 
     adapter: Adapter | None
     items: list[SearchHit]
+    unknown: list[str] = Field([], description="What is said of the user or the moment and says nothing, and why.")
 
 
 class EventAnswer(BaseModel):
@@ -162,6 +259,8 @@ class EventAnswer(BaseModel):
     item: str
     rating: float
     at: float
+    context: dict[str, str]
+    review: str
 
 
 class UserAnswer(BaseModel):
@@ -170,6 +269,8 @@ class UserAnswer(BaseModel):
     user: str
     created: float
     version: int
+    about: dict[str, str]
+    friends: list[str]
     ratings: list[EventAnswer]
     adapters: list[dict[str, int | str]]
 
@@ -233,7 +334,7 @@ def _fault(error: Any) -> tuple[str, str, str]:
     place, *path = (str(part)[:80] for part in error["loc"])
     if kind == "json_invalid":
         return "the body", f"is not JSON at character {path[0]}", "Send JSON"
-    path = path[1:] if path[:1] in (["one"], ["several"]) else path
+    path = path[1:] if path[:1] in (["one"], ["several"], ["known"]) else path
     field = f"'{'.'.join(path)}' of the {place}" if path else f"the {place}"
     if kind == "missing":
         return field, "is missing", "Add it"

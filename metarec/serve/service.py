@@ -16,7 +16,7 @@ from metarec.serve.engine import Engine
 from metarec.serve.guard import RequestLimits
 from metarec.serve.person import Person
 from metarec.serve.records import Accepted, Feedback, check_id
-from metarec.serve.schema import Adapter
+from metarec.serve.schema import Adapter, Asked
 from metarec.serve.worker import Job, Worker
 
 
@@ -104,31 +104,47 @@ class Service:
         except asyncio.TimeoutError:
             raise HTTPException(503, "the answer takes too long", {"Retry-After": "5"}) from None
 
-    async def person(self, user: str, answer: Callable[[Person], Any]) -> Any:
-        """Calls a function with a user, in the worker, and returns its result."""
+    async def person(self, user: str, answer: Callable[[Person], Any], asked: Asked | None = None) -> Any:
+        """Calls a function with a user, in the worker, and returns its result.
+
+        Args:
+            user: The user's id.
+            answer: The function.
+            asked: What this question says of the user and of the moment.
+        """
 
         def run(person: Person | None, _: Accepted | None) -> Any:
             assert person is not None
-            return answer(person)
+            return answer(self._asking(person, asked))
 
         return await self.ask(Job(run, check_id(user, "user id")))
+
+    def _asking(self, person: Person, asked: Asked | None) -> Person:
+        return self.engine.asking(person, asked.about, asked.friends, asked.context) if asked else person
 
     async def alone(self, answer: Callable[[], Any]) -> Any:
         """Calls a function between two batches, in the worker, and returns its result."""
         return await self.ask(Job(lambda *_: answer(), alone=True))
 
-    async def feedback(self, user: str, ratings: list[tuple[str, float]], key: str | None) -> tuple[Accepted, Person]:
-        """Writes a user's ratings to the log and adapts to them.
+    async def feedback(self, feedback: Feedback) -> tuple[Accepted, Person]:
+        """Writes a user's ratings, and what is said of the user, to the log and adapts to them.
 
         Raises:
-            MetarecError: An item is unknown, a rating off the scale, or the key contradicts an earlier one.
+            MetarecError: An item is unknown, a rating off the scale, the recommender does not read what is said, or the
+                key contradicts an earlier one.
         """
         engine, scale = self.engine, self.engine.trained.fitted.scale
-        for item, rating in ratings:
+        for item, rating in feedback.ratings:
             engine.code(item)
             scale.check(rating, "an item")
-        said = Feedback(check_id(user, "user id"), tuple(ratings), None if key is None else check_id(key, "key"))
-        both: tuple[Accepted, Person] = await self.ask(Job(lambda person, done: (done, person), user, said))
+        check_id(feedback.user, "user id")
+        if feedback.idempotency_key is not None:
+            check_id(feedback.idempotency_key, "key")
+        for friend in feedback.friends or ():
+            check_id(friend, "id of a friend")
+        engine.check(feedback)
+        job = Job(lambda person, done: (done, person), feedback.user, feedback)
+        both: tuple[Accepted, Person] = await self.ask(job)
         return both
 
     async def erase(self, user: str) -> bool:

@@ -1,7 +1,7 @@
 """Feedback and adapters on disk: a durable log of ratings, and every user's versioned PEFT directories.
 
-The feedback log is the source of truth. A user's version is the number of ratings they have given, so an adapter that
-is lost or damaged is computed again from the log under the same name. The index and the log live in SQLite (WAL,
+The feedback log is the source of truth. A user's version counts what they have said, so an adapter that is lost or
+damaged is computed again from the log under the same name. The index and the log live in SQLite (WAL,
 ``synchronous=FULL``) or in PostgreSQL, adapters in directories that appear complete or not at all and are read only
 while every byte of them is as it was written. User ids stay inside the index: directories carry a random name.
 """
@@ -64,6 +64,7 @@ class AdapterStore(FeedbackLog):
             "user": user,
             "created": profile.created,
             "version": profile.version,
+            **vars(self.facts(user)),
             "ratings": [vars(event) for event in self.events(user)],
             "adapters": [
                 {"version": record.version, "recommender": record.recommender, "bytes": record.bytes}
@@ -74,6 +75,8 @@ class AdapterStore(FeedbackLog):
     def erase(self, user: str) -> bool:
         """Removes everything of a user: rows of the log and the index, adapters, half-written directories.
 
+        Users who named them as a friend do so no longer, and are adapted again when they are next served.
+
         Returns:
             Whether there was such a user.
 
@@ -83,7 +86,12 @@ class AdapterStore(FeedbackLog):
         with self._index.locked():
             with self._index.transaction():
                 rows = self._index.execute("DELETE FROM users WHERE name = ? RETURNING key", (user,))
-            for key, *_ in rows:
+                named = self.forget_friend(user) if rows else []
+                for key in named:
+                    self._index.execute(
+                        "DELETE FROM adapters WHERE user_id = (SELECT id FROM users WHERE key = ?)", (key,)
+                    )
+            for key in [*(key for key, *_ in rows), *named]:
                 self._remove(key)
             self._index.forget()
         return bool(rows)

@@ -1,0 +1,323 @@
+"""What the service takes beside ratings: kept with the user, used in every ranking, named where it is not read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_shop import PLAIN, by_group, reviewed, shop, write_friends
+
+pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
+from starlette.testclient import TestClient
+
+from metarec.cli.store import recommend_stored
+from metarec.config import RunConfig, validated
+from metarec.recommender import MetaRecommender
+from metarec.serve.app import create_app
+from metarec.serve.engine import Engine
+from metarec.serve.records import Beside, Feedback, UserFacts
+from metarec.serve.store import AdapterStore
+
+TASK: dict[str, Any] = {"split": {"fractions": [0.6, 0.2, 0.2]}, "shots": [0, 5], "query": {"max": 10, "min": 3}}
+RATED = {"i0": 5.0, "i1": 1.0, "i2": 4.0}
+ASKED = [f"i{code}" for code in range(10, 30)]
+SECRET = "I keep dogs in Katzhuette"
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> MetaRecommender:
+    """Fitted to a shop where groups of users share a taste, and the device moves every rating."""
+    folder = tmp_path_factory.mktemp("known")
+    group, tastes = by_group(0)
+    world = reviewed(shop(tastes), 3)
+    kind = world.kind[world.orders["item"].str[1:].astype(int)]
+    moved = np.where(world.orders["device"] == "phone", 1.0, -1.0) * np.where(kind < 2, 1.0, -1.0)
+    orders = world.orders.assign(rating=np.clip(world.orders["rating"] + np.round(moved), 1, 5))
+    # Of every third user the group is known, of every third a sentence, of the others friends alone.
+    words = ("cats", "dogs", "birds")
+    rows = [
+        f"u{user},{'abc'[code] if user % 3 == 0 else ''},{f'I keep {words[code]}' if user % 3 == 1 else ''}"
+        for user, code in enumerate(group)
+    ]
+    (folder / "users.csv").write_text("\n".join(["user,group,about", *rows]) + "\n")
+    files = {"users": "users.csv", "friends": write_friends(folder / "friends.csv", group)}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        found = MetaRecommender.from_pretrained("smollm2-135m-instruct", validated(RunConfig, PLAIN, "test"))
+        return found.fit(
+            orders, items=world.items, label="rating >= 4", context=["device"], review="text", **TASK, **files
+        )
+
+
+@pytest.fixture
+def start(known: MetaRecommender, tmp_path: Path) -> Iterator[Callable[..., TestClient]]:
+    clients = []
+
+    def make(recommender: MetaRecommender = known, **options: Any) -> TestClient:
+        engine = Engine(recommender, AdapterStore(tmp_path / "store"), **options)
+        client = TestClient(create_app(engine), "http://localhost", False)
+        clients.append(client.__enter__())
+        return client
+
+    yield make
+    for client in clients:
+        client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def client(start: Callable[..., TestClient]) -> TestClient:
+    return start()
+
+
+def say(client: TestClient, user: str = "ann", **said: Any) -> Any:
+    answer = client.post(f"/v1/users/{user}/feedback", json=said)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def scores(client: TestClient, user: str = "ann", **asked: Any) -> list[float]:
+    answer = client.post(f"/v1/users/{user}/score", json={"items": ASKED, **asked})
+    assert answer.status_code == 200, answer.text
+    found: list[float] = answer.json()["scores"]
+    return found
+
+
+def ratings() -> list[dict[str, Any]]:
+    return [{"item": item, "rating": rating} for item, rating in RATED.items()]
+
+
+def test_what_is_said_of_a_user_ranks_as_it_does_in_python(client: TestClient, known: MetaRecommender) -> None:
+    said = say(client, ratings=ratings(), about={"group": "b"}, friends=["u3", "u9"])
+    assert said["accepted"] == 3
+    assert said["unknown"] == []
+    me = known.adapt(sorted(RATED.items()), about={"group": "b"}, friends=["u3", "u9"])
+    np.testing.assert_allclose(scores(client), me.score(ASKED), atol=1e-5)
+    assert scores(client) != scores(client, "bob")
+    phone = client.get("/v1/users/ann/recommendations", params={"k": 5, "context": "device=phone"}).json()
+    assert [entry["item"] for entry in phone["items"]] == [entry.item for entry in me.at(device="phone").recommend(5)]
+    np.testing.assert_allclose(scores(client, context={"device": "desk"}), me.at(device="desk").score(ASKED), atol=1e-5)
+
+
+def test_a_user_is_known_before_any_rating(client: TestClient, known: MetaRecommender) -> None:
+    assert say(client, about="I keep dogs")["adapter"] == {
+        "version": 1,
+        "ratings": 0,
+        "diverged": False,
+        "stale": False,
+    }
+    np.testing.assert_allclose(scores(client), known.adapt({}, about="I keep dogs").score(ASKED), atol=1e-5)
+    np.testing.assert_allclose(
+        scores(client, "bob", friends=["u3"]), known.adapt({}, friends=["u3"]).score(ASKED), atol=1e-5
+    )
+
+
+def test_a_large_catalog_is_ranked_by_what_is_known_of_a_user(
+    start: Callable[..., TestClient], known: MetaRecommender
+) -> None:
+    """Candidates are chosen by approximate scores, of a user without ratings too."""
+    client = start(candidates=32)
+    found = client.get("/v1/users/bob/recommendations", params={"k": 8, "about": "group=c"}).json()
+    best = [entry.item for entry in known.adapt({}, about={"group": "c"}).recommend(8)]
+    assert [entry["item"] for entry in found["items"]] == best
+
+
+def test_what_one_question_says_is_not_kept(client: TestClient, known: MetaRecommender) -> None:
+    say(client, ratings=ratings(), about={"group": "b"})
+    before = scores(client)
+    once = scores(client, about={"group": "a"})
+    assert once != before
+    np.testing.assert_allclose(once, known.adapt(sorted(RATED.items()), about={"group": "a"}).score(ASKED), atol=1e-5)
+    assert scores(client) == before
+
+
+def test_a_search_takes_the_moment_of_the_user_it_names(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, searched = client.app.state.service.engine, []  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine, "search", lambda q, k, person: searched.append(person) or [])
+    client.get("/v1/search", params={"q": "thing", "user": "ann", "context": "device=phone"})
+    assert searched[0].adapted.support.side.asked["device"].tolist() == ["phone"]
+    assert client.get("/v1/search", params={"q": "thing", "context": "device=phone"}).status_code == 422
+
+
+def test_the_command_line_ranks_for_a_stored_user_in_a_moment(known: MetaRecommender, tmp_path: Path) -> None:
+    AdapterStore(tmp_path / "store").append([Feedback("ann", (("i0", 5.0),), about={"group": "b"})])
+    found = recommend_stored(known, str(tmp_path / "store"), None, "ann", 5, False, {"device": "phone"})
+    me = known.adapt({"i0": 5}, about={"group": "b"}, context={"device": "phone"})
+    assert [entry["item"] for entry in found["items"]] == [entry.item for entry in me.recommend(5)]
+
+
+def test_moments_and_reviews_stay_beside_their_ratings(client: TestClient, known: MetaRecommender) -> None:
+    """A rating that a moment explains says less of the person."""
+    say(client, "ann", item="i0", rating=5, context={"device": "phone"}, review="I hated it")
+    say(client, "bob", item="i0", rating=5)
+    assert scores(client, "ann") != scores(client, "bob")
+    engine = client.app.state.service.engine  # type: ignore[attr-defined]
+    support = engine.people(["ann"])["ann"].adapted.support
+    assert {name: list(column) for name, column in support.side.rated.items()} == {"device": ["phone"]}
+    bare = replace(support.side, rated={})
+    assert engine.adapt([replace(support, side=bare)])[0][0].score(ASKED) != scores(client, "ann")
+    held = client.get("/v1/users/ann").json()["ratings"][0]
+    assert (held["context"], held["review"]) == ({"device": "phone"}, "I hated it")
+
+
+def test_what_is_said_survives_a_restart_and_a_lost_adapter(start: Callable[..., TestClient], tmp_path: Path) -> None:
+    first = start()
+    say(first, ratings=[{**ratings()[0], "context": {"device": "phone"}, "review": "I loved it"}], about={"group": "b"})
+    before = scores(first)
+    assert scores(start()) == before
+    for path in (tmp_path / "store" / "adapters").glob("*/*/adapter*"):
+        path.write_bytes(b"damaged")
+    assert scores(start()) == before
+
+
+def test_what_is_said_again_changes_only_what_it_names(client: TestClient) -> None:
+    say(client, about={"group": "b"}, friends=["u3"])
+    again = say(client, about={"group": "b"}, ratings=ratings())
+    assert again["adapter"]["version"] == 1 + 3  # the same words again are nothing new
+    say(client, friends=[])
+    held = client.get("/v1/users/ann").json()
+    assert (held["about"], held["friends"], held["version"]) == ({"group": "b"}, [], 5)
+
+
+def test_an_idempotency_key_covers_what_is_said_beside_ratings(client: TestClient) -> None:
+    def send(**said: Any) -> int:
+        headers = {"Idempotency-Key": "1"}
+        return client.post("/v1/users/ann/feedback", json={"ratings": ratings(), **said}, headers=headers).status_code
+
+    assert send(about={"group": "b"}) == 200
+    assert send(about={"group": "b"}) == 200
+    assert send(about={"group": "a"}) == 409
+    assert client.get("/v1/users/ann").json()["version"] == 4
+
+
+@pytest.mark.parametrize(
+    ("said", "problem", "cure"),
+    [
+        ({"about": {"grup": "a"}}, "'grup' is no field of a user", "Did you mean 'group'?"),
+        ({"item": "i0", "rating": 5, "context": {"devise": "x"}}, "'devise' is no field of a moment", "'device'"),
+        ({"about": 5}, "'about' of the body is a number", "dictionary"),
+        ({"about": {"group": [1]}}, "'about.group' of the body is a list", "string"),
+        ({"friends": "u1"}, "'friends' of the body is a text", "list"),
+        ({"friends": ["a\nb"]}, "the id of a friend holds control characters", "printable"),
+    ],
+)
+def test_what_is_not_read_is_refused_and_nothing_of_it_is_kept(
+    client: TestClient, said: dict[str, Any], problem: str, cure: str
+) -> None:
+    answer = client.post("/v1/users/ann/feedback", json=said)
+    assert answer.status_code == 422
+    assert problem in answer.json()["error"]["message"]
+    assert cure in answer.json()["error"]["cure"]
+    assert client.get("/v1/users/ann").status_code == 404
+
+
+@pytest.mark.parametrize("query", [{"context": "devise=x"}, {"context": "device"}, {"about": "grup=a"}])
+def test_a_question_that_is_not_understood_is_refused(client: TestClient, query: dict[str, str]) -> None:
+    assert client.get("/v1/users/ann/recommendations", params=query).status_code == 422
+
+
+def test_values_that_meta_training_did_not_see_are_named_to_the_client_alone(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        said = say(client, about={"group": "zz"}, friends=["Katzhuette"])
+        asked = client.get("/v1/users/ann/recommendations", params={"context": "device=Katzhuette"}).json()
+    assert [text.partition(".")[0] for text in said["unknown"]] == [
+        "nothing is known of group 'zz'",
+        "none of 1 friends is among the users that it was fitted on",
+    ]
+    assert "nothing is known of device 'Katzhuette'. Known: 'desk', 'phone'" in asked["unknown"]
+    logged = str([vars(record) for record in caplog.records if record.name.startswith("metarec")])
+    assert "recommendations" in logged
+    assert "Katzhuette" not in logged
+    assert "zz" not in logged
+
+
+def test_a_recommender_without_side_information_says_so(
+    start: Callable[..., TestClient], known: MetaRecommender
+) -> None:
+    terms = {name: term for name, term in known.fitted.terms.items() if name != "side information"}
+    plain = MetaRecommender(None, known.config, replace(known.fitted, terms=terms))
+    client = start(plain)
+    for said in ({"about": "I keep dogs"}, {"friends": ["u1"]}, {**ratings()[0], "context": {"device": "x"}}):
+        answer = client.post("/v1/users/ann/feedback", json=said)
+        assert answer.status_code == 422
+        assert "reads no side information" in answer.json()["error"]["message"]
+    answer = client.post("/v1/users/ann/feedback", json={**ratings()[0], "review": "good"})
+    assert "reads no reviews" in answer.json()["error"]["message"]
+
+
+def test_what_was_kept_and_is_not_read_any_more_is_left_alone(
+    start: Callable[..., TestClient], known: MetaRecommender
+) -> None:
+    client = start()
+    client.app.state.service.engine.store.append(  # type: ignore[attr-defined]
+        [Feedback("ann", (("i0", 5.0),), beside=(Beside({"mood": "x"}, ""),), about={"town": "y"})]
+    )
+    np.testing.assert_allclose(scores(client), known.adapt({"i0": 5}).score(ASKED), atol=1e-5)
+
+
+def test_an_erased_user_leaves_nothing_that_was_said_of_them(client: TestClient, tmp_path: Path) -> None:
+    say(
+        client,
+        "ann",
+        ratings=[{**ratings()[0], "review": "a rare Schnabeltier"}],
+        about={"about": SECRET},
+        friends=["friend-of-ann"],
+    )
+    say(client, "bob", ratings=ratings(), friends=["ann-herself", "u3"])
+    say(client, "ann-herself", ratings=ratings())
+    held = client.get("/v1/users/ann").json()
+    assert (held["about"], held["friends"]) == ({"about": SECRET}, ["friend-of-ann"])
+    assert client.delete("/v1/users/ann").status_code == client.delete("/v1/users/ann-herself").status_code == 200
+    assert client.get("/v1/users/bob").json()["friends"] == ["u3"]
+    found = subprocess.run(
+        [
+            "grep",
+            "-ral",
+            "-e",
+            "Katzhuette",
+            "-e",
+            "Schnabeltier",
+            "-e",
+            "of-ann",
+            "-e",
+            "ann-herself",
+            tmp_path / "store",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.stdout == ""
+    assert client.get("/v1/users/bob").json()["version"] == 5  # they are adapted again
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_both_databases_keep_what_is_said(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    location = tmp_path / "store" if kind == "sqlite" else request.getfixturevalue("postgres")
+    store = AdapterStore(location, tmp_path / "adapters")
+    try:
+        for user in ("eve", "fay"):
+            store.erase(user)
+        said = Feedback(
+            "eve", (("m1", 5.0), ("m2", 1.0)), None, (Beside({"device": "\0"}), Beside()), {"a": "\ud800"}, ("fay", "b")
+        )
+        assert store.append([said])[0].version == 3  # type: ignore[union-attr]
+        assert store.facts("eve") == UserFacts({"a": "\ud800"}, ("b", "fay"))
+        assert [event.context for event in store.events("eve")] == [{"device": "\0"}, {}]
+        store.append([Feedback("fay", (("m1", 5.0),))])
+        assert store.erase("fay")
+        profile = store.profile("eve")
+        assert profile is not None
+        assert (profile.version, store.facts("eve").friends) == (4, ("b",))
+        assert dict(store.users())["eve"] == profile
+        assert json.dumps(store.export("eve"))
+    finally:
+        store.close()
