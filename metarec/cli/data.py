@@ -19,6 +19,7 @@ from metarec.cli.options import (
     RatingsFileOption,
     ScaleOption,
     SeparatorOption,
+    SideOption,
     print_json,
     source_options,
 )
@@ -57,6 +58,7 @@ def check(
     scale: ScaleOption = None,
     header: HeaderOption = None,
     line_breaks: LineBreaksOption = False,
+    side: SideOption = None,
     fix: Annotated[
         Path | None, typer.Option("--fix", help="Write a cleaned copy to this folder.", show_default=False)
     ] = None,
@@ -83,17 +85,18 @@ def check(
     from metarec.data import checks, repairs
     from metarec.data.checks import verdict
     from metarec.data.checks.findings import read_for_checks
+    from metarec.data.checks.side import check_side
     from metarec.data.sources import write_tables
     from metarec.progress import progress
 
     thresholds = [verdict.read_threshold(text) for text in fail_on or []]
     options = source_options(
-        ratings_file, items_file, items_id, column, separator, encoding, scale, header, line_breaks
+        ratings_file, items_file, items_id, column, separator, encoding, scale, header, line_breaks, side
     )
-    task, tables = _tables(what, path, options)
+    task, tables, options, folder = _tables(what, path, options)
     with progress("checking", 3, after=2.0) as advance:
         data = read_for_checks(tables)
-        findings = checks.check(data)
+        findings = [*checks.check(data), *check_side(data, folder, options)]
         advance(1)
         mended, done = repairs.fix(data, findings, force=force) if fix else (tables, [])
         advance(2)
@@ -196,18 +199,20 @@ def describe(
     scale: ScaleOption = None,
     header: HeaderOption = None,
     line_breaks: LineBreaksOption = False,
+    side: SideOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Say what a dataset is: sizes, density, ratings per user and item, histogram, time span, fields."""
+    """Say what a dataset is: sizes, density, ratings per user and item, histogram, time span, fields, and the rest."""
     from metarec.data.checks.findings import read_for_checks
+    from metarec.data.checks.side import describe_side
     from metarec.data.description import describe as described
 
-    _, tables = _tables(
-        what,
-        path,
-        source_options(ratings_file, items_file, items_id, column, separator, encoding, scale, header, line_breaks),
+    options = source_options(
+        ratings_file, items_file, items_id, column, separator, encoding, scale, header, line_breaks, side
     )
-    facts = described(read_for_checks(tables))
+    _, tables, options, folder = _tables(what, path, options)
+    data = read_for_checks(tables)
+    facts = {**described(data), **describe_side(data, folder, options)}
     if json:
         print_json(facts)
         return
@@ -255,7 +260,7 @@ def convert(
     """Write a dataset as Parquet with a manifest; every task reads the folder in place of the original."""
     from metarec.data.sources import write_tables
 
-    _, tables = _tables(
+    _, tables, *_ = _tables(
         what,
         path,
         source_options(ratings_file, items_file, items_id, column, separator, encoding, scale, header, line_breaks),
@@ -273,30 +278,37 @@ def convert(
             typer.echo(f"note: {note}")
 
 
-def _tables(what: str, path: Path | None, options: SourceOptions) -> tuple[Task | None, Tables]:
+def _tables(what: str, path: Path | None, options: SourceOptions) -> tuple[Task | None, Tables, SourceOptions, Path]:
+    """Returns the task, its tables, the options they are read with, and where names of other files start."""
     from metarec.data.own_data import own_tables
-    from metarec.data.source_options import is_table
+    from metarec.data.side_files import side_folder
+    from metarec.data.source_options import SIDE_OPTIONS, is_table
     from metarec.data.sources import SOURCES, read_tables
     from metarec.data.task_files import load_task, task_names
 
     if what in SOURCES.names() or (":" in what and not Path(what).exists()):
         options = _with_separator(what, path, options)
-        return None, own_tables(path, options) if what == "table" and path else read_tables(what, path, options)
+        tables = own_tables(path, options) if what == "table" and path else read_tables(what, path, options)
+        return None, tables, options, side_folder(path)
     file = Path(what)
     if is_table(file) or (file.is_dir() and what not in task_names()):
         if not file.exists():
             raise ConfigError(f"the table '{what}' does not exist", "Check the path")
         if path is not None:
             raise ConfigError(f"'{what}' and '{path}' are two datasets", "Give one; --items-file names the items' file")
-        return None, own_tables(file, _with_separator("table", file, options))
+        options = _with_separator("table", file, options)
+        return None, own_tables(file, options), options, side_folder(file)
     task = load_task(what)
     if path is not None:
         raise ConfigError(f"'{what}' is a task and brings its own path, got '{path}'", "Leave the path out")
     dataset = task.dataset
     if dataset.source == "mix":
         raise ConfigError(f"'{what}' joins several datasets", f"Check each: {', '.join(dataset.parts)}")
-    options = dataset.options.model_copy(update={"bad_rows": "quarantine"})
-    return task, read_tables(dataset.source, dataset.path, options, task.split.files)
+    of_task = dataset.options.model_copy(update={"bad_rows": "quarantine"})
+    if named := sorted(options.model_fields_set & SIDE_OPTIONS):
+        raise ConfigError(f"'{what}' is a task, and --side names '{named[0]}'", "Name it in the task's dataset.options")
+    tables = read_tables(dataset.source, dataset.path, of_task, task.split.files)
+    return task, tables, of_task, side_folder(dataset.path)
 
 
 def _with_separator(source: str, path: Path | None, options: SourceOptions) -> SourceOptions:

@@ -27,13 +27,26 @@ def read_item_vectors(path: Path, ids: Sequence[str]) -> Values:
     """Returns the vector of each item, shape (items, width), NaN in rows of items without one.
 
     Args:
-        path: A ``.npz`` or ``.safetensors`` with arrays ``ids`` and ``vectors`` (of safetensors the ids stand as a JSON
-            list in the metadata) or one array per item id; a ``.npy`` beside a ``.txt`` of the same name with one id a
-            line; or a ``.parquet`` with a column ``item`` and one of lists, or columns of numbers.
+        path: See `named_vectors`.
         ids: The items' ids.
 
     Raises:
         DataError: The file is missing or malformed, holds a number that is not finite, or no vector of any item.
+    """
+    named, vectors = named_vectors(path)
+    return _in_order(path, named, vectors, ids)
+
+
+def named_vectors(path: Path) -> tuple[list[str], Values]:
+    """Returns the ids that a file names, and a vector of each, shape (ids, width); nothing is checked of them.
+
+    Args:
+        path: A ``.npz`` or ``.safetensors`` with arrays ``ids`` and ``vectors`` (of safetensors the ids stand as a JSON
+            list in the metadata) or one array per item id; a ``.npy`` beside a ``.txt`` of the same name with one id a
+            line; or a ``.parquet`` with a column ``item`` and one of lists, or columns of numbers.
+
+    Raises:
+        DataError: The file is missing or malformed.
     """
     if not path.is_file():
         raise DataError(
@@ -52,7 +65,7 @@ def read_item_vectors(path: Path, ids: Sequence[str]) -> Values:
     if vectors.dtype.kind not in "biuf":
         raise DataError(f"'{path}' holds {vectors.dtype}, which are no real numbers", _FORMS)
     with np.errstate(over="ignore"):
-        return _in_order(path, named, vectors.astype(np.float32), ids)
+        return named, vectors.astype(np.float32)
 
 
 def without_unknown(vectors: Values) -> Values:
@@ -122,8 +135,21 @@ def _parquet(path: Path) -> tuple[list[str], Any]:
         raise DataError(f"'{path}' has no column 'item'", "Name the column of ids 'item'")
     rest = [table.column(name).to_pylist() for name in table.column_names if name != "item"]
     listed = len(rest) == 1 and isinstance(rest[0][0], list)
-    vectors = np.array(rest[0] if listed else list(zip(*rest, strict=True)), np.float32)
-    return [_text(value) for value in table.column("item").to_pylist()], vectors
+    named = [_text(value) for value in table.column("item").to_pylist()]
+    rows = rest[0] if listed else list(zip(*rest, strict=True))
+    try:
+        return named, np.array(rows, np.float32)
+    except (ValueError, TypeError):
+        width = len(rows[0] or ())
+        at = next((at for at, row in enumerate(rows) if not _is_vector(row, width)), 0)
+        raise ValueError(f"row {at + 1}, of '{named[at]}', is no vector of {width} numbers") from None
+
+
+def _is_vector(row: Any, width: int) -> bool:
+    try:
+        return np.array(row, np.float32).shape == (width,)
+    except (ValueError, TypeError):
+        return False
 
 
 _READERS: Mapping[str, Callable[[Path], tuple[list[str], Any]]] = {

@@ -39,7 +39,7 @@ def with_side(data: Interactions, path: Path | None, options: SourceOptions) -> 
     Raises:
         DataError: A file is missing or malformed, or names no user or item of the data; or a column is not there.
     """
-    folder = path if path is not None and path.is_dir() else Path() if path is None else path.parent
+    folder = side_folder(path)
     ids = data.catalog.ids
     vectors = {name: read_item_vectors(folder / file, ids) for name, file in options.vectors.items()}
     sources = {**data.vector_sources}
@@ -65,6 +65,11 @@ def with_side(data: Interactions, path: Path | None, options: SourceOptions) -> 
     return replace(data, item_vectors={**data.item_vectors, **vectors}, vector_sources=sources, side=found)
 
 
+def side_folder(path: Path | None) -> Path:
+    """Returns where names of files beside a dataset start."""
+    return Path() if path is None else path if path.is_dir() else path.parent
+
+
 def _of_time(data: Interactions, name: str, columns: Sequence[str] | dict[str, Texts]) -> Texts:
     """Returns what the timestamps say of each row's moment."""
     if name not in _OF_TIME:
@@ -88,7 +93,8 @@ def _users(path: Path, users: Sequence[str], encoding: str) -> dict[str, Texts]:
         raise DataError(f"{file} has no column beside '{key}'", "Add columns of what is known of users")
     ids = frame[key]
     if ids.duplicated().any():
-        raise DataError(f"{file} names user '{ids[ids.duplicated()].iloc[0]}' twice", "Give every user one row")
+        twice = ids[ids.duplicated()]
+        raise DataError(f"{file} row {twice.index[0]} names user '{twice.iloc[0]}' twice", "Give every user one row")
     place = {name: row for row, name in enumerate(ids)}
     rows = np.array([place.get(user, -1) for user in users], np.int64)
     if (rows < 0).all():

@@ -24,13 +24,26 @@ _TYPE = re.compile(r":(?:token|token_seq|float|float_seq)$")
 def side_table(
     path: Path, columns: Sequence[str] = (), *, encoding: str = "utf-8", ids: Collection[str] = ()
 ) -> pd.DataFrame:
-    """Returns a table's columns as texts without blanks around them.
+    """Returns a table's columns as texts, and names those that nothing reads in the log; see `read_side_table`."""
+    frame, unread = read_side_table(path, columns, encoding=encoding, ids=ids)
+    if unread:
+        _LOG.warning("columns of '%s' that nothing reads: %s", path, ", ".join(map(repr, unread)))
+    return frame
+
+
+def read_side_table(
+    path: Path, columns: Sequence[str] = (), *, encoding: str = "utf-8", ids: Collection[str] = ()
+) -> tuple[pd.DataFrame, list[str]]:
+    """Returns a table's columns as texts without blanks around them, and the names of columns that are left out.
 
     Args:
         path: The file.
         columns: Names that its first columns get where they have others. Further ones are left out, with a warning.
         encoding: The file's encoding where it is not UTF-8.
         ids: Ids that stand in the first column: a header that is one of them is a row.
+
+    Returns:
+        The table, its index the row of the file, and names.
 
     Raises:
         DataError: The file is missing or malformed, holds no row, or fewer columns than are named.
@@ -48,6 +61,7 @@ def side_table(
         raise DataError(error.problem, "Repair the row; in a file beside ratings none is left out") from None
     named = {str(name): _TYPE.sub("", str(name)).strip() for name in read.columns}
     frame = pd.DataFrame({here: text_column(read[name]).str.strip() for name, here in named.items() if here})
+    frame.index = pd.Index(read.attrs.get("lines") or range(2, len(read) + 2))
     if frame.empty:
         raise DataError(f"{file} holds no row", "Write one row for each")
     if len(frame.columns) < len(columns):
@@ -56,9 +70,7 @@ def side_table(
         frame = frame.rename(columns=dict(zip(frame.columns, columns, strict=False)))
     unread = [name for name in frame.columns if name not in columns] if columns else []
     unread += [f"column {at}, without a name" for at, here in enumerate(named.values(), start=1) if not here]
-    if unread:
-        _LOG.warning("columns of %s that nothing reads: %s", file, ", ".join(map(repr, unread)))
-    return frame[list(columns)] if columns else frame
+    return frame[list(columns)] if columns else frame, unread
 
 
 def _check_header(file: File, names: Sequence[str], ids: Collection[str]) -> None:

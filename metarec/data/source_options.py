@@ -16,6 +16,8 @@ TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".dat", ".json", ".jsonl", ".ndjson", "
 CONVERTED = "dataset.json"
 # What timestamps say of a moment, where no column does.
 OF_TIME = ("hour", "weekday", "month")
+# Options that name side information.
+SIDE_OPTIONS = frozenset({"vectors", "item_graph", "users", "friends", "context", "review"})
 # Columns of ratings that are never side information.
 _OF_RATINGS = ("user", "item", "title", "rating", "timestamp")
 BadRows = Literal["error", "quarantine"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from metarec.data.checks.findings import SHOWN, Checked, CheckLimits, DataFinding, counted
 from metarec.data.checks.items import ITEM_CHECKS
 from metarec.data.checks.ratings import RATING_CHECKS
+from metarec.data.checks.side import CODES as SIDE_CODES
 from metarec.data.sources.assembly import Note, Tables
 
 CHECKS = {**RATING_CHECKS, **ITEM_CHECKS}
@@ -23,7 +24,7 @@ NOTES = (
     "several-titles",
     "some-timed",
 )
-CODES = ("malformed-row", *NOTES, *CHECKS, "near-duplicate-item", "leak", "long-prompt")
+CODES = ("malformed-row", *NOTES, *CHECKS, *SIDE_CODES, "near-duplicate-item", "leak", "long-prompt")
 
 
 def check(data: Checked, limits: CheckLimits | None = None) -> list[DataFinding]:

@@ -53,7 +53,8 @@ def delimited(
             ``frame.attrs["malformed"]``.
 
     Returns:
-        Categorical columns of text, one row for each of the file's.
+        Categorical columns of text, one row for each of the file's. Where lines of the file are no rows of it,
+        ``frame.attrs["lines"]`` has the line of each row.
 
     Raises:
         DataError: A column is missing, a row is malformed or a quote stays open, or the encoding is another one.
@@ -74,11 +75,11 @@ def delimited(
             )
             if frame is not None:
                 return frame.rename(columns=chosen)
-    rows, malformed = _strict_rows(
+    rows, lines, malformed = _strict_rows(
         file, names, separator, header is None, encoding, quotes, escape, line_breaks, bad_rows
     )
     frame = pd.DataFrame(rows, columns=names, dtype=str)[list(chosen)].rename(columns=chosen)
-    frame.attrs["malformed"] = malformed
+    frame.attrs |= {"malformed": malformed, "lines": lines}
     return frame
 
 
@@ -183,9 +184,11 @@ def _strict_rows(
     escape: str | None,
     line_breaks: bool,
     bad_rows: BadRows,
-) -> tuple[list[list[str]], list[int]]:
+) -> tuple[list[list[str]], list[int], list[int]]:
+    """Returns rows, the line of each, and the lines of those that are none."""
     csv.field_size_limit(MAX_LINE)
     rows: list[list[str]] = []
+    lines: list[int] = []
     malformed: list[int] = []
     for number, row in _numbered(file, separator, encoding, quotes, escape):
         blank = not row or (row == [""] and len(names) > 1)
@@ -199,6 +202,7 @@ def _strict_rows(
             )
         if len(row) == len(names):
             rows.append(row)
+            lines.append(number)
         elif bad_rows == "quarantine":
             malformed.append(number)
         else:
@@ -206,7 +210,7 @@ def _strict_rows(
                 f"{file} row {number} has {len(row)} fields, the header {len(names)}",
                 "Repair the row, or set 'bad_rows' to 'quarantine'",
             )
-    return rows, malformed
+    return rows, lines, malformed
 
 
 def _numbered(
