@@ -245,7 +245,9 @@ def postgres() -> Iterator[str]:
         subprocess.run(
             [binaries / "initdb", "-D", root / "data", "-A", "trust", "-U", "metarec", "--no-sync"], check=True, **quiet
         )
-        command = [binaries / "postgres", "-D", root / "data", "-k", root, "-c", "listen_addresses="]
+        # Files of the log are removed, not used again, as docs/serving.md says that erasing needs.
+        facts = ("listen_addresses=", "fsync=off", "wal_recycle=off", "min_wal_size=32MB")
+        command = [binaries / "postgres", "-D", root / "data", "-k", root, *(f"-c{fact}" for fact in facts)]
         server = subprocess.Popen(command, **quiet)
         try:
             url = f"postgresql://metarec@/postgres?host={root}"

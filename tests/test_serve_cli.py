@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -201,7 +202,7 @@ def test_the_store_verbs_list_verify_collect_export_and_erase(
     result = invoke("store", "verify", where)
     assert result.exit_code == 1
     assert "version 5 of 'bob'" in result.stdout
-    assert facts("store", "gc", where) == {"removed": 0}
+    assert facts("store", "gc", where, "--dry-run")["would_remove"] == facts("store", "gc", where)["removed"] == 0
     assert facts("store", "erase-user", where, "--user", "bob") == {"erased": True}
     assert full_store.profile("bob") is None
     for command in ("export", "erase-user"):
@@ -300,39 +301,74 @@ def test_a_terminated_server_has_everything_it_accepted_and_logs_nobody(checkpoi
     assert store.newest(profile.key, store.records(profile.key)[0].recommender)[0].version == 5  # type: ignore[union-attr]
 
 
-def test_two_servers_over_postgresql_serve_the_same_users(checkpoint: Path, postgres: str, tmp_path: Path) -> None:
-    """What one is told the other knows at once, exports and erases."""
-    options = ("--adapters", str(tmp_path / "adapters"), "--threads", "1")
+def test_two_servers_over_postgresql_serve_and_erase_the_same_users(
+    checkpoint: Path, postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one is told the other knows at once, exports and erases: from files, logs and memory of both."""
+    ann, bob = "CANARY-ann-7f3a", "CANARY-bob-91cc"
+    # The C library overwrites what is freed, so that what memory holds is what the process holds.
+    monkeypatch.setenv("PYTHONMALLOC", "malloc")
+    monkeypatch.setenv("MALLOC_PERTURB_", "165")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
+
+    def start_one(number: int) -> tuple[subprocess.Popen[str], str]:
+        return start(checkpoint, postgres, "--adapters", str(tmp_path / f"adapters{number}"), "--threads", "1")
+
     with ThreadPoolExecutor() as starting:
-        servers = list(starting.map(lambda _: start(checkpoint, postgres, *options), range(2)))
+        servers = list(starting.map(start_one, range(2)))
     try:
         one, two = (url for _, url in servers)
-        key = {"Idempotency-Key": "first"}
-        for user, said in (("ann", LOVES_DRAMA), ("bob", LOVES_HORROR)):
+        key = {"Idempotency-Key": "CANARY-request"}
+        for user, said in ((ann, LOVES_DRAMA), (bob, LOVES_HORROR)):
             ratings = [{"item": item, "rating": rating} for item, rating in said]
             told = ask(f"{one}/v1/users/{user}/feedback", {"ratings": ratings}, headers=key)
             assert told["adapter"] == {"version": 5, "ratings": 5, "diverged": False, "stale": False}
             # The other server's answer to the same request is the first one's.
             assert ask(f"{two}/v1/users/{user}/feedback", {"ratings": ratings}, headers=key)["replayed"]
-        ranked = [ask(f"{url}/v1/users/ann/recommendations?k=5") for url in (one, two)]
+        ranked = [ask(f"{url}/v1/users/{ann}/recommendations?k=5") for url in (one, two)]
         assert ranked[0] == ranked[1]
-        assert ranked[0]["items"] != ask(f"{two}/v1/users/bob/recommendations?k=5")["items"]
-        assert ask(f"{two}/v1/users/ann/feedback", {"item": "m9", "rating": 1.0})["adapter"]["version"] == 6
-        assert ask(f"{one}/v1/users/ann/recommendations")["adapter"]["version"] == 6
-        exported = [ask(f"{url}/v1/users/ann")["ratings"] for url in (one, two)]
+        assert ranked[0]["items"] != ask(f"{two}/v1/users/{bob}/recommendations?k=5")["items"]
+        assert ask(f"{two}/v1/users/{ann}/feedback", {"item": "m9", "rating": 1.0})["adapter"]["version"] == 6
+        assert ask(f"{one}/v1/users/{ann}/recommendations")["adapter"]["version"] == 6
+        exported = [ask(f"{url}/v1/users/{ann}")["ratings"] for url in (one, two)]
         assert exported[0] == exported[1]
         assert [said["item"] for said in exported[0]] == [*(item for item, _ in LOVES_DRAMA), "m9"]
-        ask(f"{one}/v1/users/ann", method="DELETE")
+        database = Path(postgres.partition("host=")[2]) / "data"
+        assert where(ann, database, servers), "otherwise nothing is looked at"
+        ask(f"{one}/v1/users/{ann}", method="DELETE")
         for url in (one, two):
-            assert ask(f"{url}/v1/users/ann/recommendations")["adapter"]["version"] == 0
+            assert ask(f"{url}/v1/users/{bob}/recommendations")["adapter"]["version"] == 5
+        assert len({path.name.split("-")[0] for path in tmp_path.glob("adapters*/*/*-*")}) == 1
+        deadline = time.monotonic() + 20
+        while (left := where(ann, database, servers)) and time.monotonic() < deadline:
+            time.sleep(0.5)  # garbage is collected when a server is idle
+        assert not left
+        assert where(bob, database, servers)
+        for url in (one, two):
+            assert ask(f"{url}/v1/users/{ann}/recommendations")["adapter"]["version"] == 0
             with pytest.raises(urllib.error.HTTPError, match="404"):
-                ask(f"{url}/v1/users/ann")
-        assert ask(f"{two}/v1/users/bob/recommendations")["adapter"]["version"] == 5
+                ask(f"{url}/v1/users/{ann}")
     finally:
         for process, _ in servers:
             process.terminate()
         logs = [process.communicate(timeout=20)[0] for process, _ in servers]
-    assert not any(user in log for log in logs for user in ("ann", "bob"))
+    assert not any(user in log for log in logs for user in (ann, bob))
+
+
+def where(text: str, folder: Path, servers: Sequence[tuple[subprocess.Popen[str], str]]) -> list[str]:
+    """Returns the files, and the parts of the servers' memory, that hold a text."""
+    found = [str(file) for file in folder.rglob("*") if file.is_file() and text.encode() in file.read_bytes()]
+    for process, _ in servers:
+        with Path(f"/proc/{process.pid}/maps").open() as maps, Path(f"/proc/{process.pid}/mem").open("rb") as memory:
+            for line in maps:
+                area, access, *_, name = line.split(maxsplit=5)
+                begin, end = (int(place, 16) for place in area.split("-"))
+                if access.startswith("rw") and not name.startswith("/") and "[v" not in name:
+                    memory.seek(begin)
+                    content = memory.read(end - begin)
+                    places = [match.start() for match in re.finditer(text.encode(), content)]
+                    found += [f"{process.pid} {content[place - 60 : place + 60]!r}" for place in places]
+    return found
 
 
 def test_schemathesis_finds_no_5xx(recommender: MetaRecommender, tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def test_both_databases_keep_what_is_said(kind: str, request: pytest.FixtureRequ
         assert store.facts("eve") == UserFacts({"a": "\ud800"}, ("b", "fay"))
         assert [event.context for event in store.events("eve")] == [{"device": "\0"}, {}]
         store.append([Feedback("fay", (("m1", 5.0),))])
-        assert store.erase("fay")
+        assert store.erase("fay") == [True]
         profile = store.profile("eve")
         assert profile is not None
         assert (profile.version, store.facts("eve").friends) == (4, ("b",))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -18,7 +20,7 @@ from metarec.artifacts import replace_dir
 from metarec.errors import ArtifactError, ConfigError, ConflictError, StoreError
 from metarec.serve.hot_adapters import HotAdapters
 from metarec.serve.records import Accepted, Feedback, FeedbackEvent, NewAdapter, check_id, latest_ratings
-from metarec.serve.store import AdapterStore
+from metarec.serve.store import AdapterStore, Collected
 
 
 def latest(events: list[FeedbackEvent], limit: int) -> list[tuple[str, float]]:
@@ -40,8 +42,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[AdapterSto
         opened = AdapterStore(tmp_path / "store")
     else:
         opened = AdapterStore(request.getfixturevalue("postgres"), tmp_path / "adapters")
-        for name, _ in list(opened.users()):
-            opened.erase(name)
+        opened.erase(*[name for name, _ in opened.users()])
         opened._index.execute("DELETE FROM items")
     yield opened
     opened.close()
@@ -54,7 +55,7 @@ def test_servers_that_start_together_make_one_store(kind: str, request: pytest.F
     for attempt in range(5):
         location, files = str(tmp_path / f"store{attempt}"), None
         if kind == "postgresql":
-            url, files = request.getfixturevalue("postgres"), tmp_path / "adapters"
+            url, files = request.getfixturevalue("postgres"), tmp_path / f"adapters{attempt}"
             psycopg = pytest.importorskip("psycopg")
             name = f"together{attempt}"
             with psycopg.connect(url, autocommit=True) as connection:
@@ -131,7 +132,7 @@ def test_the_newest_versions_stay_and_directories_carry_no_id(store: AdapterStor
         assert store.put([NewAdapter(key, version, "r", writer())]) == 1
     records = store.records(key)
     assert [record.version for record in records] == [3, 2]
-    assert sorted(path.name for path in store._shard(key).iterdir()) == [f"{key}-2", f"{key}-3"]
+    assert sorted(path.name for path in (store.folder.path / key[:2]).iterdir()) == [f"{key}-2", f"{key}-3"]
     assert store.newest(key, "r") == (records[0], [])
     assert store.newest(key, "another recommender") == (None, [])
     assert store.sizes()["adapters"] == 2
@@ -178,15 +179,15 @@ def test_erasing_leaves_no_byte_of_the_user(tmp_path: Path) -> None:
     keys = {name: profile.key for name, profile in store.users()}
     for name, key in keys.items():
         store.put([NewAdapter(key, 1, "r", writer(b"ann's weights" if name.startswith("ann") else b"w"))])
-    half_written = store._shard(keys["ann@example.org"]) / f".{keys['ann@example.org']}-2.abc"
+    half_written = store.folder.adapter(keys["ann@example.org"], 2).with_name(f".{keys['ann@example.org']}-2.abc")
     half_written.mkdir()
     (half_written / "adapter_model.safetensors").write_bytes(b"ann's weights")
     assert all(holds(tmp_path, secret) for secret in secrets)
-    assert store.erase("ann@example.org")
-    for secret in [*secrets, keys["ann@example.org"].encode()]:
+    assert store.erase("ann@example.org") == [True]
+    for secret in secrets:
         assert not holds(tmp_path, secret), secret
     assert not list(tmp_path.rglob(f"*{keys['ann@example.org']}*"))
-    assert not store.erase("ann@example.org")
+    assert store.erase("ann@example.org") == [False]
     assert store.newest(keys["bob"], "r")[0] is not None
     assert len(store.events("eve")) == 50
 
@@ -195,22 +196,125 @@ def test_an_adapter_that_arrives_after_the_erasure_is_not_kept(store: AdapterSto
     key = key_of(store)
     store.erase("ann")
     assert store.put([NewAdapter(key, 1, "r", writer())]) == 0
-    assert not list(store._adapters.glob("*/*"))
+    assert not list(store.folder.entries())
     assert store.append([Feedback("ann", (("m1", 5.0),))]) == [Accepted(1, False)]
     assert key_of(store) != key
 
 
 def test_gc_removes_what_nobody_needs_and_nothing_else(store: AdapterStore) -> None:
-    key = key_of(store)
+    key, gone = key_of(store), key_of(store, "gone")
     store.put([NewAdapter(key, 1, "r", writer()), NewAdapter(key, 2, "r", writer())])
-    shard = store._shard(key)
-    for name in (f".{key}-3.tmp", f"{key}-9", "deadbeef-1", ".deadbeef-2.tmp"):
+    store.erase("gone")
+    shard = store.folder.adapter(key, 1).parent
+    for name in (f".{key}-3.tmp", f"{key}-9", f"{gone}-1", "deadbeef-1", ".deadbeef-2.tmp"):
         (shard / name).mkdir()
-    assert store.gc() == 2  # what may still be on its way into the index stays for an hour
-    assert store.gc(grace=0) == 2
+    # What may still be on its way into the index stays for an hour, what the index knows nothing of for a week.
+    assert store.gc() == Collected(erased=1, waiting=2)
+    assert store.gc(grace=0) == Collected(unfinished=2, waiting=2)
+    assert store.gc(unknown=0, dry_run=True) == Collected(unknown=2)
+    assert store.gc(unknown=0) == Collected(unknown=2)
     assert sorted(path.name for path in shard.iterdir()) == [f"{key}-1", f"{key}-2"]
-    assert store.gc(keep=1) == 1
+    assert store.gc(keep=1, dry_run=True) == Collected(old=1)
+    assert store.gc(keep=1) == Collected(old=1)
     assert [record.version for record in store.records(key)] == [2]
+    assert [path.name for path in shard.iterdir()] == [f"{key}-2"]
+
+
+def test_what_the_index_does_not_know_goes_a_week_after_it_was_first_seen(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (store.folder.path / "de").mkdir()
+    (store.folder.path / "de" / "deadbeef-1").mkdir()
+    now = time.time()
+    for day, found in ((0, Collected(waiting=1)), (6, Collected(waiting=1)), (8, Collected(unknown=1))):
+        monkeypatch.setattr("metarec.serve.folder.time.time", lambda day=day: now + 86400 * day)
+        assert store.gc() == found
+
+
+@pytest.mark.parametrize("index", ["truncated", "another's"])
+def test_nothing_is_collected_against_an_index_that_does_not_know_the_adapters(index: str, tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    for user in range(5):
+        store.put([NewAdapter(key_of(store, f"user{user}"), 1, "r", writer())])
+    store.close()
+    file = tmp_path / "index.sqlite"
+    if index == "another's":
+        AdapterStore(tmp_path / "other").close()
+        file.write_bytes((tmp_path / "other" / "index.sqlite").read_bytes())
+    else:
+        file.write_bytes(b"")
+    for owned in (True, False):  # also where nothing says whose the adapters are, as before schema 2
+        if not owned:
+            (tmp_path / "adapters" / "store.json").unlink()
+        with pytest.raises(StoreError, match=r"adapters of another index.*Put the index back"):
+            AdapterStore(tmp_path)
+        assert len(list((tmp_path / "adapters").glob("*/*"))) == 5
+    (tmp_path / "adapters").rename(tmp_path / "aside")
+    AdapterStore(tmp_path)
+
+
+def test_an_older_copy_of_the_index_loses_no_adapter(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    key_of(store, "first")
+    store.close()
+    copy = (tmp_path / "index.sqlite").read_bytes()
+    store = AdapterStore(tmp_path)
+    store.put([NewAdapter(key_of(store, "second"), 1, "r", writer())])
+    store.close()
+    (tmp_path / "index.sqlite").write_bytes(copy)
+    store = AdapterStore(tmp_path)
+    assert store.gc() == Collected(waiting=1)
+    assert len(list(store.folder.entries())) == 1
+
+
+def test_servers_with_adapters_of_their_own_keep_apart_what_they_wrote(tmp_path: Path) -> None:
+    """An adapter's manifest differs from server to server: it holds how long adapting took."""
+    one = AdapterStore(tmp_path)
+    other = AdapterStore(tmp_path, tmp_path / "elsewhere")
+    key = key_of(one)
+    for version in (1, 2, 3):
+        for store in (one, other):
+            store.put([NewAdapter(key, version, "r", writer(f"{store.folder.path} took {version} s".encode()))])
+    for store in (one, other):
+        assert [record.version for record in store.records(key)] == [3, 2]
+        assert store.newest(key, "r") == (store.records(key)[0], [])
+        assert store.sizes()["adapters"] == 2
+        assert store.gc() == Collected()
+
+
+SCHEMA_1 = """
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE users (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, key TEXT NOT NULL UNIQUE,
+  created DOUBLE PRECISION NOT NULL);
+CREATE TABLE feedback (user_id BIGINT NOT NULL REFERENCES users (id) ON DELETE CASCADE, version BIGINT NOT NULL,
+  item TEXT NOT NULL, rating DOUBLE PRECISION NOT NULL, at DOUBLE PRECISION NOT NULL, PRIMARY KEY (user_id, version));
+CREATE TABLE adapters (user_id BIGINT NOT NULL REFERENCES users (id) ON DELETE CASCADE, version BIGINT NOT NULL,
+  recommender TEXT NOT NULL, manifest TEXT NOT NULL, bytes BIGINT NOT NULL, created DOUBLE PRECISION NOT NULL,
+  PRIMARY KEY (user_id, version));
+INSERT INTO facts VALUES ('schema_version', '1');
+INSERT INTO users VALUES (7, 'ann', 'abcd', 1.0);
+INSERT INTO feedback VALUES (7, 1, 'm1', 5.0, 1.0);
+INSERT INTO feedback VALUES (7, 2, 'm2', 4.0, 2.0);
+INSERT INTO feedback VALUES (7, 3, 'm1', 1.0, 3.0);
+"""
+
+
+def test_a_store_of_schema_1_opens_with_everything_in_it(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapters" / "ab" / "abcd-3"
+    adapter.parent.mkdir(parents=True)
+    writer()(adapter)
+    with sqlite3.connect(tmp_path / "index.sqlite") as connection:
+        connection.executescript(SCHEMA_1)
+        digest = hashlib.sha256((adapter / "manifest.json").read_bytes()).hexdigest()
+        connection.execute("INSERT INTO adapters VALUES (7, 3, 'r', ?, 10, 1.0)", (digest,))
+    connection.close()
+    for _ in range(2):
+        store = AdapterStore(tmp_path)
+        assert [(event.item, event.rating) for event in store.events("ann")] == [("m1", 5), ("m2", 4), ("m1", 1)]
+        (record,) = store.records("abcd")
+        assert store.newest("abcd", "r") == (record, [])
+        assert store.gc() == Collected()
+        store.close()
 
 
 def test_added_items_are_kept_and_never_replaced(store: AdapterStore) -> None:

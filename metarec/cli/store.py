@@ -106,10 +106,15 @@ def gc(
     store: StoreArgument,
     adapters: AdaptersOption = None,
     keep: Annotated[int, typer.Option(min=1, help="Newest versions of each user that stay.")] = 2,
+    unknown_days: Annotated[
+        float, typer.Option(min=0, help="Days for which adapters stay whose user the index does not know.")
+    ] = 7.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be removed.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Remove old versions and half-written directories. Safe while a server runs."""
-    show({"removed": _open(store, adapters).gc(keep=keep)}, json)
+    found = _open(store, adapters).gc(keep=keep, unknown=unknown_days * 86400, dry_run=dry_run)
+    show({"would_remove" if dry_run else "removed": found.removed, **vars(found)}, json)
 
 
 @store_app.command("export", epilog="Example: metarec store export runs/mine/store --user ann --out ann")
@@ -145,13 +150,15 @@ def export_user(
 @store_app.command("erase-user", epilog="Example: metarec store erase-user runs/mine/store --user ann")
 def erase_user(
     store: StoreArgument,
-    user: Annotated[str, typer.Option(help="The user's id.")],
+    user: Annotated[list[str], typer.Option(help="The user's id; may be repeated.")],
     adapters: AdaptersOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Erase a user: ratings, index, adapters, write-ahead log. A running server notices with the next request."""
-    if not _open(store, adapters).erase(user):
-        raise StoreError(f"'{store}' has no user '{user}'", "See: metarec store ls STORE --users")
+    """Erase users: ratings, index, adapters, write-ahead log. Running servers notice within seconds."""
+    opened = _open(store, adapters)
+    if missing := [name for name in user if opened.profile(name) is None]:
+        raise StoreError(f"'{store}' has no user '{missing[0]}'", "See: metarec store ls STORE --users")
+    opened.erase(*user)
     show({"erased": True}, json)
 
 

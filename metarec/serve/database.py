@@ -12,6 +12,7 @@ from typing import Any
 from metarec.errors import ConfigError, StoreError
 
 _BUSY_SECONDS = 10.0
+_PERSONAL = ("requests", "beside_ratings", "feedback", "user_facts", "friends", "adapters", "users")
 TABLES = (
     "CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS users (id {serial}, name TEXT NOT NULL UNIQUE, key TEXT NOT NULL UNIQUE,"
@@ -31,11 +32,24 @@ TABLES = (
     " idempotency_key TEXT NOT NULL, digest TEXT NOT NULL, version BIGINT NOT NULL,"
     " PRIMARY KEY (user_id, idempotency_key))",
     "CREATE TABLE IF NOT EXISTS adapters (user_id BIGINT NOT NULL REFERENCES users (id) ON DELETE CASCADE,"
-    " version BIGINT NOT NULL, recommender TEXT NOT NULL, manifest TEXT NOT NULL, bytes BIGINT NOT NULL,"
-    " created DOUBLE PRECISION NOT NULL, PRIMARY KEY (user_id, version))",
+    " version BIGINT NOT NULL, place TEXT NOT NULL, recommender TEXT NOT NULL, manifest TEXT NOT NULL,"
+    " bytes BIGINT NOT NULL, created DOUBLE PRECISION NOT NULL, PRIMARY KEY (user_id, version, place))",
+    # Of a user with this key adapters of versions below the given one must go; all where it is null: the user is gone.
+    "CREATE TABLE IF NOT EXISTS erasures (number {serial}, key TEXT NOT NULL, below BIGINT,"
+    " created DOUBLE PRECISION NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS erasures_by_key ON erasures (key)",
     "CREATE TABLE IF NOT EXISTS items (ordinal {serial}, id TEXT NOT NULL UNIQUE, fields TEXT NOT NULL,"
     " created DOUBLE PRECISION NOT NULL)",
     "CREATE TABLE IF NOT EXISTS removed_items (id TEXT PRIMARY KEY, created DOUBLE PRECISION NOT NULL)",
+)
+# From schema 1, whose adapters did not say in which directory they are: '' is the one that opens the store next.
+FROM_SCHEMA_1 = (
+    ("ALTER TABLE adapters RENAME TO adapters_1",),
+    (
+        "INSERT INTO adapters (user_id, version, place, recommender, manifest, bytes, created)"
+        " SELECT user_id, version, '', recommender, manifest, bytes, created FROM adapters_1",
+        "DROP TABLE adapters_1",
+    ),
 )
 
 
@@ -43,8 +57,10 @@ class Sqlite:
     """The index in one file, shared by all threads and safe beside other processes."""
 
     serial = "INTEGER PRIMARY KEY AUTOINCREMENT"
-    # Locks the set-up against other servers; in SQLite every transaction does so by itself.
-    set_up_alone = "SELECT 1"
+    # Locks one kind of change against other servers; in SQLite every transaction does so by itself.
+    alone = "SELECT ?"
+    # Run once, when the tables are new.
+    set_up: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
         path.touch(mode=0o600)  # the directory may be open to others; SQLite gives its log the same mode
@@ -88,13 +104,24 @@ class Sqlite:
                 self._connection.execute("ROLLBACK")
             raise
 
-    def forget(self) -> None:
-        """Empties the write-ahead log, which still holds deleted rows."""
+    def rewrite(self) -> None:
+        """Writes the file anew without deleted rows, and empties the write-ahead log.
+
+        `secure_delete` alone does not do: a page that SQLite rebalances keeps copies of rows that it passed on.
+
+        Raises:
+            StoreError: Another process keeps the log open.
+        """
+        self._connection.execute("VACUUM")
         deadline = time.monotonic() + _BUSY_SECONDS
         while self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             if time.monotonic() > deadline:
                 raise StoreError("another process keeps the index's log open", "Erase again when it has finished")
             time.sleep(0.05)
+
+    def forget(self) -> None:
+        """Frees the pages that the connection keeps in memory."""
+        self._connection.execute("PRAGMA shrink_memory")
 
     def close(self) -> None:
         """Closes the connection."""
@@ -106,7 +133,15 @@ class Postgres:
 
     serial = "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
     # CREATE TABLE IF NOT EXISTS fails for one of two that find no table at the same moment.
-    set_up_alone = "SELECT pg_advisory_xact_lock(hashtext('metarec schema'))"
+    alone = "SELECT pg_advisory_xact_lock(hashtext(?))"
+    # The planner's statistics would keep ids of users who are erased.
+    set_up = (
+        "ALTER TABLE users ALTER COLUMN name SET STATISTICS 0",
+        "ALTER TABLE requests ALTER COLUMN idempotency_key SET STATISTICS 0",
+        "ALTER TABLE friends ALTER COLUMN friend SET STATISTICS 0",
+        "ALTER TABLE user_facts ALTER COLUMN about SET STATISTICS 0",
+        "ALTER TABLE beside_ratings ALTER COLUMN review SET STATISTICS 0",
+    )
 
     def __init__(self, url: str) -> None:
         try:
@@ -147,10 +182,19 @@ class Postgres:
             self._connection = self._connect()
         return self._connection
 
+    def rewrite(self) -> None:
+        """Writes the tables of users anew without deleted rows; empties the server's log where the role may."""
+        for table in _PERSONAL:
+            self._open().execute(f"VACUUM FULL {table}")
+        try:
+            for statement in ("SELECT pg_switch_wal()", "CHECKPOINT"):
+                self._open().execute(statement)
+        except self._psycopg.errors.InsufficientPrivilege:
+            return
+
     def forget(self) -> None:
-        """Removes deleted rows from the files of the tables."""
-        for table in ("requests", "beside_ratings", "feedback", "user_facts", "friends", "adapters", "users"):
-            self._open().execute(f"VACUUM {table}")
+        """Frees the connection's buffers, which keep parts of earlier statements; the next statement opens another."""
+        self._connection.close()
 
     def close(self) -> None:
         """Closes the connection."""

@@ -49,6 +49,7 @@ class Counters:
     damaged: int = 0
     failed: int = 0
     unsaved: int = 0
+    erased: int = 0
 
 
 class Engine:
@@ -86,6 +87,7 @@ class Engine:
         self.counters = Counters()
         self._candidates = candidates
         self._save: Callable[[NewAdapter], object] = self.keep
+        self._forget: list[Callable[[str], object]] = []
         linearized = linearize_most_rated(recommender, linearized_bytes) if reads_all(recommender) else None
         self._model = BatchedModel(recommender, users_at_once=users_at_once, workers=workers, linearized=linearized)
         self.new_user = recommender.adapt([])
@@ -95,6 +97,7 @@ class Engine:
         self._removed: frozenset[str] = frozenset()
         self._serve(recommender)
         self.reload_items()
+        self.forget_erased()
 
     # The catalog.
 
@@ -198,6 +201,7 @@ class Engine:
     def people(self, users: Sequence[str]) -> dict[str, Person]:
         """Returns users with the adapters of their latest ratings: from memory, from the store, or adapted here."""
         self.reload_items()
+        self.forget_erased()
         found: dict[str, Person] = {}
         waiting: list[tuple[str, Profile]] = []
         for user in dict.fromkeys(users):
@@ -309,11 +313,26 @@ class Engine:
         return self._model.adapt(self.recommender, supports)
 
     def erase(self, user: str) -> bool:
-        """Removes a user from memory and from the store; returns whether there was one."""
-        profile = self.store.profile(user)
-        if profile is not None:
-            self.hot.drop(profile.key)
-        return self.store.erase(user)
+        """Removes a user from the store and from memory; returns whether there was one."""
+        return self.erase_all([user])[0]
+
+    def erase_all(self, users: Sequence[str]) -> list[bool]:
+        """Removes users, for the price of one; see `erase`."""
+        found = self.store.erase(*users)
+        self.forget_erased()
+        return found
+
+    def forget_erased(self) -> None:
+        """Removes from memory, and from this server's adapters, whom any server has erased since the last call."""
+        for key in self.store.newly_erased():
+            self.counters.erased += 1
+            self.hot.drop(key)
+            for forget in self._forget:
+                forget(key)
+
+    def forget_with(self, forget: Callable[[str], object]) -> None:
+        """Calls `forget` with the key of every user who is erased from now on."""
+        self._forget.append(forget)
 
     # Rankings.
 

@@ -113,18 +113,17 @@ class FeedbackLog:
         rows = self._index.execute("SELECT id FROM users WHERE name = ?", (user,))
         return self._facts(int(rows[0][0])) if rows else UserFacts()
 
-    def forget_friend(self, friend: str) -> list[str]:
-        """Takes somebody out of all users' friends, inside a transaction; returns the keys of these users."""
+    def forget_friend(self, friend: str) -> dict[str, int]:
+        """Takes somebody out of all friends, inside a transaction; returns keys and new versions of whose they were."""
         rows = self._index.execute("DELETE FROM friends WHERE friend = ? RETURNING user_id", (friend,))
-        keys = []
+        versions: dict[str, int] = {}
         for user_id in sorted(int(row[0]) for row in rows):
             # This locks the user, as feedback does, so that no other server takes the same version.
             locked = self._index.execute("UPDATE users SET name = name WHERE id = ? RETURNING key", (user_id,))
-            self._index.execute(
-                "UPDATE user_facts SET version = ? WHERE user_id = ?", (self._version(user_id) + 1, user_id)
-            )
-            keys += [key for key, *_ in locked]
-        return keys
+            version = self._version(user_id) + 1
+            self._index.execute("UPDATE user_facts SET version = ? WHERE user_id = ?", (version, user_id))
+            versions |= {key: version for key, *_ in locked}
+        return versions
 
     def _version(self, user_id: int) -> int:
         rows = self._index.execute(

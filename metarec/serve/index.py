@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from metarec.errors import StoreError
-from metarec.serve.database import TABLES, Postgres, Sqlite
+from metarec.serve.database import FROM_SCHEMA_1, TABLES, Postgres, Sqlite
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 INDEX_FILE = "index.sqlite"
+_STORE, _UNPLACED = "store", "unplaced"
 
 
 class Index:
@@ -34,18 +36,50 @@ class Index:
         with self.locked():
             self._database = Postgres(str(location)) if remote else Sqlite(Path(location) / INDEX_FILE)
             with self.transaction():
-                self.execute(self._database.set_up_alone)
-                for table in TABLES:
-                    self.execute(table.format(serial=self._database.serial))
-                self.execute(
-                    "INSERT INTO facts (name, value) VALUES ('schema_version', ?) ON CONFLICT (name) DO NOTHING",
-                    (SCHEMA_VERSION,),
-                )
-            found = self.execute("SELECT value FROM facts WHERE name = 'schema_version'")[0][0]
-        if found != SCHEMA_VERSION:
-            raise StoreError(
-                f"the store has schema version {found}, this metarec reads {SCHEMA_VERSION}", "Use the one that made it"
-            )
+                self.alone("metarec schema")
+                self.execute(TABLES[0])
+                found = self.fact("schema_version")
+                if found not in (None, "1", SCHEMA_VERSION):
+                    raise StoreError(
+                        f"the store has schema version {found}, this metarec reads {SCHEMA_VERSION}",
+                        "Use the one that made it",
+                    )
+                before, after = FROM_SCHEMA_1 if found == "1" else ((), ())
+                tables = [table.format(serial=self._database.serial) for table in TABLES]
+                for statement in (
+                    *before,
+                    *tables,
+                    *after,
+                    *(self._database.set_up if found != SCHEMA_VERSION else ()),
+                ):
+                    self.execute(statement)
+                self.state("schema_version", SCHEMA_VERSION)
+                if found == "1":
+                    self.state(_UNPLACED, "1")
+                self.store = self.fact(_STORE) or uuid.uuid4().hex
+                self.state(_STORE, self.store)
+
+    def place_adapters(self, place: str) -> None:
+        """Gives adapters of schema 1, whose directory nobody noted, to the one that opens the store first."""
+        if self.fact(_UNPLACED) == "1":
+            self.execute("UPDATE adapters SET place = ? WHERE place = ''", (place,))
+            self.state(_UNPLACED, "0")
+
+    def alone(self, what: str) -> None:
+        """Makes other servers that say the same wait until this transaction has ended."""
+        self.execute(self._database.alone, (what,))
+
+    def fact(self, name: str) -> str | None:
+        """Returns a fact about the store, or None."""
+        rows = self.execute("SELECT value FROM facts WHERE name = ?", (name,))
+        return str(rows[0][0]) if rows else None
+
+    def state(self, name: str, value: str) -> None:
+        """Writes a fact about the store."""
+        self.execute(
+            "INSERT INTO facts (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            (name, value),
+        )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -80,8 +114,13 @@ class Index:
         with self.locked():
             self._database.execute_many(sql, rows)
 
+    def rewrite(self) -> None:
+        """Removes deleted rows from the database's files, which takes longer the larger they are."""
+        with self.locked():
+            self._database.rewrite()
+
     def forget(self) -> None:
-        """Removes deleted rows from the database's files."""
+        """Frees what the connection keeps in memory of earlier statements; not inside a transaction."""
         with self.locked():
             self._database.forget()
 

@@ -61,7 +61,9 @@ class PageContent:
         self._engine = service.engine
         scale = self._engine.trained.fitted.scale
         self._choices = list(range(math.ceil(scale.low), math.floor(scale.high) + 1))
+        # By users' random keys, which other servers know those by whom they erase.
         self._places: dict[str, dict[str, int]] = {}
+        self._engine.forget_with(lambda key: self._places.pop(key, None))
 
     def _best_for_new_user(self, k: int) -> Ranked:
         return self._engine.recommend(Person(self._engine.new_user, 0, 0), k)[1]
@@ -74,7 +76,7 @@ class PageContent:
             served, ranked = engine.recommend(person, _SHOWN, explain=True)
             support = served.adapted.support
             titles = [engine.catalog.title(int(code)) for code in support.items]
-            before = self._places.get(user) or _places(self._best_for_new_user(_COMPARED))
+            before = self._places.get(self._key(user)) or _places(self._best_for_new_user(_COMPARED))
             rows = [ItemRow(entry.title, entry.score, before.get(entry.item), reasons) for entry, reasons in ranked]
             return {
                 "adapter": served.facts(),
@@ -106,14 +108,21 @@ class PageContent:
     async def rate(self, user: str, item: str, rating: float) -> None:
         """Adds a rating, and remembers the places that items had before it."""
         before = await self._service.person(user, lambda person: self._engine.recommend(person, _COMPARED)[1])
-        self._places[user] = _places(before)
+        await self._service.feedback(Feedback(user, ((item, rating),)))
+        await self._service.alone(lambda: self._remember(user, _places(before)))
+
+    def _remember(self, user: str, places: dict[str, int]) -> None:
+        if key := self._key(user):  # otherwise erased in the meantime
+            self._places[key] = places
         while len(self._places) > _REMEMBERED:
             self._places.pop(next(iter(self._places)))
-        await self._service.feedback(Feedback(user, ((item, rating),)))
+
+    def _key(self, user: str) -> str:
+        profile = self._engine.store.profile(user)
+        return "" if profile is None else profile.key
 
     async def erase(self, user: str) -> None:
         """Removes a visitor everywhere."""
-        self._places.pop(user, None)
         await self._service.erase(user)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 
+from metarec.errors import StoreError
 from metarec.serve.engine import Engine
 from metarec.serve.guard import RequestLimits
 from metarec.serve.person import Person
@@ -69,12 +71,21 @@ class _State(Collector):
             yield CounterMetricFamily(f"metarec_{name}", what, value)
 
 
+@dataclass
+class _Erasure:
+    """Somebody to erase, and whether there was such a user; None until it is known."""
+
+    user: str
+    found: bool | None = None
+
+
 class Service:
     """The worker and the metrics of one application; routes reach the model through `ask`."""
 
     def __init__(self, engine: Engine, settings: ServeSettings) -> None:
         self.settings = settings
         self.worker = Worker(engine, settings.waiting)
+        self._erasures: deque[_Erasure] = deque()
         self.registry = CollectorRegistry()
         self.registry.register(_State(self.worker))
         self._requests = Counter("metarec_requests", "answers", ["method", "route", "status"], registry=self.registry)
@@ -148,13 +159,28 @@ class Service:
         return both
 
     async def erase(self, user: str) -> bool:
-        """Removes a user from the store and from memory; returns whether there was one."""
+        """Removes a user from the store and from memory; returns whether there was one.
 
-        def run() -> bool:
-            self.worker.settle()
-            return self.engine.erase(user)
+        Raises:
+            StoreError: The store failed; see `AdapterStore.erase`.
+        """
+        asked = _Erasure(user)
+        self._erasures.append(asked)
+        await self.alone(self._erase_waiting)
+        if asked.found is None:
+            raise StoreError("the erasure failed", "Erase again")
+        return asked.found
 
-        return bool(await self.alone(run))
+    def _erase_waiting(self) -> None:
+        """Erases all users who wait for it: the store is written anew once, however many they are."""
+        waiting: list[_Erasure] = []
+        while self._erasures:
+            waiting.append(self._erasures.popleft())
+        if not waiting:
+            return
+        self.worker.settle()
+        for asked, found in zip(waiting, self.engine.erase_all([each.user for each in waiting]), strict=True):
+            asked.found = found
 
 
 def adapter_facts(person: Person) -> Adapter:

@@ -13,18 +13,48 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from metarec.artifacts import MANIFEST, sha256_file, verify_dir
 from metarec.errors import ArtifactError, ConfigError, StoreError
 from metarec.serve.feedback_log import FeedbackLog
+from metarec.serve.folder import AdapterFolder
 from metarec.serve.index import INDEX_FILE, Index, is_remote
 from metarec.serve.records import AdapterRecord, NewAdapter
 
 _ADAPTERS = "adapters"
 # A directory that no index row names may belong to an adapter that is being written; after an hour it does not.
 _GRACE_SECONDS = 3600.0
+# Users who are erased leave a record of it, so an index that lacks a user without one may be an old copy.
+UNKNOWN_SECONDS = 7 * 86400.0
+# Set while erased rows may still be in the index's file, so that whoever opens it next goes on.
+_ERASING = "erasing"
+
+
+@dataclass(frozen=True)
+class Collected:
+    """How many directories a collection removed, or would remove.
+
+    Args:
+        old: Versions older than those that stay.
+        unfinished: Left by a crash before the index named them.
+        erased: Of users who were erased.
+        unknown: Of users that the index has not known for the time of grace.
+        waiting: Of such users, which stay for now.
+    """
+
+    old: int = 0
+    unfinished: int = 0
+    erased: int = 0
+    unknown: int = 0
+    waiting: int = 0
+
+    @property
+    def removed(self) -> int:
+        """How many in all."""
+        return self.old + self.unfinished + self.erased + self.unknown
 
 
 class AdapterStore(FeedbackLog):
@@ -36,7 +66,7 @@ class AdapterStore(FeedbackLog):
         create: Makes a store that is not there.
 
     Raises:
-        StoreError: There is no store, or it cannot be opened.
+        StoreError: There is no store, it cannot be opened, or the adapters belong to another index.
         ConfigError: `files` is missing.
     """
 
@@ -44,16 +74,25 @@ class AdapterStore(FeedbackLog):
         remote = is_remote(location)
         if remote and files is None:
             raise ConfigError("a PostgreSQL store has no directory for adapters", "Give one with --adapters DIR")
-        self._adapters = files or Path(location) / _ADAPTERS
+        adapters = files or Path(location) / _ADAPTERS
         if not remote and not create and not (Path(location) / INDEX_FILE).exists():
             raise StoreError(f"'{location}' holds no store", "Run: metarec adapt --users FILE --store DIR, or serve")
         # A directory that was there may hold other people's files: it keeps its mode, what is made in it does not.
-        folder = self._adapters if remote else Path(location)
+        folder = adapters if remote else Path(location)
         with suppress(FileExistsError):
             folder.mkdir(parents=True, mode=0o700)
-        self._adapters.mkdir(parents=True, exist_ok=True, mode=0o700)
         super().__init__(Index(location))
         self.location = self._index.location
+        self.folder = AdapterFolder(adapters)
+        self._erasures: int | None = None
+        try:
+            with self._index.transaction():
+                self._index.alone("metarec folder")
+                self._place = self.folder.claim(self._index.store, self._knows)
+                self._index.place_adapters(self._place)
+        except BaseException:
+            self.close()
+            raise
 
     def export(self, user: str) -> dict[str, Any] | None:
         """Returns everything the store holds of a user as JSON-able facts, or None where there is no such user."""
@@ -72,43 +111,79 @@ class AdapterStore(FeedbackLog):
             ],
         }
 
-    def erase(self, user: str) -> bool:
-        """Removes everything of a user: rows of the log and the index, adapters, half-written directories.
+    def erase(self, *users: str) -> list[bool]:
+        """Removes everything of users: rows of the log and the index with every copy in its files, and adapters.
 
-        Users who named them as a friend do so no longer, and are adapted again when they are next served.
+        A record of their random keys stays, by which other servers learn of it; see `newly_erased`. Users who named
+        them as a friend do so no longer, and are adapted again when they are next served.
+
+        Args:
+            *users: Their ids. The index is written anew once for all of them.
 
         Returns:
-            Whether there was such a user.
+            Whether there was each such user.
 
         Raises:
-            StoreError: Another process keeps deleted bytes readable; what is deleted stays deleted.
+            StoreError: Another process keeps deleted bytes readable, or the disk is full; what is deleted stays
+                deleted, and opening the store removes the rest.
         """
+        found: list[bool] = []
+        below: dict[str, int | None] = {}
         with self._index.locked():
             with self._index.transaction():
-                rows = self._index.execute("DELETE FROM users WHERE name = ? RETURNING key", (user,))
-                named = self.forget_friend(user) if rows else []
-                for key in named:
+                self._index.alone("metarec erasures")  # so that their numbers are committed in order
+                for user in users:
+                    rows = self._index.execute("DELETE FROM users WHERE name = ? RETURNING key", (user,))
+                    found.append(bool(rows))
+                    below |= dict.fromkeys((key for key, *_ in rows), None)
+                    below |= self.forget_friend(user) if rows else {}
+                for key, version in below.items():
                     self._index.execute(
-                        "DELETE FROM adapters WHERE user_id = (SELECT id FROM users WHERE key = ?)", (key,)
+                        "DELETE FROM adapters WHERE version < ? AND user_id = (SELECT id FROM users WHERE key = ?)",
+                        (version, key),
                     )
-            for key in [*(key for key, *_ in rows), *named]:
-                self._remove(key)
-            self._index.forget()
-        return bool(rows)
+                self._index.execute_many(
+                    "INSERT INTO erasures (key, below, created) VALUES (?, ?, ?)",
+                    [(key, version, time.time()) for key, version in below.items()],
+                )
+                if below:
+                    self._index.state(_ERASING, "1")
+            self.folder.remove(below)
+            self._finish_erasing()
+        return found
 
-    def _remove(self, key: str) -> None:
-        shard = self._shard(key)
-        for path in [*shard.glob(f"{key}-*"), *shard.glob(f".{key}-*")]:
-            shutil.rmtree(path, ignore_errors=True)
+    def _finish_erasing(self) -> None:
+        if self._index.fact(_ERASING) == "1":
+            self._index.rewrite()
+            self._index.state(_ERASING, "0")
+
+    def newly_erased(self) -> list[str]:
+        """Removes adapters that erasures on any server since the last call have made unfit to keep.
+
+        They are those of erased users, and of users who had named them as a friend. The first call looks at all
+        erasures there ever were, and finishes one that a crash has interrupted.
+
+        Returns:
+            The keys of these users.
+        """
+        if self._erasures is None:
+            self._finish_erasing()
+            self._erasures = 0
+        rows = self._index.execute(
+            "SELECT number, key, below FROM erasures WHERE number > ? ORDER BY number", (self._erasures,)
+        )
+        if rows:
+            # A user who has lost friends may have lost themselves later: then all adapters go.
+            self.folder.remove({key: below for _, key, below in rows})
+            self._erasures = int(rows[-1][0])
+            self._index.forget()
+        return [key for _, key, _ in rows]
 
     # Adapters.
 
-    def _shard(self, key: str) -> Path:
-        return self._adapters / key[:2]
-
     def path(self, record: AdapterRecord) -> Path:
         """Returns an adapter's directory; `verify` it before it is read."""
-        return self._shard(record.key) / f"{record.key}-{record.version}"
+        return self.folder.adapter(record.key, record.version)
 
     def put(self, adapters: Sequence[NewAdapter], *, keep: int = 2) -> int:
         """Stores adapters, each complete or not at all, and removes their users' older ones.
@@ -118,11 +193,11 @@ class AdapterStore(FeedbackLog):
             keep: How many of a user's newest versions stay.
 
         Returns:
-            How many were stored; the users of the others have been erased.
+            How many were stored; the users of the others have been erased, or friends whom they name.
         """
         written = []
         for adapter in adapters:
-            path = self._shard(adapter.key) / f"{adapter.key}-{adapter.version}"
+            path = self.folder.adapter(adapter.key, adapter.version)
             adapter.write(path)
             size = sum(file.stat().st_size for file in path.iterdir())
             written.append((adapter, path, sha256_file(path / MANIFEST), size))
@@ -131,13 +206,15 @@ class AdapterStore(FeedbackLog):
         with self._index.locked():
             with self._index.transaction():
                 for adapter, path, digest, size in written:
+                    facts = (self._place, adapter.recommender, digest, size, time.time())
                     rows = self._index.execute(
-                        "INSERT INTO adapters (user_id, version, recommender, manifest, bytes, created)"
-                        " SELECT id, ?, ?, ?, ?, ? FROM users WHERE key = ?"
-                        " ON CONFLICT (user_id, version) DO UPDATE SET recommender = excluded.recommender,"
+                        "INSERT INTO adapters (user_id, version, place, recommender, manifest, bytes, created)"
+                        " SELECT id, ?, ?, ?, ?, ?, ? FROM users WHERE key = ?"
+                        " AND NOT EXISTS (SELECT 1 FROM erasures WHERE erasures.key = users.key AND below > ?)"
+                        " ON CONFLICT (user_id, version, place) DO UPDATE SET recommender = excluded.recommender,"
                         " manifest = excluded.manifest, bytes = excluded.bytes, created = excluded.created"
                         " RETURNING user_id",
-                        (adapter.version, adapter.recommender, digest, size, time.time(), adapter.key),
+                        (adapter.version, *facts, adapter.key, adapter.version),
                     )
                     kept += len(rows)
                     if not rows:
@@ -150,18 +227,19 @@ class AdapterStore(FeedbackLog):
         old = self.records(key)[keep:]
         for record in old:
             self._index.execute(
-                "DELETE FROM adapters WHERE version = ? AND user_id = (SELECT id FROM users WHERE key = ?)",
-                (record.version, key),
+                "DELETE FROM adapters WHERE version = ? AND place = ?"
+                " AND user_id = (SELECT id FROM users WHERE key = ?)",
+                (record.version, self._place, key),
             )
             shutil.rmtree(self.path(record), ignore_errors=True)
         return len(old)
 
     def records(self, key: str) -> list[AdapterRecord]:
-        """Returns a user's adapters, newest first."""
+        """Returns a user's adapters in this directory, newest first."""
         rows = self._index.execute(
             "SELECT adapters.version, recommender, manifest, bytes, adapters.created FROM adapters"
-            " JOIN users ON users.id = user_id WHERE key = ? ORDER BY adapters.version DESC",
-            (key,),
+            " JOIN users ON users.id = user_id WHERE key = ? AND place = ? ORDER BY adapters.version DESC",
+            (key, self._place),
         )
         return [
             AdapterRecord(key, int(version), recommender, manifest, int(size), float(created))
@@ -218,44 +296,61 @@ class AdapterStore(FeedbackLog):
             return False
         return True
 
-    def gc(self, *, keep: int = 2, grace: float = _GRACE_SECONDS) -> int:
+    def gc(
+        self,
+        *,
+        keep: int = 2,
+        grace: float = _GRACE_SECONDS,
+        unknown: float = UNKNOWN_SECONDS,
+        dry_run: bool = False,
+    ) -> Collected:
         """Removes old versions, directories of erased users, and directories that a crash left half-written.
 
         Args:
             keep: How many of a user's newest versions stay.
-            grace: Seconds for which a directory that the index does not name is left alone.
+            grace: Seconds for which a directory of a known user stays that the index does not name.
+            unknown: Seconds for which a directory stays whose user the index neither knows nor has erased.
+            dry_run: Counts and removes nothing.
 
         Returns:
-            How many directories were removed.
+            What was removed.
         """
-        removed = 0
+        old = 0
         known: dict[str, set[str]] = {}
         for _, profile in self.users():
             with self._index.locked():
-                removed += self._prune(profile.key, keep)
-            known[profile.key] = {self.path(record).name for record in self.records(profile.key)}
-        now = time.time()
-        for path in self._adapters.glob("*/*"):
-            key = path.name.lstrip(".").partition("-")[0]
-            try:
-                age = now - path.stat().st_mtime
-            except FileNotFoundError:
-                continue
-            stray = path.name not in known.get(key, set())
+                records = self.records(profile.key)
+                old += len(records[keep:])
+                if not dry_run:
+                    self._prune(profile.key, keep)
+            known[profile.key] = {self.path(record).name for record in records}
+        erased = {key for key, *_ in self._index.execute("SELECT key FROM erasures WHERE below IS NULL")}
+        unfinished, gone, strangers = [], [], []
+        for entry in self.folder.entries():
+            if entry.key in erased:
+                gone.append(entry.path)
             # A user may have come after the index was read, so the key is looked up again.
-            if stray and (age >= grace or not self._knows(key)):
+            elif entry.key not in known and not self._knows(entry.key):
+                strangers.append(entry.path)
+            elif entry.path.name not in known.get(entry.key, set()) and entry.age >= grace:
+                unfinished.append(entry.path)
+        since = self.folder.seen_unknown({path.name for path in strangers}, note=not dry_run)
+        lost = [path for path in strangers if since[path.name] >= unknown]
+        if not dry_run:
+            for path in [*unfinished, *gone, *lost]:
                 shutil.rmtree(path, ignore_errors=True)
-                removed += 1
-        return removed
+        return Collected(old, len(unfinished), len(gone), len(lost), len(strangers) - len(lost))
 
     def _knows(self, key: str) -> bool:
         return bool(self._index.execute("SELECT 1 FROM users WHERE key = ?", (key,)))
 
     def sizes(self) -> dict[str, int]:
-        """Returns how many users, ratings, adapters, adapter bytes and added items there are."""
+        """Returns how many users, ratings, adapters and their bytes in this directory, and added items there are."""
         row = self._index.execute(
-            "SELECT (SELECT COUNT(*) FROM users), (SELECT COUNT(*) FROM feedback), (SELECT COUNT(*) FROM adapters),"
-            " (SELECT COALESCE(SUM(bytes), 0) FROM adapters), (SELECT COUNT(*) FROM items)"
+            "SELECT (SELECT COUNT(*) FROM users), (SELECT COUNT(*) FROM feedback),"
+            " (SELECT COUNT(*) FROM adapters WHERE place = ?),"
+            " (SELECT COALESCE(SUM(bytes), 0) FROM adapters WHERE place = ?), (SELECT COUNT(*) FROM items)",
+            (self._place, self._place),
         )[0]
         return dict(zip(("users", "ratings", "adapters", "bytes", "items"), map(int, row), strict=True))
 

@@ -5,6 +5,8 @@ A batch's feedback is made durable in one transaction before any request is answ
 
 from __future__ import annotations
 
+import gc
+import logging
 import queue
 import threading
 import time
@@ -18,7 +20,10 @@ from metarec.serve.engine import Engine
 from metarec.serve.person import Person
 from metarec.serve.records import Accepted, Feedback, NewAdapter
 
+_LOG = logging.getLogger(__name__)
 _BATCH = 16
+# After so many seconds without a request the worker sees whom other servers have erased.
+IDLE_SECONDS = 2.0
 # How many adapters may wait to be written; a killed process computes them again from the log.
 _UNSAVED = 64
 
@@ -70,6 +75,7 @@ class Worker:
         self._unsaved: queue.Queue[NewAdapter | None] = queue.Queue(_UNSAVED)
         self._closed = threading.Event()
         self._seconds_per_job = 0.05
+        self._swept = engine.counters.erased
         engine.save_with(self._unsaved.put)
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._saver = threading.Thread(target=self._save, name="saver", daemon=True)
@@ -103,7 +109,11 @@ class Worker:
     def _run(self) -> None:
         following: Job | None = None
         while True:
-            job = following or self._queue.get()
+            try:
+                job = following or self._queue.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                self._idle()
+                continue
             following = None
             if job is None:
                 return
@@ -121,6 +131,16 @@ class Worker:
                     break
                 batch.append(another)
             self._do(batch)
+
+    def _idle(self) -> None:
+        """Forgets whom other servers erased; requests that named them are garbage by now, and go too."""
+        try:
+            self.engine.forget_erased()
+            if self.engine.counters.erased > self._swept:
+                self._swept = self.engine.counters.erased
+                gc.collect()
+        except MetarecError as error:  # the next request says it to somebody
+            _LOG.error("erasures could not be read", extra={"failure": type(error).__name__})
 
     def _do(self, batch: Sequence[Job]) -> None:
         began = time.perf_counter()
