@@ -118,6 +118,23 @@ def test_export_and_erase(client: TestClient, tmp_path: Path) -> None:
     assert len(list((tmp_path / "store" / "adapters").glob("*/*"))) == 1
 
 
+def test_an_export_of_many_ratings_comes_in_pages_and_waits_for_nobody(client: TestClient) -> None:
+    rate(client, "ann", **{"Idempotency-Key": "first"})
+    worker: Worker = client.app.state.service.worker  # type: ignore[attr-defined]
+    gate = threading.Event()
+    worker.submit(Job(lambda *_: gate.wait(20), alone=True))
+    first = client.get("/v1/users/ann", params={"limit": 3}).json()
+    rest = client.get("/v1/users/ann", params={"limit": 3, "after": first["next"]}).json()
+    gate.set()
+    assert (first["next"], rest["next"], first["idempotency_keys"], rest["idempotency_keys"]) == (
+        3,
+        None,
+        {},
+        {"first": 5},
+    )
+    assert [entry["item"] for entry in [*first["ratings"], *rest["ratings"]]] == [item for item, _ in LOVES_DRAMA]
+
+
 def test_a_cold_item_is_recommendable_and_found_at_once(client: TestClient) -> None:
     rate(client, "ann")
     before = ranking(client, "ann", k=35)["items"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import sqlite3
 import subprocess
 import sys
@@ -18,13 +19,14 @@ from hypothesis import strategies as st
 
 from metarec.artifacts import replace_dir
 from metarec.errors import ArtifactError, ConfigError, ConflictError, StoreError
+from metarec.serve.database import Sqlite
 from metarec.serve.hot_adapters import HotAdapters
-from metarec.serve.records import Accepted, Feedback, FeedbackEvent, NewAdapter, check_id, latest_ratings
+from metarec.serve.records import Accepted, Feedback, NewAdapter, check_id
 from metarec.serve.store import AdapterStore, Collected
 
 
-def latest(events: list[FeedbackEvent], limit: int) -> list[tuple[str, float]]:
-    return [(event.item, event.rating) for event in latest_ratings(events, limit)]
+def latest(store: AdapterStore, user: str, limit: int) -> list[tuple[str, float]]:
+    return [(event.item, event.rating) for event in store.support(user, limit)]
 
 
 def writer(content: bytes = b"weights") -> Callable[[Path], None]:
@@ -82,8 +84,8 @@ def test_feedback_is_kept_in_order_and_counts_the_version(store: AdapterStore) -
     assert second == [Accepted(3, False)]
     events = store.events("ann")
     assert [(event.version, event.item, event.rating) for event in events] == [(1, "m1", 5), (2, "m2", 1), (3, "m1", 2)]
-    assert latest(events, 10) == [("m1", 2.0), ("m2", 1.0)]
-    assert latest(events, 1) == [("m1", 2.0)]
+    assert latest(store, "ann", 10) == [("m1", 2.0), ("m2", 1.0)]
+    assert latest(store, "ann", 1) == [("m1", 2.0)]
     assert store.profile("nobody") is None
     assert [(name, profile.version) for name, profile in store.users()] == [("ann", 3), ("bob", 1)]
 
@@ -311,6 +313,7 @@ def test_a_store_of_schema_1_opens_with_everything_in_it(tmp_path: Path) -> None
     for _ in range(2):
         store = AdapterStore(tmp_path)
         assert [(event.item, event.rating) for event in store.events("ann")] == [("m1", 5), ("m2", 4), ("m1", 1)]
+        assert latest(store, "ann", 9) == [("m1", 1.0), ("m2", 4.0)]
         (record,) = store.records("abcd")
         assert store.newest("abcd", "r") == (record, [])
         assert store.gc() == Collected()
@@ -436,10 +439,71 @@ def test_ids_that_cannot_be_said_again_are_refused(name: str) -> None:
         check_id(name, "user id")
 
 
-@given(st.lists(st.tuples(st.sampled_from("abcd"), st.floats(0.5, 5)), max_size=12), st.randoms())
-def test_the_order_of_different_items_does_not_matter(ratings: list[tuple[str, float]], random: object) -> None:
-    events = [FeedbackEvent(version, item, rating, 0.0) for version, (item, rating) in enumerate(ratings, start=1)]
-    last = dict(ratings)
-    shuffled = sorted(last.items(), key=lambda _: random.random())  # type: ignore[attr-defined]
-    again = [FeedbackEvent(version, item, rating, 0.0) for version, (item, rating) in enumerate(shuffled, start=1)]
-    assert latest(events, 99) == latest(again, 99) == sorted(last.items())
+def test_the_order_of_different_items_does_not_matter(tmp_path: Path) -> None:
+    store, generator = AdapterStore(tmp_path), random.Random(0)
+    for turn in range(50):
+        ratings = [(generator.choice("abcd"), generator.uniform(0.5, 5)) for _ in range(generator.randint(1, 12))]
+        last = dict(ratings)
+        store.append([Feedback(f"one{turn}", tuple(ratings))])
+        store.append([Feedback(f"other{turn}", tuple(generator.sample(sorted(last.items()), len(last))))])
+        found = [latest(store, f"{who}{turn}", 99) for who in ("one", "other")]
+        assert found == [sorted(last.items())] * 2
+
+
+def rows_read(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns a list to which every statement from now on adds how many rows it returned."""
+    counts: list[int] = []
+    execute = store._index._database.execute
+
+    def counted(sql: str, values: tuple[object, ...] = ()) -> list[object]:
+        rows = execute(sql, values)
+        counts.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(store._index._database, "execute", counted)
+    return counts
+
+
+def test_what_a_rating_and_an_adaptation_read_does_not_grow_with_the_history(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for start in range(0, 3000, 500):
+        store.append([Feedback("long", tuple((f"m{code % 700}", 3.0) for code in range(start, start + 500)))])
+    store.append([Feedback("short", (("m1", 3.0),))])
+    read = []
+    for user in ("long", "short"):
+        with monkeypatch.context() as patched:
+            counts = rows_read(store, patched)
+            store.append([Feedback(user, (("m5", 4.0),), "k")])
+            store.profile(user)
+            support = store.support(user, 64)
+            read.append((len(counts), sum(counts) - len(support)))
+    assert read[0] == read[1]
+    assert latest(store, "long", 2) == [("m199", 3.0), ("m5", 4.0)]
+    if isinstance(store._index._database, Sqlite):
+        plan = " ".join(
+            str(step[3])
+            for sql in ("SELECT version FROM latest WHERE user_id = 1 ORDER BY version DESC LIMIT 64",)
+            for step in store._index.execute(f"EXPLAIN QUERY PLAN {sql}")
+        )
+        assert "latest_by_version" in plan
+        assert "TEMP B-TREE" not in plan
+
+
+def test_an_export_comes_in_pages_with_the_idempotency_keys(store: AdapterStore) -> None:
+    for number in range(5):
+        said = tuple((f"m{number}{place}", 3.0) for place in range(3))
+        store.append([Feedback("ann", said, f"key{number}")])
+    whole = store.export("ann")
+    assert whole is not None
+    assert (len(whole["ratings"]), whole["next"]) == (15, None)
+    assert whole["idempotency_keys"] == {f"key{number}": 3 * number + 3 for number in range(5)}
+    pages, after = [], 0
+    while after is not None:
+        page = store.export("ann", after, 4)
+        assert page is not None
+        pages.append(page)
+        after = page["next"]
+    assert [len(page["ratings"]) for page in pages] == [4, 4, 4, 3]
+    assert [rating for page in pages for rating in page["ratings"]] == whole["ratings"]
+    assert {key: at for page in pages for key, at in page["idempotency_keys"].items()} == whole["idempotency_keys"]

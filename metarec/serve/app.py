@@ -25,6 +25,7 @@ from metarec.serve.person import Person
 from metarec.serve.records import MAX_ID_CHARACTERS, Beside, Feedback, check_id
 from metarec.serve.schema import (
     MOST_EXPLAINED,
+    MOST_EXPORTED,
     MOST_RECOMMENDED,
     PROBLEMS,
     Added,
@@ -209,9 +210,13 @@ def _add_privacy_routes(app: FastAPI, service: Service) -> None:
     engine = service.engine
 
     @app.get("/v1/users/{user}", tags=["users"])
-    async def export(user: UserId) -> UserAnswer:
-        """Return everything that is stored about a user."""
-        held = await service.ask(Job(lambda *_: engine.store.export(check_id(user, "user id"))))
+    async def export(
+        user: UserId,
+        after: Annotated[int, Query(ge=0, le=2**62, description="Ratings of later versions than this.")] = 0,
+        limit: Annotated[int, Query(ge=1, le=MOST_EXPORTED, description="How many ratings at most.")] = 1000,
+    ) -> UserAnswer:
+        """Return everything that is stored about a user; of many ratings a page, and where the next one begins."""
+        held = await asyncio.to_thread(engine.store.export, check_id(user, "user id"), after, limit)
         if held is None:
             raise HTTPException(404, "there is no such user")
         return UserAnswer(**held)

@@ -12,7 +12,7 @@ from typing import Any
 from metarec.errors import ConfigError, StoreError
 
 _BUSY_SECONDS = 10.0
-_PERSONAL = ("requests", "beside_ratings", "feedback", "user_facts", "friends", "adapters", "users")
+_PERSONAL = ("requests", "beside_ratings", "latest", "feedback", "user_facts", "friends", "adapters", "users")
 TABLES = (
     "CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS users (id {serial}, name TEXT NOT NULL UNIQUE, key TEXT NOT NULL UNIQUE,"
@@ -20,6 +20,10 @@ TABLES = (
     "CREATE TABLE IF NOT EXISTS feedback (user_id BIGINT NOT NULL REFERENCES users (id) ON DELETE CASCADE,"
     " version BIGINT NOT NULL, item TEXT NOT NULL, rating DOUBLE PRECISION NOT NULL, at DOUBLE PRECISION NOT NULL,"
     " PRIMARY KEY (user_id, version))",
+    # The version of each item's last rating: what a user is adapted to is read from here, however long the log is.
+    "CREATE TABLE IF NOT EXISTS latest (user_id BIGINT NOT NULL REFERENCES users (id) ON DELETE CASCADE,"
+    " item TEXT NOT NULL, version BIGINT NOT NULL, PRIMARY KEY (user_id, item))",
+    "CREATE INDEX IF NOT EXISTS latest_by_version ON latest (user_id, version)",
     # Written by those ratings alone with which something came.
     "CREATE TABLE IF NOT EXISTS beside_ratings (user_id BIGINT NOT NULL REFERENCES users (id) ON DELETE CASCADE,"
     " version BIGINT NOT NULL, context TEXT NOT NULL, review TEXT NOT NULL, PRIMARY KEY (user_id, version))",
@@ -49,6 +53,8 @@ FROM_SCHEMA_1 = (
         "INSERT INTO adapters (user_id, version, place, recommender, manifest, bytes, created)"
         " SELECT user_id, version, '', recommender, manifest, bytes, created FROM adapters_1",
         "DROP TABLE adapters_1",
+        "INSERT INTO latest (user_id, item, version)"
+        " SELECT user_id, item, MAX(version) FROM feedback GROUP BY user_id, item",
     ),
 )
 

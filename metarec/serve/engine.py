@@ -28,7 +28,7 @@ from metarec.serve.batching import BLOCK, USERS_AT_ONCE, BatchedModel, linearize
 from metarec.serve.hot_adapters import HotAdapters
 from metarec.serve.items import check_fields, extend
 from metarec.serve.person import Person
-from metarec.serve.records import Feedback, FeedbackEvent, NewAdapter, Profile, UserFacts, latest_ratings
+from metarec.serve.records import Feedback, FeedbackEvent, NewAdapter, Profile, UserFacts
 from metarec.serve.retrieval import CandidateRetrieval, Effects, is_small, reads_all
 from metarec.serve.store import AdapterStore
 from metarec.tensors import AdapterState
@@ -243,11 +243,11 @@ class Engine:
     def _adapt_people(self, waiting: Sequence[tuple[str, Profile]]) -> dict[str, Person]:
         supports, left_out = [], []
         for user, _ in waiting:
-            events = self.store.events(user)
-            latest = [event for event in latest_ratings(events, MAX_RATINGS) if event.item in self._code]
-            known = sorted(latest, key=lambda event: self._code[event.item])
+            rated = self.store.support(user, MAX_RATINGS)
+            known = [event for event in rated if event.item in self._code]
+            known.sort(key=lambda event: self._code[event.item])
             supports.append(self._support(known, self.store.facts(user)))
-            left_out.append(len({event.item for event in events}) - len(known))
+            left_out.append(len(rated) - len(known))
         found = {}
         for (user, profile), missing, (adapted, losses) in zip(waiting, left_out, self.adapt(supports), strict=True):
             person = Person(adapted, profile.version, profile.version, losses, missing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from metarec.errors import ConflictError
 from metarec.serve.index import Index
 from metarec.serve.records import Accepted, Feedback, FeedbackEvent, Profile, UserFacts
+
+_EVENTS = (
+    "SELECT feedback.version, item, rating, at, context, review FROM feedback"
+    " JOIN users ON users.id = feedback.user_id"
+    " LEFT JOIN beside_ratings AS beside ON beside.user_id = users.id AND beside.version = feedback.version"
+)
+_ALL = 2**62
 
 
 class FeedbackLog:
@@ -66,6 +74,11 @@ class FeedbackLog:
         ]
         self._index.execute_many(
             "INSERT INTO feedback (user_id, version, item, rating, at) VALUES (?, ?, ?, ?, ?)", rows
+        )
+        self._index.execute_many(
+            "INSERT INTO latest (user_id, item, version) VALUES (?, ?, ?)"
+            " ON CONFLICT (user_id, item) DO UPDATE SET version = excluded.version",
+            [(user_id, item, version) for _, version, item, *_ in rows],
         )
         self._index.execute_many(
             "INSERT INTO beside_ratings (user_id, version, context, review) VALUES (?, ?, ?, ?)",
@@ -142,22 +155,56 @@ class FeedbackLog:
         )
         return Profile(rows[0][0], max(map(int, rows[0][2:])), float(rows[0][1])) if rows else None
 
-    def events(self, user: str) -> list[FeedbackEvent]:
-        """Returns a user's feedback, oldest first."""
-        rows = self._index.execute(
-            "SELECT feedback.version, item, rating, at, context, review FROM feedback"
-            " JOIN users ON users.id = feedback.user_id"
-            " LEFT JOIN beside_ratings AS beside"
-            " ON beside.user_id = users.id AND beside.version = feedback.version"
-            " WHERE name = ? ORDER BY feedback.version",
-            (user,),
+    def events(self, user: str, after: int = 0, limit: int | None = None) -> list[FeedbackEvent]:
+        """Returns a user's feedback, oldest first.
+
+        Args:
+            user: The user's id.
+            after: Leaves out versions up to this one.
+            limit: How many events; None for all.
+        """
+        few = "" if limit is None else f" LIMIT {int(limit)}"
+        return self._read(
+            f"{_EVENTS} WHERE name = ? AND feedback.version > ? ORDER BY feedback.version{few}", user, after
         )
+
+    def support(self, user: str, limit: int) -> list[FeedbackEvent]:
+        """Returns the last rating of each of the `limit` items rated last, in order of item id.
+
+        Logs that end in the same ratings give the same ratings, and so the same adapter. What it takes does not grow
+        with the log.
+        """
+        chosen = (
+            " WHERE name = ? AND feedback.version IN ("
+            "SELECT latest.version FROM latest JOIN users ON users.id = latest.user_id WHERE name = ?"
+            " ORDER BY latest.version DESC LIMIT ?)"
+        )
+        found = self._read(_EVENTS + chosen, user, user, limit)
+        assert all(math.isfinite(event.rating) for event in found)
+        return sorted(found, key=lambda event: event.item)
+
+    def _read(self, sql: str, *values: str | int) -> list[FeedbackEvent]:
         return [
             FeedbackEvent(
                 int(version), item, float(rating), float(at), json.loads(context or "{}"), json.loads(review or '""')
             )
-            for version, item, rating, at, context, review in rows
+            for version, item, rating, at, context, review in self._index.execute(sql, values)
         ]
+
+    def idempotency_keys(self, user: str, after: int, until: int) -> dict[str, int]:
+        """Returns the keys that a user's requests named, each with the version after it.
+
+        Args:
+            user: The user's id.
+            after: Leaves out versions up to this one.
+            until: The last version to return.
+        """
+        rows = self._index.execute(
+            "SELECT idempotency_key, version FROM requests JOIN users ON users.id = user_id"
+            " WHERE name = ? AND version > ? AND version <= ? ORDER BY version",
+            (user, after, until),
+        )
+        return {key: int(version) for key, version in rows}
 
     def users(self) -> Iterator[tuple[str, Profile]]:
         """Yields every user by name, a thousand at a time."""

@@ -16,7 +16,7 @@ class Person:
         version: How many ratings the user had given when it was adapted; 0 is the meta-initialization.
         latest: How many ratings the user has given.
         losses: Support loss before each inner step; empty where the adapter was read from the store.
-        left_out: Number of rated items that the catalog does not have, or that exceed the limit of ratings per user.
+        left_out: Number of the items rated last that the catalog does not have.
     """
 
     adapted: AdaptedUser

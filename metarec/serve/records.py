@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,17 +120,3 @@ def check_id(name: str, what: str) -> str:
     if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
         raise ConfigError(f"the {what} holds control characters", "Use printable characters")
     return name
-
-
-def latest_ratings(events: Sequence[FeedbackEvent], limit: int) -> list[FeedbackEvent]:
-    """Returns the last rating of each of the `limit` items rated last, in order of item id.
-
-    Two logs that end in the same ratings give the same ratings, and so the same adapter.
-    """
-    last: dict[str, FeedbackEvent] = {}
-    for event in reversed(events):
-        if len(last) == limit:
-            break
-        last.setdefault(event.item, event)
-    assert all(math.isfinite(event.rating) for event in last.values())
-    return [event for _, event in sorted(last.items())]

@@ -17,6 +17,7 @@ from metarec.serve.records import MAX_ID_CHARACTERS, Beside
 
 MOST_RECOMMENDED = 1000
 MOST_EXPLAINED = 50
+MOST_EXPORTED = 10_000
 _MOST_AT_ONCE = 100
 _MOST_FIELDS = 100
 _MOST_FRIENDS = 1000
@@ -264,7 +265,7 @@ class EventAnswer(BaseModel):
 
 
 class UserAnswer(BaseModel):
-    """Everything that is stored about a user."""
+    """Everything that is stored about a user, a page of ratings at a time."""
 
     user: str
     created: float
@@ -272,7 +273,9 @@ class UserAnswer(BaseModel):
     about: dict[str, str]
     friends: list[str]
     ratings: list[EventAnswer]
+    idempotency_keys: dict[str, int] = Field(description="Keys of requests, each with the version after it.")
     adapters: list[dict[str, int | str]]
+    next: int | None = Field(description="Ask again with this as `after` for later ratings; null where there are none.")
 
 
 class Added(BaseModel):

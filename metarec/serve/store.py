@@ -94,21 +94,33 @@ class AdapterStore(FeedbackLog):
             self.close()
             raise
 
-    def export(self, user: str) -> dict[str, Any] | None:
-        """Returns everything the store holds of a user as JSON-able facts, or None where there is no such user."""
+    def export(self, user: str, after: int = 0, limit: int | None = None) -> dict[str, Any] | None:
+        """Returns everything the store holds of a user as JSON-able facts, or None where there is no such user.
+
+        Args:
+            user: The user's id.
+            after: Leaves out ratings and idempotency keys of versions up to this one.
+            limit: How many ratings; None for all. Where there are more, ``next`` is the version to go on after.
+        """
         profile = self.profile(user)
         if profile is None:
             return None
+        events = self.events(user, after, None if limit is None else limit + 1)
+        more = limit is not None and len(events) > limit
+        events = events[:limit]
+        last = events[-1].version if more else profile.version
         return {
             "user": user,
             "created": profile.created,
             "version": profile.version,
             **vars(self.facts(user)),
-            "ratings": [vars(event) for event in self.events(user)],
+            "ratings": [vars(event) for event in events],
+            "idempotency_keys": self.idempotency_keys(user, after, last),
             "adapters": [
                 {"version": record.version, "recommender": record.recommender, "bytes": record.bytes}
                 for record in self.records(profile.key)
             ],
+            "next": last if more else None,
         }
 
     def erase(self, *users: str) -> list[bool]:
