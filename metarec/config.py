@@ -234,6 +234,19 @@ class TrainConfig(Section):
     validate_every: int = Field(50, ge=1)
     validation_users: int = Field(200, ge=1, description="validate on the first so many validation users at most")
     patience: int = Field(4, ge=1, description="validations without a better one before stopping")
+    # What is left at its default is left out of names and identities, which are those of before there was a choice.
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine",
+        description="how rates fall after the warm-up: to 0 along half a cosine or a line, or not at all",
+        exclude_if=lambda name: name == "cosine",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="share of the outer loss that is taken at the opposite labels",
+        exclude_if=lambda share: not share,
+    )
 
     @model_validator(mode="after")
     def _a_query_holds_its_minimum(self) -> TrainConfig:
@@ -245,6 +258,41 @@ class TrainConfig(Section):
     @classmethod
     def _loss_is_known(cls, name: str) -> str:
         return checked(LOSSES, name)
+
+
+class AugmentConfig(Section):
+    """How fine-tuning varies what it reads of items; validation and the fitted model read the texts as they are."""
+
+    drop_fields: float = Field(0.0, ge=0, lt=1, description="share of fields, but for titles, that are left empty")
+    shuffle_fields: bool = Field(False, description="the values of a field that holds several come in random order")
+    rewrites: str | None = Field(
+        None, description="a column of items with your own wording, which takes the title's place every other time"
+    )
+    prompts: tuple[str, ...] = Field(
+        (), description="templates that say the prompt in other words, each drawn as often as the prompt itself"
+    )
+
+
+class FineTuneConfig(TrainConfig):
+    """How one model is fine-tuned for all users; see `metarec.scorers.language.fine_tuning`."""
+
+    trainable: Literal["lora", "all"] = Field("lora", description="one LoRA for all users, or every parameter")
+    form: Literal["lora", "dora"] = Field("lora", description="of a LoRA: dora learns the weights' lengths beside it")
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    targets: tuple[str, ...] | None = Field(None, description="linear layers that carry the LoRA; null: PEFT's choice")
+    history: int = Field(8, ge=2, description="rated items that a prompt shows at most")
+    per_user: bool = Field(False, description="the fitted model gives every user a LoRA on top, and reads no history")
+    classes: int | None = Field(
+        None, ge=2, description="fine-tune a classifier with so many evenly spaced ratings; null: answer words"
+    )
+    class_loss: float = Field(0.0, ge=0, description="weight of the cross-entropy of a classifier's classes")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the LoRA's input, and of all dropout layers")
+    fgm: float = Field(0.0, ge=0, description="length of an adversarial step on the embeddings of words; 0: none")
+    contrastive: float = Field(0.0, ge=0, description="weight of InfoNCE over pairs of items that a user likes")
+    contrastive_users: int = Field(8, ge=2, description="pairs per step, each of another user")
+    temperature: float = Field(0.1, gt=0, description="divides the cosine of two items")
+    augment: AugmentConfig = AugmentConfig()
 
 
 class RunConfig(Section):
@@ -266,6 +314,12 @@ class RunConfig(Section):
         min_length=1,
         description="terms that the score sums; without the item mean, the collaborative term knows none either; "
         "module:attribute adds one of your own",
+    )
+    history: int = Field(
+        8,
+        ge=2,
+        description="of the term history: how many of a user's ratings a prompt shows at most",
+        exclude_if=lambda limit: limit == 8,
     )
     collaborative: CollaborativeConfig = CollaborativeConfig()
     adapter: AdapterConfig = AdapterConfig()

@@ -86,6 +86,11 @@ class Fitted:
         """The terms that read no language model."""
         return tuple(name for name in self.terms if not TERMS.get(name).needs_model)
 
+    @property
+    def reads_person(self) -> bool:
+        """Whether the language model reads every item again for every user."""
+        return any(TERMS.get(name).reads_person for name in self.terms)
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -175,6 +180,8 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
         stack,
         answer_model,
         side,
+        data.task.template,
+        config.history,
     )
     crossed = {name: term.fit(context) for name, term in terms.items() if term.fit is not None}
     head = fit_head_start(head_of(config), terms, crossed, context, answer_model, config.collaborative.linear)

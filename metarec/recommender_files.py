@@ -26,7 +26,7 @@ from metarec.lm.peft_files import load_adapter, save_adapter
 from metarec.lm.prompt_files import read_prompts, write_prompts
 from metarec.meta.inner_loop import MetaState
 from metarec.registries import ADAPTER_KINDS, ALGORITHMS, LOSSES
-from metarec.run_directory import FACTS
+from metarec.run_directory import FACTS, tuned_model
 from metarec.scorers.language.score import HEAD, HEAD_PARAMETER
 from metarec.scorers.serialization import read_scorer, write_scorer
 from metarec.tensors import AdapterState, read_tensors, write_tensors
@@ -98,6 +98,7 @@ def read_recommender(path: Path, place: Mapping[str, str]) -> tuple[Backbone | N
         )
     where = str(path / FACTS)
     config = validated(RunConfig, {**facts["config"], **place}, where)
+    config = config.model_copy(update={"backbone": tuned_model(path, config.backbone)})
     check_device(config.device, "device" if "device" in place else where)
     task = validated(Task, facts["task"], where)
     for registry, name in (

@@ -19,6 +19,7 @@ TERMS: Registry[Any] = Registry(
         "collaborative": "metarec.scorers.collaborative.terms:COLLABORATIVE",
         "side information": "metarec.scorers.collaborative.terms:SIDE",
         "prompt": "metarec.scorers.language.prompt_term:PROMPT",
+        "history": "metarec.scorers.language.history_term:HISTORY",
         "kernel mean": "metarec.scorers.language.weight_prior:KERNEL_MEAN",
         "adapter": "metarec.scorers.language.score:ADAPTER",
     },

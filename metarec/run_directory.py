@@ -9,8 +9,22 @@ from metarec.artifacts import recover_dir
 FACTS = "recommender.json"
 # Where a run's directory keeps its recommender.
 RUN_MODEL = "model"
+# Where a run keeps a fine-tuned language model, beside the recommender that reads it.
+TUNED_MODEL = "backbone"
 
 
 def recommender_dir(path: Path) -> Path | None:
     """Returns where a recommender lies: in a directory itself, or under `model` in the directory of a run."""
     return next((part for part in (path, path / RUN_MODEL) if recover_dir(part) and (part / FACTS).exists()), None)
+
+
+def tuned_model(path: Path, named: str) -> str:
+    """Returns where a recommender's fine-tuned model is: as it is named, or beside it where both were moved.
+
+    Args:
+        path: The recommender's directory.
+        named: The backbone that its settings name.
+    """
+    beside = path.parent / TUNED_MODEL
+    moved = Path(named).name == TUNED_MODEL and not Path(named).exists() and beside.is_dir()
+    return str(beside) if moved else named

@@ -18,6 +18,7 @@ from metarec.meta.algorithms import MetaGradient, closed_form
 from metarec.meta.distributed import ALONE, Ranks, mean_over_ranks
 from metarec.meta.heads import ClosedFormHead, takes_steps
 from metarec.meta.inner_loop import Loss, MetaState
+from metarec.meta.losses import smoothed
 from metarec.meta.outer_loop import Trained, train
 from metarec.registries import ALGORITHMS, LOSSES
 from metarec.scorers.language.score import (
@@ -122,7 +123,7 @@ def _meta_gradient(prepared: Prepared, config: RunConfig, meta: MetaState, batch
     """Returns the meta-gradient of a batch of meta-training users, by the algorithm that the settings name."""
     adapted = adapted_model(config, prepared.fitted.answer_model)
     damping = config.meta.user_bias_damping
-    loss = LOSSES.get(config.train.loss)
+    loss = smoothed(LOSSES.get(config.train.loss), config.train.label_smoothing)
 
     def inner(some: Sequence[Episode]) -> Loss:
         support = _out_of_fold_batch(prepared, some, config, support=True)

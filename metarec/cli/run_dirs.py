@@ -8,6 +8,7 @@ from pathlib import Path
 
 from metarec.artifacts import MANIFEST, recover_dir
 from metarec.errors import ConfigError, shown
+from metarec.run_directory import TUNED_MODEL
 
 
 def run_dir(runs: Path, name: str) -> Path:
@@ -31,11 +32,11 @@ def refuse_overwriting(run: Path, resume: bool, fresh: bool) -> None:
 
 def clear_run(run: Path) -> None:
     """Deletes what `train`, `evaluate` and `quickstart` keep in a run, and nothing else."""
-    folders = [run / name for name in ("checkpoint", "model", "user") if recover_dir(run / name)]
+    folders = [run / name for name in ("checkpoint", "model", TUNED_MODEL, "user") if recover_dir(run / name)]
     for folder in folders:
         if not (folder / MANIFEST).exists():
             raise ConfigError(f"'{folder}' was not written by metarec", "Move it, or choose another --name")
     for folder in folders:
         shutil.rmtree(folder)
-    for name in ("config.yaml", "table.json", "per_user.parquet", "user.json"):
+    for name in ("config.yaml", "finetune.yaml", "table.json", "per_user.parquet", "user.json"):
         (run / name).unlink(missing_ok=True)

@@ -56,7 +56,7 @@ def check_names(settings: RunConfig) -> None:
     from metarec.lm.hub import check_backbone
 
     check_device_name(settings.device)
-    _chosen_task(settings)
+    chosen_task(settings)
     features = settings.collaborative.features or ("text",)
     if {"prompt", "adapter"} & set(settings.score) or "lm" in features:
         check_backbone(settings.backbone)
@@ -64,7 +64,7 @@ def check_names(settings: RunConfig) -> None:
         check_backbone(settings.collaborative.encoder)
 
 
-def _chosen_task(settings: RunConfig) -> str | Task:
+def chosen_task(settings: RunConfig) -> str | Task:
     """Returns the task of some settings, or the table."""
     from metarec.data.source_options import is_table
     from metarec.data.task_files import load_task
@@ -98,7 +98,7 @@ def train_run(
     from metarec.data.source_options import is_table
     from metarec.run_directory import RUN_MODEL
 
-    chosen = _chosen_task(settings)
+    chosen = chosen_task(settings)
     from metarec.data.training_users import refuse_small_data
     from metarec.meta.distributed import ALONE
     from metarec.recommender import MetaRecommender

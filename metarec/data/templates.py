@@ -45,6 +45,11 @@ class PromptTemplate:
     def _compiled(self) -> BoundedTemplate:
         return _compile(self.text, self.where)
 
+    @cached_property
+    def has_blank(self) -> bool:
+        """Whether the answer fills a blank of the text instead of following it."""
+        return "mask" in names_in(self.text)
+
     def render(self, catalog: Catalog, code: int, special_tokens: Sequence[str] = (), mask: str = "") -> str:
         """Returns the prompt of one item.
 

@@ -24,7 +24,7 @@ from metarec.lm.tokenized import CatalogPrompts
 
 _LOG = logging.getLogger(__name__)
 # An encoder has no answer words of its own: its log-odds are a difference of cosines, sharpened like CLIP's.
-_ENCODER_SHARPNESS = 20.0
+ENCODER_SHARPNESS = 20.0
 _SAMPLE_ITEMS = 256
 
 
@@ -135,11 +135,16 @@ class AnswerModel:
     def _answer_axis(self) -> tuple[Tensor, Tensor]:
         if self.prompts.answers is None:
             yes, no = (_encode(self.backbone, ids) for ids in self.prompts.answer_texts)
-            return (yes - no) * _ENCODER_SHARPNESS, yes.new_zeros(())
+            return (yes - no) * ENCODER_SHARPNESS, yes.new_zeros(())
         return self.backbone.answer_direction(*self.prompts.answers)
 
     def answer(self, state: Tensor) -> Tensor:
-        """Turns states into log p(yes) - log p(no), each the same bits whatever states are beside it."""
+        """Turns states into log p(yes) - log p(no), each the same bits whatever states are beside it.
+
+        Of a classifier it is what `metarec.lm.rating_classes.RatingClasses.answer` makes of its classes.
+        """
+        if self.backbone.kind == "classifier":
+            return self.backbone.class_answer(state)
         if self.prompts.answers is not None and self.backbone.logit_rule.cap is not None:
             yes, no = self.backbone.word_logits(state, self.prompts.answers).unbind(-1)
             return yes - no

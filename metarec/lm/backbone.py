@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from metarec.artifacts import load_json
+from metarec.artifacts import content_hash, load_json, replace_dir
 from metarec.devices import check_device
 from metarec.errors import BackboneError
 from metarec.lm.embedded import unpack_smollm2, unpacked_smollm2
@@ -29,6 +29,7 @@ from metarec.lm.names import MINILM as MINILM
 from metarec.lm.names import SMOLLM2 as SMOLLM2
 from metarec.lm.names import minilm_dir, named_dir, smollm2_gguf
 from metarec.lm.plain_llama import open_llama
+from metarec.lm.rating_classes import RatingClasses
 from metarec.lm.whole_model import Kind as Kind
 from metarec.lm.whole_model import open_model, open_tokenizer, transformers_package
 
@@ -45,7 +46,8 @@ class Backbone:
 
     Args:
         name: How it was asked for: an embedded name, a Hugging Face name, or a directory.
-        kind: ``causal`` and ``masked`` models score by answer words; an ``encoder`` by its pooled state.
+        kind: ``causal`` and ``masked`` models score by answer words; an ``encoder`` by its pooled state, a
+            ``classifier`` by its classes, which stand for ratings.
         fingerprint: See `metarec.lm.fingerprint`; part of every cache key and checkpoint.
         location: What PEFT should know as the base model: the directory or name it was loaded from.
         modules: The model's modules with its frozen weights: transformers' own, in evaluation mode, or those of
@@ -176,6 +178,17 @@ class Backbone:
         products = row_products(states.to(precise), head.weight[rows].to(precise))
         return self.logit_rule(products if bias is None else products + bias[rows].to(precise))
 
+    def class_logits(self, states: Tensor) -> Tensor:
+        """Returns a classifier's logits, shape (..., classes), of what its last layer multiplies, (..., hidden)."""
+        head = self.output_head()
+        precise = _at_least_float32(head.weight.dtype)
+        products = row_products(states.to(precise), head.weight.to(precise))
+        return products if head.bias is None else products + head.bias.to(precise)
+
+    def class_answer(self, states: Tensor) -> Tensor:
+        """Returns what a classifier's classes say of what its last layer multiplies, shape (...)."""
+        return self.classes.answer(self.class_logits(states))
+
     def last_states(self, texts: Sequence[Sequence[int]], shared: int) -> Tensor:
         """Reads texts that begin alike with the whole model, what they share once only; differentiable.
 
@@ -225,17 +238,42 @@ class Backbone:
         output = self.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
         return output.last_hidden_state, output.past_key_values
 
+    @cached_property
+    def classes(self) -> RatingClasses:
+        """What the classes of a classifier stand for.
+
+        Raises:
+            BackboneError: The model is no classifier of ratings.
+        """
+        found = RatingClasses.of_config(self.modules.config)
+        if self.kind != "classifier" or found is None:
+            raise BackboneError(f"'{self.name}' has no classes that stand for ratings", "Run metarec finetune")
+        return found
+
+    def output_head(self) -> torch.nn.Linear:
+        """Returns the last layer: of a classifier the one that gives a number per class, else the vocabulary's."""
+        if self.kind != "classifier":
+            return cast("torch.nn.Linear", self.model.get_output_embeddings())
+        outside = [
+            module
+            for name, module in self.model.named_modules()
+            if isinstance(module, torch.nn.Linear) and not name.startswith(f"{self.model.base_model_prefix}.")
+        ]
+        if not outside:
+            raise BackboneError(f"'{self.name}' has no layer for its classes", "Choose another model")
+        return outside[-1]
+
     def before_any_head(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Runs a whole masked LM of any architecture and returns what its vocabulary head multiplies.
+        """Runs a whole masked LM or classifier of any architecture and returns what its last layer multiplies.
 
         Args:
             inputs: What the model takes, such as ``input_ids`` and ``attention_mask``, shape (rows, tokens).
 
         Returns:
-            Shape (rows, tokens, hidden).
+            Shape (rows, tokens, hidden); (rows, hidden) of a classifier that reads one token alone.
         """
         caught: list[Tensor] = []
-        head = self.model.get_output_embeddings()
+        head = self.output_head()
         hook = head.register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
         try:
             self.model(**inputs)
@@ -305,6 +343,45 @@ def load_backbone(
     tokenizer = open_tokenizer(name, location)
     fingerprint = weights_fingerprint(location, config)
     return Backbone(name, kind, fingerprint, location, model.to(device), lambda: tokenizer)
+
+
+def load_classifier(name: str, classes: RatingClasses, *, device: str = "cpu", seed: int = 0) -> Backbone:
+    """Loads a model as a classifier of ratings; where it has no layer for so many classes, it gets a new one.
+
+    Args:
+        name: See `load_backbone`.
+        classes: What the classes stand for.
+        device: Where its weights go.
+        seed: Of a new layer.
+
+    Raises:
+        BackboneError: See `load_backbone`.
+    """
+    check_device(device)
+    location = prepare_backbone(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, kind, config = open_model(name, location, torch.float32, classes)
+    tokenizer = open_tokenizer(name, location)
+    if model.config.pad_token_id is None:  # causal models find a text's last token by it
+        model.config.pad_token_id = tokenizer.pad_token_id or 0
+    fingerprint = content_hash([weights_fingerprint(location, config), classes.to_config(), seed])
+    return Backbone(name, kind, fingerprint, location, model.to(device), lambda: tokenizer)
+
+
+def save_backbone(path: Path, backbone: Backbone) -> None:
+    """Writes a model as a directory that transformers, vLLM and `load_backbone` read, with a manifest.
+
+    Args:
+        path: The directory to create or replace.
+        backbone: The model, all of it.
+
+    Raises:
+        ArtifactError: `path` holds something else, or the disk is full.
+    """
+    with replace_dir(path, "model") as directory:
+        backbone.model.save_pretrained(directory)
+        backbone.tokenizer.save_pretrained(directory)
 
 
 def _blocks_alone(name: str, location: str, device: str, dtype: torch.dtype) -> Backbone | None:

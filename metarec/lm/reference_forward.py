@@ -59,7 +59,7 @@ class ReferenceForward:
                     module = self.backbone.model.get_submodule(name)
                     hooks.callback(module.register_forward_hook(hook).remove)
             inputs = {"input_ids": tokens, "attention_mask": mask.long()}
-            if self.backbone.kind == "masked":
+            if self.backbone.kind in ("masked", "classifier"):
                 hidden = self.backbone.before_any_head(inputs)
             else:
                 hidden = self.backbone.model.base_model(**inputs, **self._no_cache()).last_hidden_state
@@ -69,6 +69,8 @@ class ReferenceForward:
         elif self.backbone.kind == "masked":
             blank = (tokens == self.prompts.mask_token).int().argmax(1)
             read = hidden[last, blank]
+        elif hidden.ndim == 2:  # a classifier that pools before its last layer
+            read = hidden
         else:
             read = hidden[last, lengths - 1]
         return read.view(users, count, -1)

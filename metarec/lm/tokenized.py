@@ -164,7 +164,7 @@ def tokenize_catalog(backbone: Backbone, template: PromptTemplate, catalog: Cata
             "Choose a model whose tokenizer knows the words, or name a field in the template that tells items apart",
         )
     answers = None
-    if backbone.kind != "encoder":
+    if backbone.kind not in ("encoder", "classifier"):
         answers = (
             backbone.answer_token(texts[0], template.positive),
             backbone.answer_token(texts[0], template.negative),
@@ -223,7 +223,7 @@ def _within(
         f"{count} of {len(tokens)} texts of '{where}' are longer than the {limit} tokens that '{backbone.name}' reads "
         f"(item '{catalog.ids[longest]}' has {len(tokens[longest])})"
     )
-    if backbone.kind != "encoder":
+    if backbone.kind not in ("encoder", "classifier"):
         raise ConfigError(said, "Cut a field in the template, such as {{ text[:200] }}, or choose another model")
     _LOG.warning("%s: their ends are cut off", said)
     return tuple((*ids[: limit - 1], ids[-1]) if len(ids) > limit else tuple(ids) for ids in tokens)

@@ -17,11 +17,12 @@ from metarec.errors import BackboneError, MetarecError
 from metarec.lm.hub import find_on_hub
 from metarec.lm.model_files import refuse_missing_weights
 from metarec.lm.names import missing_model_cure
+from metarec.lm.rating_classes import RatingClasses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Kind = Literal["causal", "masked", "encoder"]
+Kind = Literal["causal", "masked", "encoder", "classifier"]
 
 
 def transformers_package() -> Any:
@@ -34,13 +35,17 @@ def transformers_package() -> Any:
     return transformers
 
 
-def open_model(name: str, location: str, dtype: torch.dtype) -> tuple[Any, Kind, Any]:
+def open_model(
+    name: str, location: str, dtype: torch.dtype, classes: RatingClasses | None = None
+) -> tuple[Any, Kind, Any]:
     """Opens a frozen model in evaluation mode; returns it, its kind and its configuration.
 
     Args:
         name: How it was asked for.
         location: Its directory, or its name on the Hugging Face hub.
         dtype: Type of the weights.
+        classes: Opens it as a classifier of ratings, with a new output layer where it has none for so many classes;
+            None opens what its configuration says it is.
 
     Raises:
         BackboneError: It cannot be fetched or loaded, or needs remote code.
@@ -51,12 +56,18 @@ def open_model(name: str, location: str, dtype: torch.dtype) -> tuple[Any, Kind,
         config = transformers.AutoConfig.from_pretrained(location, **here)
         if getattr(config, "auto_map", None):
             raise _remote_code_error(name)
-        kind = _kind(config)
+        kind = _kind(config) if classes is None else "classifier"
         loader = {
             "causal": transformers.AutoModelForCausalLM,
             "masked": transformers.AutoModelForMaskedLM,
             "encoder": transformers.AutoModel,
+            "classifier": transformers.AutoModelForSequenceClassification,
         }[kind]
+        options: dict[str, Any] = {}
+        if classes is not None:
+            config.num_labels = len(classes.ratings)
+            config.update(classes.to_config())
+            options = {"config": config, "ignore_mismatched_sizes": True}
         # Eager attention is the only one of transformers' kernels with a second derivative on every device.
         model, loading = loader.from_pretrained(
             location,
@@ -65,8 +76,10 @@ def open_model(name: str, location: str, dtype: torch.dtype) -> tuple[Any, Kind,
             dtype=dtype,
             attn_implementation="eager",
             output_loading_info=True,
+            **options,
         )
-        refuse_missing_weights(name, loading["missing_keys"])
+        body = "" if classes is None else f"{model.base_model_prefix}."
+        refuse_missing_weights(name, [key for key in loading["missing_keys"] if key.startswith(body)])
     return model.requires_grad_(False).eval(), kind, config
 
 
@@ -113,6 +126,8 @@ def _kind(config: Any) -> Kind:
     if not isinstance(layers, int) or layers < 1:
         raise BackboneError(f"the configuration's number of layers is {layers!r}", "Fetch the model again")
     architecture = str((config.architectures or [""])[0])
+    if architecture.endswith("ForSequenceClassification") and RatingClasses.of_config(config) is not None:
+        return "classifier"
     if architecture.endswith("ForMaskedLM"):
         return "masked"
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):

@@ -6,8 +6,9 @@ A loss is one function and one name in `metarec.registries.LOSSES`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -107,6 +108,45 @@ def mse(scores: Tensor, labels: Labels, sharpness: float) -> Tensor:
         Shape (users,).
     """
     return _mean((scores - labels.target).square(), labels.real)
+
+
+def smoothed(loss: QueryLoss, share: float) -> QueryLoss:
+    """Returns a loss of which a share is taken at the opposite labels.
+
+    Of the binary cross-entropy this is label smoothing; of a loss of pairs, each pair counts the other way round by the
+    share.
+
+    Args:
+        loss: The loss.
+        share: Share of the opposite labels; 0 returns the loss itself.
+
+    Source: Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7, with two classes.
+    """
+    if not share:
+        return loss
+
+    def both(scores: Tensor, labels: Labels, sharpness: float) -> Tensor:
+        opposite = replace(labels, liked=~labels.liked, target=-labels.target)
+        return (1 - share) * loss(scores, labels, sharpness) + share * loss(scores, opposite, sharpness)
+
+    return both
+
+
+def info_nce(scores: Tensor, also: Tensor) -> Tensor:
+    """Returns the InfoNCE loss of pairs: each first's own second against all others' seconds.
+
+    Args:
+        scores: How alike every first and every second are, over the temperature, shape (pairs, pairs).
+        also: Seconds of others that are no wrong answers, shape (pairs, pairs); the diagonal does not count.
+
+    Returns:
+        Shape (pairs,).
+
+    Source: van den Oord, Li and Vinyals 2018, "Contrastive Predictive Coding", eq. 4.
+    """
+    own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    wrong = scores.masked_fill(also & ~own, -torch.inf)
+    return functional.cross_entropy(wrong, torch.arange(len(scores), device=scores.device), reduction="none")
 
 
 def _pair_loss(scores: Tensor, wins: Tensor, sharpness: float) -> Tensor:

@@ -138,7 +138,7 @@ def train(
     description: str = "meta-training",
     ranks: Ranks = ALONE,
 ) -> Trained:
-    """Runs the outer loop with AdamW, warm-up and cosine decay, clipping and early stopping.
+    """Runs the outer loop with AdamW, warm-up and a schedule of rates, clipping and early stopping.
 
     A checkpoint is written at every validation, and when the loop is interrupted. Of several processes the first one
     moves the meta-parameters, decides and writes; the others hold copies of its meta-parameters, bit for bit.
@@ -269,8 +269,10 @@ def _optimizer(tensors: Mapping[str, Tensor], config: TrainConfig) -> tuple[torc
     def schedule(step: int) -> float:
         if step < config.warmup:
             return (step + 1) / config.warmup
+        if config.schedule == "constant":
+            return 1.0
         done = (step - config.warmup) / max(config.steps - config.warmup, 1)
-        return 0.5 * (1 + math.cos(math.pi * done))
+        return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
     return torch.optim.AdamW([group for group in groups if group["params"]]), schedule
 

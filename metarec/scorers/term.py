@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metarec.data.interactions import Catalog, Codes, Flags, Interactions, Ratings, Values
+from metarec.data.templates import PromptTemplate
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.side_effects import FittedSide
 from metarec.scorers.collaborative.stack import FittedStack
@@ -120,6 +121,8 @@ class TermContext:
         answer_model: The language model over the catalog; None where the score has none.
         side: The effects of side information, in the same folds; None where the data have none. The stack's ratings
             lack them.
+        template: The task's prompt.
+        history_limit: How many of a user's ratings a prompt shows at most.
     """
 
     interactions: Interactions
@@ -130,6 +133,8 @@ class TermContext:
     stack: FittedStack
     answer_model: Any = None
     side: FittedSide | None = None
+    template: PromptTemplate | None = None
+    history_limit: int = 8
 
     @property
     def hidden(self) -> Callable[[str], Flags] | None:
@@ -147,6 +152,8 @@ class ScoreTerm:
         start: Its weight before meta-training.
         adapted: Whether the inner loop moves its weight for each user.
         needs_model: Whether it uses the language model.
+        reads_person: Whether the language model reads every item again for every user, so that no catalog is gone
+            through for one of them.
         classes: Classes of the fitted term and its parts, where `metarec.scorers.serialization` does not list them.
     """
 
@@ -154,6 +161,7 @@ class ScoreTerm:
     start: float = 1.0
     adapted: bool = False
     needs_model: bool = False
+    reads_person: bool = False
     classes: tuple[type[Any], ...] = ()
 
 

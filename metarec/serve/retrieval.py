@@ -149,10 +149,12 @@ def is_small(items: int) -> bool:
 def reads_all(trained: MetaRecommender) -> bool:
     """Says whether the language model, if there is one, reads the whole catalog before the first ranking.
 
-    It does not where that would take long, and other terms can say which items are worth reading.
+    It does not where that would take long, or be done for every user, and other terms can say which items are worth it.
     """
     fitted = trained.fitted
-    return fitted.answer_model is None or not fitted.cheap_terms or is_small(len(fitted.catalog))
+    if fitted.answer_model is None or not fitted.cheap_terms:
+        return True
+    return is_small(len(fitted.catalog)) and not fitted.reads_person
 
 
 class CandidateRetrieval:

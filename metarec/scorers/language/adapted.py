@@ -150,10 +150,17 @@ class MetaScorer:
         Returns:
             Every user's state.
         """
+        if self._head is None and not (self.inner.steps and self.meta.log_rate):
+            return self._unmoved(len(supports))
         batch = rated_batch(supports, self.terms, self.prior, self.answer_model, self.threshold, self.device)
         adapted = self._descend(batch, linearized) if self._head is None else self._solve(batch, *self._head)
         stored = round_adapter(adapted.state, self._stored, self.inner.storage)
         return replace(adapted, state=stored)
+
+    def _unmoved(self, users: int) -> Adapted:
+        """Returns the initialization for every user, for which nothing has to be read."""
+        adapted = adapt(self.meta, lambda state: next(iter(state.values())), users, 0)
+        return replace(adapted, state=round_adapter(adapted.state, self._stored, self.inner.storage))
 
     @property
     def _head(self) -> tuple[ClosedFormHead, AnswerModel] | None:

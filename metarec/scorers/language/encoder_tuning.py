@@ -38,6 +38,7 @@ from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import MetaState
+from metarec.meta.losses import info_nce
 from metarec.meta.outer_loop import train
 from metarec.scorers.collaborative.features import side_by_side
 from metarec.scorers.collaborative.residuals import Floats
@@ -307,9 +308,7 @@ class _Tuning:
         scores = scores - self.settings.frequency * self.log_frequency[drawn[:, 1]]
         # Another user's partner that this user likes too is no wrong answer.
         also = np.stack([np.isin(drawn[:, 1], self.pairs[user]) for user in users])
-        np.fill_diagonal(also, False)
-        scores = scores.masked_fill(torch.from_numpy(also), -torch.inf)
-        losses = torch.nn.functional.cross_entropy(scores, torch.arange(len(drawn)), reduction="none")
+        losses = info_nce(scores, torch.from_numpy(also))
         losses.mean().backward()
         gradients = {}
         for name, leaf in self.student.parameters.items():

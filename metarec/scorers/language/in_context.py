@@ -1,7 +1,7 @@
 """In-context recommendation: the prompt contains the user's history as solved examples, and nothing is trained.
 
 `InContext` has one prompt per candidate, `Listwise` one per list of candidates. The common start of a user's prompts,
-which includes the history, goes through the language model once. The model must be a causal LM.
+which includes the history, goes through a causal LM once; models that see in both directions read every prompt whole.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from metarec.data.templates import PromptTemplate, clean_field, content_free
 from metarec.errors import ConfigError, UnknownItemError
 from metarec.lm.backbone import Backbone
 from metarec.lm.tokenized import common_start
+from metarec.lm.whole_texts import read_texts, text_log_odds
 from metarec.progress import progress
 from metarec.scorer import Request, check_codes
 
@@ -31,6 +32,8 @@ _ANSWER = "Answer:"
 @dataclass(frozen=True)
 class History:
     """Writes a user's ratings as text: the task's prompt for each rated item, followed by its answer word.
+
+    In a prompt with a blank, the word fills the blank.
 
     Args:
         template: The task's prompt.
@@ -75,16 +78,21 @@ class History:
 
     def text(self, support: Ratings, special_tokens: Sequence[str]) -> str:
         """Returns the text before the question; empty for a user without ratings."""
+        return "".join(self.texts(support, special_tokens))
+
+    def texts(self, support: Ratings, special_tokens: Sequence[str]) -> list[str]:
+        """Returns the text of every example, in the order of the prompt."""
         items, likes = self.examples(support)
         words = {True: self.template.positive, False: self.template.negative}
         said = self._reviews(support, special_tokens)
-        return "".join(
-            self.template.render(self.catalog, int(code), special_tokens)
-            + words[liked]
-            + said.get(int(code), "")
-            + _BETWEEN
+        return [
+            self._solved(int(code), words[liked], special_tokens) + said.get(int(code), "") + _BETWEEN
             for code, liked in zip(items, likes, strict=True)
-        )
+        ]
+
+    def _solved(self, code: int, word: str, special_tokens: Sequence[str]) -> str:
+        solved = self.template.render(self.catalog, code, special_tokens, word.strip())
+        return solved if self.template.has_blank else solved + word
 
     @staticmethod
     def _reviews(support: Ratings, special_tokens: Sequence[str]) -> dict[int, str]:
@@ -100,7 +108,8 @@ class InContext:
     """Scores a candidate by the log-odds of the yes word after the user's history and the candidate's prompt.
 
     Args:
-        backbone: A causal LM.
+        backbone: The model. A masked LM fills the candidate's blank, an encoder compares with the two answers, a
+            classifier gives the log-odds of its classes.
         history: Writes a user's ratings into the prompt.
         calibrated: Subtracts the log-odds of a candidate without content under the same history (Zhao et al. 2021);
             the order of one user's candidates does not change.
@@ -108,7 +117,7 @@ class InContext:
         bytes_per_user: See `Scorer`.
 
     Raises:
-        ConfigError: The model is not a causal LM.
+        ConfigError: The model is a masked LM, and the prompt has no blank.
 
     Source: Brown et al. 2020, "Language Models are Few-Shot Learners", section 2.
     """
@@ -120,7 +129,10 @@ class InContext:
     bytes_per_user: int = 0
 
     def __post_init__(self) -> None:
-        _need_causal(self.backbone)
+        if self.backbone.kind == "masked" and not self.history.template.has_blank:
+            raise ConfigError(
+                f"the prompt leaves '{self.backbone.name}' no blank to fill in", "Put {{ mask }} where the answer goes"
+            )
 
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
         """See `Scorer.score`."""
@@ -129,12 +141,27 @@ class InContext:
     def log_odds(self, request: Request) -> Tensor:
         """Returns log p(yes) - log p(no) of every candidate, differentiable, shape (candidates,)."""
         items, place = np.unique(request.candidates, return_inverse=True)
-        states = _states(self.backbone, self._texts(request.support, items))
-        logits = self.backbone.word_logits(states, self._answers)
-        odds = logits[:, 0] - logits[:, 1]
+        odds = self._odds(self._texts(request.support, items))
         if self.calibrated and len(items):
             odds = odds[:-1] - odds[-1]
         return odds[torch.from_numpy(place).to(odds.device)]
+
+    def class_logits(self, request: Request) -> Tensor:
+        """Returns a classifier's logits of every candidate, differentiable, shape (candidates, classes)."""
+        states = read_texts(self.backbone, self._texts(request.support, request.candidates))
+        return self.backbone.class_logits(states)
+
+    def states(self, items: Codes) -> Tensor:
+        """Returns the states behind the answers about some items without a history, shape (items, hidden)."""
+        texts = [self._question(int(code)) for code in items]
+        return _states(self.backbone, texts) if self.backbone.kind == "causal" else read_texts(self.backbone, texts)
+
+    def _odds(self, texts: Sequence[str]) -> Tensor:
+        if self.backbone.kind != "causal":
+            template = self.history.template
+            return text_log_odds(self.backbone, texts, template.positive, template.negative)
+        logits = self.backbone.word_logits(_states(self.backbone, texts), self._answers)
+        return logits[:, 0] - logits[:, 1]
 
     def prompt_text(self, request: Request, candidate: int) -> str:
         """Returns the text that is read to score a candidate."""
@@ -146,15 +173,36 @@ class InContext:
 
     def _texts(self, support: Ratings, items: Codes) -> list[str]:
         """Returns the prompt of every item; if calibrated, the last one is a prompt without content."""
-        history = self.history.text(support, self.backbone.special_tokens)
         questions = [self._question(int(code)) for code in items]
         if self.calibrated and questions:
             blank = content_free(self.history.catalog)
-            questions.append(self.history.template.render(blank, 0, self.backbone.special_tokens))
+            questions.append(self.history.template.render(blank, 0, self.backbone.special_tokens, self._mask))
+        history = self._fitting(self.history.texts(support, self.backbone.special_tokens), questions)
         return [history + question for question in questions]
 
+    def _fitting(self, examples: Sequence[str], questions: Sequence[str]) -> str:
+        """Returns a history as text; of a model that sees in both directions, the examples that it has places for.
+
+        Such models have few positions. Of a causal LM, a history that is too long is refused when it is read.
+        """
+        limit = self.backbone.max_tokens
+        if self.backbone.kind == "causal" or limit is None or not questions or not examples:
+            return "".join(examples)
+        asked = max(map(len, self.backbone.tokenize(questions)))
+        lengths = [len(ids) for ids in self.backbone.tokenize(examples)]
+        kept = next(
+            first
+            for first in range(len(examples) + 1)
+            if asked + sum(lengths[first:]) <= limit or first == len(examples)
+        )
+        return "".join(examples[kept:])
+
     def _question(self, code: int) -> str:
-        return self.history.template.render(self.history.catalog, code, self.backbone.special_tokens)
+        return self.history.template.render(self.history.catalog, code, self.backbone.special_tokens, self._mask)
+
+    @property
+    def _mask(self) -> str:
+        return str(self.backbone.tokenizer.mask_token) if self.backbone.kind == "masked" else ""
 
     @cached_property
     def _answers(self) -> tuple[int, int]:
@@ -277,8 +325,10 @@ def _need_causal(backbone: Backbone) -> None:
 
 
 def _tokens(backbone: Backbone, texts: Sequence[str]) -> tuple[list[list[int]], int]:
-    """Returns texts' tokens and the number of leading tokens that they share, less than the shortest text has."""
+    """Returns texts' tokens and how many leading ones a causal LM reads once, less than the shortest text has."""
     tokens = backbone.tokenize(texts) if texts else []
+    if backbone.kind != "causal":
+        return tokens, 0
     return tokens, min(common_start([*map(tuple, tokens)]), min(map(len, tokens)) - 1) if tokens else 0
 
 

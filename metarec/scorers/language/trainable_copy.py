@@ -1,13 +1,14 @@
 """A copy of a language model of which a LoRA, or every parameter, can be trained.
 
-Source: Hu et al. 2021, "LoRA".
+Sources: Hu et al. 2021, "LoRA"; Liu et al. 2024, "DoRA".
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ class Recipe:
         targets: Linear layers that carry the LoRA; None takes those that PEFT knows for the architecture, which are
             queries and values of a Llama.
         seed: Of the LoRA's A.
+        form: ``dora`` learns the length of every output's weights beside a low-rank update of their direction.
+        dropout: Of the LoRA's input, and of the model's own dropout layers, while it is trained.
     """
 
     trainable: Trainable
@@ -38,6 +41,8 @@ class Recipe:
     alpha: float = 16.0
     targets: tuple[str, ...] | None = None
     seed: int = 0
+    form: Literal["lora", "dora"] = "lora"
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,10 @@ class TrainableCopy:
         """Sets the trained parameters, without copying the tensors."""
         for name, parameter in self.parameters.items():
             parameter.data = tensors[name]
+
+    def training(self, on: bool, seed: int = 0) -> AbstractContextManager[None]:
+        """Returns a context in which dropout, where the recipe has any, draws by a seed."""
+        return _dropping(self.backbone.model, seed) if on else nullcontext()
 
     def finish(self) -> None:
         """Merges a LoRA into copies of the weights that it changes, and freezes everything."""
@@ -88,9 +97,41 @@ def trainable_copy(backbone: Backbone, recipe: Recipe) -> TrainableCopy:
     }
     model = copy.deepcopy(backbone.model, shared)
     wrapped = None if full else _with_lora(model, recipe, backbone)
+    if not full and backbone.kind == "classifier":
+        _own_head(model)
+    if recipe.dropout:
+        _set_dropout(model, recipe.dropout)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     model.eval()
     return TrainableCopy(replace(backbone, modules=model, open_model=None), parameters, wrapped)
+
+
+def _own_head(model: Any) -> None:
+    """Gives a classifier's copy trainable parameters of its own for all that lies behind its body."""
+    for name, module in model.named_modules():
+        if name.startswith(f"{model.base_model_prefix}.") or name == model.base_model_prefix:
+            continue
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, key, torch.nn.Parameter(parameter.detach().clone(), requires_grad=True))
+
+
+def _set_dropout(model: Any, share: float) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = share
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = share
+
+
+@contextmanager
+def _dropping(model: Any, seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.train()
+        try:
+            yield
+        finally:
+            model.eval()
 
 
 def _with_lora(model: Any, recipe: Recipe, backbone: Backbone) -> Any:
@@ -101,6 +142,8 @@ def _with_lora(model: Any, recipe: Recipe, backbone: Backbone) -> Any:
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # the factor is a quotient; any number does
         target_modules=None if recipe.targets is None else list(recipe.targets),
+        use_dora=recipe.form == "dora",
+        lora_dropout=recipe.dropout,
         # GPT-2 keeps its weights as (in, out).
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
         task_type=backbone.task_type,

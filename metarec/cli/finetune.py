@@ -1,0 +1,96 @@
+"""The verb ``finetune``: one language model for all users, in a run that is used like any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from metarec.cli.options import (
+    BackboneOption,
+    DeviceOption,
+    JsonOption,
+    NameOption,
+    RunsOption,
+    SeedOption,
+    TaskOption,
+    show,
+)
+from metarec.cli.run_dirs import clear_run, refuse_overwriting, run_dir
+from metarec.cli.training import check_names, chosen_task
+from metarec.errors import ConfigError
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog="Example: metarec finetune movielens/user-cold --name tuned && metarec evaluate runs/tuned; a BERT with "
+    "five classes: metarec finetune --backbone bert-base-uncased --name stars --set trainable=all --set classes=5 "
+    "--set class_loss=1"
+)
+def finetune(
+    what: Annotated[
+        str | None, typer.Argument(metavar="TASK", help="A task, or a table, as of train.", show_default=False)
+    ] = None,
+    name: NameOption = "tuned",
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML file of fine-tuning settings.", show_default=False)
+    ] = None,
+    task: TaskOption = None,
+    backbone: BackboneOption = None,
+    device: DeviceOption = None,
+    seed: SeedOption = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="One setting, e.g. trainable=all or fgm=1, see docs/finetuning.md; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    runs: RunsOption = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run holds, and train anew.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Fine-tune a model for all users: a LoRA or all of it, by their histories; keep a recommender in RUNS/NAME."""
+    if what is not None and task is not None:
+        raise ConfigError(f"'{what}' and --task '{task}' are two tasks", "Give one")
+    run = run_dir(runs, name)
+    refuse_overwriting(run, resume, fresh)
+    from metarec.config import RunConfig, override, read_yaml, validated
+
+    named = {"task": what or task, "backbone": backbone, "device": device, "seed": seed}
+    score = ["item mean", "history"]
+    values = {**{key: value for key, value in named.items() if value is not None}, "score": score}
+    chosen = override(read_yaml(config) if config else {}, overrides or [])
+    settings = validated(RunConfig, values, "options")
+    check_names(settings)
+    import yaml
+
+    from metarec.artifacts import replace_file
+    from metarec.data.given_task import load_given
+    from metarec.finetuning import fine_tune_settings, fine_tuned_recommender
+    from metarec.meta.outer_loop import clear_checkpoint
+    from metarec.run_directory import RUN_MODEL, TUNED_MODEL
+
+    tuning = fine_tune_settings(chosen, str(config) if config else "--set")
+    data = load_given(chosen_task(settings), {}, settings.seed)
+    if fresh:
+        clear_run(run)
+    try:
+        recommender = fine_tuned_recommender(
+            data, tuning, settings, run / TUNED_MODEL, checkpoint=run / "checkpoint", resume=resume
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; nothing is lost: run the same command with --resume (run '{run}')", err=True)
+        raise
+    for file, kept in (("config.yaml", recommender.config), ("finetune.yaml", tuning)):
+        text = yaml.safe_dump(kept.model_dump(mode="json"), sort_keys=False)
+        replace_file(run / file, lambda target, text=text: target.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+    recommender.save_pretrained(run / RUN_MODEL)
+    if tuning.trainable == "all":  # four copies of a whole model are worth keeping only while they can be resumed from
+        clear_checkpoint(run / "checkpoint")
+    facts = {key: value for key, value in recommender.fitted.training.items() if key not in ("history", "fine_tuned")}
+    show({"run": str(run), "backbone": str(run / TUNED_MODEL), **facts}, json)
