@@ -98,6 +98,12 @@ class MetaConfig(Section):
     )
     shrinkage: float = Field(5.0, ge=0, description="pseudo-count in the support loss's denominator")
     user_bias_damping: float = Field(1.0, gt=0, description="pseudo-ratings that shrink the user bias to 0")
+    half_life: Annotated[float, Field(gt=0)] | Literal["learned"] | None = Field(
+        None,
+        description="days after which a rating counts half in the inner loop; learned: by validation users; null: all "
+        "ratings count alike",
+        exclude_if=lambda days: days is None,
+    )
 
     @model_validator(mode="after")
     def _learn2learn_starts_at_the_initialization(self) -> MetaConfig:
@@ -245,6 +251,19 @@ class TrainConfig(Section):
         ge=0,
         lt=0.5,
         description="share of the outer loss that is taken at the opposite labels",
+        exclude_if=lambda share: not share,
+    )
+    anchor: float = Field(
+        0.0,
+        ge=0,
+        description="of train --from: strength of an L2 pull of the meta-parameters to the old run's",
+        exclude_if=lambda strength: not strength,
+    )
+    replay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="of train --from: share of a step's users that are drawn from the old run's task",
         exclude_if=lambda share: not share,
     )
 

@@ -243,6 +243,7 @@ def meta_scorer(
         algorithm=config.meta.algorithm,
         start=config.meta.start,
         storage=getattr(torch, config.adapter.storage),
+        half_life=half_life_of(config, fitted),
     )
     return MetaScorer(
         fitted.meta,
@@ -254,6 +255,12 @@ def meta_scorer(
         rate_scale=rate_scale,
         name=name,
     )
+
+
+def half_life_of(config: RunConfig, fitted: Fitted) -> float | None:
+    """Returns the half-life of ratings in days: as set, or as meta-training learned it; None where all count alike."""
+    days = config.meta.half_life
+    return fitted.training.get("half_life") if days == "learned" else days
 
 
 def read_items(fitted: Fitted, episodes: Sequence[Episode]) -> None:

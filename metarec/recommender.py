@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from metarec.adapted_user import AdaptedUser
 from metarec.artifacts import recover_dir
 from metarec.config import Dtype, Precision, RunConfig, validated
+from metarec.continual import OldRun, forgetting
 from metarec.data.frames import is_frame
 from metarec.data.given_ratings import GivenRatings
 from metarec.data.interactions import Ratings
@@ -171,6 +172,7 @@ class MetaRecommender(SearchesItems, WritesProfiles):
         checkpoint: str | Path | None = None,
         resume: bool = False,
         fresh: bool = False,
+        start: MetaRecommender | str | Path | None = None,
         ranks: Ranks = ALONE,
         **own: Any,
     ) -> MetaRecommender:
@@ -184,6 +186,8 @@ class MetaRecommender(SearchesItems, WritesProfiles):
             checkpoint: Where the training state is kept; None keeps it in a temporary directory.
             resume: Goes on from `checkpoint` if it is there, of the same data and settings; `train.steps` may be more.
             fresh: Deletes `checkpoint` if it is there, and trains anew; without either, one that is there is refused.
+            start: An old run, or a recommender, whose meta-parameters meta-training goes on from; `train.replay` and
+                `train.anchor` keep it from forgetting the old run's users.
             ranks: The processes that train together, from `metarec.meta.distributed.launched`; the first writes.
             **own: Of a table: columns by our name (``title="name"``, or ``columns={"title": "name"}``), options of the
                 file (``separator``, ``encoding``, ``scale``, ``items``, ``bad_rows``), and keys of a task (``shots``,
@@ -206,15 +210,39 @@ class MetaRecommender(SearchesItems, WritesProfiles):
         refuse_small_data(data, self.config.train)
         data.evaluated("validation")  # now, not after minutes of fitting
         identity = training_identity(data, for_task(self.config, data.task), self._backbone_for(data.task))
+        old = None if start is None else self._old_run(start)
+        identity |= {} if old is None else {"from": old.digest}
         if kept and fresh:
             clear_checkpoint(kept)
         elif kept and resume and recover_dir(kept):
             check_checkpoint(kept, identity, self.config.train.steps)
         with tempfile.TemporaryDirectory() as scratch:
             where = kept or Path(scratch) / "checkpoint"
-            fitted = meta_train(data, self._prepare(data), self.config, identity, where, resume, ranks)
+            fitted = meta_train(data, self._prepare(data), self.config, identity, where, resume, ranks, old)
         self._keep(fitted, data)
         return self
+
+    def _old_run(self, start: MetaRecommender | str | Path) -> OldRun:
+        before = start if isinstance(start, MetaRecommender) else MetaRecommender.from_pretrained(start)
+        if not self.config.train.replay:
+            return OldRun(before.fitted, before.digest)
+        data = before.task_data()
+        return OldRun(before.fitted, before.digest, (data, self._prepare(data)))
+
+    def forgetting(self, old: MetaRecommender | str | Path, **own: Any) -> list[dict[str, Any]]:
+        """Returns what going on from an old run did to its users and to the new ones.
+
+        Args:
+            old: The old run, or its recommender; see `fit`.
+            **own: See `fit`.
+
+        Returns:
+            See `metarec.continual.forgetting`.
+        """
+        before = old if isinstance(old, MetaRecommender) else MetaRecommender.from_pretrained(old)
+        return forgetting(
+            self.fitted, self.task_data(None, **own), before.fitted, before.task_data(), self.config, before.config
+        )
 
     def prepare(self, task: TaskLike | None = None, **own: Any) -> MetaRecommender:
         """Fits everything but the meta-parameters, which stay as they start; returns itself, ready to score and adapt.

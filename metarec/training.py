@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metarec.config import RunConfig, flattened
+from metarec.continual import OldRun, pulled, start_from, with_replay
 from metarec.data.episodes import Episode, items_in, training_batch
 from metarec.data.training_users import episode_sizes, summary, users_by_shots
 from metarec.evaluate import validation_auc
-from metarec.fitting import Fitted, Prepared, adapted_model, head_of, meta_scorer
+from metarec.fitting import Fitted, Prepared, adapted_model, half_life_of, head_of, meta_scorer
 from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
 from metarec.meta.algorithms import MetaGradient, closed_form
@@ -35,6 +36,10 @@ from metarec.threads import one_thread
 
 if TYPE_CHECKING:
     from metarec.data.task_data import TaskData
+
+
+# In days, the longest first; None: all ratings count alike.
+_HALF_LIVES: tuple[float | None, ...] = (None, 1460.0, 365.0, 90.0, 30.0, 7.0)
 
 
 def training_identity(data: TaskData, config: RunConfig, backbone: Backbone | None) -> dict[str, Any]:
@@ -66,37 +71,54 @@ def meta_train(
     checkpoint: Path,
     resume: bool,
     ranks: Ranks = ALONE,
+    old: OldRun | None = None,
 ) -> Fitted:
     """Meta-trains on a task's meta-training users, a share of them on each rank; see `metarec.meta.outer_loop.train`.
+
+    Args:
+        data: The task's data.
+        prepared: What was fitted before meta-training.
+        config: The settings.
+        identity: See `training_identity`.
+        checkpoint: Directory of the training state.
+        resume: Goes on from it.
+        ranks: The processes that train together.
+        old: The run that meta-training goes on from; None where it starts afresh.
 
     Returns:
         What was prepared, with the meta-parameters of the best validation and a summary of the training.
     """
+    if old is not None:
+        prepared = replace(
+            prepared, fitted=replace(prepared.fitted, meta=start_from(prepared.fitted.meta, old.fitted.meta))
+        )
     fitted = prepared.fitted
+    anchor = fitted.meta.tensors()
 
     sizes = episode_sizes(data.task, config.train)
     enough = users_by_shots(data, sizes, prepared.context.hidden)
 
-    def batch_at(step: int) -> list[Episode]:
-        return training_batch(
-            data.interactions,
-            data.parts["train"],
-            batch_users=config.train.users,
-            shots=sizes.shots,
-            max_query=config.train.max_query,
-            min_query=sizes.min_query,
-            seed=config.seed,
-            step=step,
-            hidden=prepared.context.hidden,
-            short_supports=sizes.short_supports,
-        )
+    def batch_at(step: int, users: int = config.train.users) -> list[Episode]:
+        return _batch(data, prepared, config, step, users)
 
-    def gradient_at(meta: MetaState, step: int) -> MetaGradient:
-        batch = batch_at(step)
+    def mean_gradient(prepared: Prepared, batch: list[Episode], meta: MetaState) -> MetaGradient:
         own = ranks.share(batch)
         with one_thread(adapted_model(config, fitted.answer_model) is None):
             gradient = _meta_gradient(prepared, config, meta, own) if own else None
         return mean_over_ranks(gradient, meta, len(batch), ranks)
+
+    def gradient_at(meta: MetaState, step: int) -> MetaGradient:
+        if old is None or old.replayed is None or not config.train.replay:
+            gradient = mean_gradient(prepared, batch_at(step), meta)
+        else:
+            theirs, before = old.replayed
+            gradient = with_replay(
+                lambda users: mean_gradient(prepared, batch_at(step, users), meta),
+                lambda users: mean_gradient(before, _batch(theirs, before, config, step, users), meta),
+                config.train.users,
+                config.train.replay,
+            )
+        return gradient if old is None else pulled(gradient, meta, anchor, config.train.anchor)
 
     model = adapted_model(config, fitted.answer_model)
     if model is not None:
@@ -114,9 +136,41 @@ def meta_train(
         resume=resume,
         ranks=ranks,
     )
-    return replace(
+    found = replace(
         fitted, meta=trained.best, training={**_training_summary(trained), "users_by_shots": summary(enough)}
     )
+    return _with_half_life(found, data, config, ranks) if config.meta.half_life == "learned" else found
+
+
+def _batch(data: TaskData, prepared: Prepared, config: RunConfig, step: int, users: int) -> list[Episode]:
+    """Returns the episodes of a step's meta-training users."""
+    sizes = episode_sizes(data.task, config.train)
+    return training_batch(
+        data.interactions,
+        data.parts["train"],
+        batch_users=users,
+        shots=sizes.shots,
+        max_query=config.train.max_query,
+        min_query=sizes.min_query,
+        seed=config.seed,
+        step=step,
+        hidden=prepared.context.hidden,
+        short_supports=sizes.short_supports,
+    )
+
+
+def _with_half_life(fitted: Fitted, data: TaskData, config: RunConfig, ranks: Ranks) -> Fitted:
+    """Returns what was fitted with the half-life of ratings that orders validation users' items best.
+
+    Where several are equally good, the longest is taken, and before all of them none.
+    """
+    found: dict[float | None, float] = {}
+    for days in _HALF_LIVES:
+        with_days = replace(fitted, training={**fitted.training, "half_life": days})
+        found[days] = _validation_auc(data, with_days, config, ranks)
+    best = max(found, key=lambda days: found[days])
+    values = {"none" if days is None else f"{days:g}": value for days, value in found.items()}
+    return replace(fitted, training={**fitted.training, "half_life": best, "half_lives": values})
 
 
 def _meta_gradient(prepared: Prepared, config: RunConfig, meta: MetaState, batch: Sequence[Episode]) -> MetaGradient:
@@ -127,7 +181,13 @@ def _meta_gradient(prepared: Prepared, config: RunConfig, meta: MetaState, batch
 
     def inner(some: Sequence[Episode]) -> Loss:
         support = _out_of_fold_batch(prepared, some, config, support=True)
-        return support_loss(support, adapted, shrinkage=config.meta.shrinkage, user_bias_damping=damping)
+        return support_loss(
+            support,
+            adapted,
+            shrinkage=config.meta.shrinkage,
+            user_bias_damping=damping,
+            half_life=half_life_of(config, prepared.fitted),
+        )
 
     def outer(some: Sequence[Episode]) -> Loss:
         query = _out_of_fold_batch(prepared, some, config, support=False)

@@ -146,11 +146,25 @@ def train(
             show_default=False,
         ),
     ] = None,
+    old: Annotated[
+        Path | None,
+        typer.Option("--from", help="Go on from the meta-parameters of this run, on another task.", show_default=False),
+    ] = None,
+    replay: Annotated[
+        float | None,
+        typer.Option(help="With --from: share of each step's users that are the old run's.", show_default=False),
+    ] = None,
+    anchor: Annotated[
+        float | None,
+        typer.Option(help="With --from: strength of a pull to the old meta-parameters.", show_default=False),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run holds, and train anew.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Meta-train a recommender and keep it in RUNS/NAME."""
+    if old is None and (replay is not None or anchor is not None):
+        raise ConfigError("--replay and --anchor are given without --from", "Name the old run: --from runs/old")
     if what is not None and task is not None:
         raise ConfigError(f"'{what}' and --task '{task}' are two tasks", "Give one")
     options = source_options(None, items_file, items_id, column, separator, encoding, scale, header, line_breaks, side)
@@ -160,12 +174,31 @@ def train(
     refuse_overwriting(run, resume, fresh)
     go_on = "with --resume instead of --fresh" if fresh else "with --resume"
     named = {"task": task, "backbone": backbone, "device": device, "seed": seed}
-    settings = run_settings(config, preset, named, overrides, engine)
+    if old is not None:
+        check_run(old, device)
+    guards = [f"train.{key}={value}" for key, value in (("replay", replay), ("anchor", anchor)) if value is not None]
+    settings = run_settings(config or _settings_of(old), preset, named, [*(overrides or []), *guards], engine)
     with processes(settings) as ranks:
-        recommender = train_run(run, settings, resume, fresh, go_on, own, ranks)
+        recommender = train_run(run, settings, resume, fresh, go_on, own, ranks, old)
         training = recommender.fitted.training
         if ranks.leads:
-            show({"run": str(run), **{key: value for key, value in training.items() if key != "history"}}, json)
+            facts = {"run": str(run), **{key: value for key, value in training.items() if key != "history"}}
+            table = [] if old is None else recommender.forgetting(old)
+            if json:
+                print_json({**facts, "forgetting": table} if table else facts)
+                return
+            show(facts, json)
+            for row in table:
+                low, high = row["interval"]
+                who = f"{row['users']} ({row['count']} of {row['task']}, K = {row['shots']})"
+                change = f"{row['difference']:+.4f} [{low:+.4f} {high:+.4f}]"
+                typer.echo(f"{who}: AUC {row['auc_before']:.4f} before, {row['auc_after']:.4f} after: {change}")
+
+
+def _settings_of(old: Path | None) -> Path | None:
+    """Returns the file of an old run's settings, by which the run that goes on from it is trained; None without one."""
+    found = None if old is None else old / "config.yaml"
+    return found if found is not None and found.is_file() else None
 
 
 @app.command(

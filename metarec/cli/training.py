@@ -80,6 +80,7 @@ def train_run(
     go_on: str,
     own: Mapping[str, Any] | None = None,
     ranks: Ranks | None = None,
+    start: Path | None = None,
 ) -> MetaRecommender:
     """Meta-trains by some settings, and keeps the recommender in the run.
 
@@ -91,6 +92,7 @@ def train_run(
         go_on: What a person adds to the command to go on after an interruption.
         own: Of a table: see `MetaRecommender.fit`.
         ranks: The processes that train together, of which the first writes and prints; None is this one alone.
+        start: The run that it goes on from; None starts afresh.
     """
     import yaml
 
@@ -117,7 +119,7 @@ def train_run(
     if fresh and ranks.leads:
         clear_run(run)
     try:
-        recommender.fit(data, checkpoint=run / "checkpoint", resume=resume, ranks=ranks)
+        recommender.fit(data, checkpoint=run / "checkpoint", resume=resume, ranks=ranks, start=start)
     except KeyboardInterrupt:
         if ranks.leads:
             typer.echo(f"interrupted; nothing is lost: run the same command {go_on} (run '{run}')", err=True)

@@ -28,6 +28,7 @@ Times = NDArray[np.int64] | NDArray[np.float64]
 SplitPart = Literal["train", "validation", "test"]
 PART_NAMES: tuple[SplitPart, ...] = ("train", "validation", "test")
 # Parts of a field's name that say when an item appeared, the surest first.
+_DAY = 86_400
 _YEAR_FIELDS = ("year", "released", "published", "date")
 
 
@@ -124,12 +125,14 @@ class Ratings:
         values: Ratings on the dataset's scale, shape (ratings,).
         liked: What the task's label rule says of each, shape (ratings,); None where no rule was applied.
         side: What is known beside the ratings, of the user and of the moments; None where nothing is.
+        times: Seconds since 1970 of each, shape (ratings,); None where there is no time.
     """
 
     items: Codes
     values: Values
     liked: Flags | None = None
     side: Side | None = None
+    times: Times | None = None
 
     def __post_init__(self) -> None:
         if self.items.shape != self.values.shape or self.items.ndim != 1:
@@ -151,7 +154,16 @@ class Ratings:
             self.values[chosen],
             None if self.liked is None else self.liked[chosen],
             None if self.side is None else self.side.rows(chosen),
+            None if self.times is None else self.times[chosen],
         )
+
+    @property
+    def ages(self) -> Values:
+        """Days before the latest of these ratings, shape (ratings,); 0 where there is no time."""
+        if self.times is None or not len(self):
+            return np.zeros(len(self), np.float32)
+        ages: Values = ((self.times.max() - self.times) / _DAY).astype(np.float32)
+        return ages
 
     def head(self, count: int) -> Ratings:
         """Returns the first `count` ratings."""
@@ -171,7 +183,7 @@ class Ratings:
 
     def unlabelled(self) -> Ratings:
         """Returns the same ratings as a person would give them: a rule may have looked at held-out ratings."""
-        return Ratings(self.items, self.values, side=self.side)
+        return Ratings(self.items, self.values, side=self.side, times=self.times)
 
     def asking(self, query: Ratings) -> Ratings:
         """Returns the same ratings, of a user who is asked about a query at its moments."""
@@ -316,6 +328,7 @@ class Interactions:
             self.rating[rows],
             None if self.liked is None else self.liked[rows],
             self.side.of(self.user[rows], rows) if self.side and len(rows) else None,
+            None if self.timestamp is None else self.timestamp[rows],
         )
 
     def likes(self, threshold: float) -> Flags:

@@ -263,7 +263,8 @@ class Engine:
         items = np.array([self._code[event.item] for event in rated], np.int64)
         contexts, reviews = [event.context for event in rated], [event.review for event in rated]
         side = kept_side(self.trained.fitted, facts.about, facts.friends, contexts, reviews)
-        return Ratings(items, np.array([event.rating for event in rated], np.float32), side=side)
+        times = np.array([event.at for event in rated], np.float64)
+        return Ratings(items, np.array([event.rating for event in rated], np.float32), side=side, times=times)
 
     def check(self, said: Feedback) -> None:
         """Checks that the recommender reads what feedback says beside ratings.

@@ -40,6 +40,7 @@ SOURCES: Registry[Source] = Registry(
         "yelp": "metarec.data.sources.reviews:yelp",
         "lastfm": "metarec.data.sources.clicks:lastfm",
         "table": "metarec.data.sources.table:table",
+        "store": "metarec.data.sources.store:store",
         "hf-datasets": "metarec.data.sources.hf_datasets:hf_datasets",
     },
 )

@@ -49,6 +49,7 @@ class InnerLoop:
             does not adapt.
         storage: Type that adapters are rounded to before scoring.
         start: Where gradient steps start; see `metarec.config.MetaConfig`.
+        half_life: Days after which a rating counts half in gradient steps; None where all count alike.
     """
 
     steps: int
@@ -57,6 +58,7 @@ class InnerLoop:
     algorithm: str = "fomaml"
     storage: torch.dtype = torch.float32
     start: Start = "initialization"
+    half_life: float | None = None
 
     @property
     def head(self) -> ClosedFormHead | None:
@@ -174,6 +176,7 @@ class MetaScorer:
             self.answer_model,
             shrinkage=self.inner.shrinkage,
             user_bias_damping=self.inner.user_bias_damping,
+            half_life=self.inner.half_life,
         )
         first = None if linearized is None else inner(linearized=linearized)
         return self._steps(batch, inner(), first)

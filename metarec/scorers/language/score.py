@@ -52,6 +52,7 @@ class Batch:
         target: Standardized ratings, shape (users, items).
         liked: Whether the label rule calls the rating a like, shape (users, items).
         real: False at padding, shape (users, items).
+        age: Days before each user's latest rating, shape (users, items).
     """
 
     items: Tensor
@@ -61,6 +62,17 @@ class Batch:
     target: Tensor
     liked: Tensor
     real: Tensor
+    age: Tensor
+
+    def weight(self, half_life: float | None) -> Tensor:
+        """Returns how much every rating counts: one, or half of it per half-life of its age; none at padding.
+
+        Args:
+            half_life: In days; None where all ratings count alike.
+        """
+        if half_life is None:
+            return self.real
+        return self.real * torch.exp2(-self.age / half_life)
 
     @property
     def labels(self) -> Labels:
@@ -96,6 +108,7 @@ def collate(
         target=to_device(pad_rows([prior.standardize(rating.values) for rating in ratings], np.float32), device),
         liked=to_device(pad_rows([rating.likes(threshold) for rating in ratings], bool), device),
         real=to_device(pad_rows([np.ones(len(rating), bool) for rating in ratings], bool), device),
+        age=to_device(pad_rows([rating.ages for rating in ratings], np.float32), device),
     )
 
 
@@ -289,10 +302,12 @@ def _support(state: AdapterState, batch: Batch, adapted: AnswerModel, user_bias_
     return Support(exact, error, residual, batch.liked, batch.real)
 
 
-def _without_user_bias(error: Tensor, real: Tensor, damping: float) -> Tensor:
-    """Subtracts each user's damped mean error; padding becomes 0."""
+def _without_user_bias(error: Tensor, real: Tensor, damping: float, weight: Tensor | None = None) -> Tensor:
+    """Subtracts each user's damped and weighted mean error; padding becomes 0."""
     kept = error * real
-    return (kept - kept.sum(1, keepdim=True) / (real.sum(1) + damping)[:, None]) * real
+    if weight is None:
+        return (kept - kept.sum(1, keepdim=True) / (real.sum(1) + damping)[:, None]) * real
+    return (kept - (kept * weight).sum(1, keepdim=True) / (weight.sum(1) + damping)[:, None]) * real
 
 
 def support_loss(
@@ -302,6 +317,7 @@ def support_loss(
     shrinkage: float,
     user_bias_damping: float,
     linearized: Linearized | None = None,
+    half_life: float | None = None,
 ) -> Loss:
     """Returns the squared error on a user's ratings around the user's bias.
 
@@ -314,18 +330,22 @@ def support_loss(
         shrinkage: Pseudo-count in the loss's denominator.
         user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
         linearized: Replaces the language model by its linearization; at the initialization loss and gradient are equal.
+        half_life: Days after which a rating counts half, in the loss and in the bias; None where all count alike.
 
     Returns:
         A loss with one number per user; zero for a user without ratings.
     """
+    weight = None if half_life is None else batch.weight(half_life)
 
     def loss(state: AdapterState) -> Tensor:
         if linearized is None:
             scores = score(state, batch, adapted)
         else:
             scores = _sum_with_adapter(state, batch, linearized.log_odds(batch.items, state))
-        error = _without_user_bias(batch.target - scores, batch.real, user_bias_damping)
-        return error.square().sum(1) / (batch.real.sum(1) + shrinkage)
+        error = _without_user_bias(batch.target - scores, batch.real, user_bias_damping, weight)
+        if weight is None:
+            return error.square().sum(1) / (batch.real.sum(1) + shrinkage)
+        return (error.square() * weight).sum(1) / (weight.sum(1) + shrinkage)
 
     return loss
 

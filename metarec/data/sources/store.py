@@ -1,0 +1,85 @@
+"""What a service has collected: the ratings of its store, as the next training set.
+
+Erased users are not in a store any more, so that a recommender that is trained again has not seen them either.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from metarec.artifacts import load_json
+from metarec.data.interactions import RatingScale
+from metarec.data.source_options import SourceOptions, options_scale
+from metarec.data.sources.assembly import Tables
+from metarec.errors import ArtifactError, DataError
+from metarec.run_directory import FACTS, recommender_dir
+
+_INDEX = "index.sqlite"
+_RATINGS = (
+    "SELECT users.name, feedback.item, feedback.rating, feedback.at FROM feedback"
+    " JOIN users ON users.id = feedback.user_id ORDER BY feedback.user_id, feedback.version"
+)
+
+
+def store(path: Path | None, options: SourceOptions) -> Tables:
+    """Reads the store of a service: every rating with its time, items of the trained catalog and those added since.
+
+    Args:
+        path: The store's directory.
+        options: ``items`` is the run that the service served; left out, the one whose directory the store is in.
+
+    Raises:
+        DataError: There is no store, or no run that knows its items.
+    """
+    if path is None or not (path / _INDEX).is_file():
+        raise DataError(f"'{path}' holds no store", "Set 'path' to the directory that metarec serve --store was given")
+    ratings, added = _read(path / _INDEX)
+    run = Path(options.items) if isinstance(options.items, str) else path.parent
+    known, scale = _trained(run)
+    frame = pd.DataFrame(ratings, columns=["user", "item", "rating", "timestamp"])
+    frame["rating"] = frame["rating"].map(repr)
+    items = {**known, **{item: fields for item, fields in added.items() if item not in known}}
+    unknown = sorted(set(frame["item"]) - set(items))
+    if unknown:
+        raise DataError(
+            f"'{path}' holds ratings of {len(unknown)} items that '{run}' does not know, '{unknown[0]}' among them",
+            "Set options.items to the run that the service serves",
+        )
+    table = pd.DataFrame([{"item": item, **fields} for item, fields in items.items()]).fillna("")
+    return Tables(frame, table, f"store '{path}'", options_scale(options) or scale)
+
+
+def _read(file: Path) -> tuple[list[tuple[Any, ...]], dict[str, Mapping[str, str]]]:
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            ratings = connection.execute(_RATINGS).fetchall()
+            added = connection.execute("SELECT id, fields FROM items ORDER BY ordinal").fetchall()
+    except sqlite3.Error as error:
+        raise DataError(f"'{file}' cannot be read: {error}", "Check that it is a store's index") from None
+    return ratings, {item: json.loads(fields) for item, fields in added}
+
+
+def _trained(run: Path) -> tuple[dict[str, Mapping[str, str]], RatingScale]:
+    """Returns the fields of the items that a run's recommender knows, by id, and its rating scale."""
+    found = recommender_dir(run)
+    if found is None:
+        raise DataError(
+            f"'{run}' holds no recommender, which knows the items", "Set options.items to a run's directory"
+        )
+    try:
+        listed, facts = load_json(found / "catalog.json"), load_json(found / FACTS)
+    except ArtifactError as error:
+        raise DataError(str(error)) from None
+    ids = listed["ids"]
+    columns = listed["fields"].items()
+    rows: dict[str, Mapping[str, str]] = {
+        item: {name: column[place] for name, column in columns} for place, item in enumerate(ids)
+    }
+    return rows, RatingScale(*facts["scale"])
