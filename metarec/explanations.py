@@ -52,7 +52,7 @@ def explain(
             Reason(
                 catalog.ids[support.items[row]],
                 catalog.title(int(support.items[row])),
-                float(support.values[row]),
+                round(float(support.values[row]), 4),  # it is kept in single precision
                 float(column[row]),
             )
             for row in np.argsort(-np.abs(column), kind="stable")[:most]

@@ -126,7 +126,7 @@ def _read_reviews(fitted: Fitted, rated: Sequence[tuple[Any, ...]]) -> tuple[lis
     for given in rated:
         item, rating, review = given if len(given) == 3 else (*given, "") if len(given) == 2 else (None, 0, "")
         if head is not None and isinstance(rating, str) and rating.strip() and not _is_number(rating):
-            rating, review = float(head.ratings([rating])[0]), ""  # it is the reading already
+            rating, review = round(float(head.ratings([rating])[0]), 2), ""  # it is the reading already
         pairs.append((item, rating) if len(given) in (2, 3) else given)  # others are refused with their place
         reviews.append(_text(review))
     return pairs, reviews

@@ -548,6 +548,9 @@ def test_reviews_are_a_second_reading_of_noisy_ratings(tmp_path: Path, monkeypat
     assert read[5] > read[4] > read[2] > read[1] - 0.3
     me = found.adapt([("i0", "I loved it"), ("i1", "I hated it, not good"), ("i2", 4, "quite good")])
     assert me.support.values[0] > 3 > me.support.values[1]
+    shown = [reason.rating for reason in me.explain("i5")]
+    assert all(rating == round(rating, 2) for rating in shown)
+    assert any(rating != round(rating) for rating in shown)
     with pytest.raises(RatingError, match="rating '' of 'i0' is not a number"):
         found.adapt({"i0": ""})
     me.save(tmp_path / "me")
