@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -10,10 +11,13 @@ import torch
 from conftest import known_interactions
 
 from metarec.data.interactions import Ratings
+from metarec.data.side import Side
 from metarec.scorer import Request
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.network_forms import FORMS, Form
 from metarec.scorers.collaborative.networks import Network, _initial
+from metarec.scorers.collaborative.side_inputs import SideInputs
+from metarec.scorers.collaborative.side_readers import reader_of
 
 AMORTISED: list[Form] = ["neural process", "set transformer", "hypernetwork"]
 FEATURES = 6
@@ -75,3 +79,35 @@ def test_a_hypernetworks_scores_of_a_user_differ_by_one_vector_times_the_items_s
     torch.testing.assert_close(states @ fitted, moved.T, atol=1e-4, rtol=1e-4)
     assert moved.abs().max() > 0.01
     assert net.bytes_per_user == 4 * states.shape[1]
+
+
+def informed(form: Form) -> Network:
+    """The same, reading a field of users and one of moments."""
+    read = {name: reader_of(name, np.array(["a", "b"] * 10, object)) for name in ("group", "device")}
+    side = SideInputs({"group": read["group"]}, {"device": read["device"]}, None, {"group": 1.0, "device": 2.0})  # type: ignore[dict-item]
+    meta = _initial(form, FEATURES + 4, 8, 0.1, 0)
+    for name in FORMS[form].last:
+        meta.init[f"{name}.weight"] *= 10
+    return replace(network(form), meta=meta, side=side)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_known_of_the_user_and_the_moment_is_an_input(form: Form) -> None:
+    net, support = informed(form), rated(1, 4)
+
+    def score(support: Ratings, group: str = "", rated: str = "", asked: str = "") -> torch.Tensor:
+        side = Side(
+            {"group": group},
+            rated={"device": np.full(len(support), rated, object)},
+            asked={"device": np.array([asked], object)},
+        )
+        return net.score([Request("", replace(support, side=side), np.arange(40))])[0]
+
+    unknown = net.score([Request("", support, np.arange(40))])[0]
+    torch.testing.assert_close(score(support), unknown)
+    for changed in ({"group": "a"}, {"asked": "b"}, {"rated": "b"}):
+        assert (score(support, **changed) - unknown).abs().max() > 1e-3, changed
+    nothing = Ratings.empty()
+    assert (score(nothing, group="a") - score(nothing, group="b")).abs().max() > 1e-3
+    beside = net.score([Request("", support, np.arange(40)), Request("", rated(*range(20)), np.arange(40))])[0]
+    torch.testing.assert_close(beside, unknown, atol=1e-5, rtol=1e-5)

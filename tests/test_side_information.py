@@ -37,14 +37,19 @@ from metarec.data.item_graph import graph_vectors
 from metarec.data.item_vectors import read_item_vectors
 from metarec.data.own_data import load_own, reload_own
 from metarec.data.side import Side, SideColumns
+from metarec.data.task_data import TaskData
 from metarec.data.templates import PromptTemplate
 from metarec.data.transforms import keep_users, merge, with_negatives
 from metarec.errors import ConfigError, DataError, RatingError
 from metarec.evaluate import validation_auc
 from metarec.recommended_lists import best_lists, catalog_facts
+from metarec.scorers.collaborative.features import Features
 from metarec.scorers.collaborative.graph_network import fit_graph_network
 from metarec.scorers.collaborative.item_mean import fit_item_mean
-from metarec.scorers.collaborative.side_effects import SideEffects
+from metarec.scorers.collaborative.network_forms import Form
+from metarec.scorers.collaborative.networks import fit_network
+from metarec.scorers.collaborative.side_effects import SideEffects, fit_effects
+from metarec.scorers.collaborative.side_inputs import SideInputs, side_inputs
 from metarec.scorers.collaborative.side_readers import friends_of, reader_of
 from metarec.scorers.collaborative.terms import SideTerm
 from metarec.scorers.language.encoded_text import EncodedText
@@ -608,6 +613,46 @@ def test_a_graph_network_ranks_by_friends_before_any_rating(tmp_path: Path, monk
     episodes = data.episodes("test")[0]
     alone = [replace(episode, support=replace(episode.support, side=None)) for episode in episodes]
     assert validation_auc(network, episodes, [0], 4.0) > validation_auc(network, alone, [0], 4.0) + 0.08
+
+
+@pytest.mark.parametrize("form", ["melu", "neural process"])
+def test_a_network_ranks_by_fields_of_users_before_any_rating(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Form
+) -> None:
+    """A field that carries all taste is found; one that carries none is no input."""
+    monkeypatch.chdir(tmp_path)
+    world = shop(BY_GROUP)
+    kinds = np.eye(KINDS)[world.kind]
+
+    def data(group: np.ndarray) -> TaskData:
+        choices = {"items": world.items, "label": "rating >= 4", **NEW_USERS, "users": users_file(tmp_path, group)}
+        return load_own(world.orders, choices, 0)
+
+    def inputs(data: TaskData) -> SideInputs | None:
+        train = data.parts["train"]
+        effects = fit_effects(data.interactions, train, Features({"kind": kinds}, kinds), seed=0)
+        return side_inputs(effects, data.interactions, train)
+
+    informed = data(GROUP)
+    train, prior = informed.parts["train"], fit_item_mean(informed.interactions, informed.parts["train"])
+    aucs = []
+    for side in (None, inputs(informed)):
+        network = fit_network(
+            form,
+            informed.interactions,
+            train,
+            prior,
+            kinds,
+            validation=informed.episodes("validation")[0],
+            threshold=4.0,
+            side=side,
+            steps=50,
+            lr=3e-3,
+            shots=(5,),
+        )
+        aucs.append(validation_auc(network, informed.episodes("test")[0], [0], 4.0))
+    assert aucs[1] > aucs[0] + 0.08
+    assert inputs(data(np.random.default_rng(7).permutation(GROUP))) is None
 
 
 def test_a_person_asked_about_the_whole_catalog_is_asked_in_one_moment(

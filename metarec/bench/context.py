@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from metarec.scorers.collaborative.features import Features
     from metarec.scorers.collaborative.item_mean import ItemPrior
     from metarec.scorers.collaborative.residuals import Floats
+    from metarec.scorers.collaborative.side_inputs import SideInputs
     from metarec.scorers.language.in_context import History
 
 _COMPONENTS = 48
@@ -150,6 +151,19 @@ class MethodContext:
             blocks[name] = left[:, :_COMPONENTS] * values[:_COMPONENTS]
         blocks |= self.fields
         return np.concatenate([block / np.sqrt((block**2).sum(1).mean()) for block in blocks.values()], 1)
+
+    @cached_property
+    def side(self) -> SideInputs | None:
+        """What reads side information that helps meta-training users held out; None where the data bring none."""
+        if not self.interactions.side:
+            return None
+        from metarec.scorers.collaborative.side_effects import fit_effects
+        from metarec.scorers.collaborative.side_inputs import side_inputs
+        from metarec.scorers.language.encoded_text import encoded_reader
+
+        read = encoded_reader(self.config.collaborative.encoder)
+        effects = fit_effects(self.interactions, self.users, self.known, seed=self.seed, text_reader=read)
+        return side_inputs(effects, self.interactions, self.users)
 
     @cached_property
     def backbone(self) -> Backbone:

@@ -34,6 +34,7 @@ from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.networks import Network
 from metarec.scorers.collaborative.review_head import ReviewHead
 from metarec.scorers.collaborative.side_effects import SideEffects
+from metarec.scorers.collaborative.side_inputs import SideInputs
 from metarec.scorers.collaborative.side_readers import Categories, Friends, Numbers
 from metarec.scorers.collaborative.stack import Stacked
 from metarec.scorers.collaborative.terms import CollaborativeTerm, ItemMeanTerm, SideTerm
@@ -88,6 +89,7 @@ CLASSES: dict[str, type[Any]] = {
     "Recipe": Recipe,
     "ReviewHead": ReviewHead,
     "SideEffects": SideEffects,
+    "SideInputs": SideInputs,
     "SideTerm": SideTerm,
     "Stacked": Stacked,
     "TextLogistic": TextLogistic,

@@ -30,7 +30,7 @@ def _fitted(fit: Callable[..., Scorer], context: MethodContext, **options: Any) 
 def _network(form: Form, context: MethodContext, **options: Any) -> Scorer:
     from metarec.scorers.collaborative.networks import fit_network
 
-    return _fitted(partial(fit_network, form), context, **options)
+    return _fitted(partial(fit_network, form), context, side=context.side, **options)
 
 
 def _graph(context: MethodContext, **options: Any) -> Scorer:

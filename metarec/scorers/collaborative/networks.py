@@ -2,7 +2,8 @@
 
 All predict what to add to the item prior from the support. MeLU adapts its decision layers by gradient steps
 (`metarec.meta.algorithms`); a neural process, a set transformer and a hypernetwork read the support in one pass, so
-that their inner loop has no steps. `metarec.scorers.collaborative.network_forms` says what each computes.
+that their inner loop has no steps. What is known of users and moments is an input beside the items' features, as in
+MeLU. `metarec.scorers.collaborative.network_forms` says what each computes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from metarec.scorer import Request, check_codes
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.network_forms import FORMS, Form, ItemRows
 from metarec.scorers.collaborative.residuals import Floats
+from metarec.scorers.collaborative.side_inputs import SideInputs
 from metarec.tensors import AdapterState, pad_rows
 
 _USERS_AT_ONCE = 64
@@ -54,6 +56,7 @@ class Network:
         shrinkage: Pseudo-count in the denominator of MeLU's support loss.
         threshold: See `Ratings.likes`.
         longest: The largest support that it was trained for; a set transformer keeps what it makes of each rating.
+        side: What reads side information, whose numbers stand behind an item's features; None where nothing does.
     """
 
     form: Form
@@ -64,6 +67,7 @@ class Network:
     shrinkage: float
     threshold: float
     longest: int
+    side: SideInputs | None = None
 
     @property
     def name(self) -> str:
@@ -83,23 +87,37 @@ class Network:
         for start in range(0, len(requests), _USERS_AT_ONCE):
             block = requests[start : start + _USERS_AT_ONCE]
             support = self.collate([request.support for request in block], in_prior=False)
-            unrated = [Ratings(request.candidates, np.zeros(len(request.candidates), np.float32)) for request in block]
-            query = self.collate(unrated, in_prior=False)
+            query = self.collate([self._asked(request) for request in block], in_prior=False)
             with torch.no_grad():
                 values = self.predict(self.adapted(support), support, query)
             scores += [row[: len(request.candidates)] for row, request in zip(values, block, strict=True)]
         return scores
 
+    def _asked(self, request: Request) -> Ratings:
+        if self.side is not None:
+            return self.side.asked(request.support.side, request.candidates)
+        return Ratings(request.candidates, np.zeros(len(request.candidates), np.float32))
+
     def collate(self, ratings: Sequence[Ratings], *, in_prior: bool) -> ItemRows:
         """Pads several users' ratings; if the prior was fitted on them, the prior of each is the one without it."""
         prior = [self.prior.values_without(one) if in_prior else self.prior.values(one.items) for one in ratings]
         return ItemRows(
-            features=self.features[pad_rows([one.items for one in ratings], np.int64)],
+            features=self._features(ratings),
             prior=pad_rows(prior, np.float32),
             target=pad_rows([self.prior.standardize(one.values) for one in ratings], np.float32),
             liked=pad_rows([one.likes(self.threshold) for one in ratings], bool),
             real=pad_rows([np.ones(len(one), bool) for one in ratings], bool),
         )
+
+    def _features(self, ratings: Sequence[Ratings]) -> Tensor:
+        """Returns the features of each item, with what is known beside it, shape (users, items, features)."""
+        features = self.features[pad_rows([one.items for one in ratings], np.int64)]
+        if self.side is None:
+            return features
+        known = features.new_zeros(*features.shape[:2], self.side.width)
+        for row, numbers in zip(known, self.side.of(ratings), strict=True):
+            row[: len(numbers)] = torch.from_numpy(numbers.astype(np.float32))
+        return torch.cat([features, known], -1)
 
     def adapted(self, support: ItemRows) -> AdapterState:
         """Returns every user's parameters after the inner loop."""
@@ -135,7 +153,7 @@ class NetworkSettings:
         inner_steps: MeLU's gradient steps.
         inner_lr: Initial value of MeLU's learned inner rates.
         shrinkage: Pseudo-count in the denominator of MeLU's support loss.
-        shots: Support sizes in training and validation.
+        shots: Support sizes in training and validation; with side information 0 is one of them.
         lr: Outer learning rate.
         weight_decay: Of the outer loop.
         steps: Outer steps at most.
@@ -187,6 +205,7 @@ def fit_network(
     validation: Sequence[Episode],
     threshold: float,
     seed: int = 0,
+    side: SideInputs | None = None,
     **options: Any,
 ) -> Network:
     """Meta-trains a network; returns the parameters that are best on the validation users.
@@ -200,6 +219,7 @@ def fit_network(
         validation: Episodes of validation users, for early stopping.
         threshold: See `Ratings.likes`.
         seed: Seed of the initialization and the batches.
+        side: What reads side information, an input beside the items' features; None for none.
         **options: Fields of `NetworkSettings`.
 
     Raises:
@@ -212,15 +232,17 @@ def fit_network(
     """
     settings = NetworkSettings(**options)
     table = torch.from_numpy(np.asarray(features, np.float32))
-    meta = _initial(form, table.shape[1], settings.hidden, settings.inner_lr, seed)
+    width = table.shape[1] + (0 if side is None else side.width)
+    meta = _initial(form, width, settings.hidden, settings.inner_lr, seed)
     inner_steps = settings.inner_steps if form == "melu" else 0
-    initial = Network(form, meta, prior, table, inner_steps, settings.shrinkage, threshold, max(settings.shots))
+    initial = Network(form, meta, prior, table, inner_steps, settings.shrinkage, threshold, max(settings.shots), side)
+    shots = settings.shots if side is None else (0, *(count for count in settings.shots if count))
     config = settings.train_config()
     with tempfile.TemporaryDirectory() as directory:
         trained = train(
             meta,
-            partial(_gradient_at, initial, interactions, users, settings.shots, config, seed),
-            lambda meta: validation_auc(replace(initial, meta=meta), validation, settings.shots, threshold),
+            partial(_gradient_at, initial, interactions, users, shots, config, seed),
+            lambda meta: validation_auc(replace(initial, meta=meta), validation, shots, threshold),
             config,
             checkpoint=Path(directory) / "checkpoint",
             identity={},

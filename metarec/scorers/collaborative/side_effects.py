@@ -161,6 +161,19 @@ def no_effects(items: int) -> SideEffects:
     return SideEffects({}, {}, None, np.ones((items, 1)), {}, {})
 
 
+def fit_effects(
+    interactions: Interactions,
+    users: Codes,
+    features: Features,
+    *,
+    seed: int,
+    text_reader: Callable[[str, Texts], Reader | str] = reader_of,
+) -> SideEffects:
+    """Fits the effects of side information on all of some users alone, reviews unread; see `fit_side`."""
+    content = principal_components(features.linear, _COMPONENTS)
+    return _fit(interactions, users, content, seed, text_reader)[0]
+
+
 def fit_side(
     interactions: Interactions,
     users: Codes,
