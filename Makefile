@@ -8,7 +8,7 @@ UV := $(shell command -v uv 2>/dev/null)
 install = $(if $(UV),$(UV) pip install --python $(BIN)/python --quiet --only-binary :all: --constraint constraints.txt $(1) ||) \
 	$(PIP) --only-binary :all: $(1)
 
-.PHONY: help setup quickstart learn2learn bench bench-speed bench-loading lint test clean
+.PHONY: help setup quickstart learn2learn bench bench-speed bench-loading docs lint test clean
 
 help:  ## say what there is
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/'
@@ -46,6 +46,9 @@ bench-speed: learn2learn  ## a meta-step against learn2learn over a peft model; 
 
 bench-loading: setup  ## ten million ratings into memory; three minutes
 	$(BIN)/python benchmarks/loading.py
+
+docs: setup  ## the documentation as a site, in build/site; a warning or a dead link is an error
+	$(BIN)/python docs/build_site.py
 
 lint: setup  ## style and types
 	$(BIN)/ruff check .

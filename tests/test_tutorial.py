@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
+import bookshop
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -25,15 +25,6 @@ BLOCKS = re.findall(r"```(bash|python|text)\n(.*?)```", TUTORIAL, re.S)
 FEWER = {"collaborative.kernel.steps": 4, "collaborative.stack.folds": 2, "train.steps": 4, "train.validate_every": 4}
 SHORTER = [part for key, value in FEWER.items() for part in ("--set", f"{key}={value}")]
 NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
-
-
-def bookshop() -> Any:
-    spec = importlib.util.spec_from_file_location("bookshop", ROOT / "examples" / "bookshop.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def free_port() -> str:
@@ -109,23 +100,21 @@ def test_the_tutorial_can_be_typed_as_it_stands(
 
 def test_the_tutorials_table_is_the_one_that_is_made() -> None:
     (shown,) = [text for kind, text in BLOCKS if kind == "text" and text.startswith("customer,")]
-    made = bookshop()
-    rows = [made.COLUMNS, *made.orders()]
+    rows = [bookshop.COLUMNS, *bookshop.orders()]
     assert shown.splitlines() == [",".join(row) for row in rows[:4]]
     customers = {row[0] for row in rows[1:]}
     assert f"{len(customers)} customers rated {(len(rows) - 2) // len(customers)} books each" in TUTORIAL
 
 
 def test_books_that_the_tutorial_names_are_in_the_shop() -> None:
-    made = bookshop()
-    known = {row[2]: row[3] for row in made.orders()}
+    known = {row[2]: row[3] for row in bookshop.orders()}
     named = re.findall(r"The (?:Last|Quiet|Broken|Golden|Northern|Forgotten) [A-Z]\w+", TUTORIAL)
     assert set(named) <= set(known)
-    ids = {row[1]: row[2] for row in made.orders()}
+    ids = {row[1]: row[2] for row in bookshop.orders()}
     assert [ids[found] for found in re.findall(r'"item": "(\d+)"', TUTORIAL)] == ["The Last Dragon", "The Golden Alibi"]
 
 
 def test_readers_who_love_a_genre_are_shown_it() -> None:
     (shown,) = [text for kind, text in BLOCKS if kind == "text" and " by 5 for " in text]
-    genres = {row[2]: row[3] for row in bookshop().orders()}
+    genres = {row[2]: row[3] for row in bookshop.orders()}
     assert {genres[title] for title in re.findall(r"^ +\d  \S+  (.*)", shown, re.M)} == {"Fantasy"}

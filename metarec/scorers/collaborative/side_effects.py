@@ -143,7 +143,8 @@ class _Blocks:
     """Features of side information of some rows.
 
     Args:
-        readers: Field of users and of moments to what reads it.
+        about: Field of users to what reads it.
+        moments: Column of moments to what reads it.
         friends: What reads friends.
         features: Block to its features, by user or by row.
         of_rows: The blocks that are by row.
