@@ -42,7 +42,9 @@ from metarec.data.templates import PromptTemplate
 from metarec.data.transforms import keep_users, merge, with_negatives
 from metarec.errors import ConfigError, DataError, RatingError
 from metarec.evaluate import validation_auc
+from metarec.lm.backbone import load_backbone
 from metarec.recommended_lists import best_lists, catalog_facts
+from metarec.scorer import Request
 from metarec.scorers.collaborative.features import Features
 from metarec.scorers.collaborative.graph_network import fit_graph_network
 from metarec.scorers.collaborative.item_mean import fit_item_mean
@@ -53,7 +55,7 @@ from metarec.scorers.collaborative.side_inputs import SideInputs, side_inputs
 from metarec.scorers.collaborative.side_readers import friends_of, reader_of
 from metarec.scorers.collaborative.terms import SideTerm
 from metarec.scorers.language.encoded_text import EncodedText
-from metarec.scorers.language.in_context import History
+from metarec.scorers.language.in_context import History, InContext, Listwise
 
 NEW_USERS: dict[str, Any] = {"split": {"fractions": [0.6, 0.2, 0.2]}, "shots": [0, 5], "query": {"max": 10, "min": 3}}
 NEW_ITEMS: dict[str, Any] = {**NEW_USERS, "split": {"by": "item", "unseen": 0.2, "fractions": [0.6, 0.2, 0.2]}}
@@ -585,6 +587,40 @@ def test_what_people_wrote_stands_in_the_in_context_prompt() -> None:
     text = History(template, catalog, 3.5).text(support, ())
     assert "Alien : no (too loud)" in text
     assert "Heat : yes\n" in text
+
+
+def test_what_is_known_of_a_user_and_of_the_moment_stands_in_the_in_context_prompt(
+    model_dir: Callable[[str], Path],
+) -> None:
+    template = PromptTemplate("{{ title }} :", " yes", " no")
+    catalog = Catalog(("a", "b", "c"), {"title": ("Alien", "Heat", "Up")})
+    reader = InContext(load_backbone(str(model_dir("llama"))), History(template, catalog, 3.5))
+    texts = lambda *words: np.array(words, object)  # noqa: E731
+    ratings = Ratings(np.array([0, 1]), np.array([1.0, 5.0], np.float32))
+
+    def prompt(support: Ratings, candidate: int) -> str:
+        return reader.prompt_text(Request("", support, np.array([2, 0])), candidate)
+
+    side = Side(
+        {"about": "I read\non trains.", "age": "30", "town": ""},
+        rated={"device": texts("phone", "")},
+        asked={"device": texts("desk", "phone"), "hour": texts("20")},
+    )
+    known = replace(ratings, side=side)
+    assert prompt(known, 2).startswith("About the person: I read on trains; age: 30.\n\n")
+    assert "Alien : no (device: phone)\n\n" in prompt(known, 2)
+    assert "Heat : yes\n\n" in prompt(known, 2)
+    assert prompt(known, 2).endswith("Now: device: desk; hour: 20.\n\nUp :")
+    assert prompt(known, 0).endswith("Now: device: phone; hour: 20.\n\nAlien :")
+    nobody = replace(ratings, side=Side({"age": ""}, rated={"device": texts("", "")}, asked={"device": texts("")}))
+    assert prompt(nobody, 2) == prompt(ratings, 2)
+    before_ratings = replace(Ratings.empty(), side=Side({"age": "30"}))
+    assert prompt(before_ratings, 2) == "About the person: age: 30.\n\nUp :"
+    listed = Listwise(reader.backbone, reader.history)
+    one_moment = replace(known, side=side.asking({"device": texts("desk", "phone"), "hour": texts("20", "20")}))
+    text = listed.prompt_text(Request("", one_moment, np.array([2, 0])), 2)
+    assert text.startswith("About the person: I read on trains")
+    assert "Now: hour: 20.\n\nWhich one" in text
 
 
 def test_a_graph_network_ranks_by_friends_before_any_rating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,9 +187,10 @@ class Ratings:
 
     def asking(self, query: Ratings) -> Ratings:
         """Returns the same ratings, of a user who is asked about a query at its moments."""
-        if self.side is None or query.side is None:
+        if query.side is None:
             return self
-        return replace(self, side=self.side.asking(query.side.rated))
+        side = self.side or Side(query.side.about, query.side.friends)  # no ratings have none
+        return replace(self, side=side.asking(query.side.rated))
 
     def asking_once(self) -> Ratings:
         """Returns the same ratings, of a user who asks about all items in the moment of the first."""

@@ -238,7 +238,9 @@ class _FineTuning:
 
     def _class_loss(self, context: InContext, episode: Episode) -> Tensor:
         """Returns the cross-entropy of the classes that a user's ratings are nearest to."""
-        logits = context.class_logits(Request(episode.user, episode.support.unlabelled(), episode.query.items))
+        logits = context.class_logits(
+            Request(episode.user, episode.support.asking(episode.query).unlabelled(), episode.query.items)
+        )
         nearest = self.base.classes.nearest(episode.query.values).to(logits.device)
         return torch.nn.functional.cross_entropy(logits, nearest, label_smoothing=self.config.label_smoothing)
 
@@ -380,7 +382,7 @@ def _loss(
     if loss is pairwise and (liked.all() or not liked.any()):
         return torch.zeros((), device=weight.device)
     # Labels in the history follow the threshold, as they do for new users.
-    odds = context.log_odds(Request(episode.user, episode.support.unlabelled(), query.items))
+    odds = context.log_odds(Request(episode.user, episode.support.asking(query).unlabelled(), query.items))
     scores = torch.from_numpy(prior.values_without(query)).to(odds.device) + weight * odds
     target = torch.from_numpy(prior.standardize(query.values)).to(scores)
     labels = Labels(liked[None], target[None], torch.ones_like(liked)[None])

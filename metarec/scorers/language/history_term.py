@@ -39,6 +39,10 @@ class HistoryTerm:
         found = np.zeros(len(support), np.float32)
         for row in range(len(support)):
             others = support.rows(np.delete(np.arange(len(support)), row))
+            if support.side is not None and others.side is not None:
+                # The question is asked in the moment in which it was answered.
+                moment = {name: column[row : row + 1] for name, column in support.side.rated.items()}
+                others = replace(others, side=others.side.asking(moment))
             found[row] = self._values(others, support.items[row : row + 1])[0]
         return found
 

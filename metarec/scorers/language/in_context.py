@@ -1,5 +1,8 @@
 """In-context recommendation: the prompt contains the user's history as solved examples, and nothing is trained.
 
+What is known of the user, of the moments of ratings and of the moment of the question is said in words; of a user of
+whom nothing is known the prompt says nothing.
+
 `InContext` has one prompt per candidate, `Listwise` one per list of candidates. The common start of a user's prompts,
 which includes the history, goes through a causal LM once; models that see in both directions read every prompt whole.
 """
@@ -7,7 +10,7 @@ which includes the history, goes through a causal LM once; models that see in bo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from metarec.data.interactions import Catalog, Codes, Ratings
+from metarec.data.side import ABOUT, Side, Texts
 from metarec.data.templates import PromptTemplate, clean_field, content_free
 from metarec.errors import ConfigError, UnknownItemError
 from metarec.lm.backbone import Backbone
@@ -25,6 +29,8 @@ from metarec.progress import progress
 from metarec.scorer import Request, check_codes
 
 _BETWEEN = "\n\n"
+_PERSON = "About the person:"
+_NOW = "Now:"
 _QUESTION = "Which one of these does the same person like best?"
 _ANSWER = "Answer:"
 
@@ -77,14 +83,26 @@ class History:
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
     def text(self, support: Ratings, special_tokens: Sequence[str]) -> str:
-        """Returns the text before the question; empty for a user without ratings."""
-        return "".join(self.texts(support, special_tokens))
+        """Returns the text before the question; empty for a user without ratings of whom nothing is known."""
+        return self.person(support.side, special_tokens) + "".join(self.texts(support, special_tokens))
+
+    @staticmethod
+    def person(side: Side | None, special_tokens: Sequence[str]) -> str:
+        """Returns what is known of a user in words, before their ratings; empty where nothing is."""
+        known = _said({} if side is None else side.about, special_tokens)
+        return f"{_PERSON} {known}.{_BETWEEN}" if known else ""
+
+    @staticmethod
+    def moment(side: Side | None, row: int, special_tokens: Sequence[str]) -> str:
+        """Returns the moment in which one item is asked about in words, before its question; empty where unknown."""
+        known = _said({} if side is None else _at(side.asked, row), special_tokens)
+        return f"{_NOW} {known}.{_BETWEEN}" if known else ""
 
     def texts(self, support: Ratings, special_tokens: Sequence[str]) -> list[str]:
         """Returns the text of every example, in the order of the prompt."""
         items, likes = self.examples(support)
         words = {True: self.template.positive, False: self.template.negative}
-        said = self._reviews(support, special_tokens)
+        said = self._beside(support, special_tokens)
         return [
             self._solved(int(code), words[liked], special_tokens) + said.get(int(code), "") + _BETWEEN
             for code, liked in zip(items, likes, strict=True)
@@ -95,12 +113,32 @@ class History:
         return solved if self.template.has_blank else solved + word
 
     @staticmethod
-    def _reviews(support: Ratings, special_tokens: Sequence[str]) -> dict[int, str]:
-        """Returns what the user wrote about items, behind their answers."""
-        if support.side is None or support.side.reviews is None:
+    def _beside(support: Ratings, special_tokens: Sequence[str]) -> dict[int, str]:
+        """Returns what the user wrote about items and when they rated them, behind their answers."""
+        side = support.side
+        if side is None:
             return {}
-        texts = zip(support.items.tolist(), support.side.reviews, strict=True)
-        return {code: f" ({clean})" for code, text in texts if (clean := clean_field(str(text), special_tokens))}
+        found = {}
+        for row, code in enumerate(support.items.tolist()):
+            review = "" if side.reviews is None else clean_field(str(side.reviews[row]), special_tokens)
+            said = "; ".join(part for part in (review, _said(_at(side.rated, row), special_tokens)) if part)
+            if said:
+                found[code] = f" ({said})"
+        return found
+
+
+def _said(fields: Mapping[str, str], special_tokens: Sequence[str]) -> str:
+    """Returns fields and values as words; a sentence about oneself stands for itself, unknown values are left out."""
+    known = {name: clean_field(str(value), special_tokens) for name, value in fields.items()}
+    named = [
+        f"{clean_field(name, special_tokens)}: {value}" for name, value in known.items() if value and name != ABOUT
+    ]
+    return "; ".join([*([known[ABOUT].rstrip(".")] if known.get(ABOUT) else []), *named])
+
+
+def _at(moments: Mapping[str, Texts], row: int) -> dict[str, str]:
+    """Returns the moment of one row; one that is the same for all rows stands once."""
+    return {name: column[row if len(column) > 1 else 0] for name, column in moments.items() if len(column)}
 
 
 @dataclass(frozen=True)
@@ -140,15 +178,16 @@ class InContext:
 
     def log_odds(self, request: Request) -> Tensor:
         """Returns log p(yes) - log p(no) of every candidate, differentiable, shape (candidates,)."""
-        items, place = np.unique(request.candidates, return_inverse=True)
-        odds = self._odds(self._texts(request.support, items))
+        items, first, place = np.unique(request.candidates, return_index=True, return_inverse=True)
+        odds = self._odds(self._texts(request.support, items, first))
         if self.calibrated and len(items):
             odds = odds[:-1] - odds[-1]
         return odds[torch.from_numpy(place).to(odds.device)]
 
     def class_logits(self, request: Request) -> Tensor:
         """Returns a classifier's logits of every candidate, differentiable, shape (candidates, classes)."""
-        states = read_texts(self.backbone, self._texts(request.support, request.candidates))
+        rows = np.arange(len(request.candidates))
+        states = read_texts(self.backbone, self._texts(request.support, request.candidates, rows))
         return self.backbone.class_logits(states)
 
     def states(self, items: Codes) -> Tensor:
@@ -165,23 +204,32 @@ class InContext:
 
     def prompt_text(self, request: Request, candidate: int) -> str:
         """Returns the text that is read to score a candidate."""
-        return self._texts(request.support, np.array([candidate]))[0]
+        rows = np.flatnonzero(request.candidates == candidate)[:1]
+        return self._texts(request.support, np.array([candidate]), rows if len(rows) else np.zeros(1, np.int64))[0]
 
     def tokens_read(self, request: Request) -> int:
         """Returns the number of tokens that scoring a request reads; tokens that its prompts share count once."""
-        return _count(self.backbone, self._texts(request.support, np.unique(request.candidates)))
+        return _count(self.backbone, self._texts(request.support, *np.unique(request.candidates, return_index=True)))
 
-    def _texts(self, support: Ratings, items: Codes) -> list[str]:
-        """Returns the prompt of every item; if calibrated, the last one is a prompt without content."""
-        questions = [self._question(int(code)) for code in items]
+    def _texts(self, support: Ratings, items: Codes, rows: Codes) -> list[str]:
+        """Returns the prompt of every item; if calibrated, the last one is a prompt without content.
+
+        Args:
+            support: The user's ratings.
+            items: The items.
+            rows: The place of each among those that are asked about, whose moments may differ.
+        """
+        special, history = self.backbone.special_tokens, self.history
+        moments = [history.moment(support.side, int(row), special) for row in rows]
+        questions = [moment + self._question(int(code)) for moment, code in zip(moments, items, strict=True)]
         if self.calibrated and questions:
-            blank = content_free(self.history.catalog)
-            questions.append(self.history.template.render(blank, 0, self.backbone.special_tokens, self._mask))
-        history = self._fitting(self.history.texts(support, self.backbone.special_tokens), questions)
-        return [history + question for question in questions]
+            blank = content_free(history.catalog)
+            questions.append(moments[0] + history.template.render(blank, 0, special, self._mask))
+        start = self._fitting([history.person(support.side, special), *history.texts(support, special)], questions)
+        return [start + question for question in questions]
 
     def _fitting(self, examples: Sequence[str], questions: Sequence[str]) -> str:
-        """Returns a history as text; of a model that sees in both directions, the examples that it has places for.
+        """Returns a history as text; of a model that sees in both directions, the parts that it has places for.
 
         Such models have few positions. Of a causal LM, a history that is too long is refused when it is read.
         """
@@ -267,17 +315,17 @@ class Listwise:
         items, place = self._lines(request.candidates)
         line = items[place[request.candidates == candidate][0]]
         shown = next(shown for shown in self._lists(items) if line in shown)
-        return self._text(self.history.text(request.support, self.backbone.special_tokens), shown)
+        return self._text(self._history(request.support), shown)
 
     def tokens_read(self, request: Request) -> int:
         """Returns the number of tokens that scoring a request reads; tokens that its prompts share count once."""
-        history = self.history.text(request.support, self.backbone.special_tokens)
+        history = self._history(request.support)
         lists = self._lists(self._lines(request.candidates)[0])
         return _count(self.backbone, [self._text(history, shown) for shown in lists])
 
     def _score(self, request: Request) -> Tensor:
         items, place = self._lines(request.candidates)
-        history = self.history.text(request.support, self.backbone.special_tokens)
+        history = self._history(request.support)
         lists = self._lists(items)
         states = _states(self.backbone, [self._text(history, shown) for shown in lists])
         total = torch.zeros(len(items))
@@ -285,6 +333,15 @@ class Listwise:
             relative = logits[: len(shown)].log_softmax(0) + np.log(len(shown))
             total[torch.from_numpy(np.searchsorted(items, shown))] += relative.float() / self.rounds
         return total[torch.from_numpy(place)]
+
+    def _history(self, support: Ratings) -> str:
+        """Returns the text before the lists; a moment is said if it is the same for all candidates."""
+        special, side = self.backbone.special_tokens, support.side
+        same = (
+            {} if side is None else {name: one[:1] for name, one in side.asked.items() if len(set(one.tolist())) == 1}
+        )
+        now = "" if side is None else self.history.moment(side.asking(same), 0, special)
+        return self.history.text(support, special) + now
 
     def _lines(self, candidates: Codes) -> tuple[Codes, Codes]:
         """Returns the first item of every title, in the order of codes, and the index of each candidate's title."""
