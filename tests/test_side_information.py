@@ -50,10 +50,11 @@ from metarec.scorers.collaborative.graph_network import fit_graph_network
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.network_forms import Form
 from metarec.scorers.collaborative.networks import fit_network
-from metarec.scorers.collaborative.side_effects import SideEffects, fit_effects
+from metarec.scorers.collaborative.side_effects import SideEffects, fit_effects, fit_side
 from metarec.scorers.collaborative.side_inputs import SideInputs, side_inputs
 from metarec.scorers.collaborative.side_readers import friends_of, reader_of
 from metarec.scorers.collaborative.terms import SideTerm
+from metarec.scorers.collaborative.two_towers import TowerText
 from metarec.scorers.language.encoded_text import EncodedText
 from metarec.scorers.language.in_context import History, InContext, Listwise
 
@@ -164,6 +165,63 @@ def test_a_sentence_about_a_user_ranks_before_any_rating(tmp_path: Path, monkeyp
     assert liked[best].mean() > liked.mean() + 0.3
 
 
+SUBJECTS = 12
+
+
+def subjects(folder: Path, own: np.ndarray | None = None) -> tuple[TaskData, Features]:
+    """A shop of many subjects, each user's own named by what they write; items' vectors tell theirs, with noise."""
+    generator = np.random.default_rng(0)
+    subject, liked = generator.integers(0, SUBJECTS, ITEMS), generator.integers(0, SUBJECTS, USERS)
+    rows = []
+    for user, mine in enumerate(liked):
+        near, far = np.flatnonzero(subject == mine), np.flatnonzero(subject != mine)
+        for item in [*near, *generator.choice(far, 24 - len(near), replace=False)]:
+            value = 3 + (1.2 if subject[item] == mine else -1.2) + generator.normal(0, 0.6)
+            rows.append((f"u{user}", f"i{item}", float(np.clip(np.round(value), 1, 5))))
+    orders = pd.DataFrame(rows, columns=["user", "item", "rating"])
+    said = liked if own is None else own
+    lines = [f"u{user},I like subject{code} since {user % 9}" for user, code in enumerate(said)]
+    (folder / "users.csv").write_text("\n".join(["user,about", *lines]) + "\n")
+    things = pd.DataFrame({"item": [f"i{n}" for n in range(ITEMS)], "title": [f"thing {n}" for n in range(ITEMS)]})
+    data = load_own(orders, {"items": things, "label": "rating >= 4", **NEW_USERS, "users": "users.csv"}, 0)
+    codes = [int(item[1:]) for item in data.interactions.catalog.ids]
+    vectors = generator.normal(size=(SUBJECTS, 32))[subject[codes]] + 0.3 * generator.normal(size=(ITEMS, 32))
+    return data, Features({"text": vectors}, vectors)
+
+
+def test_two_towers_explain_what_a_text_about_a_user_and_items_texts_have_in_common(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, features = subjects(tmp_path)
+    train = data.parts["train"]
+    side = fit_side(data.interactions, train, features, threshold=4.0, folds=2, seed=0)
+    reader = side.whole.about["about"]
+    assert isinstance(reader, TowerText)
+    gain, error = side.whole.worth["about"]
+    assert gain > 2 * error > 0
+    towers = side.whole.effects["about"][-reader.users.shape[1] :]
+    assert np.abs(side.whole.items @ towers.T).max() > 0
+    # Of users whom no tower saw, likes stand above the rest.
+    aucs = []
+    for episode in data.episodes("test")[0]:
+        value, likes = side.whole.asked(episode.query.side, episode.query.items), episode.query.likes(4.0)
+        if 0 < likes.sum() < len(likes):
+            aucs.append((value[likes][:, None] > value[~likes][None]).mean())
+    assert np.mean(aucs) > 0.85
+    assert not side.whole.asked(Side({"about": "nothing known"}), np.arange(5)).any()
+    added = side.whole.extended(ITEMS + 2).asked(Side({"about": "I like subject3"}), np.arange(ITEMS, ITEMS + 2))
+    assert not added.any()
+
+
+def test_two_towers_get_no_weight_where_texts_are_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, features = subjects(tmp_path, np.random.default_rng(3).integers(0, SUBJECTS, USERS))
+    side = fit_side(data.interactions, data.parts["train"], features, threshold=4.0, folds=2, seed=0)
+    assert not side.whole.effects
+    assert side.interactions.rating.tolist() == data.interactions.rating.tolist()
+
+
 def test_a_sentence_is_read_by_the_encoder_where_items_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Words that no meta-training user wrote are understood."""
     said = ("I keep a small dog", "my car is fast", "I read poems in bed")
@@ -174,7 +232,8 @@ def test_a_sentence_is_read_by_the_encoder_where_items_are(tmp_path: Path, monke
     found = MetaRecommender.from_pretrained("smollm2-135m-instruct", validated(RunConfig, settings, "test"))
     world = shop(BY_GROUP)
     found.fit(world.orders, items=world.items, label="rating >= 4", **NEW_USERS, users="users.csv")
-    assert isinstance(effects(found).effects.about["about"], EncodedText)
+    read = effects(found).effects.about["about"]
+    assert isinstance(read.reader if isinstance(read, TowerText) else read, EncodedText)
     items = [f"i{code}" for code in range(ITEMS)]
     puppy, lorry = (found.adapt({}, about=text).score(items) for text in ("the puppies are mine", "a lorry driver"))
     tastes = [BY_GROUP[np.flatnonzero(group == GROUP)[0]][world.kind] for group in range(2)]
@@ -666,7 +725,7 @@ def test_a_network_ranks_by_fields_of_users_before_any_rating(
 
     def inputs(data: TaskData) -> SideInputs | None:
         train = data.parts["train"]
-        effects = fit_effects(data.interactions, train, Features({"kind": kinds}, kinds), seed=0)
+        effects = fit_effects(data.interactions, train, Features({"kind": kinds}, kinds), threshold=4.0, seed=0)
         return side_inputs(effects, data.interactions, train)
 
     informed = data(GROUP)

@@ -162,7 +162,9 @@ class MethodContext:
         from metarec.scorers.language.encoded_text import encoded_reader
 
         read = encoded_reader(self.config.collaborative.encoder)
-        effects = fit_effects(self.interactions, self.users, self.known, seed=self.seed, text_reader=read)
+        effects = fit_effects(
+            self.interactions, self.users, self.known, threshold=self.threshold, seed=self.seed, text_reader=read
+        )
         return side_inputs(effects, self.interactions, self.users)
 
     @cached_property

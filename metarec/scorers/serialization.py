@@ -40,6 +40,7 @@ from metarec.scorers.collaborative.stack import Stacked
 from metarec.scorers.collaborative.terms import CollaborativeTerm, ItemMeanTerm, SideTerm
 from metarec.scorers.collaborative.text import TextLogistic, TextRidge, TwoTower
 from metarec.scorers.collaborative.trivial import Constant, ItemMean, Popularity, Random
+from metarec.scorers.collaborative.two_towers import TowerText
 from metarec.scorers.language.adapted import InnerLoop, MetaScorer
 from metarec.scorers.language.encoded_text import EncodedText
 from metarec.scorers.language.expected_rating import ExpectedRating
@@ -94,6 +95,7 @@ CLASSES: dict[str, type[Any]] = {
     "Stacked": Stacked,
     "TextLogistic": TextLogistic,
     "TextRidge": TextRidge,
+    "TowerText": TowerText,
     "TwoTower": TwoTower,
     "UserKNN": UserKNN,
     "ZeroShot": ZeroShot,

@@ -4,7 +4,8 @@
 
 where z are features of who rates, and when, and x_i those of the item: 1, its fields and text, and factors of ratings.
 P is learned by ridge regression of what item means and user biases leave of ratings; every block of z has a scale of
-its own, chosen on users held out, and is left out where it does not help them.
+its own, chosen on users held out, and is left out where it does not help them. A text about a user may be read by two
+towers too, see `metarec.scorers.collaborative.two_towers`.
 
 Source: Rendle 2012, "Factorization machines with libFM", section 3: side features times item features; here linear in
 both, so that a new user's effects need no gradient steps.
@@ -25,13 +26,15 @@ from metarec.scorers.collaborative.features import Features, principal_component
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.residuals import Floats, Residuals, training_residuals
 from metarec.scorers.collaborative.review_head import ReviewHead, with_reviews
-from metarec.scorers.collaborative.side_readers import Friends, Reader, friends_of, reader_of
+from metarec.scorers.collaborative.side_readers import Friends, Reader, friends_of, reader_of, side_kind
 from metarec.scorers.collaborative.stack import fold_order
+from metarec.scorers.collaborative.two_towers import TowerData, Towers, TowerText, fit_towers
 from metarec.threads import one_thread
 
 _LOG = logging.getLogger(__name__)
 _FACTORS = 16
 _COMPONENTS = 16
+_TEXT_COMPONENTS = 64
 # Scales of a block of side information that are tried, beside leaving it out.
 _SCALES = (0.01, 0.03, 0.1, 0.3, 1.0)
 _DAMP = 10.0
@@ -148,6 +151,7 @@ class _Blocks:
         friends: What reads friends.
         features: Block to its features, by user or by row.
         of_rows: The blocks that are by row.
+        texts: The fields of users that are texts.
     """
 
     about: Mapping[str, Reader]
@@ -155,6 +159,28 @@ class _Blocks:
     friends: Friends | None
     features: Mapping[str, Floats]
     of_rows: frozenset[str]
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of the items, and which ratings are likes.
+
+    Args:
+        content: Principal components of all that is known of items, shape (items, width).
+        text: More of those of their texts, for towers, of mean squared length one, shape (items, width).
+        liked: Shape (rows,).
+    """
+
+    content: Floats
+    text: Floats
+    liked: np.ndarray
+
+
+def _known(features: Features, liked: np.ndarray) -> _Known:
+    text = principal_components(features.text, _TEXT_COMPONENTS) if features.text.shape[1] else features.text
+    text = text / np.sqrt(max(float((text**2).sum(1).mean()), 1e-12))
+    return _Known(principal_components(features.linear, _COMPONENTS), text, liked)
 
 
 def no_effects(items: int) -> SideEffects:
@@ -167,12 +193,13 @@ def fit_effects(
     users: Codes,
     features: Features,
     *,
+    threshold: float,
     seed: int,
     text_reader: Callable[[str, Texts], Reader | str] = reader_of,
 ) -> SideEffects:
     """Fits the effects of side information on all of some users alone, reviews unread; see `fit_side`."""
-    content = principal_components(features.linear, _COMPONENTS)
-    return _fit(interactions, users, content, seed, text_reader)[0]
+    known = _known(features, interactions.likes(threshold))
+    return _fit(interactions, users, known, seed, text_reader)[0]
 
 
 def fit_side(
@@ -199,14 +226,14 @@ def fit_side(
     order = fold_order(len(users), folds, seed)
     liked = interactions.likes(threshold)
     reviews, interactions = with_reviews(interactions, users, seed)
-    content = principal_components(features.linear, _COMPONENTS)
+    known = _known(features, liked)
     with progress("fitting the effects of side information", folds + 1, after=2.0) as advance:
-        whole = _fit(interactions, users, content, seed, text_reader)
+        whole = _fit(interactions, users, known, seed, text_reader)
         advance(1)
-        kept = {name: scale for name, (scale, _) in whole[1].items()}
+        kept = whole[1]
         parts = []
         for fold in range(folds):
-            parts.append(_fit(interactions, users[order != fold], content, seed, text_reader, kept)[0])
+            parts.append(_fit(interactions, users[order != fold], known, seed, text_reader, kept)[0])
             advance(fold + 2)
     fold_of = {interactions.users[code]: int(fold) for code, fold in zip(users, order, strict=True)}
     scale = fit_item_mean(interactions, users).scale
@@ -221,37 +248,91 @@ def fit_side(
     return FittedSide(replace(whole[0], reviews=reviews), folded, fold_of, bare)
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """Which blocks are read, and how.
+
+    Args:
+        scales: Scales of the blocks that are read by ridge regression.
+        towers: Fields whose texts are read by towers.
+        replaced: Scales of those of them that ridge regression reads where towers find nothing.
+    """
+
+    scales: Mapping[str, float]
+    towers: tuple[str, ...]
+    replaced: Mapping[str, float]
+
+
 @one_thread()
 def _fit(
     interactions: Interactions,
     users: Codes,
-    content: Floats,
+    known: _Known,
     seed: int,
     text_reader: Callable[[str, Texts], Reader | str],
-    scales: Mapping[str, float] | None = None,
-) -> tuple[SideEffects, dict[str, tuple[float, tuple[float, float]]]]:
-    """Returns the effects and the scale of each block; `scales` that are given are not chosen again."""
+    kept: _Chosen | None = None,
+) -> tuple[SideEffects, _Chosen]:
+    """Returns the effects, and what was chosen; choices that are given are not made again."""
     own = np.isin(interactions.user, users)
     residuals = training_residuals(interactions, users, fit_item_mean(interactions, users)).centred(_BIAS_DAMPING)
     factors, tastes = _factors(residuals)
-    items = _standardized(np.concatenate([content, factors], 1))
+    items = _standardized(np.concatenate([known.content, factors], 1))
     side = interactions.side
     blocks = _blocks(interactions, users, own, tastes, text_reader)
     problem = _Problem(residuals, items, blocks)
-    given = {name: scale for name, scale in (scales or {}).items() if name in blocks.features}
-    chosen = problem.choose(seed) if scales is None else {name: (scale, (0.0, 0.0)) for name, scale in given.items()}
-    effects = problem.solve({name: scale for name, (scale, _) in chosen.items()}, None)
+    worth: dict[str, tuple[float, float]] = {}
+    scales = {} if kept is None else {name: at for name, at in kept.scales.items() if name in blocks.features}
+    if kept is None:
+        for name, (scale, gain) in problem.choose(seed).items():
+            scales[name], worth[name] = scale, gain
+    texts = {
+        name: TowerData(blocks.features[name], known.text, residuals, known.liked[own])
+        for name in blocks.texts
+        if known.text.shape[1] and (kept is None or name in kept.towers)
+    }
+    replaced = {} if kept is None else dict(kept.replaced)
+    if kept is None:
+        by_ridge = scales
+        scales, gains = problem.choose_towers(by_ridge, texts, seed)
+        replaced = {name: scale for name, scale in by_ridge.items() if name not in scales}
+        texts, worth = {name: texts[name] for name in gains}, {**worth, **gains}
+    effects = problem.solve(scales, None)
+    left, everybody = residuals.value - problem.predicted(effects), np.ones(len(users), bool)
+    towers = {name: fit_towers(data, everybody, left, seed) for name, data in texts.items()}
+    if lost := {name: scale for name, scale in replaced.items() if towers.get(name) is None}:
+        effects = problem.solve({**scales, **lost}, None)
     found = SideEffects(
         about={name: reader for name, reader in blocks.about.items() if name in effects},
         moments={name: reader for name, reader in blocks.moments.items() if name in effects},
         friends=blocks.friends if FRIENDS in effects else None,
         items=items,
         effects=effects,
-        worth={name: worth for name, (_, worth) in chosen.items()},
-        unread=tuple(name for name in (*side.about, *([FRIENDS] if side.friends else [])) if name not in effects),
-        unread_moments=tuple(name for name in side.moments if name not in effects),
+        worth=worth,
     )
-    return found, chosen
+    for name, fitted in towers.items():
+        if fitted is not None:
+            found = _with_towers(found, name, blocks.about[name], fitted)
+    known_of_users = (*side.about, *([FRIENDS] if side.friends else []))
+    found = replace(
+        found,
+        unread=tuple(name for name in known_of_users if name not in found.effects),
+        unread_moments=tuple(name for name in side.moments if name not in found.effects),
+    )
+    return found, _Chosen(scales, tuple(texts), replaced)
+
+
+def _with_towers(found: SideEffects, name: str, reader: Reader, towers: Towers) -> SideEffects:
+    """Returns effects to which a product of towers is added: more numbers of the text, times more of each item."""
+    width, own = found.items.shape[1], towers.items.shape[1]
+    wider = {other: np.pad(effect, ((0, 0), (0, own))) for other, effect in found.effects.items()}
+    by_ridge = wider.get(name, np.zeros((len(towers.users), width + own)))
+    by_towers = np.concatenate([np.zeros((own, width)), np.eye(own)], 1)
+    return replace(
+        found,
+        about={**found.about, name: TowerText(reader, towers.users, towers.mean)},
+        items=np.concatenate([found.items, towers.items], 1),
+        effects={**wider, name: np.concatenate([by_ridge, by_towers])},
+    )
 
 
 def _factors(residuals: Residuals) -> tuple[Floats, Floats]:
@@ -300,7 +381,10 @@ def _blocks(
     if any(side.friends):
         friends = friends_of([interactions.users[code] for code in ordered], tastes)
         features[FRIENDS] = friends.read([Side(friends=side.friends[code]) for code in ordered])
-    return _Blocks(about, moments, friends, features, frozenset(moments))
+    texts = tuple(
+        name for name in about if side_kind(name, [text for text in side.about[name][ordered] if text]) == "text"
+    )
+    return _Blocks(about, moments, friends, features, frozenset(moments), texts)
 
 
 @dataclass(frozen=True)
@@ -348,6 +432,42 @@ class _Problem:
                 _LOG.warning("side information '%s' does not help users held out: it is left out", name)
         return chosen
 
+    def choose_towers(
+        self, scales: Mapping[str, float], texts: Mapping[str, TowerData], seed: int
+    ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+        """Returns the scales that stay, and the fields whose texts towers read, with how far that lowers the error.
+
+        Towers are read beside the ridge regression of a text, or in its place, whichever lowers held-out users' error
+        more; if neither does, the regression alone.
+        """
+        held_out = np.random.default_rng([seed, 3]).permutation(self._residuals.shape[0]) % 2
+        kept, gains = dict(scales), {}
+        for name, data in texts.items():
+            before = self._errors(kept, held_out)
+            without = {other: scale for other, scale in kept.items() if other != name}
+            tried = [(some, self._errors_with_towers(some, data, held_out, seed)) for some in (kept, without)]
+            best, errors = min(tried, key=lambda one: float(one[1].sum()))
+            gain = before - errors
+            mean, error = float(gain.mean()), float(gain.std() / np.sqrt(len(gain)))
+            _LOG.info("two towers that read '%s' lower the squared error by %.4f (%.4f)", name, mean, error)
+            if mean > _STANDARD_ERRORS * error and mean > 0:
+                kept, gains[name] = dict(best), (mean, error)
+        return kept, gains
+
+    def _errors_with_towers(self, scales: Mapping[str, float], data: TowerData, held_out: Codes, seed: int) -> Floats:
+        """Returns what `_errors` does, under towers too that were trained on the other half."""
+        user, value = self._residuals.user, self._residuals.value
+        squares = np.zeros(self._residuals.shape[0])
+        for half in (0, 1):
+            rows = held_out[user] == half
+            left = value - self.predicted(self.solve(scales, ~rows) if scales else {})
+            towers = fit_towers(data, held_out != half, left, seed)
+            if towers is not None:
+                users, items = towers.of(data.features)[user[rows]], towers.items[self._residuals.item[rows]]
+                left[rows] -= (users * items).sum(1)
+            squares += np.bincount(user[rows], left[rows] ** 2, len(squares))
+        return squares / np.maximum(np.bincount(user, minlength=len(squares)), 1)
+
     def _errors(self, scales: Mapping[str, float], held_out: Codes) -> Floats:
         """Returns each user's mean squared error under effects learned from the other half, shape (users,)."""
         user, value = self._residuals.user, self._residuals.value
@@ -355,16 +475,17 @@ class _Problem:
         for half in (0, 1):
             rows = held_out[user] == half
             effects = self.solve(scales, ~rows) if scales else {}
-            left = value[rows] - self._predicted(effects, rows)
+            left = value[rows] - self.predicted(effects)[rows]
             squares += np.bincount(user[rows], left**2, len(squares))
         return squares / np.maximum(np.bincount(user, minlength=len(squares)), 1)
 
-    def _predicted(self, effects: Mapping[str, Floats], rows: np.ndarray) -> Floats:
-        items = self._items[self._residuals.item[rows]]
+    def predicted(self, effects: Mapping[str, Floats]) -> Floats:
+        """Returns what effects add to each rating, shape (ratings,)."""
+        items = self._items[self._residuals.item]
         found = np.zeros(len(items))
         for name, effect in effects.items():
             block = self._blocks[name]
-            found += ((block.features @ effect)[block.group[rows]] * items).sum(1)
+            found += ((block.features @ effect)[block.group] * items).sum(1)
         return found
 
     def solve(self, scales: Mapping[str, float], rows: np.ndarray | None) -> dict[str, Floats]:
