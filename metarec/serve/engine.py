@@ -23,6 +23,7 @@ from metarec.given_side import kept_side, reads_reviews, unknown_values, with_si
 from metarec.metrics import rank_order
 from metarec.recommender import MetaRecommender
 from metarec.reranking import ItemVectors, check_diversity, mmr, pool_size
+from metarec.scorers.language.left_out import scores_without_each
 from metarec.search import Found, TextSearch
 from metarec.serve.batching import BLOCK, USERS_AT_ONCE, BatchedModel, linearize_most_rated
 from metarec.serve.hot_adapters import HotAdapters
@@ -418,15 +419,26 @@ class Engine:
         return self._retrieval.choose(person.adapted, codes, max(self._candidates, 2 * k))
 
     def explain(self, person: Person, codes: Codes, most: int = 3) -> list[list[Reason]]:
-        """Returns the ratings that changed some items' scores most; see `metarec.explanations.explain`."""
+        """Returns the ratings that changed some items' scores most; see `metarec.explanations.explain`.
+
+        Users who take gradient steps are adapted without each rating in one pass, see `scores_without_each`.
+        """
         adapted = person.adapted
-        if adapted.diverged:
+        if adapted.diverged or not len(adapted.support):
             return [[] for _ in codes]
+        scorer = self.recommender.scorer()
+        if scorer.inner.head is not None:
+            return explain(
+                adapted.support, self._model.scores(adapted, codes), partial(self._again, codes), self.catalog
+            )
+        items = np.concatenate([adapted.support.items, codes])
+        slopes = self._retrieval.slopes(scorer, items) if scorer.answer_model is not None else None
+        found = scores_without_each(scorer, adapted.support.unlabelled(), codes, slopes)
+        return explain(adapted.support, found[-1], lambda _: list(found[:-1]), self.catalog, most)
 
-        def scores_without(supports: Sequence[Ratings]) -> list[NDArray[np.float32]]:
-            return [self._model.scores(other, codes) for other, _ in self.adapt(supports)]
-
-        return explain(adapted.support, self._model.scores(adapted, codes), scores_without, self.catalog, most)
+    def _again(self, codes: Codes, supports: Sequence[Ratings]) -> list[NDArray[np.float32]]:
+        """Scores items with each of several supports, by adapting to it."""
+        return [self._model.scores(other, codes) for other, _ in self.adapt(supports)]
 
     def search(self, text: str, k: int, person: Person | None = None) -> list[Found]:
         """Finds items by text, and with a user by their scores too; see `TextSearch.find`."""

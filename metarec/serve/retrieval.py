@@ -23,7 +23,8 @@ from metarec.meta.inner_loop import MetaState
 from metarec.metrics import leaders
 from metarec.progress import progress
 from metarec.recommender import MetaRecommender
-from metarec.scorers.language.adapted import InnerLoop
+from metarec.scorers.language.adapted import InnerLoop, MetaScorer
+from metarec.scorers.language.left_out import ItemSlopes, rates, slopes_of
 from metarec.scorers.language.linearized import Linearized, linearize
 from metarec.scorers.language.score import ADAPTER_WEIGHT, HEAD, adapter_tensors
 from metarec.scorers.term import ADAPTER_TERM, weighted_sum
@@ -169,6 +170,7 @@ class CandidateRetrieval:
         self._trained = trained
         self._linearized = linearized
         self._effects: Effects | None = None
+        self._metrics: tuple[Tensor, ...] = ()
         self.new_user_scores: NDArray[np.float32] = np.zeros(0, np.float32)
 
     def update(self, new_user: AdaptedUser) -> None:
@@ -201,6 +203,24 @@ class CandidateRetrieval:
         if len(self._effects) < items:
             self._effects = extended(self._effects, new_user.adapted_model, meta, items, self._linearized)
         return self._effects
+
+    def slopes(self, scorer: MetaScorer, items: Codes) -> ItemSlopes:
+        """Returns how some items' log-odds move with the adapter: as kept of every item, or else read here.
+
+        Args:
+            scorer: The recommender's, over the current catalog; its users take gradient steps.
+            items: The items.
+        """
+        effects = self._effects
+        if effects is None or effects.directions is None or len(effects) <= items.max(initial=0):
+            return slopes_of(scorer, items)
+        if not self._metrics:
+            along = effects.directions
+            by_step = (rates(scorer.meta, step)[:, None] * along for step in range(scorer.inner.steps))
+            self._metrics = tuple((along.T @ weighed).cpu() for weighed in by_step)
+        moved = self.new_user_scores[items] - self._new_user_terms[items]
+        start = torch.from_numpy(moved) / self._new_user.state[ADAPTER_WEIGHT].cpu()
+        return ItemSlopes(start, torch.from_numpy(effects.coordinates[items]), self._metrics)
 
     def choose(self, adapted: AdaptedUser, codes: Codes, count: int) -> Codes:
         """Returns the items of `codes` with the best approximate scores, in order of code.

@@ -342,12 +342,33 @@ def support_loss(
             scores = score(state, batch, adapted)
         else:
             scores = _sum_with_adapter(state, batch, linearized.log_odds(batch.items, state))
-        error = _without_user_bias(batch.target - scores, batch.real, user_bias_damping, weight)
-        if weight is None:
-            return error.square().sum(1) / (batch.real.sum(1) + shrinkage)
-        return (error.square() * weight).sum(1) / (weight.sum(1) + shrinkage)
+        return squared_error(
+            batch.target - scores,
+            batch.real,
+            weight,
+            shrinkage=shrinkage,
+            user_bias_damping=user_bias_damping,
+        )
 
     return loss
+
+
+def squared_error(
+    error: Tensor, real: Tensor, weight: Tensor | None = None, *, shrinkage: float, user_bias_damping: float
+) -> Tensor:
+    """Returns every user's squared error around the user's bias, shape (users,); see `support_loss`.
+
+    Args:
+        error: Ratings minus scores, shape (users, items).
+        real: False at padding, shape (users, items).
+        weight: How much every rating counts, shape (users, items); None where all count alike.
+        shrinkage: See `support_loss`.
+        user_bias_damping: See `support_loss`.
+    """
+    around = _without_user_bias(error, real, user_bias_damping, weight).square()
+    if weight is None:
+        return around.sum(1) / (real.sum(1) + shrinkage)
+    return (around * weight).sum(1) / (weight.sum(1) + shrinkage)
 
 
 def posterior_support_loss(batch: Batch, adapted: AnswerModel, *, shrinkage: float) -> Loss:
