@@ -27,11 +27,11 @@ def small_recommender(model: Path) -> MetaRecommender:
 
 
 @contextmanager
-def listening(application: Any) -> Iterator[str]:
+def listening(application: Any, **settings: Any) -> Iterator[str]:
     """Serves an application from a thread of this process, and gives its address."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(application, port=0, log_config=None))
+    server = uvicorn.Server(uvicorn.Config(application, port=0, log_config=None, **settings))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -24,7 +24,8 @@ from starlette.testclient import TestClient
 from metarec.recommender import MetaRecommender
 from metarec.serve.app import create_app
 from metarec.serve.engine import Engine
-from metarec.serve.guard import ApiKey, JsonLines, RequestLimits, new_key, read_keys
+from metarec.serve.guard import JsonLines, RequestLimits
+from metarec.serve.keys import ApiKey, new_key, read_keys
 from metarec.serve.service import ServeSettings
 from metarec.serve.store import AdapterStore
 from metarec.serve.worker import BusyError, Job, Worker
@@ -377,7 +378,7 @@ def test_a_body_over_the_limit_is_refused(start: Callable[..., TestClient]) -> N
 
 def test_without_a_key_nothing_but_health_is_answered(start: Callable[..., TestClient]) -> None:
     secret, key = new_key("shop")
-    client = start(limits=RequestLimits(keys=(ApiKey("other", "0" * 64), key)))
+    client = start(limits=RequestLimits(keys=lambda: (ApiKey("other", "0" * 64), key)))
     assert client.get("/healthz").status_code == 200
     assert client.get("/version").status_code == 401
     assert client.get("/v1/users/a", headers={"Authorization": f"Bearer {secret}x"}).status_code == 401
@@ -389,7 +390,7 @@ def test_without_a_key_nothing_but_health_is_answered(start: Callable[..., TestC
 
 def test_a_key_that_asks_too_often_waits_and_another_does_not(start: Callable[..., TestClient]) -> None:
     (one, first), (two, second) = new_key("one"), new_key("two")
-    client = start(limits=RequestLimits(keys=(first, second), rate=0.1, burst=3))
+    client = start(limits=RequestLimits(keys=lambda: (first, second), rate=0.1, burst=3))
     codes = [client.get("/version", headers={"X-API-Key": one}).status_code for _ in range(4)]
     assert codes == [200, 200, 200, 429]
     refused = client.get("/version", headers={"X-API-Key": one})

@@ -30,7 +30,7 @@ from metarec.scorers.language.adapted import MetaScorer
 from metarec.serve.app import create_app
 from metarec.serve.bulk import adapt_users, read_feedback
 from metarec.serve.engine import Engine
-from metarec.serve.guard import read_keys
+from metarec.serve.keys import read_keys
 from metarec.serve.service import ServeSettings
 from metarec.serve.store import AdapterStore
 

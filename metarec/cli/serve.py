@@ -11,8 +11,10 @@ from metarec.cli.options import DeviceOption, JsonOption, show
 from metarec.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from metarec.serve.engine import Engine
-    from metarec.serve.guard import ApiKey
+    from metarec.serve.keys import ApiKey
 
 app = typer.Typer()
 
@@ -60,7 +62,7 @@ def serve(
     _check_extra()
     from metarec.serve.guard import RequestLimits
 
-    limits = RequestLimits(_read_api_keys(api_key_file, host), rate, max(1, round(2 * rate)), body)
+    limits = RequestLimits(_api_keys(api_key_file, host), rate, max(1, round(2 * rate)), body)
     engine = _open_engine(
         checkpoint,
         store,
@@ -77,6 +79,7 @@ def serve(
 
     from metarec.serve.app import create_app
     from metarec.serve.service import ServeSettings
+    from metarec.serve.slow_clients import PatientProtocol
 
     application = create_app(engine, ServeSettings(limits, waiting, ui=ui))
     logging.config.dictConfig(_LOGGING)
@@ -87,6 +90,7 @@ def serve(
         port=port,
         log_config=None,
         access_log=False,
+        http=PatientProtocol,
         timeout_graceful_shutdown=5,
         server_header=False,
     )
@@ -102,16 +106,17 @@ def _check_extra() -> None:
     _ = fastapi, prometheus_client, uvicorn
 
 
-def _read_api_keys(path: Path | None, host: str) -> tuple[ApiKey, ...]:
-    """Reads the key file; without one, the host must be this machine's own."""
-    from metarec.serve.guard import is_loopback, read_keys
+def _api_keys(path: Path | None, host: str) -> Callable[[], tuple[ApiKey, ...]]:
+    """Opens the key file; without one, the host must be this machine's own."""
+    from metarec.serve.guard import is_loopback
+    from metarec.serve.keys import KeyFile
 
     if path is None and not is_loopback(host):
         raise ConfigError(
             f"--host {host} can be reached by others",
             "Give --api-key-file (see: metarec api-key), or leave it out",
         )
-    return read_keys(path) if path else ()
+    return KeyFile(path) if path else tuple
 
 
 def _open_engine(
@@ -136,16 +141,23 @@ def _open_engine(
 def api_key(
     file: Annotated[Path, typer.Argument(help="Key file to add to; it keeps a hash, not the key.")],
     name: Annotated[str, typer.Option(help="Whose key it is; it appears in the log.")],
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="read, write, erase or admin; may be repeated (default: all).", show_default=False),
+    ] = None,
+    days: Annotated[
+        float | None, typer.Option(min=0, help="Days until it expires (default: never).", show_default=False)
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Make an API key, print it once, and add its hash to a key file."""
+    """Make an API key, print it once, and add its hash to a key file; a server that runs takes it within a second."""
     from metarec.artifacts import replace_file
-    from metarec.serve.guard import new_key, read_keys
+    from metarec.serve.keys import SCOPES, new_key, read_keys
 
     known = read_keys(file) if file.exists() else ()
     if any(key.name == name for key in known):
         raise ConfigError(f"'{file}' has a key named '{name}'", "Choose another name, or remove its line")
-    secret, key = new_key(name)
-    lines = "".join(f"{entry.name} {entry.digest}\n" for entry in (*known, key))
+    secret, key = new_key(name, scope or SCOPES, days)
+    lines = "".join(entry.line for entry in (*known, key))
     replace_file(file, lambda target: target.write_text(lines, encoding="utf-8"))
     show({"name": name, "key": secret, "file": str(file)}, json)

@@ -162,6 +162,16 @@ def erase_user(
     show({"erased": True}, json)
 
 
+@store_app.command("pseudonym", epilog="Example: metarec store pseudonym runs/mine/store --user ann")
+def pseudonym(
+    store: StoreArgument,
+    user: Annotated[str, typer.Option(help="The user's id.")],
+    adapters: AdaptersOption = None,
+) -> None:
+    """Print what stands for a user in the audit log, whether or not the store has the user."""
+    typer.echo(_open(store, adapters).pseudonym(user))
+
+
 @app.command("export", epilog="Example: metarec export runs/mine/store --vllm --out lora --base-model /models/smollm2")
 def export(
     store: StoreArgument,

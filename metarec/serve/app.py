@@ -16,9 +16,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from metarec.data.filters import MAX_CHARACTERS
 from metarec.errors import ConfigError, ConflictError, MetarecError, StoreError
+from metarec.serve.batching import BLOCK
 from metarec.serve.engine import Engine
 from metarec.serve.guard import Guard, error_body
 from metarec.serve.person import Person
@@ -84,7 +86,7 @@ def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI
         redirect_slashes=False,  # a route has one address, and a redirect would name the host that the client claims
         responses=PROBLEMS,
     )
-    app.add_middleware(Guard, limits=settings.limits, observe=service.observe)
+    app.add_middleware(Guard, limits=settings.limits, observe=service.observe, pseudonym=engine.store.pseudonym)
     app.state.service = service
     _add_errors(app)
     _add_user_routes(app, service)
@@ -179,7 +181,8 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
                 unknown=engine.unknown(served),
             )
 
-        ranking: Recommendations = await service.person(user, answer, now)
+        cost = max(1.0, k * 2 / BLOCK) + (1.0 if explain else 0.0)
+        ranking: Recommendations = await service.person(user, answer, now, cost)
         return ranking
 
     @app.post("/v1/users/{user}/score", tags=["users"])
@@ -198,7 +201,8 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
                 unknown=engine.unknown(served),
             )
 
-        scored: ScoresAnswer = await service.person(user, answer, items.asked)
+        cost = max(1.0, len(items.items) / BLOCK)
+        scored: ScoresAnswer = await service.person(user, answer, items.asked, cost)
         return scored
 
 
@@ -279,7 +283,7 @@ def _add_catalog_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_operator_routes(app: FastAPI, service: Service) -> None:
-    engine, worker = service.engine, service.worker
+    engine = service.engine
 
     @app.get("/healthz", tags=["operators"])
     async def healthz() -> dict[str, str]:
@@ -288,10 +292,8 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/readyz", tags=["operators"])
     async def readyz() -> dict[str, str]:
-        """Say whether the service answers requests now."""
-        await asyncio.to_thread(engine.store.ping)
-        if not worker.alive:
-            raise StoreError("the worker does not run", "Start the service again")
+        """Say whether the service can store feedback and run its model now."""
+        await service.ready()
         return {"status": "ready"}
 
     @app.get("/version", tags=["operators"])
@@ -310,6 +312,13 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
     async def metrics() -> PlainTextResponse:
         """Return metrics in Prometheus' format."""
         return PlainTextResponse(generate_latest(service.registry), media_type="text/plain; version=0.0.4")
+
+
+def _methods(request: Request) -> list[str]:
+    """Returns the methods that the routes of a path take; the framework names those of the first route alone."""
+    routes = (route for route in request.app.routes if isinstance(route, Route))
+    found = [route.methods or () for route in routes if route.path_regex.match(request.scope["path"])]
+    return sorted({method for methods in found for method in methods})
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -340,7 +349,10 @@ def _add_errors(app: FastAPI) -> None:
             message, cure = "there is no such route", "See /openapi.json; a '/' inside an id is written %2F"
         elif message == HTTPStatus.METHOD_NOT_ALLOWED.phrase:
             message, cure = f"this route does not take {request.method}", "See /openapi.json"
-        return problem(error.status_code, message, cure, error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(_methods(request))
+        return problem(error.status_code, message, cure, headers)
 
     @app.exception_handler(Exception)
     async def broken(_: Request, __: Exception) -> JSONResponse:

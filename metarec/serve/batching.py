@@ -7,12 +7,13 @@ last bit, whoever else is adapted and whatever else is scored at the same time.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from metarec.adapted_user import AdaptedUser
 from metarec.data.interactions import Codes, Ratings
@@ -49,6 +50,8 @@ class BatchedModel:
         self._workers = ThreadPoolExecutor(workers, "model")
         self._linearized = linearized
         model = trained.adapted_model
+        # Called between two blocks of work; what it raises ends the work.
+        self.check: Callable[[], None] = lambda: None
         self._longest = 0 if model is None else longest(model)
 
     def adapt(
@@ -71,6 +74,7 @@ class BatchedModel:
             batches += [(width, linearized, rows[start : start + self._users_at_once]) for start in starts]
 
         def adapt_batch(batch: tuple[int, bool, list[int]]) -> list[tuple[AdaptedUser, tuple[float, ...]]]:
+            self.check()
             width, linearized, rows = batch
             return self._adapt_batch(recommender, [supports[row] for row in rows], width, linearized)
 
@@ -110,8 +114,13 @@ class BatchedModel:
         """Scores items in whole blocks; the last one is filled up by repeating items."""
         if not len(codes):
             return np.zeros(0, np.float32)
+
+        def score_block(block: Codes) -> Tensor:
+            self.check()
+            return adapted.scores(block)
+
         blocks = np.resize(codes, (-(-len(codes) // BLOCK), BLOCK))
-        done = self._workers.map(adapted.scores, blocks) if len(blocks) > 1 else map(adapted.scores, blocks)
+        done = self._workers.map(score_block, blocks) if len(blocks) > 1 else map(score_block, blocks)
         scores: NDArray[np.float32] = torch.cat(list(done)).numpy()
         return scores[: len(codes)]
 

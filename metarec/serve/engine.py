@@ -332,6 +332,19 @@ class Engine:
             for forget in self._forget:
                 forget(key)
 
+    def probe(self) -> None:
+        """Tests the model on one item.
+
+        Raises:
+            RuntimeError: It does not give a number.
+        """
+        if not np.isfinite(self._model.scores(self.new_user, np.zeros(1, np.int64))).all():
+            raise RuntimeError("the model gives no number")
+
+    def check_with(self, check: Callable[[], None] | None) -> None:
+        """Calls `check` between two blocks of work from now on; what it raises ends the work."""
+        self._model.check = check or _nothing
+
     def forget_with(self, forget: Callable[[str], object]) -> None:
         """Calls `forget` with the key of every user who is erased from now on."""
         self._forget.append(forget)
@@ -447,6 +460,10 @@ class Engine:
             return self._search.find(text, k, kept=self._kept)
         user = person
         return self._search.find(text, k, score=lambda codes: self._finite_scores(user, codes)[1], kept=self._kept)
+
+
+def _nothing() -> None:
+    """Ends no work."""
 
 
 def _size(state: AdapterState) -> int:

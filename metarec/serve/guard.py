@@ -14,25 +14,27 @@ import json
 import logging
 import math
 import re
-import secrets
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
-from metarec.errors import ConfigError
+from metarec.artifacts import parse_json
+from metarec.serve.fair_queue import CLIENT
+from metarec.serve.keys import ApiKey, scope_of
 
 _LOG = logging.getLogger("metarec.serve")
+_AUDIT = logging.getLogger("metarec.audit")
 _OPEN = ("/healthz", "/readyz")
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 _BODY_SECONDS = 10.0
-_MAKE_KEYS = "Run: metarec api-key FILE --name NAME"
 # Facts that a log line may carry; all others are dropped.
-_FACTS = ("method", "route", "status", "ms", "request", "key", "failure", "count")
+_FACTS = ("method", "route", "status", "ms", "request", "key", "scope", "subject", "failure", "count")
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     # With `no-referrer` a form without scripts sends `Origin: null`, as another site's form does.
@@ -48,45 +50,6 @@ _HEADERS = (
 Messages = Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class ApiKey:
-    """A key's name and the SHA-256 of the key; only its owner has the key itself."""
-
-    name: str
-    digest: str
-
-
-def new_key(name: str) -> tuple[str, ApiKey]:
-    """Returns a new key of 256 random bits, and its entry for the key file.
-
-    Raises:
-        ConfigError: The name has other characters than letters, digits, '.', '_' and '-', or is too long.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
-        raise ConfigError(f"the key's name {name!r} is not plain", "Use letters, digits, '.', '_' and '-'")
-    key = secrets.token_urlsafe(32)
-    return key, ApiKey(name, hashlib.sha256(key.encode()).hexdigest())
-
-
-def read_keys(path: Path) -> tuple[ApiKey, ...]:
-    """Reads a key file: one ``NAME SHA256`` a line, as ``metarec api-key`` writes it.
-
-    Raises:
-        ConfigError: A line is not of that form, a name comes twice, or there is no key.
-    """
-    keys = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        match = re.fullmatch(r"([A-Za-z0-9._-]{1,64}) +([0-9a-f]{64})\s*", line)
-        if match is None:
-            raise ConfigError(f"line {number} of '{path}' is not 'NAME SHA256'", _MAKE_KEYS)
-        keys.append(ApiKey(*match.groups()))
-    if not keys or len({key.name for key in keys}) < len(keys):
-        raise ConfigError(f"'{path}' holds no key, or a name twice", _MAKE_KEYS)
-    return tuple(keys)
-
-
 def is_loopback(host: str) -> bool:
     """Says whether an address can be reached from this machine alone."""
     return host in _LOOPBACK or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
@@ -97,13 +60,13 @@ class RequestLimits:
     """Limits for one client.
 
     Args:
-        keys: Keys to accept; with none, requests from this machine are served, and no others.
+        keys: Returns the keys to accept; where there is none, requests from this machine are served, and no others.
         rate: Requests a second for each key, in the long run; 0 sets no limit.
         burst: Requests that one key may send at once.
         body: Bytes of a request's body.
     """
 
-    keys: tuple[ApiKey, ...] = ()
+    keys: Callable[[], tuple[ApiKey, ...]] = tuple
     rate: float = 0.0
     burst: int = 100
     body: int = 1 << 20
@@ -123,11 +86,13 @@ class Guard:
         app: The application.
         limits: See `RequestLimits`.
         observe: Called after every answer with method, route, status and seconds.
+        pseudonym: Returns what stands for a user in the audit log; None leaves them out.
     """
 
     app: Messages
     limits: RequestLimits
     observe: Callable[[str, str, int, float], None]
+    pseudonym: Callable[[str], str] | None = None
     _buckets: dict[str, _Bucket] = field(default_factory=dict)
 
     async def __call__(self, scope: dict[str, Any], receive: Messages, send: Messages) -> None:
@@ -135,13 +100,14 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status, key = time.perf_counter(), 500, ""
+        began, status, key, finished = time.perf_counter(), 0, "", False
 
         async def answer(message: dict[str, Any]) -> None:
-            nonlocal status
+            nonlocal status, finished
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = {**message, "headers": [*message["headers"], *_HEADERS]}
+            finished = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
         try:
@@ -151,16 +117,52 @@ class Guard:
                 refusal = _keep_escapes(scope)
             if refusal is None:
                 body, refusal = await self._body(headers, receive)
+            if refusal is None and body and _repeats_a_key(body):
+                refusal = 422, "the body repeats a key", 0
             if refusal is not None:
                 await _refuse(answer, *refusal)
                 return
-            await self.app(scope, _replay(body, receive), answer)
+            CLIENT.set(key)
+            await self._serve(scope, body, receive, answer, lambda: finished)
+        except asyncio.CancelledError:  # the service stops, and this took too long to wait for
+            if status:
+                raise
+            await _refuse(answer, 503, "the service is stopping", 5)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             seconds = time.perf_counter() - began
             self.observe(scope["method"], route, status, seconds)
             facts = {"method": scope["method"], "route": route, "status": status, "ms": round(1000 * seconds, 1)}
             _LOG.info("request", extra={**facts, "key": key})
+            self._audit(scope, facts, key)
+
+    async def _serve(
+        self, scope: dict[str, Any], body: bytes, receive: Messages, send: Messages, finished: Callable[[], bool]
+    ) -> None:
+        """Calls the application, and ends it where the client goes before the answer is complete."""
+        gone = asyncio.ensure_future(_disconnect(receive))
+        work = asyncio.ensure_future(self.app(scope, _replay(body, gone), send))
+        try:
+            await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and not finished():
+                work.cancel()
+                with suppress(asyncio.CancelledError):
+                    await work
+            else:
+                await work
+        finally:
+            for task in (gone, work):
+                task.cancel()
+            await asyncio.gather(gone, work, return_exceptions=True)
+
+    def _audit(self, scope: dict[str, Any], facts: Mapping[str, object], key: str) -> None:
+        """Notes what was changed, by whose key and of whom, without the user's id."""
+        needed = scope_of(scope["method"], scope["path"])
+        if needed == "read" or facts["route"] == "unmatched":
+            return
+        user = scope.get("path_params", {}).get("user")
+        subject = "" if user is None or self.pseudonym is None else self.pseudonym(unquote(user))
+        _AUDIT.info("audit", extra={**facts, "key": key, "scope": needed, "subject": subject})
 
     def _check(self, path: str, headers: Mapping[str, str], method: str) -> tuple[str, tuple[int, str, int] | None]:
         if path in _OPEN:
@@ -169,17 +171,20 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and method not in ("GET", "HEAD") and origin.partition("://")[2] != host:
             return "", (403, "another site's page may not ask", 0)
-        if not self.limits.keys:
+        keys = self.limits.keys()
+        if not keys:
             # A name that resolves to this machine would let a web page in through the user's browser.
             if not is_loopback(re.sub(r":\d+$", "", host)):
                 return "", (403, "without API keys only this machine is served, by the name localhost", 0)
             return "", self._take("")
-        name = self._who(headers)
-        if name is None:
+        given = self._who(headers, keys)
+        if given is None:
             return "", (401, "an API key is needed: Authorization: Bearer KEY", 0)
-        return name, self._take(name)
+        if (needed := scope_of(method, path)) not in given.scopes:
+            return given.name, (403, f"this key may not do that: it lacks the scope '{needed}'", 0)
+        return given.name, self._take(given.name)
 
-    def _who(self, headers: Mapping[str, str]) -> str | None:
+    def _who(self, headers: Mapping[str, str], keys: Sequence[ApiKey]) -> ApiKey | None:
         scheme, _, value = headers.get("authorization", "").partition(" ")
         given = value.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         if scheme.lower() == "basic":  # sent by a browser for the page: any name, the key as password
@@ -189,8 +194,8 @@ class Guard:
                 given = ""
         digest = hashlib.sha256(given.encode()).hexdigest()
         # Every key is compared in constant time, so that timing does not tell which one matches.
-        found = [key.name for key in self.limits.keys if hmac.compare_digest(key.digest, digest)]
-        return found[0] if found else None
+        found = [key for key in keys if hmac.compare_digest(key.digest, digest)]
+        return found[0] if found and not found[0].expired else None
 
     def _take(self, name: str) -> tuple[int, str, int] | None:
         if not self.limits.rate:
@@ -246,17 +251,33 @@ def _keep_escapes(scope: dict[str, Any]) -> tuple[int, str, int] | None:
     return None
 
 
-def _replay(body: bytes, receive: Messages) -> Messages:
+async def _disconnect(receive: Messages) -> None:
+    """Returns when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _replay(body: bytes, gone: asyncio.Future[None]) -> Messages:
     sent = False
 
     async def again() -> Any:
         nonlocal sent
         if sent:
-            return await receive()
+            await asyncio.shield(gone)
+            return {"type": "http.disconnect"}
         sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return again
+
+
+def _repeats_a_key(body: bytes) -> bool:
+    """Says whether a JSON body gives a key twice, which readers of JSON understand in different ways."""
+    try:
+        parse_json(body.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        return str(error) == "repeats a key"
+    return False
 
 
 async def _refuse(send: Messages, status: int, message: str, retry_after: int) -> None:

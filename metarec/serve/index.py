@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import sqlite3
 import threading
 import uuid
@@ -15,7 +16,7 @@ from metarec.serve.database import FROM_SCHEMA_1, TABLES, Postgres, Sqlite
 
 SCHEMA_VERSION = "2"
 INDEX_FILE = "index.sqlite"
-_STORE, _UNPLACED = "store", "unplaced"
+_STORE, _SECRET, _UNPLACED = "store", "secret", "unplaced"
 
 
 class Index:
@@ -57,7 +58,9 @@ class Index:
                 if found == "1":
                     self.state(_UNPLACED, "1")
                 self.store = self.fact(_STORE) or uuid.uuid4().hex
+                self.secret = self.fact(_SECRET) or secrets.token_hex(32)
                 self.state(_STORE, self.store)
+                self.state(_SECRET, self.secret)
 
     def place_adapters(self, place: str) -> None:
         """Gives adapters of schema 1, whose directory nobody noted, to the one that opens the store first."""

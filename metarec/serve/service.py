@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -20,6 +22,11 @@ from metarec.serve.person import Person
 from metarec.serve.records import Accepted, Feedback, check_id
 from metarec.serve.schema import Adapter, Asked
 from metarec.serve.worker import Job, Worker
+
+# Adapting takes about as long as ranking three times.
+_FEEDBACK_COST = 3.0
+# For how long a service that was ready is, and how long the model may take to score one item.
+_READY_SECONDS, _PROBE_SECONDS = 1.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,8 @@ class Service:
 
     def __init__(self, engine: Engine, settings: ServeSettings) -> None:
         self.settings = settings
-        self.worker = Worker(engine, settings.waiting)
+        self.worker = Worker(engine, settings.waiting, settings.seconds)
+        self._ready_at = -math.inf
         self._erasures: deque[_Erasure] = deque()
         self.registry = CollectorRegistry()
         self.registry.register(_State(self.worker))
@@ -112,30 +120,60 @@ class Service:
         future = asyncio.wrap_future(self.worker.submit(job))
         try:
             return await asyncio.wait_for(future, self.settings.seconds)
+        except asyncio.CancelledError:
+            self.worker.abandon(job)
+            raise
         except asyncio.TimeoutError:
+            self.worker.abandon(job)
             raise HTTPException(503, "the answer takes too long", {"Retry-After": "5"}) from None
 
-    async def person(self, user: str, answer: Callable[[Person], Any], asked: Asked | None = None) -> Any:
+    async def ready(self) -> None:
+        """Tests that feedback can be stored and that the model answers; at most once a second.
+
+        Raises:
+            StoreError: Feedback cannot be stored.
+            HTTPException: The model does not answer.
+        """
+        if time.monotonic() - self._ready_at < _READY_SECONDS:
+            return
+        if not self.worker.alive:
+            raise StoreError("the worker does not run", "Start the service again")
+        await asyncio.to_thread(self.engine.store.test_write)
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(self.worker.probe()), _PROBE_SECONDS)
+        except (asyncio.TimeoutError, RuntimeError):
+            raise HTTPException(503, "the model does not answer", {"Retry-After": "5"}) from None
+        self._ready_at = time.monotonic()
+
+    async def person(
+        self, user: str, answer: Callable[[Person], Any], asked: Asked | None = None, cost: float = 1.0
+    ) -> Any:
         """Calls a function with a user, in the worker, and returns its result.
 
         Args:
             user: The user's id.
             answer: The function.
             asked: What this question says of the user and of the moment.
+            cost: See `Job`.
         """
 
         def run(person: Person | None, _: Accepted | None) -> Any:
             assert person is not None
             return answer(self._asking(person, asked))
 
-        return await self.ask(Job(run, check_id(user, "user id")))
+        return await self.ask(Job(run, check_id(user, "user id"), cost=cost))
 
     def _asking(self, person: Person, asked: Asked | None) -> Person:
         return self.engine.asking(person, asked.about, asked.friends, asked.context) if asked else person
 
-    async def alone(self, answer: Callable[[], Any]) -> Any:
-        """Calls a function between two batches, in the worker, and returns its result."""
-        return await self.ask(Job(lambda *_: answer(), alone=True))
+    async def alone(self, answer: Callable[[], Any], user: str | None = None) -> Any:
+        """Calls a function between two batches, in the worker, and returns its result.
+
+        Args:
+            answer: The function.
+            user: For whom, where it is for somebody: it comes after what they have asked for before.
+        """
+        return await self.ask(Job(lambda *_: answer(), user, alone=True))
 
     async def feedback(self, feedback: Feedback) -> tuple[Accepted, Person]:
         """Writes a user's ratings, and what is said of the user, to the log and adapts to them.
@@ -154,7 +192,7 @@ class Service:
         for friend in feedback.friends or ():
             check_id(friend, "id of a friend")
         engine.check(feedback)
-        job = Job(lambda person, done: (done, person), feedback.user, feedback)
+        job = Job(lambda person, done: (done, person), feedback.user, feedback, cost=_FEEDBACK_COST)
         both: tuple[Accepted, Person] = await self.ask(job)
         return both
 
@@ -166,7 +204,7 @@ class Service:
         """
         asked = _Erasure(user)
         self._erasures.append(asked)
-        await self.alone(self._erase_waiting)
+        await self.alone(self._erase_waiting, user)
         if asked.found is None:
             raise StoreError("the erasure failed", "Erase again")
         return asked.found

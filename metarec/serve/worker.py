@@ -11,12 +11,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from metarec.errors import ConflictError, MetarecError
 from metarec.serve.engine import Engine
+from metarec.serve.fair_queue import CLIENT, FairQueue, FullError
 from metarec.serve.person import Person
 from metarec.serve.records import Accepted, Feedback, NewAdapter
 
@@ -40,7 +42,7 @@ class BusyError(MetarecError):
         self.seconds = seconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """A function to call in the worker's thread, with a user or without.
 
@@ -49,14 +51,32 @@ class Job:
             the result of the job's own feedback, None without any.
         user: The id of the user whose adapter is needed.
         feedback: Feedback to write to the log first.
-        alone: Runs in a batch of its own, after all jobs before it and before all jobs after it.
+        alone: Runs in a batch of its own.
+        cost: What it is expected to take, in units of a plain ranking.
+        client: Whose key it came with.
     """
 
     answer: Callable[[Person | None, Accepted | None], Any]
     user: str | None = None
     feedback: Feedback | None = None
     alone: bool = False
+    cost: float = 1.0
+    client: str = field(default_factory=lambda: CLIENT.get())
     future: Future[Any] = field(default_factory=Future)
+    given_up: threading.Event = field(default_factory=threading.Event)
+
+    def check(self) -> None:
+        """Ends the work where nobody waits for it any more.
+
+        Raises:
+            AbandonedError: Nobody does.
+        """
+        if self.given_up.is_set():
+            raise AbandonedError
+
+
+class AbandonedError(Exception):
+    """Nobody waits for the answer any more."""
 
 
 class Worker:
@@ -65,16 +85,19 @@ class Worker:
     Args:
         engine: The engine; from now on only this worker's thread may use it.
         waiting: How many jobs may wait.
+        seconds: How many seconds of work may wait.
     """
 
-    def __init__(self, engine: Engine, waiting: int = 64) -> None:
+    def __init__(self, engine: Engine, waiting: int = 64, seconds: float = 30.0) -> None:
         self.engine = engine
         self.batches = 0
         self.jobs = 0
-        self._queue: queue.Queue[Job | None] = queue.Queue(waiting)
+        self._seconds = seconds
+        self._seconds_per_unit = 0.05
+        self._queue: FairQueue[Job] = FairQueue(waiting, seconds / self._seconds_per_unit)
+        self._probes: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
         self._unsaved: queue.Queue[NewAdapter | None] = queue.Queue(_UNSAVED)
         self._closed = threading.Event()
-        self._seconds_per_job = 0.05
         self._swept = engine.counters.erased
         engine.save_with(self._unsaved.put)
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -85,7 +108,7 @@ class Worker:
     @property
     def depth(self) -> int:
         """How many jobs wait."""
-        return self._queue.qsize()
+        return len(self._queue)
 
     @property
     def alive(self) -> bool:
@@ -101,36 +124,59 @@ class Worker:
         if self._closed.is_set():
             raise BusyError(5)
         try:
-            self._queue.put_nowait(job)
-        except queue.Full:
-            raise BusyError(max(1, round(self.depth * self._seconds_per_job))) from None
+            given_way = self._queue.put(job)
+        except FullError:
+            raise self._busy() from None
+        if given_way is not None:
+            _fail(given_way.future, self._busy())
         return job.future
 
-    def _run(self) -> None:
-        following: Job | None = None
-        while True:
-            try:
-                job = following or self._queue.get(timeout=IDLE_SECONDS)
-            except queue.Empty:
-                self._idle()
-                continue
-            following = None
-            if job is None:
-                return
-            batch = [job]
-            while not job.alone and len(batch) < _BATCH:
+    def _busy(self) -> BusyError:
+        return BusyError(max(1, min(60, round(self._queue.units * self._seconds_per_unit))))
+
+    def abandon(self, job: Job) -> None:
+        """Takes back a job that nobody waits for; one that runs ends at the next block of its work."""
+        job.given_up.set()
+        job.future.cancel()
+        self._queue.discard(job)
+
+    def probe(self) -> Future[None]:
+        """Tests the model between two jobs, whatever waits; the result is an error where it does not answer."""
+        future: Future[None] = Future()
+        self._probes.put(future)
+        self._queue.wake()
+        return future
+
+    def _probe(self) -> None:
+        while not self._probes.empty():
+            future = self._probes.get()
+            if future.set_running_or_notify_cancel():
                 try:
-                    another = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-                if another is None:
-                    self._do(batch)
-                    return
-                if another.alone:
-                    following = another
-                    break
-                batch.append(another)
-            self._do(batch)
+                    self.engine.probe()
+                    future.set_result(None)
+                except Exception as error:
+                    future.set_exception(error)
+
+    def _run(self) -> None:
+        while True:
+            self._probe()
+            job = self._queue.get(IDLE_SECONDS if self._probes.empty() else 0.0)
+            if job is not None:
+                self._do(self._batch(job))
+            elif self._closed.is_set():
+                return
+            else:
+                self._idle()
+
+    def _batch(self, job: Job) -> list[Job]:
+        """Returns a job and those that are done together with it."""
+        batch = [job]
+        while not job.alone and len(batch) < _BATCH and (another := self._queue.take()) is not None:
+            if another.alone:
+                self._queue.give_back(another)
+                break
+            batch.append(another)
+        return batch
 
     def _idle(self) -> None:
         """Forgets whom other servers erased; requests that named them are garbage by now, and go too."""
@@ -144,34 +190,46 @@ class Worker:
 
     def _do(self, batch: Sequence[Job]) -> None:
         began = time.perf_counter()
-        # A job whose client has gone is skipped; one that has started runs to its end.
+        # A job whose client has gone is skipped.
         running = [job for job in batch if job.future.set_running_or_notify_cancel()]
         try:
             self._answer(running)
         except Exception as error:
             for job in running:
-                if not job.future.done():
-                    job.future.set_exception(error)
-        if running:
-            self.batches += 1
-            self.jobs += len(running)
-            taken = (time.perf_counter() - began) / len(running)
-            self._seconds_per_job += 0.1 * (taken - self._seconds_per_job)
+                _fail(job.future, error)
+        self.batches += bool(running)
+        self.jobs += len(running)
+        if running and not running[0].alone:
+            units = sum(job.cost for job in running)
+            taken = (time.perf_counter() - began) / units
+            # Who asked for what takes longer than foreseen pays for it, and the others in the batch alike.
+            for job in running:
+                self._queue.charge(job, job.cost * (taken / self._seconds_per_unit - 1))
+            self._seconds_per_unit += 0.1 * (taken - self._seconds_per_unit)
+            self._queue.limit = self._seconds / self._seconds_per_unit
 
     def _answer(self, batch: Sequence[Job]) -> None:
         said = [job for job in batch if job.feedback is not None]
         outcomes = self.engine.store.append([job.feedback for job in said if job.feedback is not None]) if said else []
         accepted = {id(job): outcome for job, outcome in zip(said, outcomes, strict=True)}
-        people = self.engine.people([job.user for job in batch if job.user is not None])
+        people = self.engine.people([job.user for job in batch if job.user is not None and not job.alone])
         for job in batch:
+            self._probe()
             outcome = accepted.get(id(job))
             if isinstance(outcome, ConflictError):
-                job.future.set_exception(outcome)
+                _fail(job.future, outcome)
                 continue
             try:
-                job.future.set_result(job.answer(None if job.user is None else people[job.user], outcome))
+                self.engine.check_with(job.check)
+                person = None if job.user is None or job.alone else people[job.user]
+                job.check()
+                answer = job.answer(person, outcome)
+                if not job.future.done():
+                    job.future.set_result(answer)
             except Exception as error:  # one job's failure must not fail the others
-                job.future.set_exception(error)
+                _fail(job.future, error)
+            finally:
+                self.engine.check_with(None)
 
     def _save(self) -> None:
         while (adapter := self._unsaved.get()) is not None:
@@ -192,14 +250,13 @@ class Worker:
             return
         self._closed.set()
         deadline = time.monotonic() + seconds
-        self._put_end(self._queue, deadline)
+        self._queue.end()
         self._thread.join(max(0.0, deadline - time.monotonic()))
-        self._put_end(self._unsaved, deadline)
+        with suppress(queue.Full):
+            self._unsaved.put(None, timeout=max(0.0, deadline - time.monotonic()))
         self._saver.join(max(0.0, deadline - time.monotonic()))
 
-    @staticmethod
-    def _put_end(into: queue.Queue[Any], deadline: float) -> None:
-        try:
-            into.put(None, timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Full:
-            return
+
+def _fail(future: Future[Any], error: Exception) -> None:
+    with suppress(InvalidStateError):  # nobody waits for it any more
+        future.set_exception(error)
