@@ -279,6 +279,20 @@ class TrainConfig(Section):
         return checked(LOSSES, name)
 
 
+class PrivateConfig(Section):
+    """Federated meta-training with differential privacy; see `metarec.meta.private`."""
+
+    clip: float | None = Field(None, gt=0, description="largest norm of one user's delta; null: as it is")
+    noise: float = Field(0.0, ge=0, description="standard deviation of the noise on the sum, in units of clip")
+    delta: float = Field(1e-5, gt=0, lt=1, description="the delta that epsilon is stated at")
+    secure_sum: bool = Field(False, description="refused: a simulation in one process has none")
+
+    @property
+    def on(self) -> bool:
+        """Whether meta-training is federated; without bound and noise it is the plain one."""
+        return self.clip is not None or self.noise > 0 or self.secure_sum
+
+
 class AugmentConfig(Section):
     """How fine-tuning varies what it reads of items; validation and the fitted model read the texts as they are."""
 
@@ -344,6 +358,7 @@ class RunConfig(Section):
     adapter: AdapterConfig = AdapterConfig()
     meta: MetaConfig = MetaConfig()
     train: TrainConfig = TrainConfig()
+    private: PrivateConfig = Field(PrivateConfig(), exclude_if=lambda private: not private.on)
 
     @field_validator("score")
     @classmethod

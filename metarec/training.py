@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from metarec.config import RunConfig, flattened
 from metarec.continual import OldRun, pulled, start_from, with_replay
 from metarec.data.episodes import Episode, items_in, training_batch
 from metarec.data.training_users import episode_sizes, summary, users_by_shots
+from metarec.errors import DataError
 from metarec.evaluate import validation_auc
 from metarec.fitting import Fitted, Prepared, adapted_model, half_life_of, head_of, meta_scorer
 from metarec.lm.backbone import Backbone
@@ -21,6 +25,7 @@ from metarec.meta.heads import ClosedFormHead, takes_steps
 from metarec.meta.inner_loop import Loss, MetaState
 from metarec.meta.losses import smoothed
 from metarec.meta.outer_loop import Trained, train
+from metarec.meta.private import check_private, private_gradient, statement
 from metarec.registries import ALGORITHMS, LOSSES
 from metarec.scorers.language.score import (
     Batch,
@@ -72,6 +77,7 @@ def meta_train(
     resume: bool,
     ranks: Ranks = ALONE,
     old: OldRun | None = None,
+    watch: Callable[[float], None] | None = None,
 ) -> Fitted:
     """Meta-trains on a task's meta-training users, a share of them on each rank; see `metarec.meta.outer_loop.train`.
 
@@ -84,10 +90,12 @@ def meta_train(
         resume: Goes on from it.
         ranks: The processes that train together.
         old: The run that meta-training goes on from; None where it starts afresh.
+        watch: Called with the value of every validation; what it raises ends the training.
 
     Returns:
         What was prepared, with the meta-parameters of the best validation and a summary of the training.
     """
+    check_private(config.private, config.meta.algorithm, ranks.size, config.train.replay)
     if old is not None:
         prepared = replace(
             prepared, fitted=replace(prepared.fitted, meta=start_from(prepared.fitted.meta, old.fitted.meta))
@@ -108,7 +116,9 @@ def meta_train(
         return mean_over_ranks(gradient, meta, len(batch), ranks)
 
     def gradient_at(meta: MetaState, step: int) -> MetaGradient:
-        if old is None or old.replayed is None or not config.train.replay:
+        if config.private.on:
+            gradient = _private_gradient(data, prepared, config, meta, step)
+        elif old is None or old.replayed is None or not config.train.replay:
             gradient = mean_gradient(prepared, batch_at(step), meta)
         else:
             theirs, before = old.replayed
@@ -120,6 +130,12 @@ def meta_train(
             )
         return gradient if old is None else pulled(gradient, meta, anchor, config.train.anchor)
 
+    def validate(meta: MetaState) -> float:
+        value = _validation_auc(data, replace(fitted, meta=meta), config, ranks)
+        if watch is not None:
+            watch(value)
+        return value
+
     model = adapted_model(config, fitted.answer_model)
     if model is not None:
         # What the steps before the second validation ask for is read at once, with one estimate of the time left.
@@ -129,7 +145,7 @@ def meta_train(
     trained = train(
         fitted.meta,
         gradient_at,
-        lambda meta: _validation_auc(data, replace(fitted, meta=meta), config, ranks),
+        validate,
         config.train,
         checkpoint=checkpoint,
         identity=identity,
@@ -139,6 +155,9 @@ def meta_train(
     found = replace(
         fitted, meta=trained.best, training={**_training_summary(trained), "users_by_shots": summary(enough)}
     )
+    if config.private.on:
+        rate = _sample_rate(data, config)
+        found = replace(found, training={**found.training, "privacy": statement(trained.steps, rate, config.private)})
     return _with_half_life(found, data, config, ranks) if config.meta.half_life == "learned" else found
 
 
@@ -157,6 +176,29 @@ def _batch(data: TaskData, prepared: Prepared, config: RunConfig, step: int, use
         hidden=prepared.context.hidden,
         short_supports=sizes.short_supports,
     )
+
+
+def _sample_rate(data: TaskData, config: RunConfig) -> float:
+    """Returns the probability with which a meta-training user takes part in a step of private meta-training."""
+    return min(1.0, config.train.users / len(data.parts["train"]))
+
+
+def _private_gradient(
+    data: TaskData, prepared: Prepared, config: RunConfig, meta: MetaState, step: int
+) -> MetaGradient:
+    """Returns the meta-gradient of a step that users take part in by independent draws; see `metarec.meta.private`."""
+    drawn = np.random.default_rng([config.seed, step, 1]).random(len(data.parts["train"]))
+    taking_part = data.parts["train"][drawn < _sample_rate(data, config)]
+    there = replace(data, parts={**data.parts, "train": taking_part})
+    try:
+        batch = _batch(there, prepared, config, step, max(1, len(taking_part)))
+    except DataError:  # nobody who was drawn has ratings enough
+        batch = []
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([config.seed, step, 2]).generate_state(1)[0]))
+    with one_thread(adapted_model(config, prepared.fitted.answer_model) is None):
+        deltas = [_meta_gradient(prepared, config, meta, [episode]) for episode in batch]
+    expected = _sample_rate(data, config) * len(data.parts["train"])
+    return private_gradient(meta, deltas, config.private, expected, generator)
 
 
 def _with_half_life(fitted: Fitted, data: TaskData, config: RunConfig, ranks: Ranks) -> Fitted:
