@@ -49,7 +49,7 @@ class AdapterConfig(Section):
     kind: str = Field(
         "lora",
         description="lora: low-rank updates; bias; prefix: virtual tokens that attention sees in front of the prompt; "
-        "or module:attribute",
+        "bottleneck: a narrow layer behind attention and MLP; or module:attribute",
     )
     layers: int = Field(4, ge=1, description="how many topmost blocks carry adapters")
     targets: tuple[str, ...] | None = Field(
@@ -94,7 +94,8 @@ class MetaConfig(Section):
     inner_lr: float | None = Field(
         None,
         gt=0,
-        description="where every inner rate starts; null takes the adapter kind's: lora 0.3, bias 3, prefix 3",
+        description="where every inner rate starts; null takes the adapter kind's: lora and bottleneck 0.3, bias and "
+        "prefix 3",
     )
     shrinkage: float = Field(5.0, ge=0, description="pseudo-count in the support loss's denominator")
     user_bias_damping: float = Field(1.0, gt=0, description="pseudo-ratings that shrink the user bias to 0")

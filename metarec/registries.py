@@ -59,6 +59,7 @@ ADAPTER_KINDS: Registry[Any] = Registry(
     "metarec.adapter_kinds",
     {
         "lora": "metarec.lm.adapter_kinds.lora:LORA",
+        "bottleneck": "metarec.lm.adapter_kinds.bottleneck:BOTTLENECK",
         "bias": "metarec.lm.adapter_kinds.bias:BIAS",
         "prefix": "metarec.lm.adapter_kinds.prefix:PREFIX",
     },

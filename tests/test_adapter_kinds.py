@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,11 @@ from torch import Tensor
 from metarec.errors import ArtifactError, ConfigError
 from metarec.lm.adapter_kinds import ADAPTER_KINDS, AdapterKind, AdapterSpec
 from metarec.lm.adapters import init_adapter
+from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
 from metarec.lm.peft_files import load_adapter, save_adapter
 from metarec.lm.placement import check_placement, default_placement
+from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts
 from metarec.tensors import AdapterState, select_user
 
@@ -96,13 +99,74 @@ def test_a_kind_from_outside_is_saved_and_loaded_and_refused_by_peft(kind: str, 
         PeftConfig.from_pretrained(str(tmp_path / "a"))
 
 
+class HoulsbyLayer(torch.nn.Module):
+    """A layer with Houlsby's adapter behind it, as one user has it: figure 2 of the paper."""
+
+    def __init__(self, layer: torch.nn.Module, down: torch.nn.Linear, up: torch.nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.down, self.up = layer, down, up
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.layer(inputs)
+        return hidden + self.up(torch.nn.functional.gelu(self.down(hidden)))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "distilbert"])
+def test_a_bottleneck_is_houlsbys_adapter_behind_attention_and_mlp(
+    family: str, backbone: Backbones, prompts: Prompts
+) -> None:
+    model, texts = backbone(family), prompts(family)
+    placed = default_placement(
+        model, texts, layers=2, targets=None, rank=3, alpha=1.0, active_tokens=None, kind="bottleneck"
+    )
+    check_placement(model, texts, placed)
+    fast, plain = both(model, texts, placed)
+    assert len(fast.spec.shapes) == 4, "two in each of two blocks"
+    items = some_items(1, 4)
+    state = random_state(fast.spec, 1)
+    found = fast.log_odds(fast.gather(items), state)
+    torch.testing.assert_close(plain.log_odds(plain.gather(items), state), found, atol=1e-4, rtol=1e-3)
+    changed = copy.deepcopy(model.model)
+    for name, (rows, _) in fast.spec.shapes.items():
+        down, up = torch.nn.Linear(rows, 3), torch.nn.Linear(3, rows)
+        parts = {"weight": (state[f"{name}.down"][0], state[f"{name}.up"][0])}
+        parts["bias"] = (state[f"{name}.down_bias"][0], state[f"{name}.up_bias"][0])
+        for key, (first, second) in parts.items():
+            setattr(down, key, torch.nn.Parameter(first))
+            setattr(up, key, torch.nn.Parameter(second))
+        path, _, last = name.rpartition(".")
+        setattr(changed.get_submodule(path), last, HoulsbyLayer(changed.get_submodule(name), down, up))
+    whole = replace(model, modules=changed, open_model=None)
+    other = AnswerModel(whole, texts, placed, ReferenceForward(whole, texts, placed))
+    expected = other.log_odds(other.gather(items), None)
+    assert (expected - fast.log_odds(fast.gather(items), None)).abs().max() > 1e-2
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_fresh_bottleneck_changes_nothing_and_is_kept_like_any_other(
+    backbone: Backbones, prompts: Prompts, tmp_path: Path
+) -> None:
+    model, texts = backbone("llama"), prompts("llama")
+    placed = default_placement(
+        model, texts, layers=1, targets=None, rank=2, alpha=1.0, active_tokens=1, kind="bottleneck"
+    )
+    fast, _ = both(model, texts, placed)
+    fresh = {name: part[None] for name, part in init_adapter(fast.spec, torch.Generator().manual_seed(0)).items()}
+    items = some_items(1, 4)
+    torch.testing.assert_close(fast.log_odds(fast.gather(items), fresh), fast.log_odds(fast.gather(items), None))
+    state = select_user(random_state(fast.spec, 1), 0)
+    save_adapter(tmp_path / "a", state, fast.spec, base_model="x", task_type=None, user={})
+    loaded, _ = load_adapter(tmp_path / "a", fast.spec)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
 def test_an_unknown_kind_is_refused_with_the_nearest(backbone: Backbones, prompts: Prompts) -> None:
     model, texts = backbone("llama"), prompts("llama")
     with pytest.raises(ConfigError, match=r"no adapter kind is called 'lorra'.*lora"):
         check_placement(model, texts, replace(placement_of(model, texts, None), kind="lorra"))
 
 
-@pytest.mark.parametrize(("kind", "rate"), [("lora", 0.3), ("bias", 3.0), ("prefix", 3.0)])
+@pytest.mark.parametrize(("kind", "rate"), [("lora", 0.3), ("bottleneck", 0.3), ("bias", 3.0), ("prefix", 3.0)])
 def test_every_kind_says_where_inner_rates_start(kind: str, rate: float) -> None:
     assert ADAPTER_KINDS.get(kind).inner_rate == rate
 

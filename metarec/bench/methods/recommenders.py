@@ -141,6 +141,12 @@ _VARIANTS: tuple[tuple[str, str, str, Mapping[str, Any]], ...] = (
     ("rank 8", "adapter", "adapters of rank 8", {"adapter.rank": 8, "adapter.alpha": 16}),
     ("12 layers", "adapter", "adapters in the twelve topmost blocks", {"adapter.layers": 12}),
     ("biases", "adapter", "biases in place of low-rank updates", {"adapter.kind": "bias"}),
+    (
+        "bottleneck",
+        "adapter",
+        "narrow layers behind attention and MLP, no updates",
+        {"adapter.kind": "bottleneck", "adapter.rank": 8},
+    ),
     ("prefix", "adapter", "virtual tokens in place of low-rank updates", {"adapter.kind": "prefix"}),
     ("every token", "adapter", "adapters that every token of a prompt carries", {"adapter.active_tokens": None}),
 )
