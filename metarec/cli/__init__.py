@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from metarec.cli import bench, data, features, finetune, quickstart, runs, search, serve, store, tasks, tune
+from metarec.cli import bench, data, ensemble, features, finetune, quickstart, runs, search, serve, store, tasks, tune
 from metarec.errors import ConfigError, MetarecError, RankError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(runs.app)
 app.add_typer(finetune.app)
+app.add_typer(ensemble.app)
 app.add_typer(tune.app)
 app.add_typer(search.app)
 app.add_typer(quickstart.app)

@@ -41,6 +41,7 @@ from metarec.scorers.collaborative.terms import CollaborativeTerm, ItemMeanTerm,
 from metarec.scorers.collaborative.text import TextLogistic, TextRidge, TwoTower
 from metarec.scorers.collaborative.trivial import Constant, ItemMean, Popularity, Random
 from metarec.scorers.collaborative.two_towers import TowerText
+from metarec.scorers.ensemble import Ensemble
 from metarec.scorers.language.adapted import InnerLoop, MetaScorer
 from metarec.scorers.language.encoded_text import EncodedText
 from metarec.scorers.language.expected_rating import ExpectedRating
@@ -64,6 +65,7 @@ CLASSES: dict[str, type[Any]] = {
     "Constant": Constant,
     "EASE": EASE,
     "EncodedText": EncodedText,
+    "Ensemble": Ensemble,
     "ExpectedRating": ExpectedRating,
     "FineTuned": FineTuned,
     "Friends": Friends,

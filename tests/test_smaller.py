@@ -1,0 +1,107 @@
+"""Smaller models: what is rounded is near, what is left out is gone, and the table says what it cost."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import smaller
+import torch
+
+from metarec.errors import ConfigError
+from metarec.lm.backbone import Backbone
+from metarec.lm.smaller import RoundedLinear, influence, rounded, weight_bytes, with_blocks
+
+Backbones = Callable[..., Backbone]
+TEXTS = ["is this a good movie ? alien , drama answer :", "is this a good movie ? heat , war answer :"]
+
+
+def logits(model: Backbone) -> torch.Tensor:
+    tokens = torch.tensor(model.tokenize(TEXTS[:1]))
+    with torch.no_grad():
+        return model.model(input_ids=tokens).logits if model.kind == "causal" else model.model(tokens)[0]
+
+
+@pytest.mark.parametrize(("bits", "width"), [(8, 40), (4, 40), (4, 64)])
+def test_a_rounded_weight_is_half_a_step_away_at_most(bits: int, width: int) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(width, 12)
+    found = RoundedLinear(layer, bits)  # type: ignore[arg-type]
+    step = found.scales.float().amax(-1).amax(-1)[:, None]
+    away = (found.weight - layer.weight.detach()).abs()
+    assert (away <= 0.51 * step).all()
+    assert away.max() > 0
+    inputs = torch.randn(3, width)
+    torch.testing.assert_close(found(inputs), torch.nn.functional.linear(inputs, found.weight, layer.bias))
+    assert found.codes.dtype == torch.int8
+    assert found.codes.numel() <= (12 * width if bits == 8 else 12 * 64 // 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_fewer_bits_take_fewer_bytes_and_answer_less_alike(family: str, backbone: Backbones) -> None:
+    whole = backbone(family)
+    before = {name: value.clone() for name, value in whole.model.state_dict().items()}
+    exact = logits(whole)
+    away = {bits: float((logits(rounded(whole, bits)) - exact).abs().mean()) for bits in (8, 4)}
+    assert 0 < away[8] < away[4]
+    assert away[8] < 0.1 * float(exact.std())
+    sizes = [weight_bytes(model) for model in (rounded(whole, 4), rounded(whole, 8), whole)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[1] < sizes[2]
+    after = whole.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert len({whole.fingerprint, rounded(whole, 8).fingerprint, rounded(whole, 4).fingerprint}) == 3
+
+
+def test_a_model_without_its_top_blocks_is_its_lower_blocks(backbone: Backbones) -> None:
+    whole = backbone("llama")
+    tokens = torch.tensor(whole.tokenize(TEXTS[:1]))
+    with torch.no_grad():
+        states = whole.model.base_model(input_ids=tokens, output_hidden_states=True).hidden_states
+        low = with_blocks(whole, [0, 1]).model.base_model(input_ids=tokens).last_hidden_state
+        expected = whole.model.base_model.norm(states[2])
+    torch.testing.assert_close(low, expected)
+    assert int(whole.modules.config.num_hidden_layers) == 3, "the whole model stays whole"
+    assert weight_bytes(with_blocks(whole, [0])) < weight_bytes(whole)
+    for wrong in ([], [3], [-1]):
+        with pytest.raises(ConfigError, match="Keep some of 0 to 2"):
+            with_blocks(whole, wrong)
+
+
+def test_a_block_that_does_nothing_has_no_influence(backbone: Backbones) -> None:
+    idle = with_blocks(backbone("llama"), [0, 1, 2])
+    block = idle.model.base_model.layers[1]
+    for layer in (block.self_attn.o_proj, block.mlp.down_proj):
+        layer.weight = torch.nn.Parameter(torch.zeros_like(layer.weight), requires_grad=False)
+    found = influence(idle, TEXTS)
+    assert found.argmin() == 1
+    assert float(found[1]) == pytest.approx(0, abs=1e-5)
+    assert (found[[0, 2]] > 0.01).all()
+    torch.testing.assert_close(logits(with_blocks(idle, [0, 2])), logits(idle), atol=1e-5, rtol=1e-5)
+
+
+def test_a_distilled_score_follows_its_teacher_on_items_it_was_not_fitted_on() -> None:
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(200, 4))
+    teacher = vectors @ np.array([1.0, -2.0, 0.5, 0.0]) + 3
+    assert np.corrcoef(smaller.distilled(vectors, teacher), teacher)[0, 1] > 0.99
+    noise = generator.normal(size=200)
+    assert abs(np.corrcoef(smaller.distilled(vectors, noise), noise)[0, 1]) < 0.3
+
+
+def test_the_script_writes_a_row_of_every_model(
+    model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "found.json"
+    arguments = ["--backbone", str(model_dir("llama")), "--encoder", str(model_dir("encoder")), "--users", "6"]
+    monkeypatch.setattr(sys, "argv", ["smaller.py", *arguments, "--items", "30", "--fewer", "0.6", "--out", str(out)])
+    smaller.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 6
+    assert (rows[0]["difference"], rows[0]["correlation"]) == (0.0, pytest.approx(1.0))
+    assert rows[2]["bytes"] < rows[1]["bytes"] < rows[0]["bytes"]
+    assert all(row["users"] > 0 and 0 <= row["auc"] <= 1 for row in rows)
