@@ -49,7 +49,8 @@ class AdapterConfig(Section):
     kind: str = Field(
         "lora",
         description="lora: low-rank updates; bias; prefix: virtual tokens that attention sees in front of the prompt; "
-        "bottleneck: a narrow layer behind attention and MLP; or module:attribute",
+        "soft-prompt: vectors in front of the embeddings; bottleneck: a narrow layer behind attention and MLP; or "
+        "module:attribute",
     )
     layers: int = Field(4, ge=1, description="how many topmost blocks carry adapters")
     targets: tuple[str, ...] | None = Field(
@@ -58,7 +59,7 @@ class AdapterConfig(Section):
     rank: int = Field(1, ge=1)
     alpha: float = Field(2.0, gt=0)
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
-    virtual_tokens: int = Field(8, ge=1, description="length of a prefix")
+    virtual_tokens: int = Field(8, ge=1, description="length of a prefix, and of a soft prompt")
     storage: Literal["float16", "float32"] = Field("float16", description="type that users' adapters are kept in")
     active_tokens: int | Literal["auto"] | None = Field(
         "auto", description="last tokens that carry the adapter; null for all; auto takes what the prompts share"

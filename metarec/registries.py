@@ -62,6 +62,7 @@ ADAPTER_KINDS: Registry[Any] = Registry(
         "bottleneck": "metarec.lm.adapter_kinds.bottleneck:BOTTLENECK",
         "bias": "metarec.lm.adapter_kinds.bias:BIAS",
         "prefix": "metarec.lm.adapter_kinds.prefix:PREFIX",
+        "soft-prompt": "metarec.lm.adapter_kinds.soft_prompt:SOFT_PROMPT",
     },
 )
 

@@ -17,6 +17,7 @@ from metarec.lm.adapter_kinds import ADAPTER_KINDS, AdapterKind, AdapterSpec
 from metarec.lm.adapters import init_adapter
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
+from metarec.lm.cached_forward import CachedForward
 from metarec.lm.peft_files import load_adapter, save_adapter
 from metarec.lm.placement import check_placement, default_placement
 from metarec.lm.reference_forward import ReferenceForward
@@ -99,6 +100,47 @@ def test_a_kind_from_outside_is_saved_and_loaded_and_refused_by_peft(kind: str, 
         PeftConfig.from_pretrained(str(tmp_path / "a"))
 
 
+def test_a_soft_prompt_is_refused_where_it_does_not_go_through_the_whole_model(
+    backbone: Backbones, prompts: Prompts
+) -> None:
+    """What it is worth is compared with PEFT's in test_adapters."""
+    model, texts = backbone("llama"), prompts("llama")
+    placed = replace(placement_of(model, texts, None), kind="soft-prompt", targets=(), virtual_tokens=2, layers=3)
+    check_placement(model, texts, placed)
+    for changes, said in (
+        ({"layers": 2}, "goes through all blocks"),
+        ({"active_tokens": 1}, "all tokens see a soft prompt"),
+        ({"virtual_tokens": 0}, "virtual_tokens is 0"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            check_placement(model, texts, replace(placed, **changes))  # type: ignore[arg-type]
+    model, texts = backbone("bert"), prompts("bert")
+    placed = replace(placement_of(model, texts, None), kind="soft-prompt", virtual_tokens=2)
+    with pytest.raises(ConfigError, match="not a causal LM"):
+        check_placement(model, texts, placed)
+
+
+def test_the_gradient_of_a_soft_prompt_is_that_of_finite_differences(backbone: Backbones, prompts: Prompts) -> None:
+    model, texts = backbone("llama", torch.float64), prompts("llama")
+    placed = replace(placement_of(model, texts, None), kind="soft-prompt", targets=(), virtual_tokens=2, layers=3)
+    forward = CachedForward(model, texts, placed)
+    answers = AnswerModel(model, texts, placed, forward)
+    batch = answers.gather(some_items(1, 3))
+    start = {name: value.double() for name, value in random_state(answers.spec, 1).items()}
+    state = {name: value.clone().requires_grad_() for name, value in start.items()}
+    answers.log_odds(batch, state).square().sum().backward()
+    slope = state["soft_prompt"].grad
+    assert slope is not None
+    direction = torch.randn(start["soft_prompt"].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def at(step: float) -> float:
+        moved = {"soft_prompt": start["soft_prompt"] + step * direction}
+        return float(answers.log_odds(batch, moved).square().sum())
+
+    expected = (at(1e-4) - at(-1e-4)) / 2e-4
+    assert float((slope * direction).sum()) == pytest.approx(expected, rel=1e-3)
+
+
 class HoulsbyLayer(torch.nn.Module):
     """A layer with Houlsby's adapter behind it, as one user has it: figure 2 of the paper."""
 
@@ -166,7 +208,9 @@ def test_an_unknown_kind_is_refused_with_the_nearest(backbone: Backbones, prompt
         check_placement(model, texts, replace(placement_of(model, texts, None), kind="lorra"))
 
 
-@pytest.mark.parametrize(("kind", "rate"), [("lora", 0.3), ("bottleneck", 0.3), ("bias", 3.0), ("prefix", 3.0)])
+@pytest.mark.parametrize(
+    ("kind", "rate"), [("lora", 0.3), ("bottleneck", 0.3), ("bias", 3.0), ("prefix", 3.0), ("soft-prompt", 3.0)]
+)
 def test_every_kind_says_where_inner_rates_start(kind: str, rate: float) -> None:
     assert ADAPTER_KINDS.get(kind).inner_rate == rate
 

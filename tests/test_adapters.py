@@ -55,6 +55,11 @@ PEFT_CASES = {
     "rsLoRA": ("llama", {"rslora": True}),
     "biases": ("llama", {"kind": "bias"}),
     "activated biases": ("llama-bias", {"kind": "bias", "active_tokens": 2}),
+    "a soft prompt": ("llama", {"kind": "soft-prompt", "targets": (), "virtual_tokens": 3, "layers": 3}),
+    "a soft prompt, another family": (
+        "gpt-neox",
+        {"kind": "soft-prompt", "targets": (), "virtual_tokens": 2, "layers": 3},
+    ),
     "a prefix before every block": ("llama", {"kind": "prefix", "targets": (), "virtual_tokens": 3, "layers": 3}),
 }
 

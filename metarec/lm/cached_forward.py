@@ -368,6 +368,8 @@ class CachedForward:
         users, count = item_batch.items.shape
         hidden, places, past, masks, read = item_batch.inputs
         pooled = self.backbone.kind == "encoder"
+        if adapters is not None:
+            adapters = adapters.spec.implementation.prepared(adapters, self._model)
         for layer, block in enumerate(self._blocks):
             # Of the topmost layer nothing but what the answer is read from is needed.
             top = layer == self.placement.layers - 1 and not pooled and hidden.shape[2] > 1

@@ -31,7 +31,8 @@ def adapted_blocks(backbone: Backbone, layers: int) -> list[BlockShape]:
             heads, width = block.kv_heads, block.kv_heads * block.head_dim
         modules = backbone.modules.get_submodule(path).modules()
         transposed = any(type(module).__name__ == "Conv1D" for module in modules)
-        found.append(BlockShape(path, linear_shapes(backbone, path), width, heads, transposed))
+        shapes = linear_shapes(backbone, path)
+        found.append(BlockShape(path, shapes, width, heads, transposed, backbone.hidden_size))
     return found
 
 

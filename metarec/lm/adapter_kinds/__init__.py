@@ -56,6 +56,7 @@ class BlockShape:
         key_width: Width of all its key heads together; None where attention takes no virtual tokens.
         kv_heads: How many key heads there are; None where attention takes no virtual tokens.
         transposed: Whether its linear layers keep their weights as (in, out), like GPT-2's.
+        hidden: Width of the residual stream; None where it is not known.
     """
 
     path: str
@@ -63,6 +64,7 @@ class BlockShape:
     key_width: int | None
     kv_heads: int | None = None
     transposed: bool = False
+    hidden: int | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,15 @@ class AdapterKind(Protocol):
             Broadcastable to `output`.
         """
         ...
+
+    def prepared(self, adapters: Adapters, model: Any) -> Adapters:
+        """Returns the adapters with what every read of a batch shares; most kinds have nothing of the sort.
+
+        Args:
+            adapters: Every user's adapters.
+            model: The frozen model's blocks, a `metarec.lm.families.BlockModel`.
+        """
+        return adapters
 
     def virtual_tokens(self, state: Mapping[str, Tensor], path: str) -> tuple[Tensor, Tensor] | None:
         """Returns keys and values that attention sees in front of all tokens of a block, or None.
