@@ -43,12 +43,17 @@ def fine_tune_settings(values: dict[str, Any], where: str = "settings") -> FineT
         ConfigError: A key is unknown or a value does not fit.
     """
     known = FINE_TUNING["all" if values.get("trainable") == "all" else "lora"]
-    settings = validated(FineTuneConfig, merged(known.model_dump(), values), where)
-    # Fewer steps than the defaults' are validated and warmed up within.
-    most = {"validate_every": settings.steps, "warmup": settings.steps - 1}
-    return settings.model_copy(
-        update={key: min(getattr(settings, key), limit) for key, limit in most.items() if key not in values}
-    )
+    merged_values = merged(known.model_dump(), values)
+    # What nobody set gives way to what was set: fewer steps, or a shorter query.
+    most = {
+        "validate_every": merged_values["steps"],
+        "warmup": merged_values["steps"],
+        "min_query": merged_values["max_query"],
+    }
+    for key, limit in most.items():
+        if key not in values and isinstance(limit, int):
+            merged_values[key] = min(merged_values[key], limit)
+    return validated(FineTuneConfig, merged_values, where)
 
 
 def fine_tuned_recommender(

@@ -38,7 +38,7 @@ from metarec.scorers.language.expected_rating import expected_rating
 from metarec.scorers.language.score import initial_state
 from metarec.scorers.language.weight_prior import fit_head_start
 from metarec.scorers.language.zero_shot import ZeroShot
-from metarec.scorers.term import ADAPTER_TERM, CrossFitted, ScoreTerm, Term, TermContext
+from metarec.scorers.term import ADAPTER_TERM, CrossFitted, ScoreTerm, Term, TermContext, weight_name
 from metarec.stack_files import cached_stack
 from metarec.task_features import SIDE_TERM, collaborative_features, for_task
 from metarec.tensors import AdapterState
@@ -85,6 +85,13 @@ class Fitted:
     def cheap_terms(self) -> tuple[str, ...]:
         """The terms that read no language model."""
         return tuple(name for name in self.terms if not TERMS.get(name).needs_model)
+
+    @property
+    def reads_items(self) -> bool:
+        """Whether the language model reads items once for all users, as the adapter and most terms have it do."""
+        reading = (TERMS.get(name) for name in self.terms)
+        adapted = weight_name(ADAPTER_TERM) in self.meta.init
+        return adapted or any(term.needs_model and not term.reads_person for term in reading)
 
     @property
     def reads_person(self) -> bool:
@@ -264,8 +271,8 @@ def half_life_of(config: RunConfig, fitted: Fitted) -> float | None:
 
 
 def read_items(fitted: Fitted, episodes: Sequence[Episode]) -> None:
-    """Reads all at once what scoring some episodes asks of the language model, if there is one."""
-    if fitted.answer_model is not None:
+    """Reads all at once what scoring some episodes asks of the language model about items alone, if there is any."""
+    if fitted.answer_model is not None and fitted.reads_items:
         fitted.answer_model.read(items_in(episodes))
 
 

@@ -90,6 +90,7 @@ def test_every_kind_of_model_becomes_a_recommender_that_is_saved_and_loaded(
 ) -> None:
     made = finetuned(tmp_path, model_dir(family), kind, **settings)
     assert made.fitted.training["steps"] == 4
+    assert not made.fitted.reads_items, "no item is read without a history"
     made.save_pretrained(tmp_path / "model")
     loaded = MetaRecommender.from_pretrained(tmp_path)
     mine = [("m0", 5.0), ("m1", 4.5), ("m2", 1.0)]
@@ -445,5 +446,7 @@ def test_settings_default_by_what_is_trained() -> None:
     lora, whole = fine_tune_settings({}), fine_tune_settings({"trainable": "all"})
     assert (lora.lr, whole.lr) == (5e-4, 2e-5)
     assert isinstance(whole, FineTuneConfig)
+    short = fine_tune_settings({"steps": 4, "max_query": 3})
+    assert (short.validate_every, short.warmup, short.min_query) == (4, 4, 3)
     with pytest.raises(ConfigError, match="rewrites"):
         check_augmentation(WORLD.catalog, AugmentConfig(rewrites="genrs"))
