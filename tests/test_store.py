@@ -284,6 +284,19 @@ def test_servers_with_adapters_of_their_own_keep_apart_what_they_wrote(tmp_path:
         assert store.gc() == Collected()
 
 
+def test_what_another_server_replaced_meanwhile_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = AdapterStore(tmp_path), AdapterStore(tmp_path)
+    key = key_of(one)
+    one.put([NewAdapter(key, 1, "r", writer(b"it took 1 s"))])
+    two.put([NewAdapter(key, 1, "r", writer(b"it took 2 s"))])
+    stale = two.records(key)
+    assert [two.is_good(record) for record in stale] == [True]
+    one.put([NewAdapter(key, 2, "r", writer())], keep=1)
+    read, old = two.records, [stale]
+    monkeypatch.setattr(two, "records", lambda key: old.pop() if old else read(key))
+    assert two.newest(key, "r") == (read(key)[0], [])
+
+
 SCHEMA_1 = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE users (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, key TEXT NOT NULL UNIQUE,

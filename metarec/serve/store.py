@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,8 @@ class AdapterStore(FeedbackLog):
         written = []
         for adapter in adapters:
             path = self.folder.adapter(adapter.key, adapter.version)
-            adapter.write(path)
+            if not self._has(adapter):
+                adapter.write(path)
             size = sum(file.stat().st_size for file in path.iterdir())
             written.append((adapter, path, sha256_file(path / MANIFEST), size))
         kept = 0
@@ -235,6 +237,13 @@ class AdapterStore(FeedbackLog):
             for adapter, *_ in written:
                 self._prune(adapter.key, keep)
         return kept
+
+    def _has(self, adapter: NewAdapter) -> bool:
+        """Says whether another server has kept the same adapter in the same directory; what it wrote stays."""
+        return any(
+            record.version == adapter.version and record.recommender == adapter.recommender and self.is_good(record)
+            for record in self.records(adapter.key)
+        )
 
     def _prune(self, key: str, keep: int) -> int:
         old = self.records(key)[keep:]
@@ -286,14 +295,14 @@ class AdapterStore(FeedbackLog):
         Returns:
             The newest undamaged adapter or None, and the damaged ones that are newer.
         """
-        damaged: list[AdapterRecord] = []
-        for record in self.records(key):
-            if record.recommender != recommender:
-                continue
-            if self.is_good(record):
-                return record, damaged
-            damaged.append(record)
-        return None, damaged
+        records = self.records(key)
+        while True:
+            ours = [record for record in records if record.recommender == recommender]
+            damaged = list(takewhile(lambda record: not self.is_good(record), ours))
+            before, records = records, self.records(key) if damaged else records
+            # What another server has replaced while this one looked is not damaged.
+            if records == before:
+                return next(iter(ours[len(damaged) :]), None), damaged
 
     def verify_all(self) -> Iterator[tuple[str, AdapterRecord | None]]:
         """Checks every adapter of every user; yields the user's name, and the adapter where it is damaged."""
