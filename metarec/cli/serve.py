@@ -127,12 +127,13 @@ def _open_engine(
     from metarec.serve.batching import use_one_thread_per_batch
     from metarec.serve.engine import Engine
     from metarec.serve.store import AdapterStore
+    from metarec.serve.warm import warm_folder
 
     workers = use_one_thread_per_batch(threads)
     recommender = load_run(checkpoint, device=device)
     opened = AdapterStore(store or checkpoint / "store", adapters)
     opened.gc()
-    engine = Engine(recommender, opened, workers=workers, **sizes)
+    engine = Engine(recommender, opened, workers=workers, warm=warm_folder(checkpoint), **sizes)
     engine.prepare()
     return engine
 

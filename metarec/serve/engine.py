@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ from metarec.serve.person import Person
 from metarec.serve.records import Feedback, FeedbackEvent, NewAdapter, Profile, UserFacts
 from metarec.serve.retrieval import CandidateRetrieval, Effects, is_small, reads_all
 from metarec.serve.store import AdapterStore
+from metarec.serve.warm import Warm, read_warm, warm_key, write_warm
 from metarec.tensors import AdapterState
 
 _LOG = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ class Engine:
         users_at_once: int = USERS_AT_ONCE,
         workers: int = 1,
         linearized_bytes: int = 0,
+        warm: Path | None = None,
     ) -> None:
         if candidates < BLOCK:
             raise ConfigError(f"candidates is {candidates}", f"Choose {BLOCK} or more")
@@ -89,11 +92,26 @@ class Engine:
         self._candidates = candidates
         self._save: Callable[[NewAdapter], object] = self.keep
         self._forget: list[Callable[[str], object]] = []
-        linearized = linearize_most_rated(recommender, linearized_bytes) if reads_all(recommender) else None
+        # Without a language model there is nothing that takes long; an accelerator's numbers stay there.
+        worth = reads_all(recommender) and recommender.adapted_model is not None and recommender.config.device == "cpu"
+        self._warm = warm if worth else None
+        self._warm_key = warm_key(recommender, linearized_bytes)
+        kept = None if self._warm is None else read_warm(self._warm, self._warm_key)
+        if kept is not None:
+            self._warm = None
+        linearized = kept.linearized if kept is not None else None
+        if kept is None and reads_all(recommender):
+            linearized = linearize_most_rated(recommender, linearized_bytes)
+        self._linearized = linearized
         self._model = BatchedModel(recommender, users_at_once=users_at_once, workers=workers, linearized=linearized)
         self.new_user = recommender.adapt([])
         self._adapter_bytes = _size(self.new_user.state)
-        self._retrieval = CandidateRetrieval(recommender, linearized)
+        self._retrieval = CandidateRetrieval(
+            recommender,
+            linearized,
+            None if kept is None else kept.effects,
+            None if kept is None else kept.new_user_scores,
+        )
         self._search = TextSearch.of(recommender.fitted, recommender.config)
         self._removed: frozenset[str] = frozenset()
         self._serve(recommender)
@@ -137,7 +155,14 @@ class Engine:
         """
         if is_small(len(self.catalog)):  # of a larger one, the first search waits instead of every start
             self._search.prepare()
-        return self._retrieval.prepare()
+        effects = self._retrieval.prepare()
+        if self._warm is not None:
+            count = len(self.trained.fitted.catalog)
+            first = replace(effects, coordinates=effects.coordinates[:count])
+            found = Warm(self._linearized, first, self._retrieval.new_user_scores[:count])
+            write_warm(self._warm, self._warm_key, found)
+            self._warm = None
+        return effects
 
     def code(self, item: str) -> int:
         """Returns an item's code.

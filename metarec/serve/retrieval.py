@@ -164,14 +164,22 @@ class CandidateRetrieval:
     Args:
         trained: The recommender, without items that were added later.
         linearized: Gradients of some items at the initialization, where they are there already.
+        effects: Effects on the first items, where they are there already.
+        new_user_scores: Scores of the first items for a user without ratings, where they are there already.
     """
 
-    def __init__(self, trained: MetaRecommender, linearized: Linearized | None) -> None:
+    def __init__(
+        self,
+        trained: MetaRecommender,
+        linearized: Linearized | None,
+        effects: Effects | None = None,
+        new_user_scores: NDArray[np.float32] | None = None,
+    ) -> None:
         self._trained = trained
         self._linearized = linearized
-        self._effects: Effects | None = None
+        self._effects = effects
         self._metrics: tuple[Tensor, ...] = ()
-        self.new_user_scores: NDArray[np.float32] = np.zeros(0, np.float32)
+        self.new_user_scores = np.zeros(0, np.float32) if new_user_scores is None else new_user_scores
 
     def update(self, new_user: AdaptedUser) -> None:
         """Scores the items that were added to the catalog, for a user without ratings; other scores stay as they are.
@@ -184,8 +192,9 @@ class CandidateRetrieval:
         if not reads_all(self._trained):
             self.new_user_scores = self._new_user_terms = new_user.term_scores(new_user.fitted.cheap_terms)
             return
-        fresh = new_user.scores(np.arange(len(self.new_user_scores), items)).numpy()
-        self.new_user_scores = np.concatenate([self.new_user_scores, fresh])
+        if len(self.new_user_scores) < items:
+            fresh = new_user.scores(np.arange(len(self.new_user_scores), items)).numpy()
+            self.new_user_scores = np.concatenate([self.new_user_scores, fresh])
         self._new_user_terms = new_user.term_scores()
 
     def prepare(self) -> Effects:
