@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +38,16 @@ def test_one_request_of_somebody_else_comes_before_the_second_of_a_flooder() -> 
     waiting.put(Asked("shop", "polite"))
     taken = [waiting.take() for _ in range(6)]
     assert [job.user for job in taken if job] == ["flooder", "polite", *["flooder"] * 4]
+
+
+def test_equals_come_in_the_order_in_which_they_asked_while_time_goes_on() -> None:
+    ticks = itertools.count()
+    waiting: FairQueue[Asked] = FairQueue(8, 100.0, lambda: float(next(ticks)))
+    waiting.put(Asked("shop", "before"))
+    assert waiting.take()
+    for user in "abc":
+        waiting.put(Asked("shop", user))
+    assert [job.user for _ in range(3) if (job := waiting.take())] == ["a", "b", "c"]
 
 
 def test_a_key_with_many_users_has_no_larger_share_than_a_key_with_one() -> None:
@@ -98,7 +109,7 @@ def test_what_was_taken_is_forgotten_with_time_and_ids_are_never_kept() -> None:
     name = usage.name("shop", "ann@example.org")
     usage.add(name, 8.0)
     clock.now = 3 * HALF_LIFE
-    assert usage.of(name) == pytest.approx(1.0)
+    assert usage.of(name, clock.now) == pytest.approx(1.0)
     assert b"ann" not in repr(usage).encode()
     assert usage.name("shop", "a") != usage.name("shopa", "")
     for number in range(20_000):

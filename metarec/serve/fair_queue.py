@@ -71,16 +71,17 @@ class Usage:
         text = "\0".join(parts).encode("utf-8", "surrogatepass")
         return hashlib.blake2b(text, key=self._secret, digest_size=16).digest()
 
-    def of(self, name: bytes) -> float:
-        """Returns the units that somebody has taken, older ones counting less."""
+    def of(self, name: bytes, now: float) -> float:
+        """Returns the units that somebody has taken until now, older ones counting less."""
         taken = self._taken.get(name)
-        return 0.0 if taken is None else taken.units * 0.5 ** ((self.clock() - taken.at) / HALF_LIFE)
+        return 0.0 if taken is None else taken.units * 0.5 ** ((now - taken.at) / HALF_LIFE)
 
     def add(self, name: bytes, units: float) -> None:
         """Counts units; negative ones give back what was counted too much."""
-        self._taken[name] = _Taken(max(0.0, self.of(name) + units), self.clock())
+        now = self.clock()
+        self._taken[name] = _Taken(max(0.0, self.of(name, now) + units), now)
         if len(self._taken) > _REMEMBERED:
-            self._taken = {name: taken for name, taken in self._taken.items() if self.of(name) > _FORGOTTEN}
+            self._taken = {name: taken for name, taken in self._taken.items() if self.of(name, now) > _FORGOTTEN}
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,10 @@ class FairQueue(Generic[J]):
     def _heaviest(self, newcomer: _Waiting[J]) -> _Waiting[J] | None:
         """Returns the last request of whoever has taken most, if that is more than the newcomer would have."""
         loads: dict[bytes, float] = {}
+        now = self.usage.clock()
         for waiting in [*self._waiting, newcomer]:
             for name in (waiting.client, waiting.user):
-                loads[name] = loads.get(name, self.usage.of(name)) + waiting.job.cost
+                loads[name] = loads.get(name, self.usage.of(name, now)) + waiting.job.cost
         worst = max(reversed(self._waiting), key=lambda waiting: (loads[waiting.client], loads[waiting.user]))
         # Clients are compared with each other, users with others of the same client.
         if worst.client != newcomer.client:
@@ -165,7 +167,8 @@ class FairQueue(Generic[J]):
         with self._changed:
             if not self._waiting:
                 return None
-            taken = min(self._waiting, key=lambda waiting: (self.usage.of(waiting.client), self.usage.of(waiting.user)))
+            now, usage = self.usage.clock(), self.usage
+            taken = min(self._waiting, key=lambda one: (usage.of(one.client, now), usage.of(one.user, now)))
             self._waiting.remove(taken)
             self._charge(taken, taken.job.cost)
             return taken.job
