@@ -276,6 +276,19 @@ def test_what_else_is_asked_and_how_many_cores_there_are_never_change_a_score(
     assert one.score(person, some)[1] == all_scores(many, person)[:32]
 
 
+def test_an_items_score_depends_on_nothing_that_is_asked_with_it(engine: Engine) -> None:
+    """Neither on how long the prompts of the others are nor on its place among them."""
+    person = rate(engine, "ann", LOVES_DRAMA)
+    generator = np.random.default_rng(0)
+    alone = engine.score(person, ["m7"])[1][0]
+    for count in (2, 5, 31, 33, 39):
+        for _ in range(4):
+            others = [f"m{code}" for code in generator.permutation(np.delete(np.arange(40), 7))[: count - 1]]
+            place = int(generator.integers(count))
+            asked = [*others[:place], "m7", *others[place:]]
+            assert engine.score(person, asked)[1][place] == alone, (count, place)
+
+
 def test_the_reasons_are_what_leaving_a_rating_out_changes(engine: Engine, recommender: MetaRecommender) -> None:
     person = rate(engine, "ann", LOVES_DRAMA)
     _, ranked = engine.recommend(person, 2, explain=True)
