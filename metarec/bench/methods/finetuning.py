@@ -124,8 +124,10 @@ _CLASSES: dict[str, Any] = {
     "classes": 5,
     "class_loss": 1.0,
     "lr": 1e-4,
-    "steps": 40,
+    "steps": 20,
     "validate_every": 20,
+    "max_query": 6,
+    "min_query": 6,
     "history": 4,
 }
 _AIDS: dict[str, tuple[str, dict[str, Any]]] = {
