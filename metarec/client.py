@@ -1,0 +1,488 @@
+"""A client of the HTTP service: a method for each of its operations, and answers as dataclasses.
+
+It needs Python's standard library alone, and neither torch nor the model.
+
+    client = Client("http://127.0.0.1:8000")
+    client.rate("ann", {"1": 5, "6": 2})
+    for movie in client.recommendations("ann", 5).items:
+        print(movie.title)
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import types
+import typing
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from http.client import HTTPException
+from typing import Any, TypeVar
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, urlencode
+from urllib.request import Request, urlopen
+
+from metarec.errors import MetarecError
+
+_Answer = TypeVar("_Answer")
+# The service is busy, or its store does not answer for the moment.
+_AGAIN = (429, 503)
+_LONGEST_WAIT = 30.0
+
+
+class ServiceError(MetarecError):
+    """The service refused a request, failed, or was not reached.
+
+    Args:
+        problem: What the service says is wrong.
+        cure: What it says to do about it.
+        status: The HTTP status; 0 where no answer came.
+    """
+
+    def __init__(self, problem: str, cure: str = "", status: int = 0) -> None:
+        self.status = status
+        super().__init__(problem, cure)
+
+
+@dataclass(frozen=True)
+class Rating:
+    """One rating that is sent.
+
+    Args:
+        item: The item's id.
+        rating: On the scale of the recommender's task.
+        context: The moment of the rating: columns of the data to their values.
+        review: What the user wrote about the item.
+    """
+
+    item: str
+    rating: float
+    context: Mapping[str, str | float] = field(default_factory=dict)
+    review: str = ""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter that an answer was computed with.
+
+    Args:
+        version: How often the user had said something when it was adapted; 0 is the meta-initialization.
+        ratings: How many items it was adapted to.
+        diverged: Adapting met a number that is not finite; the ranking before adaptation is served.
+        stale: A newer one could not be computed; this is the last good one.
+    """
+
+    version: int
+    ratings: int
+    diverged: bool
+    stale: bool
+
+
+@dataclass(frozen=True)
+class FeedbackAnswer:
+    """The result of feedback, which is durable.
+
+    Args:
+        accepted: How many ratings were kept.
+        replayed: The idempotency key had been accepted before; nothing changed.
+        adapter: The user's adapter, which uses the ratings.
+        losses: The loss on the user's ratings before each step of adaptation.
+        unknown: What was said and has no effect, and why.
+    """
+
+    accepted: int
+    replayed: bool
+    adapter: Adapter
+    losses: tuple[float, ...]
+    unknown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ReasonAnswer:
+    """A rated item, and how much lower the recommended item's score is without that rating."""
+
+    item: str
+    title: str
+    rating: float
+    moved: float
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """One recommended item; `predicted_rating` is None where the task has likes only."""
+
+    item: str
+    title: str
+    score: float
+    predicted_rating: float | None = None
+    because: tuple[ReasonAnswer, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """A ranking of the whole catalog, best first."""
+
+    adapter: Adapter
+    items: tuple[Recommended, ...]
+    unknown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ScoresAnswer:
+    """Scores in the order of the items; `predicted_ratings` is None where the task has likes only."""
+
+    adapter: Adapter
+    scores: tuple[float, ...]
+    predicted_ratings: tuple[float, ...] | None = None
+    unknown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SearchHit:
+    """An item found by text; `score` is None where no user is named."""
+
+    item: str
+    title: str
+    similarity: float
+    score: float | None
+
+
+@dataclass(frozen=True)
+class SearchAnswer:
+    """Items found by text, best first; `adapter` is None where no user is named."""
+
+    adapter: Adapter | None
+    items: tuple[SearchHit, ...]
+    unknown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EventAnswer:
+    """One rating as the service holds it; `at` is seconds since the epoch."""
+
+    version: int
+    item: str
+    rating: float
+    at: float
+    context: Mapping[str, str]
+    review: str
+
+
+@dataclass(frozen=True)
+class UserAnswer:
+    """What is stored about a user, with a page of their ratings.
+
+    Args:
+        user: The user's id.
+        created: When they were first heard of, in seconds since the epoch.
+        version: How often they said something.
+        about: What is known of them.
+        friends: Ids of their friends.
+        ratings: Ratings, oldest first.
+        idempotency_keys: Keys of requests, each with the version after it.
+        adapters: The adapters that are kept.
+        next: What to ask for later ratings after; None where there are none.
+    """
+
+    user: str
+    created: float
+    version: int
+    about: Mapping[str, str]
+    friends: tuple[str, ...]
+    ratings: tuple[EventAnswer, ...]
+    idempotency_keys: Mapping[str, int]
+    adapters: tuple[Mapping[str, int | str], ...]
+    next: int | None = None
+
+
+@dataclass(frozen=True)
+class Added:
+    """How many items were new, and how many can be recommended now."""
+
+    added: int
+    items: int
+
+
+@dataclass(frozen=True)
+class Removed:
+    """The item was removed, and how many can be recommended now."""
+
+    removed: bool
+    items: int
+
+
+@dataclass(frozen=True)
+class Erased:
+    """The user was erased."""
+
+    erased: bool
+
+
+class Client:
+    """Asks a service. Safe to share between threads: it holds no connection.
+
+    Args:
+        address: Where the service is, e.g. ``http://127.0.0.1:8000``.
+        key: An API key, see ``metarec api-key``.
+        timeout: Seconds to wait for an answer.
+        retries: How often a request is sent again that the service was too busy for, or that met a broken connection;
+            `rate` sends a key with its ratings, so that they count once.
+    """
+
+    def __init__(self, address: str, key: str | None = None, *, timeout: float = 60.0, retries: int = 3) -> None:
+        if not address.startswith(("http://", "https://")):
+            raise ServiceError(f"the address '{address}' does not begin with http:// or https://", "Write it in full")
+        self.address = address.rstrip("/")
+        self.timeout = timeout
+        self.retries = retries
+        self._headers = {"Accept": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+    def rate(
+        self,
+        user: str,
+        ratings: Mapping[str, float] | Iterable[Rating] = (),
+        *,
+        about: str | Mapping[str, str | float] | None = None,
+        friends: Sequence[str] | None = None,
+        idempotency_key: str | None = None,
+    ) -> FeedbackAnswer:
+        """Sends ratings, and what is known of a user; when it returns, they are durable and the adapter uses them.
+
+        Args:
+            user: The user's id.
+            ratings: Ids of items to ratings, or `Rating`s with their moments and reviews; at most 100.
+            about: A sentence about the user, or fields of users to their values.
+            friends: Ids of friends.
+            idempotency_key: A second request with the same key changes nothing; None makes one.
+
+        Raises:
+            ServiceError: An item is unknown, a rating is off the scale, or the service did not answer.
+        """
+        pairs = [Rating(item, value) for item, value in ratings.items()] if isinstance(ratings, Mapping) else ratings
+        sent = [_without_empty(asdict(rating)) for rating in pairs]
+        body = _known(about, friends) | ({"ratings": sent} if sent else {})
+        headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+        path = "/v1/users/{user}/feedback"
+        return self._ask(FeedbackAnswer, "POST", path, {"user": user}, body=body, headers=headers)
+
+    def recommendations(
+        self,
+        user: str,
+        k: int = 10,
+        *,
+        exclude_seen: bool = True,
+        explain: bool = False,
+        diversity: float = 0.0,
+        where: str | None = None,
+        block: Sequence[str] = (),
+        context: Mapping[str, str | float] | None = None,
+        about: str | Mapping[str, str | float] | None = None,
+        friends: Sequence[str] = (),
+    ) -> Recommendations:
+        """Returns the best `k` items of the catalog for a user; see the service's route for the arguments."""
+        query = {
+            "k": k,
+            "exclude_seen": exclude_seen,
+            "explain": explain,
+            "diversity": diversity,
+            "where": where,
+            "block": list(block),
+            **_moment(context, about, friends),
+        }
+        return self._ask(Recommendations, "GET", "/v1/users/{user}/recommendations", {"user": user}, query)
+
+    def score(
+        self,
+        user: str,
+        items: Sequence[str],
+        *,
+        context: Mapping[str, str | float] | None = None,
+        about: str | Mapping[str, str | float] | None = None,
+        friends: Sequence[str] | None = None,
+    ) -> ScoresAnswer:
+        """Returns the scores of some items for a user."""
+        body = {"items": list(items), **_known(about, friends), **({"context": dict(context)} if context else {})}
+        return self._ask(ScoresAnswer, "POST", "/v1/users/{user}/score", {"user": user}, body=body)
+
+    def export(self, user: str, *, after: int = 0, limit: int = 1000) -> UserAnswer:
+        """Returns what is stored about a user; where its `next` is not None, ask again with it as `after`.
+
+        Raises:
+            ServiceError: There is no such user.
+        """
+        query = {"after": after, "limit": limit}
+        return self._ask(UserAnswer, "GET", "/v1/users/{user}", {"user": user}, query)
+
+    def erase(self, user: str) -> Erased:
+        """Erases a user.
+
+        Raises:
+            ServiceError: There is no such user.
+        """
+        return self._ask(Erased, "DELETE", "/v1/users/{user}", {"user": user})
+
+    def add_items(self, items: Mapping[str, Mapping[str, str]]) -> Added:
+        """Adds items to the catalog.
+
+        Args:
+            items: Ids to fields; ``title`` is needed.
+        """
+        body = {"items": [{"id": item, "fields": dict(values)} for item, values in items.items()]}
+        return self._ask(Added, "POST", "/v1/items", body=body)
+
+    def remove_item(self, item: str) -> Removed:
+        """Takes an item out of every ranking and search for good."""
+        return self._ask(Removed, "DELETE", "/v1/items/{item}", {"item": item})
+
+    def search(
+        self,
+        q: str,
+        k: int = 10,
+        *,
+        user: str | None = None,
+        context: Mapping[str, str | float] | None = None,
+        about: str | Mapping[str, str | float] | None = None,
+        friends: Sequence[str] = (),
+    ) -> SearchAnswer:
+        """Returns items found by words and by meaning; with a user, in the order of their scores as well."""
+        query = {"q": q, "k": k, "user": user, **_moment(context, about, friends)}
+        return self._ask(SearchAnswer, "GET", "/v1/search", query=query)
+
+    def health(self) -> Mapping[str, str]:
+        """Returns ``{"status": "ok"}`` where the process runs."""
+        return self._ask(Mapping[str, str], "GET", "/healthz")
+
+    def ready(self) -> Mapping[str, Any]:
+        """Says that the service answers requests now.
+
+        Raises:
+            ServiceError: It does not.
+        """
+        return self._ask(Mapping[str, Any], "GET", "/readyz")
+
+    def wait_until_ready(self, seconds: float = 60.0) -> None:
+        """Waits until the service answers requests.
+
+        Raises:
+            ServiceError: It does not within so many seconds.
+        """
+        deadline = time.monotonic() + seconds
+        while not self._is_ready(last=time.monotonic() > deadline):
+            time.sleep(0.1)
+
+    def _is_ready(self, last: bool) -> bool:
+        try:
+            self.ready()
+        except ServiceError:
+            if last:
+                raise
+            return False
+        return True
+
+    def version(self) -> Mapping[str, str]:
+        """Returns the versions of metarec, the API, the recommender, its language model and its task."""
+        return self._ask(Mapping[str, str], "GET", "/version")
+
+    def metrics(self) -> str:
+        """Returns the service's metrics in Prometheus' format."""
+        return self._send("GET", "/metrics", None, {})
+
+    def _ask(
+        self,
+        answer: type[_Answer],
+        method: str,
+        path: str,
+        names: Mapping[str, str] | None = None,
+        query: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> _Answer:
+        """Sends a request, and returns its answer as a dataclass."""
+        filled = path.format(**{name: quote(value, safe="") for name, value in (names or {}).items()})
+        given = {name: _in_address(value) for name, value in (query or {}).items() if value not in (None, [])}
+        address = f"{filled}?{urlencode(given, doseq=True)}" if given else filled
+        text = self._send(method, address, None if body is None else json.dumps(body).encode(), headers or {})
+        found: _Answer = _read(answer, json.loads(text))
+        return found
+
+    def _send(self, method: str, address: str, body: bytes | None, headers: Mapping[str, str]) -> str:
+        """Sends a request, again where that changes nothing but the answer, and returns the answer's text."""
+        kind = {} if body is None else {"Content-Type": "application/json"}
+        request = Request(  # noqa: S310 - the address begins with http
+            f"{self.address}{address}", body, {**self._headers, **kind, **headers}, method=method
+        )
+        sent_twice_counts_once = method == "GET" or "Idempotency-Key" in headers
+        for left in reversed(range(self.retries + 1)):
+            found = self._try(request, left > 0, sent_twice_counts_once)
+            if isinstance(found, str):
+                return found
+            time.sleep(found)
+        raise AssertionError
+
+    def _try(self, request: Request, again: bool, counts_once: bool) -> str | float:
+        """Sends a request once, and returns the answer's text, or the seconds to wait until it is sent again."""
+        try:
+            with urlopen(request, timeout=self.timeout) as answer:  # noqa: S310
+                text: str = answer.read().decode()
+                return text
+        except HTTPError as error:
+            if error.code not in _AGAIN or not again:
+                raise _refusal(error) from None
+            return min(float(error.headers.get("Retry-After") or 1), _LONGEST_WAIT)
+        except (URLError, HTTPException, OSError) as error:
+            if not counts_once or not again:
+                reason = getattr(error, "reason", error)
+                raise ServiceError(
+                    f"'{self.address}' does not answer: {reason}", "Is 'metarec serve' running there?"
+                ) from None
+            return 0.1
+
+
+def _refusal(error: HTTPError) -> ServiceError:
+    """Returns the service's own words, or the status where something else answered."""
+    try:
+        said = json.loads(error.read())["error"]
+        return ServiceError(said["message"], said["cure"], error.code)
+    except (ValueError, KeyError, TypeError):
+        return ServiceError(f"status {error.code}: {error.reason}", "Does the address lead to the service?", error.code)
+
+
+def _without_empty(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value not in ("", {})}
+
+
+def _known(about: str | Mapping[str, str | float] | None, friends: Sequence[str] | None) -> dict[str, Any]:
+    """Returns what is said of a user, as a body has it."""
+    said = {} if about is None else {"about": about if isinstance(about, str) else dict(about)}
+    return said | ({} if friends is None else {"friends": list(friends)})
+
+
+def _moment(
+    context: Mapping[str, str | float] | None,
+    about: str | Mapping[str, str | float] | None,
+    friends: Sequence[str],
+) -> dict[str, Any]:
+    """Returns what one question says of the user and the moment, as an address has it."""
+    told = [about] if isinstance(about, str) else [f"{name}={value}" for name, value in (about or {}).items()]
+    moment = [f"{name}={value}" for name, value in (context or {}).items()]
+    return {"context": moment, "about": told, "friend": list(friends)}
+
+
+def _in_address(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _read(kind: Any, value: Any) -> Any:
+    """Returns a JSON value as what a dataclass says it is; keys that it does not know are left out."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        hints = typing.get_type_hints(kind)
+        return kind(
+            **{name.name: _read(hints[name.name], value[name.name]) for name in fields(kind) if name.name in value}
+        )
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _read(next(part for part in inner if part is not type(None)), value)
+    if origin is tuple:
+        return tuple(_read(inner[0], entry) for entry in value)
+    return value
