@@ -39,7 +39,7 @@ def shape(text: str) -> list[str]:
 
 
 def wait_until_ready(address: str, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while True:
         assert server.poll() is None, "the service ended"
         assert time.monotonic() < deadline, "the service does not answer"
