@@ -349,17 +349,17 @@ class Client:
         query = {"q": q, "k": k, "user": user, **_moment(context, about, friends)}
         return self._ask(SearchAnswer, "GET", "/v1/search", query=query)
 
-    def health(self) -> Mapping[str, str]:
+    def health(self) -> dict[str, str]:
         """Returns ``{"status": "ok"}`` where the process runs."""
-        return self._ask(Mapping[str, str], "GET", "/healthz")
+        return self._ask(dict[str, str], "GET", "/healthz")
 
-    def ready(self) -> Mapping[str, Any]:
+    def ready(self) -> dict[str, Any]:
         """Says that the service answers requests now.
 
         Raises:
             ServiceError: It does not.
         """
-        return self._ask(Mapping[str, Any], "GET", "/readyz")
+        return self._ask(dict[str, Any], "GET", "/readyz")
 
     def wait_until_ready(self, seconds: float = 60.0) -> None:
         """Waits until the service answers requests.
@@ -380,9 +380,9 @@ class Client:
             return False
         return True
 
-    def version(self) -> Mapping[str, str]:
+    def version(self) -> dict[str, str]:
         """Returns the versions of metarec, the API, the recommender, its language model and its task."""
-        return self._ask(Mapping[str, str], "GET", "/version")
+        return self._ask(dict[str, str], "GET", "/version")
 
     def metrics(self) -> str:
         """Returns the service's metrics in Prometheus' format."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import typing
@@ -218,3 +219,25 @@ def test_hints_of_answers_are_what_they_hold() -> None:
     kinds = [kind for kind in vars(clients).values() if is_dataclass(kind)]
     for kind in kinds:
         assert set(typing.get_type_hints(kind)) == {field.name for field in fields(kind)}  # type: ignore[arg-type]
+
+
+def test_the_page_of_operations_shows_all_of_them_and_asks_nobody_else(application: Any, client: Client) -> None:
+    page = client._send("GET", "/docs", None, {})
+    assert re.findall(r"https?://|//\w|<script|<link|<img|@import", page) == []
+    document = application.openapi()
+    for path, methods in document["paths"].items():
+        for method in methods:
+            assert f"<code>{method.upper()} {path}</code>" in page
+    for name in re.findall(r'href="#(\w+)"', page):
+        assert f'id="{name}"' in page
+    assert all(f'id="{name}"' in page for name in document["components"]["schemas"])
+
+
+def test_alerts_and_dashboard_watch_metrics_that_the_service_has(client: Client) -> None:
+    client.health()  # so that there is an answer to count
+    has = set(re.findall(r"^(metarec_\w+)", client.metrics(), re.M))
+    folder = Path(__file__).parents[1] / "deploy"
+    watched = [(folder / name).read_text() for name in ("prometheus/alerts.yml", "grafana/metarec.json")]
+    named = set(re.findall(r"metarec_\w+", "".join(watched)))
+    assert len(named) > 10
+    assert named <= has

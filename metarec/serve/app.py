@@ -25,6 +25,7 @@ from metarec.serve.engine import Engine
 from metarec.serve.guard import Guard, error_body
 from metarec.serve.person import Person
 from metarec.serve.records import MAX_ID_CHARACTERS, Beside, Feedback, check_id
+from metarec.serve.reference import add_reference
 from metarec.serve.schema import (
     MOST_EXPLAINED,
     MOST_EXPORTED,
@@ -81,7 +82,7 @@ def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI
         version=version("metarec"),
         summary="Rate five things, and be served by your own adapter.",
         lifespan=lifespan,
-        docs_url=None,  # both pages load scripts from elsewhere
+        docs_url=None,  # both pages load scripts from elsewhere; see `reference`
         redoc_url=None,
         redirect_slashes=False,  # a route has one address, and a redirect would name the host that the client claims
         responses=PROBLEMS,
@@ -93,6 +94,7 @@ def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI
     _add_privacy_routes(app, service)
     _add_catalog_routes(app, service)
     _add_operator_routes(app, service)
+    add_reference(app)
     if settings.ui:
         from metarec.serve.page import add_page
 
