@@ -15,7 +15,21 @@ from typing import Annotated
 
 import typer
 
-from metarec.cli import bench, data, ensemble, features, finetune, quickstart, runs, search, serve, store, tasks, tune
+from metarec.cli import (
+    bench,
+    data,
+    ensemble,
+    features,
+    finetune,
+    hub,
+    quickstart,
+    runs,
+    search,
+    serve,
+    store,
+    tasks,
+    tune,
+)
 from metarec.errors import ConfigError, MetarecError, RankError
 
 app = typer.Typer(
@@ -39,6 +53,7 @@ app.add_typer(data.data_app, name="data")
 app.add_typer(features.features_app, name="features")
 app.add_typer(serve.app)
 app.add_typer(store.app)
+app.add_typer(hub.app)
 
 
 @app.callback(invoke_without_command=True)
