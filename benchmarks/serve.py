@@ -8,6 +8,8 @@ overload   twice the load that it can take: 429, and healthy
 kills      8 clients writing while the server is killed 20 times
 memory     resident memory over 100,000 adapters; use a tiny model and --users 100000
 retrieval  what the two-stage ranking misses of the exhaustive one
+ratios     explained to plain rankings, eight clients to one, a long history to a short one, in one run
+restart    processor seconds until the service is ready, from nothing and again
 stream     warm start against the meta-initialization, for quality and for forgetting
 
 Each writes its part of ``benchmarks/results/serve.json``.
@@ -20,6 +22,7 @@ import http.client
 import json
 import os
 import platform
+import shutil
 import signal
 import socket
 import statistics
@@ -181,6 +184,76 @@ def latency(arguments: argparse.Namespace) -> dict[str, Any]:
             closed_loop(server, ids, clients, max(5, arguments.rounds // clients)) for clients in (1, arguments.clients)
         ]
     return {"items": len(ids), "runs": runs, "bar": "p50 <= 150 ms for one client on 2 cores"}
+
+
+def ratios(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Ratios within one run, which hold on a machine that others use too."""
+    ids = item_ids(arguments.checkpoint)
+    generator = np.random.default_rng(0)
+
+    def rate(server: Server, user: str, count: int) -> None:
+        for start in range(0, count, 100):
+            chosen = generator.choice(len(ids), min(100, count - start))
+            said = [{"item": ids[item], "rating": float(generator.integers(1, 6))} for item in chosen]
+            server.ask("POST", f"/v1/users/{user}/feedback", {"ratings": said})
+
+    def seconds(ask: Any) -> float:
+        taken = []
+        for turn in range(arguments.rounds):
+            began = time.perf_counter()
+            ask(turn)
+            taken.append(time.perf_counter() - began)
+        return statistics.median(taken)
+
+    def rankings(server: Server, clients: int) -> float:
+        def client(number: int) -> None:
+            for _ in range(arguments.rounds):
+                server.ask("GET", f"/v1/users/reader{number}/recommendations?k=10")
+
+        began = time.perf_counter()
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return clients * arguments.rounds / (time.perf_counter() - began)
+
+    with serving(arguments.checkpoint, "--threads", str(arguments.threads)) as server:
+        for number in range(8):
+            rate(server, f"reader{number}", 20)
+        found: dict[str, Any] = {}
+        for count in (20, 64):
+            rate(server, f"rated{count}", count)
+            address = f"/v1/users/rated{count}/recommendations?k=50"
+            server.ask("GET", address + "&explain=true")
+            plain = seconds(lambda _, address=address: server.ask("GET", address))
+            explained = seconds(lambda _, address=address: server.ask("GET", address + "&explain=true"))
+            found[f"explained_to_plain_of_{count}_ratings"] = round(explained / plain, 2)
+        found["eight_clients_to_one"] = round(rankings(server, 8) / rankings(server, 1), 2)
+        events = {"short": 64, "long": 10_000}
+        for user, count in events.items():
+            rate(server, user, count)
+        adapting = {
+            user: seconds(
+                lambda turn, user=user: server.ask(
+                    "POST", f"/v1/users/{user}/feedback", {"item": ids[turn], "rating": 4.0}
+                )
+            )
+            for user in events
+        }
+        found["feedback_after_10000_ratings_to_after_64"] = round(adapting["long"] / adapting["short"], 2)
+    return {"items": len(ids), **found}
+
+
+def restart(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Processor seconds of a server from its start until it is ready; the second start reads what the first kept."""
+    found = []
+    shutil.rmtree(arguments.checkpoint / "warm", ignore_errors=True)
+    for _ in range(2):
+        with serving(arguments.checkpoint, "--threads", str(arguments.threads)) as server:
+            spent = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(") ")[2].split()
+            found.append(round((int(spent[11]) + int(spent[12])) / os.sysconf("SC_CLK_TCK"), 1))
+    return {"cpu_seconds_first": found[0], "cpu_seconds_again": found[1], "bar": "<= 10 s of processor time"}
 
 
 def bulk(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -438,8 +511,8 @@ def stream(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-OVER_FEWER_ITEMS = ("latency", "overload", "kills")
-PARTS = {part.__name__: part for part in (latency, bulk, overload, kills, memory, retrieval, stream)}
+OVER_FEWER_ITEMS = ("latency", "ratios", "overload", "kills")
+PARTS = {part.__name__: part for part in (latency, ratios, restart, bulk, overload, kills, memory, retrieval, stream)}
 
 
 def main() -> None:

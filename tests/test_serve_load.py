@@ -195,6 +195,11 @@ def test_every_method_of_a_path_is_named(client: TestClient) -> None:
         assert (answer.status_code, answer.headers["allow"]) == (405, methods)
 
 
+def test_a_path_with_one_more_slash_is_not_redirected_to_whatever_host_is_named(client: TestClient) -> None:
+    answer = client.post("/v1/users/ann/feedback/", json={"item": "m1", "rating": 3.0}, follow_redirects=False)
+    assert (answer.status_code, "location" in answer.headers) == (404, False)
+
+
 @pytest.mark.parametrize("rating", [b'5, "rating": 1', b"true", b'"5"'])
 def test_a_rating_is_one_number(rating: bytes, client: TestClient) -> None:
     body = b'{"item": "m1", "rating": ' + rating + b"}"
