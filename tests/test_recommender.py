@@ -49,7 +49,7 @@ def test_sentences_are_read_where_items_are_unrated_and_nowhere_else(
 ) -> None:
     read: list[Sequence[str]] = []
 
-    def recalled(_: Any, catalog: Catalog, sentences: Sequence[str]) -> np.ndarray:
+    def recalled(_: Any, catalog: Catalog, sentences: Sequence[str], *__: object) -> np.ndarray:
         read.append(sentences)
         return np.random.default_rng(0).normal(size=(len(catalog), 6))
 
