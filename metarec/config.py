@@ -172,6 +172,9 @@ class PosteriorTuningConfig(Section):
 
     steps: int = Field(0, ge=0, description="steps at most; the best by validation users is kept; 0 leaves it out")
     users: int = Field(16, ge=1, description="users per step")
+    shots: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, min_length=1, description="support sizes to draw from; null takes the task's above 0"
+    )
     max_query: int = Field(20, ge=2)
     layers: int = Field(3, ge=1, description="how many topmost blocks of the encoder learn; lower ones are cached")
     rank: int = Field(16, ge=1)

@@ -25,6 +25,18 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "collaborative.features": ["words", "text", "tuned text", "fields", "vectors"],
     },
     "standard": {},
+    # For an accelerator: every kind of feature, a larger adapter, and longer training of all that is learned.
+    "full": {
+        "collaborative.features": ["words", "text", "tuned text", "fields", "vectors", "lm"],
+        "collaborative.tuning.pairs": 512,
+        "collaborative.tuning.steps": 1000,
+        "collaborative.tuning.posterior.steps": 500,
+        "adapter.layers": 12,
+        "adapter.rank": 8,
+        "adapter.alpha": 16,
+        "train.steps": 1000,
+        "train.users": 32,
+    },
 }
 
 

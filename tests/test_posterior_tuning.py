@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from small_recommenders import TASK, known_task
 
 from metarec.config import EncoderTuningConfig, LinearConfig, PosteriorTuningConfig, validated
+from metarec.data.episodes import Episode
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData
 from metarec.lm.adapters import init_adapter
@@ -24,7 +25,8 @@ from metarec.scorers.collaborative.features import side_by_side
 from metarec.scorers.collaborative.linear_kernel import linear_process
 from metarec.scorers.language import encoder_tuning
 from metarec.scorers.language.encoder_tuning import tuned_text_vectors
-from metarec.scorers.language.posterior_tuning import FeatureBlocks, PosteriorTuning, two_halves
+from metarec.scorers.language.posterior_tuning import FeatureBlocks, Half, PosteriorTuning, two_halves
+from metarec.tensors import AdapterState
 
 SETTINGS = PosteriorTuningConfig(steps=4, users=4, max_query=8, layers=1, rank=2, validate_every=2, lr=1e-2)
 PAIRS = EncoderTuningConfig(steps=2, pairs=8, rank=2, validate_every=2)
@@ -82,6 +84,17 @@ def test_before_its_first_step_the_order_is_that_of_the_kernel(tuning: Posterior
         np.testing.assert_allclose(found - found[0], expected - expected[0], atol=1e-4)
 
 
+def test_without_ratings_the_order_is_that_of_the_mean_weights(tuning: PosteriorTuning) -> None:
+    none = replace(tuning, settings=SETTINGS.model_copy(update={"shots": (0,)}))
+    gradients = none.gradient_at(fresh(none), 0).gradients
+    assert any(value.abs().max() > 0 for value in gradients.values())
+    episode, half = tuning.data.evaluated("validation")[0][0], tuning.halves[0]
+    scores, _ = tuning.scores(half, [replace(episode, support=episode.support.head(0))], fresh(tuning).init)
+    features = tuning.blocks.of_items(episode.query.items, tuning.vectors(episode.query.items, fresh(tuning).init))
+    expected = features.numpy() @ half.prior.weights[:-1] + half.prior.items[episode.query.items]
+    np.testing.assert_allclose(scores[0].numpy(), expected, atol=1e-6)
+
+
 def test_items_that_nobody_rated_have_no_effect_of_their_own_in_training_either(tuning: PosteriorTuning) -> None:
     split = tuning.data.task.split.model_copy(update={"by": "item", "unseen": 0.3})
     cold = replace(tuning, data=replace(tuning.data, task=tuning.data.task.model_copy(update={"split": split})))
@@ -117,13 +130,41 @@ def test_users_are_asked_under_what_others_ratings_say(data: TaskData, model_dir
     assert set(one.halves[0].users) | set(one.halves[1].users) == set(data.parts["train"])
 
 
+def test_where_unrated_items_are_queried_training_asks_about_items_that_its_prior_has_not_met(
+    data: TaskData, model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = data.task.split.model_copy(update={"by": "item", "unseen": 0.3})
+    cold = replace(data, task=data.task.model_copy(update={"split": split}))
+    tuning = made(cold, str(model_dir("encoder")))
+    for half in tuning.halves:
+        assert half.hidden is not None
+        assert not half.prior.rated[half.hidden].any()
+        assert half.prior.rated[~half.hidden].any()
+    assert sum(half.hidden.astype(int) for half in tuning.halves).tolist() == [2] * len(data.interactions.catalog)  # type: ignore[union-attr]
+    asked: list[tuple[Half, Episode]] = []
+    whole = PosteriorTuning.scores
+
+    def scores(self: PosteriorTuning, half: Half, episodes: Sequence[Episode], init: AdapterState) -> object:
+        asked.extend((half, one) for one in episodes)
+        return whole(self, half, episodes, init)
+
+    monkeypatch.setattr(PosteriorTuning, "scores", scores)
+    for step in range(3):
+        tuning.gradient_at(fresh(tuning), step)
+    assert len({id(half) for half, _ in asked}) == 3
+    for half, one in asked:
+        assert half.hidden is not None
+        assert half.hidden[one.query.items].all()
+        assert not half.hidden[one.support.items].any()
+
+
 def test_training_helps_users_that_it_did_not_see(tuning: PosteriorTuning) -> None:
     width = tuning.blocks.design.shape[1]
     isotropic = [
         replace(half, prior=replace(half.prior, weights=np.zeros(width), covariance=np.eye(width) * 0.3))
         for half in tuning.halves
     ]
-    tuning = replace(tuning, halves=(isotropic[0], isotropic[1]))
+    tuning = replace(tuning, halves=tuple(isotropic))
     lora = init_adapter(tuning.model.spec, torch.Generator().manual_seed(0), torch.float64)
     before = tuning.validate(MetaState(lora, {}))
     for step in range(20):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
 import pytest
+from small_recommenders import known_task
 
 import metarec
+from metarec import MetaRecommender
 from metarec.bench.methods import METHODS
 from metarec.config import RunConfig, validated
 from metarec.data.task_files import load_task
@@ -63,3 +69,20 @@ def test_every_preset_reads_vectors_of_items_where_there_are_any(name: str) -> N
     told = plain.model_copy(update={"dataset": plain.dataset.model_copy(update={"options": options})})
     without, found = (for_task(settings, task).collaborative.features or () for task in (plain, told))
     assert found == (*without, "vectors")
+
+
+def test_the_full_preset_trains_adapts_and_evaluates(
+    model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METAREC_CACHE", str(tmp_path))
+    posterior = {"steps": 1, "users": 4, "max_query": 8, "layers": 1, "rank": 2, "validate_every": 1}
+    tuning = {"steps": 1, "pairs": 8, "rank": 2, "validate_every": 1, "posterior": posterior}
+    small = {
+        "collaborative": {"encoder": str(model_dir("encoder")), "tuning": tuning, "kernel": {"steps": 2}},
+        "adapter": {"layers": 1},
+        "train": {"steps": 1, "users": 4, "validate_every": 1, "validation_users": 2},
+    }
+    settings = validated(RunConfig, with_preset("full", small), "test")
+    recommender = MetaRecommender.from_pretrained(str(model_dir("llama")), settings).fit(data := known_task())
+    assert len(recommender.adapt({"m0": 5.0, "m1": 1.0}).recommend(3)) == 3
+    assert np.isfinite(recommender.evaluate(data).values("metarec, adapted", 10)).all()

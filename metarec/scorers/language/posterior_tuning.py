@@ -5,7 +5,8 @@ support gives their posterior in closed form. The loss of a query's ranking by t
 the encoder's topmost blocks, whose vectors are some of the features. What enters these blocks comes from the cache.
 
 Each half of the meta-training users is asked under the mean and covariance of the other half: a user who has helped to
-learn them would find them better than a new one does.
+learn them would find them better than a new one does. Where a task asks about items that nobody rated, the mean and
+covariance are learned without a fold of the items, and queries are about the fold.
 
 Sources: Patacchiola et al. 2020, "Bayesian meta-learning for the few-shot setting via deep kernels"; Harrison, Sharma
 and Pavone 2018, "Meta-learning priors for efficient online Bayesian regression".
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from metarec.config import LinearConfig, PosteriorTuningConfig
 from metarec.data.episodes import Episode, training_batch
-from metarec.data.interactions import Codes, Ratings, Values
+from metarec.data.interactions import Codes, Flags, Ratings, Values
 from metarec.evaluate import validation_auc
 from metarec.lm.answer_model import AnswerModel
 from metarec.meta.algorithms import MetaGradient
@@ -43,14 +44,23 @@ if TYPE_CHECKING:
 _TEXTS_AT_ONCE = 256
 # Queries need a liked and a disliked item at least.
 _MIN_QUERY = 2
+# Where unrated items are queried: parts of the items, each left out once from the ratings that a prior is learned from.
+_ITEM_FOLDS = 4
 
 
 @dataclass(frozen=True)
 class Half:
-    """Meta-training users whose queries train the LoRA, and what the other users' ratings say of users' weights."""
+    """Meta-training users whose queries train the LoRA, and what the other users' ratings say of users' weights.
+
+    Args:
+        users: The users.
+        prior: What the other users' ratings say, those of hidden items left out.
+        hidden: The items that queries are about, and supports are not, shape (items,); None for any.
+    """
 
     users: Codes
     prior: LinearPrior
+    hidden: Flags | None = None
 
     def head(self, dtype: torch.dtype) -> AdapterState:
         """Returns the parameters of `posterior_head`."""
@@ -98,7 +108,7 @@ class PosteriorTuning:
         data: The task's data.
         model: The encoder over the items' texts, with a LoRA in its topmost blocks.
         blocks: The features of items.
-        halves: The meta-training users.
+        halves: The meta-training users, each half once for every fold of items.
         settings: How the LoRA is learned.
         seed: Seed of the episodes.
     """
@@ -106,13 +116,13 @@ class PosteriorTuning:
     data: TaskData
     model: AnswerModel
     blocks: FeatureBlocks
-    halves: tuple[Half, Half]
+    halves: tuple[Half, ...]
     settings: PosteriorTuningConfig
     seed: int
 
     @cached_property
     def _shots(self) -> list[int]:
-        return [count for count in self.data.task.shots if count > 0]
+        return [*self.settings.shots] if self.settings.shots else [one for one in self.data.task.shots if one > 0]
 
     def encode(self, items: Codes, init: Mapping[str, Tensor]) -> Tensor:
         """Returns the vectors of some items, differentiable in the LoRA, shape (items, hidden)."""
@@ -151,7 +161,8 @@ class PosteriorTuning:
 
     def gradient_at(self, meta: MetaState, step: int) -> MetaGradient:
         """Returns the gradient of the mean loss over a step's users, who are all of one half."""
-        half = self.halves[step % 2]
+        half = self.halves[step % len(self.halves)]
+        hidden = half.hidden
         episodes = training_batch(
             self.data.interactions,
             half.users,
@@ -161,6 +172,7 @@ class PosteriorTuning:
             min_query=_MIN_QUERY,
             seed=self.seed,
             step=step,
+            hidden=None if hidden is None else lambda _: hidden,
             short_supports=self.data.task.short_supports,
         )
         leaves = {name: value.detach().requires_grad_() for name, value in meta.init.items()}
@@ -184,8 +196,10 @@ class PosteriorTuning:
         return validation_auc(process, self._validation, self._shots, self.data.task.like_threshold)
 
 
-def two_halves(data: TaskData, features: Floats, settings: LinearConfig, seed: int) -> tuple[Half, Half]:
+def two_halves(data: TaskData, features: Floats, settings: LinearConfig, seed: int) -> tuple[Half, ...]:
     """Returns the meta-training users in two halves, each with the mean and covariance that the other's ratings say.
+
+    Where unrated items are queried, each half comes once for every fold of the items.
 
     Args:
         data: The task's data.
@@ -193,13 +207,19 @@ def two_halves(data: TaskData, features: Floats, settings: LinearConfig, seed: i
         settings: How mean and covariance are fitted.
         seed: Seed of the halves.
     """
-    users = data.parts["train"]
-    first = np.random.default_rng(seed).permutation(len(users)) % 2 == 0
-    one, other = (
-        Half(users[own], fit_linear_prior(data.interactions, users[~own], features, **settings.model_dump()))
-        for own in (first, ~first)
-    )
-    return one, other
+    users, known = data.parts["train"], data.interactions
+    generator = np.random.default_rng(seed)
+    first = generator.permutation(len(users)) % 2 == 0
+    folds: list[Flags | None] = [None]
+    if data.task.split.asks_unrated:
+        fold = generator.permutation(len(known.catalog)) % _ITEM_FOLDS
+        folds = [fold == one for one in range(_ITEM_FOLDS)]
+
+    def half(own: Flags, hidden: Flags | None) -> Half:
+        shown = known if hidden is None else known.subset(~hidden[known.item])
+        return Half(users[own], fit_linear_prior(shown, users[~own], features, **settings.model_dump()), hidden)
+
+    return tuple(half(own, hidden) for hidden in folds for own in (first, ~first))
 
 
 def _parts(episodes: Sequence[Episode]) -> tuple[list[Ratings], list[Ratings]]:
