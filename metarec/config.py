@@ -173,14 +173,16 @@ class PosteriorTuningConfig(Section):
     steps: int = Field(0, ge=0, description="steps at most; the best by validation users is kept; 0 leaves it out")
     users: int = Field(16, ge=1, description="users per step")
     shots: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        None, min_length=1, description="support sizes to draw from; null takes the task's above 0"
+        None, min_length=1, description="support sizes to draw from; null takes the task's"
     )
     max_query: int = Field(20, ge=2)
-    layers: int = Field(3, ge=1, description="how many topmost blocks of the encoder learn; lower ones are cached")
-    rank: int = Field(16, ge=1)
+    layers: int | None = Field(
+        None, ge=1, description="how many topmost blocks of the encoder learn; lower ones are cached; null for all"
+    )
+    rank: int = Field(8, ge=1)
     lr: float = Field(3e-4, gt=0)
     sharpness: float = Field(2.0, gt=0, description="factor on scores' differences in the loss")
-    validate_every: int = Field(50, ge=1)
+    validate_every: int = Field(25, ge=1)
     validation_users: int = Field(200, ge=1, description="validate on the first so many validation users at most")
 
 

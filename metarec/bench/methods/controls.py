@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from metarec.bench.context import ENCODER, NO_SETTINGS, Method, MethodContext, MethodRow, one_row
 from metarec.errors import ConfigError, suggest
+from metarec.presets import PRESETS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,12 +46,19 @@ def _fields_kernel(context: MethodContext, **options: Any) -> GaussianProcess:
     return fit_linear_kernel(context.interactions, context.users, vectors, name="fields kernel", **options)
 
 
-def _text_kernel(context: MethodContext, *, tuned: bool = False, **options: Any) -> GaussianProcess:
+# How the text preset goes on to learn the encoder's LoRA.
+_POSTERIOR = {key: value for key, value in PRESETS["text"].items() if key.startswith("collaborative.tuning.posterior")}
+
+
+def _text_kernel(
+    context: MethodContext, *, tuned: Literal["pairs", "posteriors"] | None = None, **options: Any
+) -> GaussianProcess:
     from metarec.scorers.collaborative.features import side_by_side, word_vectors
     from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
     from metarec.scorers.language.encoder_tuning import tuned_text_vectors
 
-    catalog, text, settings = context.interactions.catalog, context.data.task.item_text, context.config.collaborative
+    catalog, text = context.interactions.catalog, context.data.task.item_text
+    settings = context.configured(_POSTERIOR if tuned == "posteriors" else {}).collaborative
     blocks = [word_vectors([text.render(catalog, code) for code in range(len(catalog))]), context.vectors]
     if tuned:
         beside, linear = [*blocks, *context.fields.values()], settings.linear
@@ -58,7 +66,7 @@ def _text_kernel(context: MethodContext, *, tuned: bool = False, **options: Any)
             tuned_text_vectors(context.task_data, settings.encoder, settings.tuning, context.seed, beside, linear)
         )
     vectors = side_by_side([*blocks, *context.fields.values()])
-    name = "tuned text kernel" if tuned else "text kernel"
+    name = {None: "text kernel", "pairs": "tuned text kernel", "posteriors": "posterior-tuned text kernel"}[tuned]
     return fit_linear_kernel(context.interactions, context.users, vectors, name=name, **options)
 
 
@@ -184,9 +192,15 @@ KERNELS = {
         settings=ENCODER,
     ),
     "tuned text kernel": Method(
-        one_row(partial(_text_kernel, tuned=True), lambda process: process.loadings.size),
+        one_row(partial(_text_kernel, tuned="pairs"), lambda process: process.loadings.size),
         "kernel",
         "and vectors of that encoder with a LoRA learned from what users like together",
+        settings=(*ENCODER, "collaborative.tuning"),
+    ),
+    "posterior-tuned text kernel": Method(
+        one_row(partial(_text_kernel, tuned="posteriors"), lambda process: process.loadings.size),
+        "kernel",
+        "and with a LoRA learned further, through users' posteriors",
         settings=(*ENCODER, "collaborative.tuning"),
     ),
 }

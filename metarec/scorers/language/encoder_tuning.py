@@ -202,7 +202,7 @@ def _by_posteriors(
     placement = default_placement(
         backbone,
         prompts,
-        layers=settings.layers,
+        layers=settings.layers or backbone.modules.config.num_hidden_layers,
         targets=_linear_layers(backbone),
         rank=settings.rank,
         alpha=2.0 * settings.rank,

@@ -122,7 +122,7 @@ class PosteriorTuning:
 
     @cached_property
     def _shots(self) -> list[int]:
-        return [*self.settings.shots] if self.settings.shots else [one for one in self.data.task.shots if one > 0]
+        return [*(self.settings.shots or self.data.task.shots)]
 
     def encode(self, items: Codes, init: Mapping[str, Tensor]) -> Tensor:
         """Returns the vectors of some items, differentiable in the LoRA, shape (items, hidden)."""
