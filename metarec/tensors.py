@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,3 +78,17 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         return {name: tensor.to(device) for name, tensor in load_file(path, "cpu").items()}
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"'{path}' cannot be read: {error}", "Write it again") from None
+
+
+def read_by_length(items: np.ndarray, lengths: np.ndarray, read: Callable[[Tensor], Tensor], at_once: int) -> Tensor:
+    """Returns a vector of each of some items, shape (items, width), reading texts of similar length side by side.
+
+    Args:
+        items: Item codes.
+        lengths: Number of tokens of every item's text, shape (all items,).
+        read: Returns the vectors of a block of items, differentiable or not.
+        at_once: Size of a block at most.
+    """
+    order = np.argsort(lengths[items], kind="stable")
+    vectors = torch.cat([read(block) for block in torch.from_numpy(items[order]).split(at_once)])
+    return vectors[torch.from_numpy(np.argsort(order))]

@@ -164,7 +164,9 @@ def test_training_helps_users_that_it_did_not_see(tuning: PosteriorTuning) -> No
         replace(half, prior=replace(half.prior, weights=np.zeros(width), covariance=np.eye(width) * 0.3))
         for half in tuning.halves
     ]
-    tuning = replace(tuning, halves=tuple(isotropic))
+    # Weights of mean 0 order nothing without ratings.
+    rated = SETTINGS.model_copy(update={"shots": tuple(count for count in tuning.data.task.shots if count)})
+    tuning = replace(tuning, halves=tuple(isotropic), settings=rated)
     lora = init_adapter(tuning.model.spec, torch.Generator().manual_seed(0), torch.float64)
     before = tuning.validate(MetaState(lora, {}))
     for step in range(20):

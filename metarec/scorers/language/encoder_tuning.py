@@ -45,7 +45,7 @@ from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.text import fit_two_tower
 from metarec.scorers.language.posterior_tuning import FeatureBlocks, PosteriorTuning, two_halves
 from metarec.scorers.language.trainable_copy import Recipe, TrainableCopy, trainable_copy
-from metarec.tensors import AdapterState, read_tensors, write_tensors
+from metarec.tensors import AdapterState, read_by_length, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from metarec.data.task_data import TaskData
@@ -54,7 +54,6 @@ _KIND = "tuned-encoder"
 _FILE, _VECTORS = "tuned.safetensors", "vectors"
 # The first one kept vectors without the LoRA.
 _FORMAT = 2
-# Texts of similar length that are read side by side.
 _TEXTS_AT_ONCE = 32
 
 
@@ -286,11 +285,13 @@ class _Tuning:
 
     def encode(self, items: Codes) -> Tensor:
         """Returns the vectors of some items, differentiable, shape (items, hidden)."""
-        # Texts of similar length are read side by side.
-        order = np.argsort(self.prompts.lengths[items], kind="stable")
-        blocks = torch.from_numpy(items[order]).split(_TEXTS_AT_ONCE)
-        read = torch.cat([self.forward.last_states(self.forward.gather(block[None]), None)[0] for block in blocks])
-        return read[torch.from_numpy(np.argsort(order))]
+        forward = self.forward
+        return read_by_length(
+            items,
+            self.prompts.lengths,
+            lambda block: forward.last_states(forward.gather(block[None]), None)[0],
+            _TEXTS_AT_ONCE,
+        )
 
     @torch.no_grad()
     def vectors(self, items: Codes) -> Tensor:

@@ -35,13 +35,12 @@ from metarec.meta.losses import pairwise_logistic
 from metarec.scorers.collaborative.features import side_by_side
 from metarec.scorers.collaborative.linear_kernel import LinearPrior, fit_linear_prior, linear_process, with_bias
 from metarec.scorers.collaborative.residuals import Floats
-from metarec.tensors import AdapterState, expand_users, pad_rows
+from metarec.tensors import AdapterState, expand_users, pad_rows, read_by_length
 
 if TYPE_CHECKING:
     from metarec.data.task_data import TaskData
 
-# Texts that are read at once where no gradient is needed.
-_TEXTS_AT_ONCE = 256
+_TEXTS_AT_ONCE = 32
 # Queries need a liked and a disliked item at least.
 _MIN_QUERY = 2
 # Where unrated items are queried: parts of the items, each left out once from the ratings that a prior is learned from.
@@ -126,14 +125,18 @@ class PosteriorTuning:
 
     def encode(self, items: Codes, init: Mapping[str, Tensor]) -> Tensor:
         """Returns the vectors of some items, differentiable in the LoRA, shape (items, hidden)."""
-        batch = self.model.gather(torch.from_numpy(items)[None])
-        return self.model.last_states(batch, expand_users(init, 1))[0]
+        model, lora = self.model, expand_users(init, 1)
+        return read_by_length(
+            items,
+            model.prompts.lengths,
+            lambda block: model.last_states(model.gather(block[None]), lora)[0],
+            _TEXTS_AT_ONCE,
+        )
 
     @torch.no_grad()
     def vectors(self, items: Codes, init: Mapping[str, Tensor]) -> Tensor:
         """Returns the vectors of some items, shape (items, hidden)."""
-        parts = np.array_split(items, max(1, -(-len(items) // _TEXTS_AT_ONCE)))
-        return torch.cat([self.encode(part, init) for part in parts])
+        return self.encode(items, init)
 
     def scores(self, half: Half, episodes: Sequence[Episode], init: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Returns the posterior's scores of the users' queries, and which are no padding, each (users, items).
