@@ -155,6 +155,13 @@ class LinearConfig(Section):
     sweeps: int = Field(8, ge=1, description="rounds of expectation maximization")
     damping: float = Field(20.0, ge=0, description="pseudo-users of independent weights that shrink the covariance")
     item_damping: float = Field(4.0, gt=0, description="pseudo-ratings that shrink an item's own effect to 0")
+    shrinkage: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="how far the covariance of weights is shrunk towards equal variances; null: as far as orders "
+        "held-out users' ratings best, asked about items that the fit has not met where the task asks about such",
+    )
 
 
 class KernelConfig(Section):

@@ -27,13 +27,20 @@ WITHOUT = ", without "
 SIDE = "side information"
 
 
+def _asked(context: MethodContext) -> dict[str, bool]:
+    """Returns what the task's split says of the items that users are asked about."""
+    return {"unrated": context.data.task.split.asks_unrated}
+
+
 def _words_kernel(context: MethodContext, **options: Any) -> GaussianProcess:
     from metarec.scorers.collaborative.features import word_vectors
     from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
 
     catalog, text = context.interactions.catalog, context.data.task.item_text
     vectors = word_vectors([text.render(catalog, code) for code in range(len(catalog))])
-    return fit_linear_kernel(context.interactions, context.users, vectors, name="TF-IDF kernel", **options)
+    return fit_linear_kernel(
+        context.interactions, context.users, vectors, name="TF-IDF kernel", **_asked(context), **options
+    )
 
 
 def _fields_kernel(context: MethodContext, **options: Any) -> GaussianProcess:
@@ -43,7 +50,9 @@ def _fields_kernel(context: MethodContext, **options: Any) -> GaussianProcess:
 
     blocks = [np.zeros((len(context.interactions.catalog), 0)), *context.fields.values()]
     vectors = np.concatenate(blocks, 1)
-    return fit_linear_kernel(context.interactions, context.users, vectors, name="fields kernel", **options)
+    return fit_linear_kernel(
+        context.interactions, context.users, vectors, name="fields kernel", **_asked(context), **options
+    )
 
 
 # How the text preset goes on to learn the encoder's LoRA.
@@ -67,7 +76,7 @@ def _text_kernel(
         )
     vectors = side_by_side([*blocks, *context.fields.values()])
     name = {None: "text kernel", "pairs": "tuned text kernel", "posteriors": "posterior-tuned text kernel"}[tuned]
-    return fit_linear_kernel(context.interactions, context.users, vectors, name=name, **options)
+    return fit_linear_kernel(context.interactions, context.users, vectors, name=name, **_asked(context), **options)
 
 
 def _other_items(items: int, seed: int) -> Codes:

@@ -2,7 +2,8 @@
 
 `metarec.scorers.collaborative.gp` learns the scale of a block of features, and factors beside it. This learns how the
 weights of all features vary together, so that a support says something about features that it does not have. Of items
-that nobody rated, features are all there is.
+that nobody rated, features are all there is; how far the learned covariance is believed of them is chosen by held-out
+users and items (`metarec.scorers.collaborative.shrinkage`).
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from metarec.data.interactions import Codes, Interactions, Ratings, Values
+from metarec.data.interactions import Codes, Flags, Interactions, Ratings, Values
 from metarec.progress import progress
 from metarec.scorers.collaborative.gp import GaussianProcess
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
 from metarec.scorers.collaborative.residuals import Floats
+from metarec.scorers.collaborative.shrinkage import Directions, HeldOutUser, Shrinkage, best_shrinkage
 from metarec.threads import map_each, one_thread
 
 # Expectation maximization comes down to small variances in a few sweeps, and takes many to come up to large ones.
@@ -31,6 +33,8 @@ _LEAST_LENGTH = 1e-12
 _LOADINGS = 256
 # Users whose ratings' features are in memory at once.
 _CHUNK = 256
+# To choose the shrinkage: parts of users and of items, one of which is held out, users at most, and their ratings.
+_PARTS, _HELD_OUT, _SUPPORTS, _QUERY, _MIN_QUERY = 5, 1000, (5, 10, 20), 20, 2
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,18 @@ class RatedRows:
     bounds: Codes
     item: Codes
     value: Floats
+
+    def of(self, users: Codes, items: Flags) -> RatedRows:
+        """Returns the ratings that some users gave some items; users without any stay, with none.
+
+        Args:
+            users: Places of the users.
+            items: Which items, shape (items,).
+        """
+        kept = [np.arange(self.bounds[user], self.bounds[user + 1]) for user in users]
+        kept = [some[items[self.item[some]]] for some in kept]
+        rows = np.concatenate([np.zeros(0, np.int64), *kept])
+        return RatedRows(np.cumsum([0, *map(len, kept)]), self.item[rows], self.value[rows])
 
 
 @dataclass(frozen=True)
@@ -100,6 +116,8 @@ def fit_linear_kernel(
     sweeps: int = 8,
     damping: float = 20.0,
     item_damping: float = 4.0,
+    shrinkage: float | None = None,
+    unrated: bool = False,
 ) -> GaussianProcess:
     """Returns the process whose users' weights have the mean and covariance that `fit_linear_prior` learns.
 
@@ -111,12 +129,22 @@ def fit_linear_kernel(
         sweeps: See `fit_linear_prior`.
         damping: See `fit_linear_prior`.
         item_damping: See `fit_linear_prior`.
+        shrinkage: See `fit_linear_prior`.
+        unrated: See `fit_linear_prior`.
 
     Raises:
         DataError: The users have no ratings, or all the same one.
     """
     found = fit_linear_prior(
-        interactions, users, features, name=name, sweeps=sweeps, damping=damping, item_damping=item_damping
+        interactions,
+        users,
+        features,
+        name=name,
+        sweeps=sweeps,
+        damping=damping,
+        item_damping=item_damping,
+        shrinkage=shrinkage,
+        unrated=unrated,
     )
     return linear_process(found, with_bias(features), name)
 
@@ -153,6 +181,8 @@ def fit_linear_prior(
     sweeps: int = 8,
     damping: float = 20.0,
     item_damping: float = 4.0,
+    shrinkage: float | None = None,
+    unrated: bool = False,
 ) -> LinearPrior:
     """Learns the mean and covariance of users' weights on items' features by expectation maximization.
 
@@ -164,6 +194,9 @@ def fit_linear_prior(
         sweeps: Rounds of expectation and maximization.
         damping: Damping: pseudo-users of independent weights that shrink the covariance.
         item_damping: Damping: pseudo-ratings that shrink what an item's mean has beyond its features to 0.
+        shrinkage: Intensity of the covariance's shrinkage; None takes that which orders held-out users' ratings best,
+            which costs a second fit.
+        unrated: Whether held-out users are asked about items that the fit has not met.
 
     Raises:
         DataError: The users have no ratings, or all the same one.
@@ -174,9 +207,73 @@ def fit_linear_prior(
     baseline = fit_item_mean(interactions, users)
     design = with_bias(features)
     rows = rated_rows(interactions, users, lambda ratings: baseline.standardize(ratings.values))
-    found = learn_weights(rows, design, name=name, sweeps=sweeps, damping=damping, item_damping=item_damping)
+
+    def learn(rows: RatedRows, name: str) -> LearnedWeights:
+        return learn_weights(rows, design, name=name, sweeps=sweeps, damping=damping, item_damping=item_damping)
+
+    found = learn(rows, name)
+    if shrinkage is None:
+        chosen = _chosen_shrinkage(rows, design, lambda part: learn(part, f"{name}, to choose its shrinkage"), unrated)
+    else:
+        chosen = Shrinkage(shrinkage)
     count = np.bincount(rows.item, minlength=len(design))
-    return LinearPrior(found.weights, found.covariance, found.items, found.noise, baseline, count)
+    covariance = chosen.of(Directions.of(found.covariance, _LOADINGS))
+    return LinearPrior(found.weights, covariance, found.items, found.noise, baseline, count)
+
+
+def _chosen_shrinkage(
+    rows: RatedRows, design: Values, learn: Callable[[RatedRows], LearnedWeights], unrated: bool
+) -> Shrinkage:
+    """Returns the shrinkage under which what the others' ratings say orders those of a part of the users best.
+
+    Args:
+        rows: All users' ratings.
+        design: See `learn_weights`.
+        learn: Learns mean and covariance from ratings.
+        unrated: See `fit_linear_prior`.
+    """
+    generator = np.random.default_rng(0)
+    users = len(rows.bounds) - 1
+    hidden = generator.permutation(len(design)) % _PARTS == 0 if unrated else np.zeros(len(design), bool)
+    held_out = generator.permutation(users)[: min(users // _PARTS, _HELD_OUT)]
+    rest = np.setdiff1d(np.arange(users), held_out)
+    shown = rows.of(rest, ~hidden)
+    if len(held_out) == 0 or len(shown.item) == 0:
+        return Shrinkage(0.0)
+    found = learn(shown)
+    asked = [one for user in held_out if (one := _episode(rows, user, hidden, found, design, unrated, generator))]
+    return best_shrinkage(asked, design, Directions.of(found.covariance, _LOADINGS), found.noise)
+
+
+def _episode(
+    rows: RatedRows,
+    user: int,
+    hidden: Flags,
+    found: LearnedWeights,
+    design: Values,
+    unrated: bool,
+    generator: np.random.Generator,
+) -> HeldOutUser | None:
+    """Returns a user's ratings in a support and a query; None if there are too few."""
+    start, end = rows.bounds[user], rows.bounds[user + 1]
+    order = start + generator.permutation(end - start)
+    cold = hidden[rows.item[order]]
+    support, query = (order[~cold], order[cold]) if unrated else (order, order)
+    size = int(generator.choice(_SUPPORTS))
+    if not unrated:
+        size = min(size, len(order) - _MIN_QUERY)
+        query = order[max(size, 0) :]
+    support, query = support[: max(size, 0)], query[:_QUERY]
+    if len(support) == 0 or len(query) < _MIN_QUERY:
+        return None
+    said = [found.items[rows.item[part]] + design[rows.item[part]] @ found.weights for part in (support, query)]
+    return HeldOutUser(
+        support=rows.item[support],
+        rest=rows.value[support] - said[0],
+        query=rows.item[query],
+        mean=said[1],
+        value=rows.value[query],
+    )
 
 
 def rated_rows(interactions: Interactions, users: Codes, values: Callable[[Ratings], Values]) -> RatedRows:

@@ -141,7 +141,8 @@ def fit_members(
         return ()
     if settings.members == "linear":
         how = settings.linear.model_dump()
-        return (fit_linear_kernel(interactions, users, features.linear, name="linear kernel", **how),)
+        unrated = features.unrated is not None
+        return (fit_linear_kernel(interactions, users, features.linear, name="linear kernel", unrated=unrated, **how),)
     options = [settings.gp.model_dump()]
     if settings.members == "stack" and features.unrated is None:
         stack = settings.stack

@@ -33,7 +33,12 @@ from metarec.meta.heads import WeightPrior, posterior_head, posterior_parameters
 from metarec.meta.inner_loop import MetaState
 from metarec.meta.losses import pairwise_logistic
 from metarec.scorers.collaborative.features import side_by_side
-from metarec.scorers.collaborative.linear_kernel import LinearPrior, fit_linear_prior, linear_process, with_bias
+from metarec.scorers.collaborative.linear_kernel import (
+    LinearPrior,
+    fit_linear_prior,
+    linear_process,
+    with_bias,
+)
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.tensors import AdapterState, expand_users, pad_rows, read_by_length
 
@@ -220,7 +225,9 @@ def two_halves(data: TaskData, features: Floats, settings: LinearConfig, seed: i
 
     def half(own: Flags, hidden: Flags | None) -> Half:
         shown = known if hidden is None else known.subset(~hidden[known.item])
-        return Half(users[own], fit_linear_prior(shown, users[~own], features, **settings.model_dump()), hidden)
+        unrated = data.task.split.asks_unrated
+        prior = fit_linear_prior(shown, users[~own], features, unrated=unrated, **settings.model_dump())
+        return Half(users[own], prior, hidden)
 
     return tuple(half(own, hidden) for hidden in folds for own in (first, ~first))
 

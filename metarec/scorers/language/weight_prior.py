@@ -158,7 +158,7 @@ def fit_weight_prior(
         present = np.unique(bounds)
         part = RatedRows(present, rows.item[kept], rows.value[kept])
         how = settings if mean_term else settings.model_copy(update={"item_damping": np.inf})
-        return learn_weights(part, design, name="prior of users' weights", **how.model_dump())
+        return learn_weights(part, design, name="prior of users' weights", **how.model_dump(exclude={"shrinkage"}))
 
     fold_of = np.array([folds.fold[interactions.users[code]] for code in context.users])
     jobs = [np.ones(len(user), bool)]
