@@ -305,3 +305,10 @@ def test_train_goes_on_from_a_run_and_prints_what_was_forgotten(
     refused = metarec("train", tmp_path / "new.yaml", "--name", "x", *common, "--replay", "0.5")
     assert refused.status == 2
     assert "without --from" in refused.err
+    ignored = metarec(
+        "train", tmp_path / "new.yaml", "--name", "x", *common, "--from", tmp_path / "old", "--preset", "fast"
+    )
+    assert (ignored.status, "Leave --preset out" in ignored.err) == (2, True), ignored.err
+    lost = metarec("train", tmp_path / "new.yaml", "--name", "old", *common, "--from", tmp_path / "old", "--fresh")
+    assert (lost.status, "would delete" in lost.err) == (2, True), lost.err
+    assert (tmp_path / "old" / "model").is_dir()

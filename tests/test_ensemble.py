@@ -85,3 +85,8 @@ def test_the_verb_compares_the_mean_with_each_run(metarec: Callable[..., Ran], t
     assert refused.status == 2
     assert "another split" in refused.err
     assert metarec("ensemble", tmp_path / "one").status == 2
+    twice = metarec("ensemble", tmp_path / "one", tmp_path / "." / "one")
+    assert (twice.status, "named twice" in twice.err) == (2, True), twice.err
+    (tmp_path / "two").rename(tmp_path / "ensemble")
+    found = json.loads(metarec("ensemble", tmp_path / "one", tmp_path / "ensemble", "--json").out)
+    assert set(found["ensemble"]["against"]) == {"one", str(tmp_path / "ensemble")}

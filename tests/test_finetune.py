@@ -169,6 +169,9 @@ def test_the_verb_leaves_a_run_that_every_other_verb_takes(
     }
     ranked = metarec("recommend", run, "--rating", "m1=5", "-k", 2, "--json")
     assert len(json.loads(ranked.out)) == 2
+    lost = metarec("finetune", *common[:3], "--backbone", run / "backbone", "--fresh")
+    assert (lost.status, "would delete" in lost.err) == (2, True), lost.err
+    assert (run / "backbone").is_dir()
     refused = metarec("finetune", *common, "--name", "other", "--set", "trainabel=all")
     assert "trainabel" in refused.err
     assert refused.status == 2

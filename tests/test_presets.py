@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Ran
 from small_recommenders import known_task
 
 import metarec
@@ -23,6 +24,11 @@ from metarec.task_features import for_task
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_made_of_settings_that_there_are(name: str) -> None:
     validated(RunConfig, with_preset(name, {}), name)
+
+
+def test_help_says_what_every_preset_is_for(metarec: Callable[..., Ran]) -> None:
+    said = metarec("train", "--help").out
+    assert [name for name in PRESETS if f"{name}:" not in said] == []
 
 
 def test_a_preset_is_settings_in_python_too() -> None:

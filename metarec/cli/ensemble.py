@@ -25,6 +25,8 @@ def ensemble(
         raise ConfigError("an ensemble of one run", "Name two runs or more")
     for run in runs:
         check_run(run, device)
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise ConfigError("a run is named twice", "Name each once")
     from dataclasses import replace
 
     from metarec.bench.report import table
@@ -40,7 +42,8 @@ def ensemble(
                 f"'{run}' was trained on other data or another split than '{runs[0]}'",
                 "Train both alike",
             )
-    names = [run.name if [one.name for one in runs].count(run.name) == 1 else str(run) for run in runs]
+    taken = [*(run.name for run in runs), BASELINE, Ensemble.name]
+    names = [run.name if taken.count(run.name) == 1 else str(run) for run in runs]
     members = tuple(one.scorer(name=name) for one, name in zip(loaded, names, strict=True))
     mean = replace(unadapted_rows(first.fitted, BASELINE)[0], name=BASELINE)  # type: ignore[type-var]
     report = first.evaluate(scorers=[mean, *members, Ensemble(members)])

@@ -17,7 +17,7 @@ from metarec.cli.options import (
     TaskOption,
     show,
 )
-from metarec.cli.run_dirs import clear_run, refuse_overwriting, run_dir
+from metarec.cli.run_dirs import clear_run, refuse_deleting, refuse_overwriting, run_dir
 from metarec.cli.training import check_names, chosen_task
 from metarec.errors import ConfigError
 
@@ -67,6 +67,8 @@ def finetune(
     chosen = override(read_yaml(config) if config else {}, overrides or [])
     settings = validated(RunConfig, values, "options")
     check_names(settings)
+    if fresh:
+        refuse_deleting(run, settings.backbone)
     import yaml
 
     from metarec.artifacts import replace_file

@@ -32,7 +32,8 @@ EngineOption = Annotated[
 PresetOption = Annotated[
     str | None,
     typer.Option(
-        help="fast: no language model; quick: it reads prompts alone, and trains fewer steps; standard: all.",
+        help="fast: no language model; quick: it reads prompts alone, and trains fewer steps; standard: all; "
+        "text: for texts that carry taste; full: for an accelerator.",
         show_default=False,
     ),
 ]

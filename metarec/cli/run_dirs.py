@@ -30,6 +30,17 @@ def refuse_overwriting(run: Path, resume: bool, fresh: bool) -> None:
         raise ConfigError(f"'{run}' holds a model and no checkpoint to go on from", cure.capitalize())
 
 
+def refuse_deleting(run: Path, *read: Path | str | None) -> None:
+    """Refuses to delete a run that is read from: an old run, or a model inside of it.
+
+    Raises:
+        ConfigError: One of the paths is the run, or lies in it.
+    """
+    for path in read:
+        if path is not None and Path(path).resolve().is_relative_to(run.resolve()):
+            raise ConfigError(f"--fresh would delete '{run}', and '{path}' is read from it", "Choose another --name")
+
+
 def clear_run(run: Path) -> None:
     """Deletes what `train`, `evaluate` and `quickstart` keep in a run, and nothing else."""
     folders = [run / name for name in ("checkpoint", "model", TUNED_MODEL, "user") if recover_dir(run / name)]

@@ -165,6 +165,10 @@ def train(
     """Meta-train a recommender and keep it in RUNS/NAME."""
     if old is None and (replay is not None or anchor is not None):
         raise ConfigError("--replay and --anchor are given without --from", "Name the old run: --from runs/old")
+    if old is not None and preset is not None and config is None:
+        raise ConfigError(
+            f"--preset '{preset}' and --from '{old}' are both settings", "Leave --preset out, and use --set"
+        )
     if what is not None and task is not None:
         raise ConfigError(f"'{what}' and --task '{task}' are two tasks", "Give one")
     options = source_options(None, items_file, items_id, column, separator, encoding, scale, header, line_breaks, side)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from metarec.cli.run_dirs import clear_run
+from metarec.cli.run_dirs import clear_run, refuse_deleting
 
 if TYPE_CHECKING:
     from metarec.config import RunConfig
@@ -100,6 +100,8 @@ def train_run(
     from metarec.data.source_options import is_table
     from metarec.run_directory import RUN_MODEL
 
+    if fresh:
+        refuse_deleting(run, start, settings.backbone, settings.collaborative.encoder)
     chosen = chosen_task(settings)
     from metarec.data.training_users import refuse_small_data
     from metarec.meta.distributed import ALONE
