@@ -5,6 +5,7 @@ Knows the shape of the settings and their defaults, and where the defaults come 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -419,6 +420,10 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# What pydantic adds to the place of a value that may be of several types.
+_UNION_TAG = re.compile(r"constrained-\w+|literal\[.*\]")
+
+
 def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
     """Builds a configuration, naming the first thing that is wrong with it.
 
@@ -434,7 +439,7 @@ def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Mode
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        path = [str(part) for part in first["loc"]]
+        path = [str(part) for part in first["loc"] if not _UNION_TAG.fullmatch(str(part))]
         name = ".".join(path)
         if first["type"] == "extra_forbidden":
             known = _fields_at(model, path[:-1])

@@ -7,6 +7,8 @@ Source: Akiba et al. 2019, "Optuna"; trials are drawn by its TPE sampler and pru
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -66,7 +68,10 @@ class Parameter:
                 f"--param {shown(text)} names no values", "Write KEY=LOW..HIGH, KEY=log:LOW..HIGH or KEY=VALUE,VALUE"
             )
         if found is None:
-            return cls(key.strip(), tuple(yaml.safe_load(f"[{values}]")))
+            try:
+                return cls(key.strip(), tuple(yaml.safe_load(f"[{values}]")))
+            except yaml.YAMLError:
+                raise ConfigError(f"--param {shown(text)}: the values are not YAML", "Quote them") from None
         try:
             low, high = float(found[2]), float(found[3])
         except ValueError:
@@ -75,6 +80,17 @@ class Parameter:
             raise ConfigError(f"--param {shown(text)} is no range", "Write the lower number first, above 0 for log:")
         whole = all(re.fullmatch(r"[-+]?\d+", part) for part in found.groups()[1:])
         return cls(key.strip(), (), low, high, bool(found[1]), whole)
+
+    @property
+    def probes(self) -> tuple[Any, ...]:
+        """Values that must fit before any is tried: all choices, or a range's ends and a number between them."""
+        if self.choices:
+            return self.choices
+        return (
+            (int(self.low), int(self.high))
+            if self.whole
+            else (self.low, self.high, self.low + (self.high - self.low) / 3.7)
+        )
 
     def draw(self, trial: Any) -> Any:
         """Returns the value that a trial of Optuna proposes."""
@@ -151,13 +167,18 @@ def tune(
         prune: Ends a trial whose validation is below the median of those before at the same step.
 
     Raises:
-        ConfigError: Optuna is not installed, a setting is unknown, or no trial was completed.
+        ConfigError: Optuna is not installed, a setting is unknown, a value does not fit, the file holds the trials of
+            another search, or no trial was completed.
     """
     optuna = _optuna()
     if not parameters:
         raise ConfigError("nothing is searched over", "Add --param train.lr=log:0.0001..0.01")
     seen = without_test_users(data)
-    first = _settings(values, {one.key: one.choices[0] if one.choices else _number(one) for one in parameters})
+    start = {one.key: one.probes[0] for one in parameters}
+    first = _settings(values, start)
+    for one in parameters:
+        for value in one.probes[1:]:
+            _settings(values, start | {one.key: value})
     backbone = open_backbone(first) if needs_model(for_task(first, data.task)) else None
     storage.parent.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
@@ -167,6 +188,7 @@ def tune(
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(_UNPRUNED) if prune else optuna.pruners.NopPruner(),
     )
+    _refuse_another_search(study, data, values, parameters)
     done = sum(trial.state.is_finished() and trial.state.name != "FAIL" for trial in study.trials)
     study.sampler = optuna.samplers.TPESampler(seed=first.seed + len(study.trials))
 
@@ -196,8 +218,16 @@ def _settings(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> RunConfig
     return validated(RunConfig, override(dict(values), assignments), "--param")
 
 
-def _number(parameter: Parameter) -> float | int:
-    return int(parameter.low) if parameter.whole else parameter.low
+def _refuse_another_search(
+    study: Any, data: TaskData, values: Mapping[str, Any], parameters: Sequence[Parameter]
+) -> None:
+    """Refuses to add trials to those of other data, settings or ranges, whose values cannot be compared."""
+    fixed = {key: value for key, value in values.items() if key not in ("device", "cache")}
+    text = json.dumps([data.interactions.digest, fixed, sorted(map(repr, parameters))], sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if study.trials and study.user_attrs.get("search", digest) != digest:
+        raise ConfigError("the trials of before searched other data, settings or ranges", "Choose another --name")
+    study.set_user_attr("search", digest)
 
 
 def _tuned(study: Any) -> Tuned:
@@ -222,5 +252,6 @@ def _optuna() -> Any:
         import optuna
     except ImportError:
         raise ConfigError("Optuna is not installed", "Run: pip install 'metarec[tune]'") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # A trial that fails ends the search with its error; Optuna would log the traceback before.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna

@@ -73,6 +73,11 @@ def test_settings_are_finite_numbers(name: str, value: str) -> None:
         validated(RunConfig, override({}, [f"{name}={value}"]), "--set")
 
 
+def test_a_key_that_may_be_a_number_or_a_word_is_named_as_it_is_written() -> None:
+    with pytest.raises(ConfigError, match=r"'meta\.half_life' is -3"):
+        validated(RunConfig, override({}, ["meta.half_life=-3"]), "--set")
+
+
 def test_there_are_settings_that_could_be_infinite() -> None:
     assert {"meta.inner_lr", "train.lr", "collaborative.gp.noise"} <= set(float_settings(RunConfig))
 

@@ -30,7 +30,7 @@ def test_parameters_are_read_as_they_are_written() -> None:
     assert Parameter.read("meta.inner_steps=1..5") == Parameter("meta.inner_steps", (), 1.0, 5.0, False, True)
     assert Parameter.read("meta.algorithm=fomaml,reptile").choices == ("fomaml", "reptile")
     assert Parameter.read("train.shots=[5],[5, 10]").choices == ([5], [5, 10])
-    for wrong in ("train.lr", "train.lr=5..1", "train.lr=log:0..1"):
+    for wrong in ("train.lr", "train.lr=5..1", "train.lr=log:0..1", "train.lr=["):
         with pytest.raises(ConfigError, match="--param"):
             Parameter.read(wrong)
 
@@ -82,6 +82,24 @@ def test_a_search_goes_on_where_it_stopped_and_a_failed_trial_does_not_count(
     assert found.value == pytest.approx(0.55)
     search(tmp_path, 4)
     assert len(calls) == 5, "all trials were done"
+
+
+@pytest.mark.parametrize(
+    "text", ["meta.inner_steps=1,2,few", "meta.inner_steps=1.0..5.0", "meta.inner_steps=0..1000000"]
+)
+def test_values_that_do_not_fit_are_refused_before_the_first_trial(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--param: 'meta\.inner_steps' is"):
+        search(tmp_path, 1, [Parameter.read(text)])
+    assert not (tmp_path / "study.db").exists()
+
+
+def test_trials_of_another_search_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "validation_value", lambda *_: 0.5)
+    search(tmp_path, 1)
+    for other in ({"parameters": [Parameter.read("train.score_lr=0.001,0.1")]}, {"seed": 3}):
+        with pytest.raises(ConfigError, match="Choose another --name"):
+            search(tmp_path, 2, **other)
+    assert len(search(tmp_path, 2).trials) == 2
 
 
 def test_a_trial_below_the_median_of_validation_is_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
