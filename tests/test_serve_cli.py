@@ -188,6 +188,7 @@ def test_the_store_verbs_list_verify_collect_export_and_erase(
     where = full_store.location
     assert "bob\t5 ratings\tadapters: 5" in invoke("store", "ls", where, "--users").stdout
     assert facts("store", "verify", where) == {"checked": 7, "damaged": []}
+    assert facts("store", "pseudonym", where, "--user", "bob") == {"pseudonym": full_store.pseudonym("bob")}
     held = invoke("store", "export", where, "--user", "bob", "--out", tmp_path / "bob")
     assert json.loads(held.stdout)["user"] == "bob"
     ranked, expected = (
@@ -240,6 +241,18 @@ def test_other_addresses_need_keys_and_keys_are_shown_once(checkpoint: Path, tmp
         invoke("api-key", tmp_path / "keys", "--name", "shop")
     with pytest.raises(ConfigError, match="not plain"):
         invoke("api-key", tmp_path / "keys", "--name", "a b")
+    assert invoke("api-key", tmp_path / "keys", "--name", "late", "--days", "1e12").exit_code == 2
+
+
+def test_a_key_is_added_in_place_so_that_comments_and_mounts_stay(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# whose is whose")
+    before = file.stat().st_ino
+    facts("api-key", file, "--name", "shop")
+    facts("api-key", file, "--name", "other")
+    assert file.read_text().startswith("# whose is whose\nshop ")
+    assert [key.name for key in read_keys(file)] == ["shop", "other"]
+    assert file.stat().st_ino == before
 
 
 def test_without_the_extra_serve_says_what_to_install(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,18 +147,13 @@ def api_key(
         typer.Option(help="read, write, erase or admin; may be repeated (default: all).", show_default=False),
     ] = None,
     days: Annotated[
-        float | None, typer.Option(min=0, help="Days until it expires (default: never).", show_default=False)
+        float | None, typer.Option(min=0, max=36500, help="Days until it expires (default: never).", show_default=False)
     ] = None,
     json: JsonOption = False,
 ) -> None:
     """Make an API key, print it once, and add its hash to a key file; a server that runs takes it within a second."""
-    from metarec.artifacts import replace_file
-    from metarec.serve.keys import SCOPES, new_key, read_keys
+    from metarec.serve.keys import SCOPES, add_key, new_key
 
-    known = read_keys(file) if file.exists() else ()
-    if any(key.name == name for key in known):
-        raise ConfigError(f"'{file}' has a key named '{name}'", "Choose another name, or remove its line")
     secret, key = new_key(name, scope or SCOPES, days)
-    lines = "".join(entry.line for entry in (*known, key))
-    replace_file(file, lambda target: target.write_text(lines, encoding="utf-8"))
+    add_key(file, key)
     show({"name": name, "key": secret, "file": str(file)}, json)

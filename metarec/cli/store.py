@@ -167,9 +167,14 @@ def pseudonym(
     store: StoreArgument,
     user: Annotated[str, typer.Option(help="The user's id.")],
     adapters: AdaptersOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Print what stands for a user in the audit log, whether or not the store has the user."""
-    typer.echo(_open(store, adapters).pseudonym(user))
+    found = _open(store, adapters).pseudonym(user)
+    if json:
+        print_json({"pseudonym": found})
+    else:
+        typer.echo(found)
 
 
 @app.command("export", epilog="Example: metarec export runs/mine/store --vllm --out lora --base-model /models/smollm2")

@@ -80,13 +80,38 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     Raises:
         ConfigError: A line is not of that form, a name comes twice, or there is no key.
     """
-    keys = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip() and not line.startswith("#"):
-            keys.append(_read(line, f"line {number} of '{path}'"))
+    keys = _entries(path.read_text(encoding="utf-8"), path)
     if not keys or len({key.name for key in keys}) < len(keys):
         raise ConfigError(f"'{path}' holds no key, or a name twice", _MAKE_KEYS)
-    return tuple(keys)
+    return keys
+
+
+def add_key(path: Path, key: ApiKey) -> None:
+    """Adds a key's line to a key file in place, so that its comments and permissions stay, and a mount sees it.
+
+    Args:
+        path: The file; it is made where there is none.
+        key: The key.
+
+    Raises:
+        ConfigError: A line is not of the form of `read_keys`, or the file has a key of that name.
+    """
+    held = path.read_text(encoding="utf-8") if path.exists() else ""
+    if any(known.name == key.name for known in _entries(held, path)):
+        raise ConfigError(f"'{path}' has a key named '{key.name}'", "Choose another name, or remove its line")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    gap = "\n" if held and not held.endswith("\n") else ""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(gap + key.line)
+
+
+def _entries(text: str, path: Path) -> tuple[ApiKey, ...]:
+    """Returns the keys of a key file's text, which may be none."""
+    return tuple(
+        _read(line, f"line {number} of '{path}'")
+        for number, line in enumerate(text.splitlines(), start=1)
+        if line.strip() and not line.startswith("#")
+    )
 
 
 def _read(line: str, where: str) -> ApiKey:
