@@ -10,8 +10,10 @@ from typing import Any
 import yaml
 
 from metarec.artifacts import load_json, verify_dir
+from metarec.config import RunConfig, validated
 from metarec.errors import ConfigError
-from metarec.run_directory import FACTS, RUN_MODEL, recommender_dir
+from metarec.fitting import needs_model
+from metarec.run_directory import FACTS, RUN_MODEL, TUNED_MODEL, recommender_dir, tuned_model
 
 _ADAPTED = "metarec, adapted"
 _KINDS = (".safetensors", ".json")
@@ -45,40 +47,48 @@ def write_hub_folder(run: Path, out: Path) -> None:
     others = [file.name for file in model.iterdir() if file.suffix not in _KINDS]
     if others:
         raise ConfigError(f"'{others[0]}' is neither safetensors nor JSON", "Save the recommender again")
-    text = model_card(facts, table, hurt_share(run / "per_user.parquet", _most_shots(table)))
+    tuned = _tuned_model(model, facts["config"])
+    if tuned is not None:
+        verify_dir(tuned, "model")
+    text = model_card(facts, table, hurt_share(run / "per_user.parquet", _most_shots(table)), tuned is not None)
     shutil.copytree(model, out / RUN_MODEL)
+    if tuned is not None:
+        shutil.copytree(tuned, out / TUNED_MODEL)
     (out / "README.md").write_text(text, encoding="utf-8")
 
 
-def hurt_share(per_user: Path, shots: int) -> float:
-    """Returns the share of test users whom `shots` ratings gave a lower AUC than none."""
+def hurt_share(per_user: Path, shots: int) -> float | None:
+    """Returns the share of test users whom `shots` ratings gave a lower AUC than none; None if K = 0 is not there."""
     import pandas as pd
 
     rows = pd.read_parquet(per_user)
     rows = rows[rows["method"] == _ADAPTED]
     auc = rows.pivot_table(index="user", columns="shots", values="auc")
+    if 0 not in auc.columns:
+        return None
     both = auc[[0, shots]].dropna()
     return float((both[shots] < both[0]).mean())
 
 
-def model_card(facts: Mapping[str, Any], table: Mapping[str, Any], hurt: float) -> str:
+def model_card(facts: Mapping[str, Any], table: Mapping[str, Any], hurt: float | None, included: bool = False) -> str:
     """Returns a model card, Markdown under YAML metadata.
 
     Args:
         facts: What the recommender's directory says of it.
         table: The results of its evaluation, as `Report.to_json` gives them.
         hurt: See `hurt_share`.
+        included: Whether the folder holds the language model.
     """
     task, settings = facts["task"], facts["config"]
-    features = settings.get("collaborative", {}).get("features") or ()
-    reads = bool({"prompt", "adapter"} & set(settings["score"])) or "lm" in features
+    reads = needs_model(validated(RunConfig, settings, FACTS))
+    local = included or Path(settings["backbone"]).is_dir()
     metadata: dict[str, Any] = {
         "library_name": "metarec",
         "pipeline_tag": "tabular-regression",
         "tags": ["recommender-system", "few-shot", "meta-learning", "cold-start"],
         "license": "other",
         "license_name": str(task["licence"]),
-        **({"base_model": settings["backbone"]} if reads else {}),
+        **({"base_model": settings["backbone"]} if reads and not local else {}),
     }
     most = _most_shots(table)
     rows = [row for row in table["rows"] if row["method"] in (_ADAPTED, table["baseline"])]
@@ -106,7 +116,7 @@ def model_card(facts: Mapping[str, Any], table: Mapping[str, Any], hurt: float) 
             "",
             f"- Ratings: {task.get('origin') or task['dataset']['source']}. Licence: {task['licence']}.",
             "- The catalog's texts are in the folder, the ratings are not.",
-            f"- Language model: {settings['backbone'] if reads else 'none is read'}.",
+            f"- Language model: {_model(settings['backbone'], local, included) if reads else 'none is read'}.",
             "- Ids of people are there as salted digests of 64 bits, so that evaluation leaves these people out. Who "
             "has an id can check whether it was among them.",
             "",
@@ -123,12 +133,26 @@ def model_card(facts: Mapping[str, Any], table: Mapping[str, Any], hurt: float) 
             "",
             "## Who is worse off",
             "",
-            f"{most} ratings gave {hurt:.0%} of these people a lower AUC than none.",
+            "It was not measured: the task has no users without ratings."
+            if hurt is None
+            else f"{most} ratings gave {hurt:.0%} of these people a lower AUC than none.",
             "",
             f"Data {table['hashes'].get('data')}, split {table['hashes'].get('split')}, seed {table['seed']}.",
             "",
         ]
     )
+
+
+def _model(backbone: str, local: bool, included: bool) -> str:
+    if included:
+        return f"a fine-tuned one, in `{TUNED_MODEL}`"
+    return f"read from the directory `{Path(backbone).name}`, which is not in this folder" if local else backbone
+
+
+def _tuned_model(model: Path, settings: Mapping[str, Any]) -> Path | None:
+    """Returns the directory of a fine-tuned model that is found again beside a recommender that was moved."""
+    found = Path(tuned_model(model, settings["backbone"]))
+    return found if found.name == TUNED_MODEL and found.is_dir() else None
 
 
 def _most_shots(table: Mapping[str, Any]) -> int:

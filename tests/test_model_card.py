@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from metarec.artifacts import replace_dir
-from metarec.model_card import hurt_share
+from metarec.model_card import hurt_share, model_card
 
 TASK = {"name": "shop/user-cold", "description": "People of a shop.", "licence": "CC0", "dataset": {"source": "table"}}
 FACTS = {
@@ -84,6 +84,37 @@ def test_a_hub_folder_holds_safetensors_and_json_and_loads_as_a_run(
     kinds = {file.suffix for file in (tmp_path / "hub").rglob("*") if file.is_file()}
     assert kinds == {".safetensors", ".json", ".md"}
     assert recommender_dir(tmp_path / "hub") == tmp_path / "hub" / "model"
+
+
+def test_a_fine_tuned_model_is_in_the_folder_and_named_on_the_card(
+    run: Path, tmp_path: Path, metarec: Callable[..., Any]
+) -> None:
+    tuned = {"score": ["item mean", "history"], "backbone": str(run / "backbone")}
+    with replace_dir(run / "model", "recommender") as directory:
+        (directory / "recommender.json").write_text(json.dumps({**FACTS, "config": tuned}))
+    with replace_dir(run / "backbone", "model") as directory:
+        (directory / "model.safetensors").write_bytes(b"tuned")
+    assert metarec("hub", run, "--out", tmp_path / "hub").status == 0
+    assert (tmp_path / "hub" / "backbone" / "model.safetensors").read_bytes() == b"tuned"
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "Language model: a fine-tuned one, in `backbone`." in card
+    assert "base_model" not in yaml.safe_load(card.split("---")[1])
+
+
+def test_a_card_says_which_model_is_not_in_the_folder(tmp_path: Path) -> None:
+    local = {"score": ["item mean", "history"], "backbone": str(tmp_path)}
+    assert f"read from the directory `{tmp_path.name}`, which is not in this folder" in model_card(
+        {**FACTS, "config": local}, TABLE, 0.25
+    )
+    none = model_card({**FACTS, "config": local | {"score": ["item mean"]}}, TABLE, 0.25)
+    assert "Language model: none is read." in none
+
+
+def test_where_no_user_was_measured_without_ratings_the_card_says_so(run: Path) -> None:
+    rows = pd.read_parquet(run / "per_user.parquet")
+    rows[rows["shots"] > 0].to_parquet(run / "per_user.parquet")
+    assert hurt_share(run / "per_user.parquet", 5) is None
+    assert "It was not measured" in model_card(FACTS, TABLE, None)
 
 
 def test_users_whose_auc_stays_are_not_counted_as_worse_off(run: Path) -> None:

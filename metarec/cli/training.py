@@ -58,7 +58,7 @@ def check_names(settings: RunConfig) -> None:
     check_device_name(settings.device)
     chosen_task(settings)
     features = settings.collaborative.features or ("text",)
-    if {"prompt", "adapter"} & set(settings.score) or "lm" in features:
+    if {"prompt", "adapter", "history"} & set(settings.score) or "lm" in features:
         check_backbone(settings.backbone)
     if {"text", "tuned text"} & set(features):
         check_backbone(settings.collaborative.encoder)
