@@ -23,7 +23,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "score": ["item mean", "collaborative"],
         "collaborative.members": "linear",
         "collaborative.features": ["words", "text", "tuned text", "fields", "vectors"],
-        "collaborative.tuning.posterior.steps": 200,
     },
     "standard": {},
     # For an accelerator: every kind of feature, a larger adapter, and longer training of all that is learned.

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from metarec.bench.context import ENCODER, NO_SETTINGS, Method, MethodContext, MethodRow, one_row
 from metarec.errors import ConfigError, suggest
-from metarec.presets import PRESETS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,8 +54,8 @@ def _fields_kernel(context: MethodContext, **options: Any) -> GaussianProcess:
     )
 
 
-# How the text preset goes on to learn the encoder's LoRA.
-_POSTERIOR = {key: value for key, value in PRESETS["text"].items() if key.startswith("collaborative.tuning.posterior")}
+# How far the encoder's LoRA goes on to learn through users' posteriors.
+_POSTERIOR = {"collaborative.tuning.posterior.steps": 200}
 
 
 def _text_kernel(
