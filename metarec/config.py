@@ -179,7 +179,7 @@ class PosteriorTuningConfig(Section):
     """How the LoRA goes on to learn through users' posteriors; see `metarec.scorers.language.posterior_tuning`."""
 
     steps: int = Field(0, ge=0, description="steps at most; the best by validation users is kept; 0 leaves it out")
-    users: int = Field(16, ge=1, description="users per step")
+    users: int = Field(32, ge=1, description="users per step")
     shots: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, min_length=1, description="support sizes to draw from; null takes the task's"
     )
@@ -197,7 +197,9 @@ class PosteriorTuningConfig(Section):
 class EncoderTuningConfig(Section):
     """How the LoRA of `tuned text` is learned; see `metarec.scorers.language.encoder_tuning`."""
 
-    steps: int = Field(300, ge=1, description="steps at most; the best by validation users is kept")
+    steps: int = Field(
+        300, ge=0, description="steps at most; the best by validation users is kept; 0 leaves the pairs out"
+    )
     pairs: int = Field(64, ge=2, description="users per step, each with a pair of liked items")
     rank: int = Field(16, ge=1)
     lr: float = Field(6e-4, gt=0)

@@ -15,6 +15,7 @@ from metarec.config import EncoderTuningConfig, LinearConfig, PosteriorTuningCon
 from metarec.data.episodes import Episode
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData
+from metarec.errors import ConfigError
 from metarec.lm.adapters import init_adapter
 from metarec.lm.answer_model import open_answer_model
 from metarec.lm.backbone import load_backbone
@@ -25,6 +26,7 @@ from metarec.scorers.collaborative.features import side_by_side
 from metarec.scorers.collaborative.linear_kernel import linear_process
 from metarec.scorers.language import encoder_tuning
 from metarec.scorers.language.encoder_tuning import tuned_text_vectors
+from metarec.scorers.language.item_vectors import text_vectors
 from metarec.scorers.language.posterior_tuning import FeatureBlocks, Half, PosteriorTuning, two_halves
 from metarec.tensors import AdapterState
 
@@ -191,6 +193,20 @@ def test_vectors_learned_through_posteriors_differ_and_are_kept(
     assert np.array_equal(tuned_text_vectors(data, encoder, settings, 0, beside, linear), tuned)
     with pytest.raises(pytest.fail.Exception):
         tuned_text_vectors(data, encoder, settings, 0, [beside[0] + 1], linear)
+
+
+def test_the_lora_may_be_learned_through_posteriors_alone(
+    data: TaskData, model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, values = str(model_dir("encoder")), iter(range(100))
+    monkeypatch.setattr(PosteriorTuning, "validate", lambda *_: next(values))  # the last one is the best
+    monkeypatch.setattr(encoder_tuning, "_by_pairs", lambda *_: pytest.fail("pairs are left out"))
+    alone = PAIRS.model_copy(update={"steps": 0, "pairs": 1000, "posterior": SETTINGS})
+    tuned = tuned_text_vectors(data, encoder, alone, 0, (), LinearConfig(sweeps=2))
+    frozen = text_vectors(data.interactions.catalog, data.task.item_text, encoder)
+    assert np.abs(tuned - frozen).max() > 1e-3
+    with pytest.raises(ConfigError, match="nothing is tuned"):
+        tuned_text_vectors(data, encoder, PAIRS.model_copy(update={"steps": 0}), 0)
 
 
 def test_an_interrupted_tuning_through_posteriors_goes_on_to_the_same_vectors(

@@ -54,8 +54,8 @@ def _fields_kernel(context: MethodContext, **options: Any) -> GaussianProcess:
     )
 
 
-# How far the encoder's LoRA goes on to learn through users' posteriors.
-_POSTERIOR = {"collaborative.tuning.posterior.steps": 200}
+# The encoder's LoRA learned through users' posteriors alone.
+_POSTERIOR = {"collaborative.tuning.steps": 0, "collaborative.tuning.posterior.steps": 200}
 
 
 def _text_kernel(
@@ -208,7 +208,7 @@ KERNELS = {
     "posterior-tuned text kernel": Method(
         one_row(partial(_text_kernel, tuned="posteriors"), lambda process: process.loadings.size),
         "kernel",
-        "and with a LoRA learned further, through users' posteriors",
+        "and vectors of that encoder with a LoRA learned through users' posteriors",
         settings=(*ENCODER, "collaborative.tuning"),
     ),
 }

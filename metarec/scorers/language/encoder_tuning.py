@@ -77,7 +77,7 @@ def tuned_text_vectors(
         linear: How users' weights on the features are fitted there; None takes the defaults.
 
     Raises:
-        ConfigError: The encoder is none.
+        ConfigError: The encoder is none, or neither pairs nor posteriors are to be learned from.
         DataError: Too few users like two items.
         KeyboardInterrupt: After a checkpoint was written, from which the next call goes on.
     """
@@ -85,8 +85,13 @@ def tuned_text_vectors(
     if backbone.kind != "encoder":
         raise ConfigError(f"'{encoder}' is a {backbone.kind} model", "Name a sentence encoder in collaborative.encoder")
     prompts = tokenize_catalog(backbone, data.task.item_text, data.interactions.catalog)
-    pairs = _liked(data)
-    if len(pairs) < settings.pairs:
+    if not settings.steps and not settings.posterior.steps:
+        raise ConfigError(
+            "collaborative.tuning.steps and collaborative.tuning.posterior.steps are 0: nothing is tuned",
+            "Set one of them, or name 'text' in place of 'tuned text' in collaborative.features",
+        )
+    pairs = _liked(data) if settings.steps else []
+    if settings.steps and len(pairs) < settings.pairs:
         raise DataError(
             f"{len(pairs)} meta-training users like two items, and a step takes a pair of each of {settings.pairs}",
             "Lower collaborative.tuning.pairs, or leave 'tuned text' out of collaborative.features",
@@ -101,9 +106,12 @@ def tuned_text_vectors(
         "format": _FORMAT,
         **settings.model_dump(mode="json", exclude={"posterior"}),
     }
-    found = _kept(
-        identity, lambda checkpoint: _by_pairs(data, backbone, prompts, pairs, settings, seed, checkpoint, identity)
-    )
+    start = backbone
+    if settings.steps:
+        found = _kept(
+            identity, lambda checkpoint: _by_pairs(data, backbone, prompts, pairs, settings, seed, checkpoint, identity)
+        )
+        start = _merged(backbone, settings.rank, seed, found, content_hash(identity))
     if settings.posterior.steps:
         kernel = linear or LinearConfig()
         further = {
@@ -112,11 +120,10 @@ def tuned_text_vectors(
             "linear": kernel.model_dump(mode="json"),
             **settings.posterior.model_dump(mode="json"),
         }
-        merged = _merged(backbone, settings.rank, seed, found, content_hash(identity))
         found = _kept(
             further,
             lambda checkpoint: _by_posteriors(
-                data, merged, prompts, settings.posterior, seed, [*beside], kernel, checkpoint, further
+                data, start, prompts, settings.posterior, seed, [*beside], kernel, checkpoint, further
             ),
         )
     return found[_VECTORS].numpy().astype(np.float64)

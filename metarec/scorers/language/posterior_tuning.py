@@ -225,9 +225,9 @@ def two_halves(data: TaskData, features: Floats, settings: LinearConfig, seed: i
 
     def half(own: Flags, hidden: Flags | None) -> Half:
         shown = known if hidden is None else known.subset(~hidden[known.item])
-        unrated = data.task.split.asks_unrated
-        prior = fit_linear_prior(shown, users[~own], features, unrated=unrated, **settings.model_dump())
-        return Half(users[own], prior, hidden)
+        # Unshrunk: choosing the shrinkage is a second fit, and queries about other items and users hold the LoRA back.
+        how = {**settings.model_dump(), "shrinkage": 0.0}
+        return Half(users[own], fit_linear_prior(shown, users[~own], features, **how), hidden)
 
     return tuple(half(own, hidden) for hidden in folds for own in (first, ~first))
 
