@@ -464,9 +464,9 @@ def _moment(
     friends: Sequence[str],
 ) -> dict[str, Any]:
     """Returns what one question says of the user and the moment, as an address has it."""
-    told = [about] if isinstance(about, str) else [f"{name}={value}" for name, value in (about or {}).items()]
+    facts = [about] if isinstance(about, str) else [f"{name}={value}" for name, value in (about or {}).items()]
     moment = [f"{name}={value}" for name, value in (context or {}).items()]
-    return {"context": moment, "about": told, "friend": list(friends)}
+    return {"context": moment, "about": facts, "friend": list(friends)}
 
 
 def _in_address(value: Any) -> Any:

@@ -347,21 +347,21 @@ class AdapterStore(FeedbackLog):
                     self._prune(profile.key, keep)
             known[profile.key] = {self.path(record).name for record in records}
         erased = {key for key, *_ in self._index.execute("SELECT key FROM erasures WHERE below IS NULL")}
-        unfinished, gone, strangers = [], [], []
+        unfinished, gone, unlisted = [], [], []
         for entry in self.folder.entries():
             if entry.key in erased:
                 gone.append(entry.path)
             # A user may have come after the index was read, so the key is looked up again.
             elif entry.key not in known and not self._knows(entry.key):
-                strangers.append(entry.path)
+                unlisted.append(entry.path)
             elif entry.path.name not in known.get(entry.key, set()) and entry.age >= grace:
                 unfinished.append(entry.path)
-        since = self.folder.seen_unknown({path.name for path in strangers}, note=not dry_run)
-        lost = [path for path in strangers if since[path.name] >= unknown]
+        since = self.folder.seen_unknown({path.name for path in unlisted}, note=not dry_run)
+        lost = [path for path in unlisted if since[path.name] >= unknown]
         if not dry_run:
             for path in [*unfinished, *gone, *lost]:
                 shutil.rmtree(path, ignore_errors=True)
-        return Collected(old, len(unfinished), len(gone), len(lost), len(strangers) - len(lost))
+        return Collected(old, len(unfinished), len(gone), len(lost), len(unlisted) - len(lost))
 
     def _knows(self, key: str) -> bool:
         return bool(self._index.execute("SELECT 1 FROM users WHERE key = ?", (key,)))

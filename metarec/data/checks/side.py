@@ -139,8 +139,8 @@ def _users(data: Checked, path: Path, encoding: str) -> list[DataFinding]:
 def _friends(data: Checked, path: Path, encoding: str) -> list[DataFinding]:
     frame, unread = read_side_table(path, ("user", "friend"), encoding=encoding, ids=frozenset(data.users))
     users = {data.users[code] for code in data.user}
-    strangers = ~(frame["user"].isin(users) & frame["friend"].isin(users)).to_numpy()
-    if strangers.all():
+    unlisted = ~(frame["user"].isin(users) & frame["friend"].isin(users)).to_numpy()
+    if unlisted.all():
         raise DataError(
             f"no edge of '{path}' joins two users of the ratings, e.g. '{min(users)}'", "Name users by their ids"
         )
@@ -152,11 +152,11 @@ def _friends(data: Checked, path: Path, encoding: str) -> list[DataFinding]:
         [
             _unread(path, unread, "nothing reads", "An edge is two users", 2 + len(unread)),
             _finding(
-                "friend-not-in-ratings", "warning", _rows(path, named, "edge", strangers), "rows", len(frame),
+                "friend-not-in-ratings", "warning", _rows(path, named, "edge", unlisted), "rows", len(frame),
                 "edges that join no two users of the ratings", "They are passed over; name users by their ids",
             ),
             _finding(
-                "repeated-edge", "note", _rows(path, named, "edge", again & ~strangers), "rows", len(frame),
+                "repeated-edge", "note", _rows(path, named, "edge", again & ~unlisted), "rows", len(frame),
                 "edges that are there already, the other way round too, or from a user to themselves",
                 "They count once, or not at all",
             ),
@@ -168,8 +168,8 @@ def _graph(data: Checked, path: Path, encoding: str) -> list[DataFinding]:
     items = data.catalog["item"]
     frame, unread = read_side_table(path, _EDGE, encoding=encoding, ids=frozenset(items))
     nothing = (frame["other"] == "").to_numpy()
-    strangers = ~frame["item"].isin(set(items)).to_numpy()
-    if (strangers | nothing).all():
+    unlisted = ~frame["item"].isin(set(items)).to_numpy()
+    if (unlisted | nothing).all():
         raise DataError(f"no edge of '{path}' names an item and an 'other'", "Name items by their ids")
     again = frame.duplicated().to_numpy()
     without = sorted(set(items) - {*frame["item"], *frame["other"]})
@@ -177,11 +177,11 @@ def _graph(data: Checked, path: Path, encoding: str) -> list[DataFinding]:
         [
             _unread(path, unread, "nothing reads", "An edge is an item, a relation, another", 3 + len(unread)),
             _finding(
-                "item-not-in-catalog", "warning", _rows(path, frame, "item", strangers), "rows", len(frame),
+                "item-not-in-catalog", "warning", _rows(path, frame, "item", unlisted), "rows", len(frame),
                 "edges of no item", "They are passed over; name items by their ids",
             ),
             _finding(
-                "repeated-edge", "note", _rows(path, frame, "item", (again | nothing) & ~strangers), "rows", len(frame),
+                "repeated-edge", "note", _rows(path, frame, "item", (again | nothing) & ~unlisted), "rows", len(frame),
                 "edges that are there already, or lead to nothing", "They count once, or not at all",
             ),
             _finding(
