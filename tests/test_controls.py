@@ -126,7 +126,8 @@ def test_a_linear_kernel_learns_how_weights_vary_together() -> None:
     data = Interactions(
         *(tuple(map(str, range(600))), user, item, value.astype(np.float32), None, catalog, RatingScale(-9.0, 9.0), {})
     )
-    process = fit_linear_kernel(data, np.arange(600), features, name="x", damping=0.0, item_damping=1e9, sweeps=20)
+    how = {"damping": 0.0, "item_damping": 1e9, "shrinkage": 0.0}
+    process = fit_linear_kernel(data, np.arange(600), features, name="x", sweeps=20, **how)
     kernel, wanted = process.loadings @ process.loadings.T * process.scale**2, features @ truth @ features.T
     assert np.corrcoef(kernel.ravel(), wanted.ravel())[0, 1] > 0.99
     assert np.abs(kernel - wanted).mean() < 0.1 * np.abs(wanted).mean()

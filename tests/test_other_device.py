@@ -70,7 +70,7 @@ def to(device: str, tensors: AdapterState) -> AdapterState:
 
 def assert_same(found: Any, expected: Any) -> None:
     """Both are computed by the same operations on the same numbers."""
-    torch.testing.assert_close(brought_back(found), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(brought_back(found), expected, rtol=1e-3, atol=5e-5)
 
 
 def only_there(found: dict[str, Tensor]) -> None:
@@ -372,7 +372,7 @@ def test_every_scorer_that_reads_a_language_model_works_there_and_comes_back_fro
     answers, model = (getattr(scorer, name, None) for name in ("answer_model", "backbone"))
     again = load_scorer(tmp_path / "scorer", answer_model=answers, backbone=model or elsewhere.backbone)
     for values, expected in zip(again.score(requests), scores, strict=True):
-        np.testing.assert_allclose(values.numpy(), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(values.numpy(), expected, rtol=1e-3, atol=5e-5)
 
 
 def test_the_service_adapts_searches_adds_items_and_explains(

@@ -160,7 +160,7 @@ def test_before_training_the_posterior_scores_like_the_kernel_fitted_by_expectat
     model = recommender.fitted.answer_model
     assert model is not None
     features = model.features(model.states).numpy().astype(np.float64)
-    kernel = fit_linear_kernel(data.interactions, data.parts["train"], features, name="x")
+    kernel = fit_linear_kernel(data.interactions, data.parts["train"], features, name="x", shrinkage=0.0)
     asked = requests(data, ratings)
     personal = []
     for found, expected in zip(recommender.scorer().score(asked), kernel.score(asked), strict=True):
