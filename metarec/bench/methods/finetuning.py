@@ -131,7 +131,7 @@ _CLASSES: dict[str, Any] = {
     "history": 4,
 }
 _AIDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "no class loss": ("the house's loss on the score alone", {"class_loss": 0.0}),
+    "no class loss": ("metarec's loss on the score alone", {"class_loss": 0.0}),
     "linear schedule": ("the rate falls along a line", {"schedule": "linear"}),
     "label smoothing": ("a tenth of the loss at the opposite labels", {"label_smoothing": 0.1}),
     "dropout": ("a tenth of all dropout layers' inputs", {"dropout": 0.1}),
