@@ -26,6 +26,7 @@ from metarec.given_side import side_facts, warn_of_unknown_values, with_side
 from metarec.lm.answer_model import AnswerModel
 from metarec.metrics import leaders, rank_order
 from metarec.notebook import facts_table
+from metarec.preferences import Informative, Knowledge, PreferenceModel
 from metarec.progress import progress
 from metarec.recommender_files import digest_of, write_user
 from metarec.reranking import ItemVectors, check_diversity, mmr, pool_size
@@ -278,6 +279,38 @@ class AdaptedUser:
             return [replace(self, support=support, state=state).scores(codes).numpy() for support, state in pairs]
 
         return explain(self.support, self.scores(codes).numpy(), scores_without, self.fitted.catalog, most)
+
+    def preferences(self) -> Knowledge:
+        """Says how much more the person is believed to like each category than others do, and how surely.
+
+        Raises:
+            ConfigError: The recommender's score has no Gaussian process.
+        """
+        return self._preference_model().knowledge(self.support)
+
+    def informative(self, k: int = 10, *, exclude: Sequence[str] = ()) -> list[Informative]:
+        """Returns the items whose ratings would tell most about the person; see `PreferenceModel.informative`.
+
+        Args:
+            k: How many items.
+            exclude: More items to leave out, by id or title, e.g. those that the person does not know.
+
+        Raises:
+            ConfigError: The recommender's score has no Gaussian process.
+            UnknownItemError: An item to leave out is not in the catalog.
+        """
+        allowed = np.ones(len(self.fitted.catalog), bool)
+        allowed[self._codes(exclude)] = False
+        return self._preference_model().informative(self.support, k, allowed)
+
+    def _preference_model(self) -> PreferenceModel:
+        model = PreferenceModel.of(self.fitted)
+        if model is None:
+            raise ConfigError(
+                "the recommender's score has no Gaussian process, which preferences are read from",
+                "Fit it with 'collaborative' in 'score' and 'collaborative.members' that are not 'none'",
+            )
+        return model
 
     def _retrieved(self, codes: Codes, count: int) -> Codes:
         """Returns the best items by the terms that need no language model; all of them where no term says anything."""

@@ -129,6 +129,61 @@ class Recommendations:
 
 
 @dataclass(frozen=True)
+class PreferenceAnswer:
+    """How much more a user is expected to like a category's items than others do, against the average item.
+
+    Args:
+        field: The field of items.
+        category: One of its values.
+        items: How many items carry it.
+        mean: What is expected, in units of the rating scale.
+        low: Between `low` and `high` lie 80% of what the model believes.
+        high: See `low`.
+        spread: Half that interval's width for somebody who has rated nothing.
+    """
+
+    field: str
+    category: str
+    items: int
+    mean: float
+    low: float
+    high: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """What is believed of a user, and how surely.
+
+    Args:
+        adapter: The user's adapter.
+        known: Share of the variance of users' differences between items that the user's ratings explain.
+        preferences: One for each category; none where the score has no Gaussian process.
+    """
+
+    adapter: Adapter
+    known: float
+    preferences: tuple[PreferenceAnswer, ...]
+
+
+@dataclass(frozen=True)
+class InformativeItem:
+    """An item whose rating would tell much; `gain` is the share of the uncertainty that it takes away."""
+
+    item: str
+    title: str
+    gain: float
+
+
+@dataclass(frozen=True)
+class InformativeItems:
+    """Items to rate first, each chosen as if those before it were rated."""
+
+    adapter: Adapter
+    items: tuple[InformativeItem, ...]
+
+
+@dataclass(frozen=True)
 class ScoresAnswer:
     """Scores in the order of the items; `predicted_ratings` is None where the task has likes only."""
 
@@ -304,6 +359,21 @@ class Client:
         """Returns the scores of some items for a user."""
         body = {"items": list(items), **_known(about, friends), **({"context": dict(context)} if context else {})}
         return self._ask(ScoresAnswer, "POST", "/v1/users/{user}/score", {"user": user}, body=body)
+
+    def preferences(self, user: str) -> Preferences:
+        """Returns how much more a user is believed to like each category than others do, and how surely."""
+        return self._ask(Preferences, "GET", "/v1/users/{user}/preferences", {"user": user})
+
+    def informative(self, user: str, k: int = 10, *, exclude: Sequence[str] = ()) -> InformativeItems:
+        """Returns the items whose ratings would tell most about a user: what to ask a new one first.
+
+        Args:
+            user: The user's id.
+            k: How many items.
+            exclude: Ids of items that the user cannot rate.
+        """
+        query = {"k": k, "exclude": list(exclude)}
+        return self._ask(InformativeItems, "GET", "/v1/users/{user}/informative", {"user": user}, query)
 
     def export(self, user: str, *, after: int = 0, limit: int = 1000) -> UserAnswer:
         """Returns what is stored about a user; where its `next` is not None, ask again with it as `after`.

@@ -1,4 +1,4 @@
-"""What the tests of the service share: one small fitted recommender a session, and ratings of a known taste."""
+"""What the tests of the service share: small fitted recommenders, and ratings of a known taste."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from small_recommenders import SETTINGS, WITH_PROCESS, known_task
+from small_recommenders import NO_MODEL, SETTINGS, WITH_PROCESS, known_task
 
 from metarec.config import RunConfig, validated
 from metarec.recommender import MetaRecommender
@@ -24,6 +24,14 @@ def small_recommender(model: Path) -> MetaRecommender:
     return MetaRecommender.from_pretrained(model, validated(RunConfig, SETTINGS | WITH_PROCESS, "test")).fit(
         known_task()
     )
+
+
+@functools.cache
+def recommender_without_model() -> MetaRecommender:
+    """Returns a recommender that takes a second: item means and a Gaussian process on genres."""
+    settings = NO_MODEL | {"score": ["item mean", "collaborative"]}
+    settings["collaborative"] = {"features": ["fields"], "members": "gp"}
+    return MetaRecommender(None, validated(RunConfig, settings, "test")).fit(known_task())
 
 
 @contextmanager

@@ -52,6 +52,8 @@ EVERYTHING: dict[str, Callable[[Client], Any]] = {
     "POST /v1/users/{user}/score": lambda client: client.score(
         "a/b", ["m1"], context={"x": 1}, about={"x": 1}, friends=["bob"]
     ),
+    "GET /v1/users/{user}/preferences": lambda client: client.preferences("a/b"),
+    "GET /v1/users/{user}/informative": lambda client: client.informative("a/b", 3, exclude=["m1"]),
     "GET /v1/users/{user}": lambda client: client.export("a/b", after=1, limit=1),
     "DELETE /v1/users/{user}": lambda client: client.erase("a/b"),
     "POST /v1/items": lambda client: client.add_items({"new": {"title": "the dead river"}}),
@@ -150,11 +152,19 @@ def test_what_the_service_answers_arrives(client: Client) -> None:
     assert ranked.items[0].score >= ranked.items[1].score
     assert isinstance(ranked.items[0].because[0], clients.ReasonAnswer)
     assert client.score("ann", [ranked.items[0].item]).scores == pytest.approx((ranked.items[0].score,), abs=1e-4)
+    believed = {one.category: one for one in client.preferences("ann").preferences}
+    assert believed["drama"].low > 0 > believed["horror"].mean
+    assert client.preferences("nobody").known == pytest.approx(0)
+    (first, *rest) = client.informative("ann", 3, exclude=["m7"]).items
+    assert not {first.item, *(one.item for one in rest)} & {*dict(LOVES_DRAMA), "m7"}
+    assert first.item not in {one.item for one in client.informative("ann", 3, exclude=[first.item]).items}
     page = client.export("ann", limit=2)
     assert [(event.item, event.rating) for event in page.ratings] == list(LOVES_DRAMA[:2])
     assert [event.item for event in client.export("ann", after=page.next or 0).ratings] == ["m1", "m2", "m3"]
     assert client.add_items({"new": {"title": "the dead river"}}).added == 1
     assert client.search("dead river", 1).items[0].item == "new"
+    assert client.rate("bea", {"new": 5}).accepted == 1  # of an item that the process does not know
+    assert client.preferences("bea").known == pytest.approx(0)
     assert client.search("river", 2, user="ann").adapter == answer.adapter
     assert client.remove_item("new").removed
     assert client.version()["api"] == "v1"

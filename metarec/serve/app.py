@@ -29,6 +29,7 @@ from metarec.serve.reference import add_reference
 from metarec.serve.schema import (
     MOST_EXPLAINED,
     MOST_EXPORTED,
+    MOST_INFORMATIVE,
     MOST_RECOMMENDED,
     PROBLEMS,
     Added,
@@ -36,11 +37,15 @@ from metarec.serve.schema import (
     Erased,
     FeedbackAnswer,
     FeedbackBody,
+    InformativeItem,
+    InformativeItems,
     ItemId,
     Items,
     ItemsBody,
     KnownBody,
     NewItems,
+    PreferenceAnswer,
+    Preferences,
     Rating,
     RatingsBody,
     ReasonAnswer,
@@ -91,6 +96,7 @@ def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI
     app.state.service = service
     _add_errors(app)
     _add_user_routes(app, service)
+    _add_preference_routes(app, service)
     _add_privacy_routes(app, service)
     _add_catalog_routes(app, service)
     _add_operator_routes(app, service)
@@ -206,6 +212,42 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
         cost = max(1.0, len(items.items) / BLOCK)
         scored: ScoresAnswer = await service.person(user, answer, items.asked, cost)
         return scored
+
+
+def _add_preference_routes(app: FastAPI, service: Service) -> None:
+    engine = service.engine
+
+    @app.get("/v1/users/{user}/preferences", tags=["users"])
+    async def preferences(user: UserId) -> Preferences:
+        """Return how much more a user is believed to like each category than others do, and how surely."""
+
+        def answer(person: Person) -> Preferences:
+            found = engine.knowledge(person)
+            each = [PreferenceAnswer(**asdict(one)) for one in found.preferences]
+            return Preferences(adapter=adapter_facts(person), known=found.known, preferences=each)
+
+        believed: Preferences = await service.person(user, answer)
+        return believed
+
+    @app.get("/v1/users/{user}/informative", tags=["users"])
+    async def informative(
+        user: UserId,
+        k: Annotated[int, Query(ge=1, le=MOST_INFORMATIVE, description="How many items.")] = 10,
+        exclude: Annotated[
+            list[str] | None,
+            Query(max_length=MOST_RECOMMENDED, description="Ids of items that the user cannot rate; repeatable."),
+        ] = None,
+    ) -> InformativeItems:
+        """Return the items whose ratings would tell most about a user: what to ask a new one first."""
+
+        def answer(person: Person) -> InformativeItems:
+            found = engine.informative(person, k, exclude or ())
+            return InformativeItems(
+                adapter=adapter_facts(person), items=[InformativeItem(**asdict(one)) for one in found]
+            )
+
+        chosen: InformativeItems = await service.person(user, answer)
+        return chosen
 
 
 def _came_with_more(rating: Rating) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from metarec.errors import ArtifactError, ConfigError, ConflictError, MetarecErr
 from metarec.explanations import Reason, explain
 from metarec.given_side import kept_side, reads_reviews, unknown_values, with_side
 from metarec.metrics import rank_order
+from metarec.preferences import Informative, Knowledge, PreferenceModel
 from metarec.recommender import MetaRecommender
 from metarec.reranking import ItemVectors, check_diversity, mmr, pool_size
 from metarec.scorers.language.left_out import scores_without_each
@@ -477,6 +478,31 @@ class Engine:
     def _again(self, codes: Codes, supports: Sequence[Ratings]) -> list[NDArray[np.float32]]:
         """Scores items with each of several supports, by adapting to it."""
         return [self._model.scores(other, codes) for other, _ in self.adapt(supports)]
+
+    @cached_property
+    def _preferences(self) -> PreferenceModel | None:
+        return PreferenceModel.of(self.trained.fitted)
+
+    def knowledge(self, person: Person) -> Knowledge:
+        """Returns what is believed of a person; nothing where the recommender's score has no Gaussian process."""
+        return self._preferences.knowledge(person.adapted.support) if self._preferences else Knowledge(0.0, ())
+
+    def informative(self, person: Person, k: int, without: Sequence[str] = ()) -> list[Informative]:
+        """Returns the items whose ratings would tell most about a person; see `PreferenceModel.informative`.
+
+        Args:
+            person: For whom.
+            k: How many.
+            without: Ids of items to leave out; those that are unknown do not matter.
+
+        Returns:
+            Fewer where there are fewer; none where the recommender's score has no Gaussian process.
+        """
+        if self._preferences is None:
+            return []
+        allowed = self._kept.copy()
+        allowed[[self._code[item] for item in without if item in self._code]] = False
+        return self._preferences.informative(person.adapted.support, k, allowed)
 
     def search(self, text: str, k: int, person: Person | None = None) -> list[Found]:
         """Finds items by text, and with a user by their scores too; see `TextSearch.find`."""

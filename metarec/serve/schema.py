@@ -17,6 +17,7 @@ from metarec.serve.records import MAX_ID_CHARACTERS, Beside
 
 MOST_RECOMMENDED = 1000
 MOST_EXPLAINED = 50
+MOST_INFORMATIVE = 50
 MOST_EXPORTED = 10_000
 _MOST_AT_ONCE = 100
 _MOST_FIELDS = 100
@@ -223,6 +224,43 @@ class Recommendations(BaseModel):
     adapter: Adapter
     items: list[Recommended]
     unknown: list[str] = Field([], description="What is said of the user or the moment and says nothing, and why.")
+
+
+class PreferenceAnswer(BaseModel):
+    """How much more a user is expected to like a category's items than others do, against the average item."""
+
+    field: str
+    category: str
+    items: int = Field(description="How many items carry the category.")
+    mean: float = Field(description="What is expected, in units of the rating scale.")
+    low: float = Field(description="Between `low` and `high` lie 80% of what the model believes.")
+    high: float
+    spread: float = Field(description="Half that interval's width for somebody who has rated nothing.")
+
+
+class Preferences(BaseModel):
+    """What is believed of a user, and how surely."""
+
+    adapter: Adapter
+    known: float = Field(
+        description="Share of the variance of users' differences between items that the ratings explain."
+    )
+    preferences: list[PreferenceAnswer] = Field(description="None where the score has no Gaussian process.")
+
+
+class InformativeItem(BaseModel):
+    """An item whose rating would tell much about a user."""
+
+    item: str
+    title: str
+    gain: float = Field(description="Share of the uncertainty about the user's preferences that a rating takes away.")
+
+
+class InformativeItems(BaseModel):
+    """Items to rate first, each chosen as if those before it were rated."""
+
+    adapter: Adapter
+    items: list[InformativeItem] = Field(description="None where the score has no Gaussian process.")
 
 
 class ScoresAnswer(BaseModel):

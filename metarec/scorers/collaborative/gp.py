@@ -32,6 +32,19 @@ _FIRST_VARIANCE = 0.05
 
 
 @dataclass(frozen=True)
+class WeightPosterior:
+    """What is believed of a user's weights, which are normal.
+
+    Args:
+        mean: Shape (loadings,).
+        covariance: Shape (loadings, loadings).
+    """
+
+    mean: Floats
+    covariance: Floats
+
+
+@dataclass(frozen=True)
 class GaussianProcess:
     """A Gaussian process over items whose kernel is the inner product of their loadings.
 
@@ -71,6 +84,17 @@ class GaussianProcess:
         expected, residual, covariance = self._conditions(support)
         posterior: Floats = expected + rated.T @ np.linalg.solve(covariance, residual)
         return posterior
+
+    def weight_posterior(self, support: Ratings) -> WeightPosterior:
+        """Returns mean and covariance of a user's weights; without ratings they are standard normal.
+
+        Source: Rasmussen and Williams 2006, eqs. 2.23 and 2.24, for the weights of a linear kernel.
+        """
+        rated, unit = self.loadings[support.items], np.eye(self.loadings.shape[1])
+        if len(support) == 0:
+            return WeightPosterior(np.zeros(len(unit)), unit)
+        covariance = rated @ rated.T + np.diag(self.noise[support.items])
+        return WeightPosterior(self.user_weights(support), unit - rated.T @ np.linalg.solve(covariance, rated))
 
     def _conditions(self, support: Ratings) -> tuple[Floats, Floats, Floats]:
         """Returns the weights' prior mean, the ratings' residuals from its prediction, and the ratings' covariance.

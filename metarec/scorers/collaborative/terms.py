@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from metarec.data.interactions import Codes, Ratings, Values
+from metarec.scorers.collaborative.gp import GaussianProcess, WeightPosterior
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.side_effects import SideEffects, no_effects
 from metarec.scorers.collaborative.stack import Stacked
@@ -59,6 +60,23 @@ class CollaborativeTerm:
             self.stack.leave_one_out(self._bare(support)) - self.stack.prior.values(support.items)
             for support in supports
         ]
+
+    @property
+    def process(self) -> GaussianProcess | None:
+        """The stack's first member, where there is one and it is a Gaussian process."""
+        first = next(iter(self.stack.members), None)
+        return first if isinstance(first, GaussianProcess) else None
+
+    @one_thread(scipy=False)
+    def weight_posterior(self, support: Ratings) -> WeightPosterior:
+        """Returns what `process` believes of a user's weights.
+
+        Raises:
+            ValueError: There is no process.
+        """
+        if self.process is None:
+            raise ValueError("the stack has no Gaussian process")
+        return self.process.weight_posterior(self._bare(support))
 
     def _bare(self, support: Ratings) -> Ratings:
         """Returns a support whose ratings lack the effects of side information."""
