@@ -423,7 +423,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 # What pydantic adds to the place of a value that may be of several types.
-_UNION_TAG = re.compile(r"constrained-\w+|literal\[.*\]")
+_UNION_TAG = re.compile(r"constrained-\w+|literal\[.*\]|float|int|str")
 
 
 def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
@@ -441,16 +441,24 @@ def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Mode
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        path = [str(part) for part in first["loc"] if not _UNION_TAG.fullmatch(str(part))]
+        path = _path(first)
         name = ".".join(path)
         if first["type"] == "extra_forbidden":
             known = _fields_at(model, path[:-1])
             raise ConfigError(f"{where}: key '{name}' is unknown", suggest(path[-1], known)) from None
-        message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+        # A value of several types is wrong in one way for each of them.
+        said = [one["msg"].removeprefix("Value error, ") for one in error.errors() if _path(one) == path]
+        more = [one.removeprefix("Input should be ") for one in dict.fromkeys(said[1:]) if one != said[0]]
+        message = ", or ".join([said[0], *more]).replace("a valid tuple", "a list")
         if first["type"] == "value_error" and isinstance(first["input"], Mapping):  # keys that contradict each other
             section = f"'{name}': " if name else ""
             raise ConfigError(f"{where}: {section}{message}", "Change one of the keys") from None
         raise ConfigError(f"{where}: '{name}' is {shown(first['input'])}", message) from None
+
+
+def _path(error: Any) -> list[str]:
+    """Returns the keys that lead to what a validation error is about."""
+    return [str(part) for part in error["loc"] if not _UNION_TAG.fullmatch(str(part))]
 
 
 def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:

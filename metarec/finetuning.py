@@ -6,6 +6,7 @@ meta-learn adapters on top of it, or of another program.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,7 @@ def fine_tuned_recommender(
     *,
     checkpoint: Path | None = None,
     resume: bool = False,
+    clear: Callable[[], None] | None = None,
 ) -> MetaRecommender:
     """Fine-tunes a model on a task's meta-training users; returns the recommender that reads it.
 
@@ -74,6 +76,7 @@ def fine_tuned_recommender(
         directory: Where the fine-tuned model goes.
         checkpoint: Where the training state is kept; None keeps it in a temporary directory.
         resume: Goes on from `checkpoint` if it is there.
+        clear: See `metarec.meta.outer_loop.train`.
 
     Raises:
         MetarecError: The model, the task or the settings do not fit each other.
@@ -102,6 +105,7 @@ def fine_tuned_recommender(
         seed=config.seed,
         checkpoint=checkpoint,
         resume=resume,
+        clear=clear,
     )
     save_backbone(directory, tuned.context.backbone)
     run = _run_config(settings, config, directory)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,12 @@ from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
 from metarec.meta.distributed import ALONE, Ranks
-from metarec.meta.outer_loop import check_checkpoint, clear_checkpoint, refuse_overwriting
+from metarec.meta.outer_loop import (
+    check_checkpoint,
+    clear_checkpoint,
+    refuse_overwriting,
+    refuse_what_is_no_checkpoint,
+)
 from metarec.metric_names import check_metrics
 from metarec.metrics import BASELINE
 from metarec.notebook import facts_table
@@ -172,6 +178,7 @@ class MetaRecommender(SearchesItems, WritesProfiles):
         checkpoint: str | Path | None = None,
         resume: bool = False,
         fresh: bool = False,
+        clear: Callable[[], None] | None = None,
         start: MetaRecommender | str | Path | None = None,
         ranks: Ranks = ALONE,
         **own: Any,
@@ -185,7 +192,9 @@ class MetaRecommender(SearchesItems, WritesProfiles):
                 and fields); or the path of a CSV, TSV, JSON lines or Parquet file.
             checkpoint: Where the training state is kept; None keeps it in a temporary directory.
             resume: Goes on from `checkpoint` if it is there, of the same data and settings; `train.steps` may be more.
-            fresh: Deletes `checkpoint` if it is there, and trains anew; without either, one that is there is refused.
+            fresh: Trains anew, and deletes `checkpoint` once the first gradient is there: settings that cannot be
+                trained cost nothing. Without either, a checkpoint that is there is refused.
+            clear: With `fresh`, what is called to delete, in place of deleting `checkpoint` alone.
             start: An old run, or a recommender, whose meta-parameters meta-training goes on from; `train.replay` and
                 `train.anchor` keep it from forgetting the old run's users.
             ranks: The processes that train together, from `metarec.meta.distributed.launched`; the first writes.
@@ -212,13 +221,17 @@ class MetaRecommender(SearchesItems, WritesProfiles):
         identity = training_identity(data, for_task(self.config, data.task), self._backbone_for(data.task))
         old = None if start is None else self._old_run(start)
         identity |= {} if old is None else {"from": old.digest}
+        deletes = None
         if kept and fresh:
-            clear_checkpoint(kept)
+            refuse_what_is_no_checkpoint(kept)
+            deletes = clear or partial(clear_checkpoint, kept)
         elif kept and resume and recover_dir(kept):
             check_checkpoint(kept, identity, self.config.train.steps)
         with tempfile.TemporaryDirectory() as scratch:
             where = kept or Path(scratch) / "checkpoint"
-            fitted = meta_train(data, self._prepare(data), self.config, identity, where, resume, ranks, old)
+            fitted = meta_train(
+                data, self._prepare(data), self.config, identity, where, resume, ranks, old, clear=deletes
+            )
         self._keep(fitted, data)
         return self
 

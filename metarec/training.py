@@ -78,6 +78,7 @@ def meta_train(
     ranks: Ranks = ALONE,
     old: OldRun | None = None,
     watch: Callable[[float], None] | None = None,
+    clear: Callable[[], None] | None = None,
 ) -> Fitted:
     """Meta-trains on a task's meta-training users, a share of them on each rank; see `metarec.meta.outer_loop.train`.
 
@@ -91,6 +92,7 @@ def meta_train(
         ranks: The processes that train together.
         old: The run that meta-training goes on from; None where it starts afresh.
         watch: Called with the value of every validation; what it raises ends the training.
+        clear: See `metarec.meta.outer_loop.train`.
 
     Returns:
         What was prepared, with the meta-parameters of the best validation and a summary of the training.
@@ -151,6 +153,7 @@ def meta_train(
         identity=identity,
         resume=resume,
         ranks=ranks,
+        clear=clear,
     )
     found = replace(
         fitted, meta=trained.best, training={**_training_summary(trained), "users_by_shots": summary(enough)}

@@ -179,6 +179,7 @@ def test_train_never_overwrites_a_run(
         (["--resume", "--fresh"], "--resume and --fresh are both given"),
         (["--fresh", "--set", "train.shots=[500]"], "K = 500"),
         (["--fresh", "--set", "train.shosts=[5]"], "Did you mean 'shots'"),
+        (["--fresh", "--set", "private.noise=1"], "private.noise without private.clip"),
     ):
         ran = metarec("train", *common, *more)
         assert (ran.status, ran.err.count("\n")) == (2, 1), more
@@ -186,7 +187,9 @@ def test_train_never_overwrites_a_run(
         assert files() == before
     (run / "mine.txt").write_text("a note")
     (run / "table.json").write_text("{}")
-    assert metarec("train", *common, "--fresh", "--seed", 3).status == 0
+    anew = metarec("train", *common, "--fresh", "--seed", 3)
+    assert anew.status == 0
+    assert "no checkpoint" not in anew.err
     assert (run / "mine.txt").exists()
     assert not (run / "table.json").exists(), "a table of another model"
     assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == 3

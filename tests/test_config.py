@@ -74,8 +74,10 @@ def test_settings_are_finite_numbers(name: str, value: str) -> None:
 
 
 def test_a_key_that_may_be_a_number_or_a_word_is_named_as_it_is_written() -> None:
-    with pytest.raises(ConfigError, match=r"'meta\.half_life' is -3"):
+    with pytest.raises(ConfigError, match=r"'meta\.half_life' is -3. Input should be greater than 0, or 'learned'"):
         validated(RunConfig, override({}, ["meta.half_life=-3"]), "--set")
+    with pytest.raises(ConfigError, match=r"'meta\.half_life' is 'foo'. Input should be a valid number.*or 'learned'"):
+        validated(RunConfig, override({}, ["meta.half_life=foo"]), "--set")
 
 
 def test_there_are_settings_that_could_be_infinite() -> None:

@@ -154,8 +154,9 @@ def test_the_verb_leaves_a_run_that_every_other_verb_takes(
         model_dir("llama"),
         *[part for one in sets for part in ("--set", one)],
     ]
-    made = metarec("finetune", *common, "--json")
+    made = metarec("finetune", *common, "--json", "--resume")
     assert made.status == 0, made.err
+    assert f"no checkpoint in '{tmp_path / 'tuned'}': training starts at step 0" in made.err
     assert json.loads(made.out)["steps"] == 4
     run = tmp_path / "tuned"
     assert yaml.safe_load((run / "finetune.yaml").read_text())["trainable"] == "lora"
@@ -172,6 +173,16 @@ def test_the_verb_leaves_a_run_that_every_other_verb_takes(
     lost = metarec("finetune", *common[:3], "--backbone", run / "backbone", "--fresh")
     assert (lost.status, "would delete" in lost.err) == (2, True), lost.err
     assert (run / "backbone").is_dir()
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    for wrong, said in (
+        ("targets=[nowhere]", "no LoRA fits"),
+        ("class_loss=1", "a causal model, without classes"),
+        ("augment.rewrites=mine", "items have no such field"),
+        ("shots=[500]", "ratings"),
+    ):
+        kept = metarec("finetune", *common, "--fresh", "--set", wrong)
+        assert (kept.status, said in kept.err) == (2, True), (wrong, kept.err)
+        assert {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()} == before, wrong
     refused = metarec("finetune", *common, "--name", "other", "--set", "trainabel=all")
     assert "trainabel" in refused.err
     assert refused.status == 2

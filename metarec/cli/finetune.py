@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,14 @@ from metarec.cli.options import (
     TaskOption,
     show,
 )
-from metarec.cli.run_dirs import clear_run, refuse_deleting, refuse_overwriting, run_dir
+from metarec.cli.run_dirs import (
+    clear_run,
+    kept_folders,
+    refuse_deleting,
+    refuse_overwriting,
+    run_dir,
+    say_where_resuming_starts,
+)
 from metarec.cli.training import check_names, chosen_task
 from metarec.errors import ConfigError
 
@@ -69,6 +77,7 @@ def finetune(
     check_names(settings)
     if fresh:
         refuse_deleting(run, settings.backbone)
+        kept_folders(run)
     import yaml
 
     from metarec.artifacts import replace_file
@@ -79,11 +88,16 @@ def finetune(
 
     tuning = fine_tune_settings(chosen, str(config) if config else "--set")
     data = load_given(chosen_task(settings), {}, settings.seed)
-    if fresh:
-        clear_run(run)
+    say_where_resuming_starts(run, resume)
     try:
         recommender = fine_tuned_recommender(
-            data, tuning, settings, run / TUNED_MODEL, checkpoint=run / "checkpoint", resume=resume
+            data,
+            tuning,
+            settings,
+            run / TUNED_MODEL,
+            checkpoint=run / "checkpoint",
+            resume=resume,
+            clear=partial(clear_run, run) if fresh else None,
         )
     except KeyboardInterrupt:
         typer.echo(f"interrupted; nothing is lost: run the same command with --resume (run '{run}')", err=True)

@@ -6,6 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
+import typer
+
 from metarec.artifacts import MANIFEST, recover_dir
 from metarec.errors import ConfigError, shown
 from metarec.run_directory import TUNED_MODEL
@@ -41,13 +43,32 @@ def refuse_deleting(run: Path, *read: Path | str | None) -> None:
             raise ConfigError(f"--fresh would delete '{run}', and '{path}' is read from it", "Choose another --name")
 
 
-def clear_run(run: Path) -> None:
-    """Deletes what `train`, `evaluate` and `quickstart` keep in a run, and nothing else."""
+def kept_folders(run: Path) -> list[Path]:
+    """Returns the folders of a run that `clear_run` deletes.
+
+    Raises:
+        ConfigError: One was not written by metarec.
+    """
     folders = [run / name for name in ("checkpoint", "model", TUNED_MODEL, "user") if recover_dir(run / name)]
     for folder in folders:
         if not (folder / MANIFEST).exists():
             raise ConfigError(f"'{folder}' was not written by metarec", "Move it, or choose another --name")
-    for folder in folders:
+    return folders
+
+
+def say_where_resuming_starts(run: Path, resume: bool) -> None:
+    """Says on the error stream that there is nothing to go on from, where that is so."""
+    if resume and not recover_dir(run / "checkpoint"):
+        typer.echo(f"no checkpoint in '{run}': training starts at step 0", err=True)
+
+
+def clear_run(run: Path) -> None:
+    """Deletes what `train`, `evaluate` and `quickstart` keep in a run, and nothing else.
+
+    Raises:
+        ConfigError: A folder of that name is something else.
+    """
+    for folder in kept_folders(run):
         shutil.rmtree(folder)
     for name in ("config.yaml", "finetune.yaml", "table.json", "per_user.parquet", "user.json"):
         (run / name).unlink(missing_ok=True)

@@ -41,7 +41,7 @@ from metarec.cli.options import (
     source_options,
 )
 from metarec.cli.people import adapted
-from metarec.cli.run_dirs import refuse_overwriting, run_dir
+from metarec.cli.run_dirs import refuse_overwriting, run_dir, say_where_resuming_starts
 from metarec.cli.store import AdaptersOption, RayOption, StoreOption, adapt_bulk, recommend_stored
 from metarec.cli.training import processes, run_settings, train_run
 from metarec.errors import ConfigError
@@ -183,6 +183,8 @@ def train(
     guards = [f"train.{key}={value}" for key, value in (("replay", replay), ("anchor", anchor)) if value is not None]
     settings = run_settings(config or _settings_of(old), preset, named, [*(overrides or []), *guards], engine)
     with processes(settings) as ranks:
+        if ranks.leads:
+            say_where_resuming_starts(run, resume)
         recommender = train_run(run, settings, resume, fresh, go_on, own, ranks, old)
         training = recommender.fitted.training
         if ranks.leads:

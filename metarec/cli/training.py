@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from metarec.cli.run_dirs import clear_run, refuse_deleting
+from metarec.cli.run_dirs import clear_run, kept_folders, refuse_deleting
 
 if TYPE_CHECKING:
     from metarec.config import RunConfig
@@ -102,6 +103,7 @@ def train_run(
 
     if fresh:
         refuse_deleting(run, start, settings.backbone, settings.collaborative.encoder)
+        kept_folders(run)
     chosen = chosen_task(settings)
     from metarec.data.training_users import refuse_small_data
     from metarec.meta.distributed import ALONE
@@ -116,12 +118,13 @@ def train_run(
 
         for sentence in summary(data.task, data.interactions.catalog):
             typer.echo(sentence, err=True)
-    # What cannot be trained must not cost what was.
     refuse_small_data(data, settings.train)
-    if fresh and ranks.leads:
-        clear_run(run)
+    # What cannot be trained must not cost what was: the run is cleared once the first gradient is there.
+    clear = partial(clear_run, run)
     try:
-        recommender.fit(data, checkpoint=run / "checkpoint", resume=resume, ranks=ranks, start=start)
+        recommender.fit(
+            data, checkpoint=run / "checkpoint", resume=resume, fresh=fresh, clear=clear, ranks=ranks, start=start
+        )
     except KeyboardInterrupt:
         if ranks.leads:
             typer.echo(f"interrupted; nothing is lost: run the same command {go_on} (run '{run}')", err=True)

@@ -137,6 +137,7 @@ def train(
     resume: bool,
     description: str = "meta-training",
     ranks: Ranks = ALONE,
+    clear: Callable[[], None] | None = None,
 ) -> Trained:
     """Runs the outer loop with AdamW, warm-up and a schedule of rates, clipping and early stopping.
 
@@ -154,6 +155,8 @@ def train(
         resume: Continues from the checkpoint if there is one.
         description: Text of the progress bar.
         ranks: The processes that train together.
+        clear: Deletes what training takes the place of, the checkpoint's directory with it. It is called once the first
+            gradient is there, so that settings that cannot be trained cost nothing; None where nothing is in the way.
 
     Raises:
         ArtifactError: The checkpoint is damaged or of another run, or there is one and nobody said to go on from it.
@@ -165,13 +168,22 @@ def train(
     optimizer, schedule = _optimizer(tensors, config)
     best = {name: value.clone() for name, value in tensors.items()}
     at = _Progress()
-    if ranks.leads:
+    if ranks.leads and clear is None:
         refuse_overwriting(checkpoint, resume=resume)
         if resume and recover_dir(checkpoint):
             at, best = _load(checkpoint, tensors, optimizer, identity, config.steps)
     at = _agreed(ranks, at, {**identity, "train.steps": config.steps})
     ranks.copy_first([*tensors.values(), *(best[name] for name in tensors)])
     meta = MetaState.from_tensors(tensors)
+    waiting = clear
+
+    def begin() -> None:
+        nonlocal waiting
+        if waiting is not None and ranks.leads:
+            waiting()
+            refuse_overwriting(checkpoint, resume=False)
+            waiting = None
+            save()
 
     def check() -> None:
         nonlocal best
@@ -182,7 +194,7 @@ def train(
         save()
 
     def save() -> None:
-        if ranks.leads:
+        if ranks.leads and waiting is None:
             _save(checkpoint, tensors, best, optimizer, at, identity)
 
     with _deferred_interrupt() as interrupted, progress(description, config.steps) as advance:
@@ -190,6 +202,7 @@ def train(
             check()
         while at.step < config.steps and not _stale(at, config):
             gradient = _finite(gradient_at(meta, at.step))
+            begin()
             if ranks.leads:
                 _step(tensors, gradient, optimizer, schedule(at.step), config.clip)
             ranks.copy_first(tensors.values())
@@ -330,17 +343,25 @@ def refuse_overwriting(path: Path, *, resume: bool) -> None:
         )
 
 
+def refuse_what_is_no_checkpoint(path: Path) -> None:
+    """Refuses a path that holds something else than a checkpoint; nothing, or an empty directory, is no hindrance.
+
+    Raises:
+        ArtifactError: It does.
+    """
+    if recover_dir(path) and not (path.is_dir() and not any(path.iterdir())) and not (path / MANIFEST).exists():
+        raise ArtifactError(f"'{path}' was not written by metarec", "Move it, or choose another directory")
+
+
 def clear_checkpoint(path: Path) -> None:
     """Deletes a checkpoint, if there is one.
 
     Raises:
         ArtifactError: Something else is there.
     """
-    if not recover_dir(path) or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not (path / MANIFEST).exists():
-        raise ArtifactError(f"'{path}' was not written by metarec", "Move it, or choose another directory")
-    shutil.rmtree(path)
+    refuse_what_is_no_checkpoint(path)
+    if (path / MANIFEST).exists():
+        shutil.rmtree(path)
 
 
 def check_checkpoint(path: Path, identity: Mapping[str, Any], steps: int) -> None:

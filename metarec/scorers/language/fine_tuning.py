@@ -14,7 +14,7 @@ loss ranks items within a user instead of taking the answer's likelihood, and th
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -82,6 +82,7 @@ def fine_tune(
     seed: int = 0,
     checkpoint: Path | None = None,
     resume: bool = False,
+    clear: Callable[[], None] | None = None,
 ) -> FineTuned:
     """Trains a copy of a model on users' histories; returns the state that is best on validation users.
 
@@ -100,6 +101,7 @@ def fine_tune(
         seed: Seed of the batches and of the examples' order.
         checkpoint: Directory of the training state; None keeps it in a temporary directory.
         resume: Continues from `checkpoint` if it is there.
+        clear: See `metarec.meta.outer_loop.train`.
 
     Raises:
         ConfigError: The model is a masked LM and the prompt has no blank, is of low precision and all of it is to be
@@ -114,7 +116,7 @@ def fine_tune(
     student = trainable_copy(backbone, recipe)
     context = InContext(student.backbone, history)
     run = _FineTuning(backbone, student, context, interactions, users, prior, recipe, settings, seed)
-    trained = run.train(validation, checkpoint, resume)
+    trained = run.train(validation, checkpoint, resume, clear)
     tensors = dict(trained.best.init)
     weight = float(tensors.pop(_WEIGHT))
     return FineTuned(backbone, history, prior, weight, recipe, tensors, _summary(trained), run.name)
@@ -158,7 +160,13 @@ class _FineTuning:
             "limit": history.limit,
         }
 
-    def train(self, validation: Sequence[Episode], checkpoint: Path | None, resume: bool) -> Trained:
+    def train(
+        self,
+        validation: Sequence[Episode],
+        checkpoint: Path | None,
+        resume: bool,
+        clear: Callable[[], None] | None = None,
+    ) -> Trained:
         """Runs the outer loop over the trained tensors and the weight of the log-odds."""
         threshold = self.context.history.threshold
         short = _short_queries(validation, threshold, _VALIDATION_USERS, _VALIDATION_ITEMS)
@@ -174,6 +182,7 @@ class _FineTuning:
                 identity=self.identity,
                 resume=resume,
                 description=self.name,
+                clear=clear,
             )
 
     def scorer(self, meta: MetaState) -> WeightedLogOdds:
