@@ -241,6 +241,12 @@ class AdaptedUser:
             return None
         return _floats(self._calibration().ratings(self.support.values, np.array(scores, np.float32)))
 
+    def predicted_likes(self, scores: NDArray[np.floating]) -> list[float] | None:
+        """Returns the probabilities of a like that scores of this person stand for; None without a calibration."""
+        if not self.fitted.calibration:
+            return None
+        return _floats(self._calibration().probabilities(self.support.values, scores))
+
     def _calibration(self) -> Calibration:
         if not self.fitted.calibration:
             raise ConfigError(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from metarec.calibration import Calibration, fit_calibration
@@ -277,7 +278,14 @@ def read_items(fitted: Fitted, episodes: Sequence[Episode]) -> None:
 
 
 def calibrated(fitted: Fitted, config: RunConfig, data: TaskData) -> Fitted:
-    """Returns a fitted recommender with its calibration, fitted on the task's validation users."""
+    """Returns a fitted recommender with its calibration, fitted on the task's validation users.
+
+    Shares of meta-training users' ratings by tenth of the scale are kept, which a service compares feedback with.
+    """
+    rows = np.isin(data.interactions.user, data.parts["train"])
+    tenths = data.interactions.scale.tenths(data.interactions.rating[rows])
+    shares = np.bincount(tenths, minlength=10) / max(len(tenths), 1)
+    fitted = replace(fitted, training={**fitted.training, "rating_shares": shares.tolist()})
     episodes = data.episodes("validation")[0][: config.train.validation_users]
     if not episodes:
         return fitted

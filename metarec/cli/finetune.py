@@ -108,5 +108,6 @@ def finetune(
     recommender.save_pretrained(run / RUN_MODEL)
     if tuning.trainable == "all":  # four copies of a whole model are worth keeping only while they can be resumed from
         clear_checkpoint(run / "checkpoint")
-    facts = {key: value for key, value in recommender.fitted.training.items() if key not in ("history", "fine_tuned")}
+    unprinted = ("history", "fine_tuned", "rating_shares")
+    facts = {key: value for key, value in recommender.fitted.training.items() if key not in unprinted}
     show({"run": str(run), "backbone": str(run / TUNED_MODEL), **facts}, json)

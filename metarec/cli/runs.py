@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from metarec.recommender import MetaRecommender
 
 app = typer.Typer()
+# Of a training: lists that nobody reads.
+_UNPRINTED = ("history", "rating_shares")
 model_app = typer.Typer(help="Backbones.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 
@@ -188,7 +190,7 @@ def train(
         recommender = train_run(run, settings, resume, fresh, go_on, own, ranks, old)
         training = recommender.fitted.training
         if ranks.leads:
-            facts = {"run": str(run), **{key: value for key, value in training.items() if key != "history"}}
+            facts = {"run": str(run), **{key: value for key, value in training.items() if key not in _UNPRINTED}}
             table = [] if old is None else recommender.forgetting(old)
             if json:
                 print_json({**facts, "forgetting": table} if table else facts)

@@ -54,6 +54,9 @@ def serve(
     candidates: Annotated[int, typer.Option(min=32, help="Items scored exactly in a ranking.")] = 32,
     threads: Annotated[int, typer.Option(min=0, help="Batches of users adapted at once; 0: one per core.")] = 0,
     ui: Annotated[bool, typer.Option("--ui", help="Also serve a page to try it on.")] = False,
+    watch: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of users whose feedback the model is judged by.")
+    ] = 1.0,
 ) -> None:
     """Serve recommendations over HTTP; every rating adapts its user's adapter. Logs go to standard output."""
     from metarec.cli.runs import check_run
@@ -81,7 +84,7 @@ def serve(
     from metarec.serve.service import ServeSettings
     from metarec.serve.slow_clients import PatientProtocol
 
-    application = create_app(engine, ServeSettings(limits, waiting, ui=ui))
+    application = create_app(engine, ServeSettings(limits, waiting, ui=ui, watch=watch))
     logging.config.dictConfig(_LOGGING)
     # Together with the time that the worker takes to finish, a stop stays within ten seconds.
     uvicorn.run(

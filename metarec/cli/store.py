@@ -101,6 +101,38 @@ def verify(store: StoreArgument, adapters: AdaptersOption = None, json: JsonOpti
         raise typer.Exit(1)
 
 
+@store_app.command(epilog="Example: metarec store quality runs/mine/store")
+def quality(store: StoreArgument, adapters: AdaptersOption = None, json: JsonOption = False) -> None:
+    """Print how well each served model foresaw the ratings that came, by K, and how far they are from its training."""
+    from metarec.serve.watch import report
+
+    rows = report(_open(store, adapters))
+    if json:
+        print_json({"models": rows})
+        return
+    if not rows:
+        typer.echo("no feedback has been judged yet; a server adds it every few seconds")
+    for row in rows:
+        typer.echo(f"model {row['model']}: {row['feedback']} ratings, {row['not_judged']} not judged")
+        typer.echo(f"  {'K':6s} {'ratings':>8s} {'pairs':>8s} {'AUC':>6s} {'log-loss':>9s} {'calibration error':>18s}")
+        for part in (*row["by_shots"], {**row, "shots": "all"}):
+            auc, loss, error = (_number(part[name]) for name in ("auc", "log_loss", "calibration_error"))
+            counts = f"{part['ratings']:8d} {part['pairs']:8d}"
+            typer.echo(f"  {part['shots']:6s} {counts} {auc:>6s} {loss:>9s} {error:>18s}")
+        shifts = {
+            "adaptations diverged": row["diverged"],
+            "ratings of items unknown to it": row["of_unknown_items"],
+            "drift of items": row.get("item_drift"),
+            "drift of ratings": row.get("rating_drift"),
+            "ratings higher by": row.get("rating_shift"),
+        }
+        typer.echo("  " + "; ".join(f"{what}: {_number(value)}" for what, value in shifts.items()))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 @store_app.command(epilog="Example: metarec store gc runs/mine/store --keep 1")
 def gc(
     store: StoreArgument,

@@ -227,6 +227,12 @@ class RatingScale:
             raise RatingError(f"rating {number:g} of {where} is off the scale", f"Rate {self}")
         return number
 
+    def tenths(self, ratings: NDArray[np.floating]) -> NDArray[np.int64]:
+        """Returns the tenth of the scale that each rating is in, 0 to 9, shape (ratings,)."""
+        span = self.high - self.low
+        place = (np.asarray(ratings, np.float64) - self.low) / (span or 1.0) * 10
+        return np.clip(place.astype(np.int64), 0, 9)
+
     def __str__(self) -> str:
         return f"from {self.low:g} to {self.high:g}"
 

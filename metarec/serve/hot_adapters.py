@@ -38,6 +38,12 @@ class HotAdapters(Generic[V]):
             self._kept.move_to_end(key)
             return found[1]
 
+    def peek(self, key: str, version: int) -> V | None:
+        """Returns a user's adapter of that version, or None; it counts as no use of it."""
+        with self._lock:
+            found = self._kept.get(key)
+            return found[1] if found is not None and found[0] == version else None
+
     def put(self, key: str, version: int, value: V, size: int) -> None:
         """Keeps a user's adapter, and drops their former one.
 

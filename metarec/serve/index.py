@@ -77,6 +77,13 @@ class Index:
         rows = self.execute("SELECT value FROM facts WHERE name = ?", (name,))
         return str(rows[0][0]) if rows else None
 
+    def facts_named(self, beginning: str) -> dict[str, str]:
+        """Returns facts whose names begin so, by name."""
+        rows = self.execute(
+            "SELECT name, value FROM facts WHERE substr(name, 1, ?) = ? ORDER BY name", (len(beginning), beginning)
+        )
+        return {str(name): str(value) for name, value in rows}
+
     def state(self, name: str, value: str) -> None:
         """Writes a fact about the store."""
         self.execute(

@@ -21,6 +21,7 @@ from metarec.serve.guard import RequestLimits
 from metarec.serve.person import Person
 from metarec.serve.records import Accepted, Feedback, check_id
 from metarec.serve.schema import Adapter, Asked
+from metarec.serve.watch import Watch
 from metarec.serve.worker import Job, Worker
 
 # Adapting takes about as long as ranking three times.
@@ -38,12 +39,14 @@ class ServeSettings:
         waiting: Requests that may wait for the model.
         seconds: Seconds after which a request is given up.
         ui: Serves the page.
+        watch: The share of users whose feedback the model is judged by; see `metarec.serve.watch`.
     """
 
     limits: RequestLimits = field(default_factory=RequestLimits)
     waiting: int = 64
     seconds: float = 30.0
     ui: bool = False
+    watch: float = 1.0
 
 
 class _State(Collector):
@@ -91,11 +94,12 @@ class Service:
 
     def __init__(self, engine: Engine, settings: ServeSettings) -> None:
         self.settings = settings
-        self.worker = Worker(engine, settings.waiting, settings.seconds)
+        self.worker = Worker(engine, settings.waiting, settings.seconds, Watch(settings.watch))
         self._ready_at = -math.inf
         self._erasures: deque[_Erasure] = deque()
         self.registry = CollectorRegistry()
         self.registry.register(_State(self.worker))
+        self.registry.register(self.worker.watch)
         self._requests = Counter("metarec_requests", "answers", ["method", "route", "status"], registry=self.registry)
         self._seconds = Histogram("metarec_seconds", "seconds to an answer", ["route"], registry=self.registry)
 

@@ -21,6 +21,7 @@ from metarec.serve.engine import Engine
 from metarec.serve.fair_queue import CLIENT, FairQueue, FullError
 from metarec.serve.person import Person
 from metarec.serve.records import Accepted, Feedback, NewAdapter
+from metarec.serve.watch import Watch
 
 _LOG = logging.getLogger(__name__)
 _BATCH = 16
@@ -86,10 +87,14 @@ class Worker:
         engine: The engine; from now on only this worker's thread may use it.
         waiting: How many jobs may wait.
         seconds: How many seconds of work may wait.
+        watch: Judges the model by feedback, after the requests of a batch are answered.
     """
 
-    def __init__(self, engine: Engine, waiting: int = 64, seconds: float = 30.0) -> None:
+    def __init__(self, engine: Engine, waiting: int = 64, seconds: float = 30.0, watch: Watch | None = None) -> None:
         self.engine = engine
+        self.watch = watch or Watch(0.0)
+        engine.forget_with(self.watch.forget)
+        self.watch.model(engine)
         self.batches = 0
         self.jobs = 0
         self._seconds = seconds
@@ -164,6 +169,7 @@ class Worker:
             if job is not None:
                 self._do(self._batch(job))
             elif self._closed.is_set():
+                self._save_sums(now=True)
                 return
             else:
                 self._idle()
@@ -180,6 +186,7 @@ class Worker:
 
     def _idle(self) -> None:
         """Forgets whom other servers erased; requests that named them are garbage by now, and go too."""
+        self._save_sums()
         try:
             self.engine.forget_erased()
             if self.engine.counters.erased > self._swept:
@@ -210,6 +217,7 @@ class Worker:
 
     def _answer(self, batch: Sequence[Job]) -> None:
         said = [job for job in batch if job.feedback is not None]
+        known = self.watch.before(self.engine, [job.user for job in said if job.user is not None])
         outcomes = self.engine.store.append([job.feedback for job in said if job.feedback is not None]) if said else []
         accepted = {id(job): outcome for job, outcome in zip(said, outcomes, strict=True)}
         people = self.engine.people([job.user for job in batch if job.user is not None and not job.alone])
@@ -230,6 +238,16 @@ class Worker:
                 _fail(job.future, error)
             finally:
                 self.engine.check_with(None)
+        for job in said:
+            outcome = accepted[id(job)]
+            if job.feedback is not None and isinstance(outcome, Accepted):
+                self.watch.after(self.engine, job.feedback, outcome, known.get(job.feedback.user))
+        self._save_sums()
+
+    def _save_sums(self, now: bool = False) -> None:
+        """Adds what the watch has counted to the store."""
+        self.watch.count_adapted([self.engine])
+        self.watch.save(self.engine.store, now=now)
 
     def _save(self) -> None:
         while (adapter := self._unsaved.get()) is not None:
