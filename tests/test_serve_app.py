@@ -263,6 +263,7 @@ def test_every_error_is_a_json_problem(ui: bool, start: Callable[..., TestClient
         answer = client.request(method, path)
         assert (answer.status_code, answer.json()["error"]["status"]) == (status, status), path
         assert message in answer.json()["error"]["message"], path
+        assert answer.json()["error"]["cure"], path
 
 
 FAULTS = [
@@ -403,6 +404,28 @@ def test_pages_of_other_sites_cannot_ask(client: TestClient) -> None:
     for headers in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}, {"Host": "evil.example:8000"}):
         assert client.post("/v1/users/a/feedback", json=said, headers=headers).status_code == 403
     assert client.post("/v1/users/a/feedback", json=said, headers={"Origin": "http://localhost"}).status_code == 200
+
+
+def test_whatever_is_refused_before_the_application_sees_it_has_a_cure(start: Callable[..., TestClient]) -> None:
+    (one, first), (two, second) = new_key("one"), new_key("two", ["read"])
+    client = start(limits=RequestLimits(keys=lambda: (first, second), body=2000, rate=0.001, burst=6))
+    said, mine = {"item": "m1", "rating": 5}, {"X-API-Key": one}
+    address = "/v1/users/a/feedback"
+    refused = [
+        (client.post(address, json=said), 401),
+        (client.post(address, json=said, headers={"X-API-Key": two}), 403),
+        (client.post(address, json=said, headers=mine | {"Origin": "http://evil.example"}), 403),
+        (client.post(address, json=said | {"pad": "x" * 2000}, headers=mine), 413),
+        (client.post(address, content=b'{"item": "m1", "item": "m2", "rating": 5}', headers=mine), 422),
+        (client.get("/v1/users/%ff", headers=mine), 400),
+        (client.get("/v1/users/a", headers=mine), 404),
+        (client.delete("/v1/items/a", headers=mine), 404),
+        *((client.get("/version", headers=mine), status) for status in (200, 429)),
+        (start().get("/version", headers={"Host": "evil.example"}), 403),
+    ]
+    assert [answer.status_code for answer, _ in refused] == [status for _, status in refused]
+    for answer, status in refused:
+        assert status == 200 or answer.json()["error"]["cure"], answer.json()
 
 
 def test_keys_are_kept_as_hashes(tmp_path: Path) -> None:

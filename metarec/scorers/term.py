@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -64,6 +64,32 @@ class Term(Protocol):
         ...
 
 
+@runtime_checkable
+class LeavesOut(Protocol):
+    """A term that has its values without each rating of a support in closed form; others are computed one by one."""
+
+    def without_each(self, support: Ratings, items: Codes) -> tuple[Values, Values]:
+        """Returns the values without each rating in turn, and with all.
+
+        Args:
+            support: One user's ratings, one at least.
+            items: The queried items.
+
+        Returns:
+            What `Term.leave_one_out` says of the ratings that are left, shape (ratings + 1, ratings), anything at the
+            one that is left out; what `Term.values` says of the items, shape (ratings + 1, items). The last rows are
+            with all ratings.
+        """
+        ...
+
+
+def same_without_each(term: Term, support: Ratings, items: Codes) -> tuple[Values, Values]:
+    """Returns what `LeavesOut.without_each` does for a term whose values do not depend on what was rated."""
+    rated, asked = term.leave_one_out([support])[0], term.values([support], [items])[0]
+    rows = len(support) + 1
+    return np.broadcast_to(rated, (rows, len(rated))), np.broadcast_to(asked, (rows, len(asked)))
+
+
 @dataclass(frozen=True)
 class ItemValues:
     """A term that does not depend on the user; items added later get 0.
@@ -81,6 +107,10 @@ class ItemValues:
     def leave_one_out(self, supports: Sequence[Ratings]) -> list[Values]:
         """See `Term.leave_one_out`."""
         return [self.table[support.items] for support in supports]
+
+    def without_each(self, support: Ratings, items: Codes) -> tuple[Values, Values]:
+        """See `LeavesOut.without_each`."""
+        return same_without_each(self, support, items)
 
     def extended(self, added: AddedItems) -> ItemValues:
         """See `Term.extended`."""

@@ -60,7 +60,7 @@ from metarec.serve.schema import (
     asked,
     faults,
 )
-from metarec.serve.service import ServeSettings, Service, adapter_facts
+from metarec.serve.service import RefusedError, ServeSettings, Service, adapter_facts
 from metarec.serve.worker import BusyError, Job
 
 _LOG = logging.getLogger(__name__)
@@ -266,14 +266,14 @@ def _add_privacy_routes(app: FastAPI, service: Service) -> None:
         """Return everything that is stored about a user; of many ratings a page, and where the next one begins."""
         held = await asyncio.to_thread(engine.store.export, check_id(user, "user id"), after, limit)
         if held is None:
-            raise HTTPException(404, "there is no such user")
+            raise RefusedError(404, "there is no such user", "Give feedback first, or correct the id")
         return UserAnswer(**held)
 
     @app.delete("/v1/users/{user}", tags=["users"])
     async def erase(user: UserId) -> Erased:
         """Erase a user: ratings, adapters, index entries and caches."""
         if not await service.erase(check_id(user, "user id")):
-            raise HTTPException(404, "there is no such user")
+            raise RefusedError(404, "there is no such user", "Give feedback first, or correct the id")
         return Erased(erased=True)
 
 
@@ -295,7 +295,7 @@ def _add_catalog_routes(app: FastAPI, service: Service) -> None:
     async def remove_item(item: ItemId) -> Removed:
         """Remove an item for good: no ranking and no search holds it again; its ratings stay."""
         if not await service.alone(lambda: engine.remove_item(check_id(item, "item id"))):
-            raise HTTPException(404, "there is no such item")
+            raise RefusedError(404, "there is no such item", "Find ids with GET /v1/search")
         return Removed(removed=True, items=engine.recommendable)
 
     @app.get("/v1/search", tags=["catalog"])
@@ -366,7 +366,7 @@ def _methods(request: Request) -> list[str]:
 
 
 def _add_errors(app: FastAPI) -> None:
-    def problem(status: int, message: str, cure: str = "", headers: Mapping[str, str] | None = None) -> JSONResponse:
+    def problem(status: int, message: str, cure: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
         return JSONResponse(error_body(status, message, cure), status, headers)
 
     @app.exception_handler(MetarecError)
@@ -388,7 +388,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:
-        message, cure = str(error.detail), ""
+        message, cure = str(error.detail), error.cure if isinstance(error, RefusedError) else "See /openapi.json"
         if message == HTTPStatus.NOT_FOUND.phrase:
             message, cure = "there is no such route", "See /openapi.json; a '/' inside an id is written %2F"
         elif message == HTTPStatus.METHOD_NOT_ALLOWED.phrase:

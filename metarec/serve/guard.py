@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, unquote_to_bytes
 
 from metarec.artifacts import parse_json
@@ -48,6 +48,15 @@ _HEADERS = (
 )
 
 Messages = Callable[..., Any]
+
+
+class Refusal(NamedTuple):
+    """An answer that the application does not see; `retry_after` in seconds, 0 says nothing of when."""
+
+    status: int
+    message: str
+    cure: str
+    retry_after: int = 0
 
 
 def is_loopback(host: str) -> bool:
@@ -118,16 +127,16 @@ class Guard:
             if refusal is None:
                 body, refusal = await self._body(headers, receive)
             if refusal is None and body and _repeats_a_key(body):
-                refusal = 422, "the body repeats a key", 0
+                refusal = Refusal(422, "the body repeats a key", "Say it once")
             if refusal is not None:
-                await _refuse(answer, *refusal)
+                await _refuse(answer, refusal)
                 return
             CLIENT.set(key)
             await self._serve(scope, body, receive, answer, lambda: finished)
         except asyncio.CancelledError:  # the service stops, and this took too long to wait for
             if status:
                 raise
-            await _refuse(answer, 503, "the service is stopping", 5)
+            await _refuse(answer, Refusal(503, "the service is stopping", "Ask again in 5 s", 5))
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             seconds = time.perf_counter() - began
@@ -164,24 +173,27 @@ class Guard:
         subject = "" if user is None or self.pseudonym is None else self.pseudonym(unquote(user))
         _AUDIT.info("audit", extra={**facts, "key": key, "scope": needed, "subject": subject})
 
-    def _check(self, path: str, headers: Mapping[str, str], method: str) -> tuple[str, tuple[int, str, int] | None]:
+    def _check(self, path: str, headers: Mapping[str, str], method: str) -> tuple[str, Refusal | None]:
         if path in _OPEN:
             return "", None
         host = headers.get("host", "")
         origin = headers.get("origin")
         if origin is not None and method not in ("GET", "HEAD") and origin.partition("://")[2] != host:
-            return "", (403, "another site's page may not ask", 0)
+            return "", Refusal(403, "another site's page may not ask", "Ask from the service's own address")
         keys = self.limits.keys()
         if not keys:
             # A name that resolves to this machine would let a web page in through the user's browser.
             if not is_loopback(re.sub(r":\d+$", "", host)):
-                return "", (403, "without API keys only this machine is served, by the name localhost", 0)
+                message = "without API keys only this machine is served, by the name localhost"
+                return "", Refusal(403, message, "Ask for localhost, or give the service --api-key-file")
             return "", self._take("")
         given = self._who(headers, keys)
         if given is None:
-            return "", (401, "an API key is needed: Authorization: Bearer KEY", 0)
+            message = "an API key is needed: Authorization: Bearer KEY"
+            return "", Refusal(401, message, "Send a key that is in the service's file and has not expired")
         if (needed := scope_of(method, path)) not in given.scopes:
-            return given.name, (403, f"this key may not do that: it lacks the scope '{needed}'", 0)
+            message = f"this key may not do that: it lacks the scope '{needed}'"
+            return given.name, Refusal(403, message, f"Make one that may: metarec api-key FILE --scope {needed}")
         return given.name, self._take(given.name)
 
     def _who(self, headers: Mapping[str, str], keys: Sequence[ApiKey]) -> ApiKey | None:
@@ -197,7 +209,7 @@ class Guard:
         found = [key for key in keys if hmac.compare_digest(key.digest, digest)]
         return found[0] if found and not found[0].expired else None
 
-    def _take(self, name: str) -> tuple[int, str, int] | None:
+    def _take(self, name: str) -> Refusal | None:
         if not self.limits.rate:
             return None
         now = time.monotonic()
@@ -205,12 +217,13 @@ class Guard:
         bucket.tokens = min(self.limits.burst, bucket.tokens + (now - bucket.at) * self.limits.rate)
         bucket.at = now
         if bucket.tokens < 1:
-            return 429, "this key asks too often", max(1, math.ceil((1 - bucket.tokens) / self.limits.rate))
+            seconds = max(1, math.ceil((1 - bucket.tokens) / self.limits.rate))
+            return Refusal(429, "this key asks too often", f"Ask again in {seconds} s", seconds)
         bucket.tokens -= 1
         return None
 
-    async def _body(self, headers: Mapping[str, str], receive: Messages) -> tuple[bytes, tuple[int, str, int] | None]:
-        too_large = (413, f"the body is larger than {self.limits.body} bytes", 0)
+    async def _body(self, headers: Mapping[str, str], receive: Messages) -> tuple[bytes, Refusal | None]:
+        too_large = Refusal(413, f"the body is larger than {self.limits.body} bytes", "Send less at once")
         declared = headers.get("content-length", "0")
         if not declared.isdigit() or int(declared[:20]) > self.limits.body:
             return b"", too_large
@@ -220,7 +233,7 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), max(0.01, deadline - time.monotonic()))
             except asyncio.TimeoutError:
-                return b"", (408, "the body did not arrive in time", 0)
+                return b"", Refusal(408, "the body did not arrive in time", "Send it within ten seconds")
             if message["type"] == "http.disconnect":
                 break
             parts.append(message.get("body", b""))
@@ -231,7 +244,7 @@ class Guard:
         return b"".join(parts), None
 
 
-def _keep_escapes(scope: dict[str, Any]) -> tuple[int, str, int] | None:
+def _keep_escapes(scope: dict[str, Any]) -> Refusal | None:
     """Decodes the path but for slashes and percent signs inside its parts, which `schema.UserId` decodes.
 
     A server decodes the whole path: a slash inside a user's id would divide it, and ids that are not UTF-8 would all be
@@ -247,7 +260,7 @@ def _keep_escapes(scope: dict[str, Any]) -> tuple[int, str, int] | None:
     try:
         scope["path"] = unquote_to_bytes(kept).decode("utf-8")
     except UnicodeDecodeError:
-        return 400, "the path is not UTF-8", 0
+        return Refusal(400, "the path is not UTF-8", "Encode it as UTF-8, then percent-encode it")
     return None
 
 
@@ -280,18 +293,19 @@ def _repeats_a_key(body: bytes) -> bool:
     return False
 
 
-async def _refuse(send: Messages, status: int, message: str, retry_after: int) -> None:
-    body = json.dumps(error_body(status, message)).encode()
+async def _refuse(send: Messages, refusal: Refusal) -> None:
+    status = refusal.status
+    body = json.dumps(error_body(status, refusal.message, refusal.cure)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if retry_after:
-        headers.append((b"retry-after", str(retry_after).encode()))
+    if refusal.retry_after:
+        headers.append((b"retry-after", str(refusal.retry_after).encode()))
     if status == 401:
         headers.append((b"www-authenticate", b'Bearer, Basic realm="metarec", charset="UTF-8"'))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-def error_body(status: int, message: str, cure: str = "") -> dict[str, Any]:
+def error_body(status: int, message: str, cure: str) -> dict[str, Any]:
     """Returns the JSON of every error answer."""
     return {"error": {"status": status, "message": message, "cure": cure}}
 

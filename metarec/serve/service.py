@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,22 @@ from metarec.serve.worker import Job, Worker
 _FEEDBACK_COST = 3.0
 # For how long a service that was ready is, and how long the model may take to score one item.
 _READY_SECONDS, _PROBE_SECONDS = 1.0, 5.0
+_LATER = "Ask again in 5 s"
+
+
+class RefusedError(HTTPException):
+    """An answer with a status, a message and a cure.
+
+    Args:
+        status: The status.
+        message: What is wrong.
+        cure: What to do.
+        headers: Headers of the answer.
+    """
+
+    def __init__(self, status: int, message: str, cure: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(status, message, headers)
+        self.cure = cure
 
 
 @dataclass(frozen=True)
@@ -119,7 +135,7 @@ class Service:
 
         Raises:
             BusyError: The queue is full.
-            HTTPException: It did not finish in time.
+            RefusedError: It did not finish in time.
         """
         future = asyncio.wrap_future(self.worker.submit(job))
         try:
@@ -129,14 +145,14 @@ class Service:
             raise
         except asyncio.TimeoutError:
             self.worker.abandon(job)
-            raise HTTPException(503, "the answer takes too long", {"Retry-After": "5"}) from None
+            raise RefusedError(503, "the answer takes too long", _LATER, {"Retry-After": "5"}) from None
 
     async def ready(self) -> None:
         """Tests that feedback can be stored and that the model answers; at most once a second.
 
         Raises:
             StoreError: Feedback cannot be stored.
-            HTTPException: The model does not answer.
+            RefusedError: The model does not answer.
         """
         if time.monotonic() - self._ready_at < _READY_SECONDS:
             return
@@ -146,7 +162,7 @@ class Service:
         try:
             await asyncio.wait_for(asyncio.wrap_future(self.worker.probe()), _PROBE_SECONDS)
         except (asyncio.TimeoutError, RuntimeError):
-            raise HTTPException(503, "the model does not answer", {"Retry-After": "5"}) from None
+            raise RefusedError(503, "the model does not answer", _LATER, {"Retry-After": "5"}) from None
         self._ready_at = time.monotonic()
 
     async def person(

@@ -21,7 +21,7 @@ from metarec.data.interactions import Codes, Interactions, Ratings, Values
 from metarec.scorer import Request, score_each
 from metarec.scorers.collaborative.features import Features, all_components
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean, smooth_by_text
-from metarec.scorers.collaborative.residuals import Floats, Residuals
+from metarec.scorers.collaborative.residuals import Floats, Residuals, solved_without_each
 from metarec.threads import one_thread
 
 _MEAN_DAMPING = 4.0
@@ -133,6 +133,34 @@ class GaussianProcess:
         inverse = np.linalg.inv(covariance)
         predicted: Values = (self._standardize(support) - inverse @ residual / np.diag(inverse)).astype(np.float32)
         return predicted
+
+    def without_each(self, support: Ratings, candidates: Codes) -> tuple[Floats, Floats]:
+        """Predicts ratings without each rating of a support in turn, and with all, by one inverse.
+
+        Args:
+            support: What is known of the user, one rating at least.
+            candidates: Item codes, shape (candidates,).
+
+        Returns:
+            Every rating predicted from the others that are left, shape (ratings + 1, ratings), 0 for the one that is
+            left out; the candidates' expected ratings, shape (ratings + 1, candidates). The last rows are with all.
+        """
+        rated, count = self.loadings[support.items], len(support)
+        left = np.full((count + 1, 1), count - 1.0)
+        left[-1] = count
+        sums = np.vstack([rated.sum(0) - rated, rated.sum(0)])
+        mean = sums / np.maximum(left, 1)
+        expected = self.selection_effect * (mean - self.centre) * left / (left + self.selection_damping)
+        expected[left[:, 0] == 0] = 0
+        given = self._standardize(support)
+        inverse = np.linalg.inv(rated @ rated.T + np.diag(self.noise[support.items]))
+        dual = solved_without_each(inverse, given - self.mean[support.items] - expected @ rated.T)
+        diagonal = np.vstack([np.diag(inverse) - inverse**2 / np.diag(inverse)[:, None], np.diag(inverse)])
+        np.fill_diagonal(diagonal, 1.0)
+        predicted = given - dual / diagonal
+        np.fill_diagonal(predicted, 0.0)
+        weights = expected + dual @ rated
+        return predicted, self.mean[candidates] + weights @ self.loadings[candidates].T
 
     def with_zero_mean(self) -> GaussianProcess:
         """Returns the process with every item's mean set to 0."""

@@ -88,3 +88,23 @@ def centred_residuals(prior: ItemPrior, support: Ratings, damping: float) -> Flo
     """Returns a new user's residuals around the user's bias, see `user_bias`."""
     residuals = support_residuals(prior, support)
     return residuals - user_bias(residuals, damping)
+
+
+def solved_without_each(inverse: NDArray[np.floating], right: Floats) -> Floats:
+    """Solves a symmetric system without each of its equations in turn, and with all.
+
+    Args:
+        inverse: The whole system's inverse, shape (equations, equations).
+        right: Right sides, shape (equations + 1, equations), the last one of the whole system.
+
+    Returns:
+        Shape (equations + 1, equations); 0 where the equation is left out.
+
+    Source: the inverse of a block, as in Rasmussen and Williams 2006, eq. A.12.
+    """
+    kept = right.copy()
+    np.fill_diagonal(kept, 0.0)
+    found: Floats = np.asarray(kept @ inverse, np.float64)
+    found[:-1] -= inverse * (np.diag(found) / np.diag(inverse))[:, None]
+    np.fill_diagonal(found, 0.0)
+    return found

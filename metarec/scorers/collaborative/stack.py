@@ -83,6 +83,31 @@ class Stacked:
                 total += weight * (member.leave_one_out(support) - base)
         return total.astype(np.float32)
 
+    def without_each(self, support: Ratings, candidates: Codes) -> tuple[Floats, Floats]:
+        """Predicts ratings without each rating of a support in turn, and with all.
+
+        Args:
+            support: What is known of the user, one rating at least.
+            candidates: Item codes, shape (candidates,).
+
+        Returns:
+            What `leave_one_out` says of the ratings that are left, shape (ratings + 1, ratings), and `posterior_mean`
+            of the candidates, shape (ratings + 1, candidates). The last rows are with all ratings.
+        """
+        count = len(support)
+        base, prior = self.prior.values(support.items), self.prior.values(candidates)
+        fewer, least, every = (self._weights(max(ratings, 0)) for ratings in (count - 1, count - 2, count))
+        rated = np.tile(base.astype(np.float64), (count + 1, 1))
+        asked = np.tile(prior.astype(np.float64), (count + 1, 1))
+        for place, member in enumerate(self.members):
+            if isinstance(member, GaussianProcess):
+                left, found = member.without_each(support, candidates)
+                rated += np.append(np.full(count, least[place]), fewer[place])[:, None] * (left - base)
+            else:
+                found = member.without_each(support, candidates)
+            asked += np.append(np.full(count, fewer[place]), every[place])[:, None] * (found - prior)
+        return rated, asked
+
     def _weights(self, ratings: int) -> Floats:
         """Interpolates every member's weight along the logarithm of the number of ratings, shape (members,)."""
         at = np.log1p(np.asarray(self.shots, np.float64))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from metarec.data.interactions import Codes, Ratings, Values
 from metarec.scorers.collaborative.gp import GaussianProcess, WeightPosterior
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.side_effects import SideEffects, no_effects
 from metarec.scorers.collaborative.stack import Stacked
-from metarec.scorers.term import AddedItems, CrossFitted, ScoreTerm, TermContext
+from metarec.scorers.term import AddedItems, CrossFitted, ScoreTerm, TermContext, same_without_each
 from metarec.threads import one_thread
 
 
@@ -27,6 +29,10 @@ class ItemMeanTerm:
     def leave_one_out(self, supports: Sequence[Ratings]) -> list[Values]:
         """See `Term.leave_one_out`; the item means were fitted without the users' ratings."""
         return [self.prior.values(support.items) for support in supports]
+
+    def without_each(self, support: Ratings, items: Codes) -> tuple[Values, Values]:
+        """See `LeavesOut.without_each`."""
+        return same_without_each(self, support, items)
 
     def extended(self, added: AddedItems) -> ItemMeanTerm:
         """See `Term.extended`."""
@@ -78,6 +84,13 @@ class CollaborativeTerm:
             raise ValueError("the stack has no Gaussian process")
         return self.process.weight_posterior(self._bare(support))
 
+    @one_thread(scipy=False)
+    def without_each(self, support: Ratings, items: Codes) -> tuple[Values, Values]:
+        """See `LeavesOut.without_each`."""
+        rated, asked = self.stack.without_each(self._bare(support), items)
+        prior = self.stack.prior.values
+        return (rated - prior(support.items)).astype(np.float32), (asked - prior(items)).astype(np.float32)
+
     def _bare(self, support: Ratings) -> Ratings:
         """Returns a support whose ratings lack the effects of side information."""
         return support if self.side is None else self.side.without(support, self.stack.prior.scale)
@@ -105,6 +118,10 @@ class SideTerm:
     def leave_one_out(self, supports: Sequence[Ratings]) -> list[Values]:
         """See `Term.leave_one_out`; the effects were fitted without the users' ratings."""
         return [self.effects.rated(support) for support in supports]
+
+    def without_each(self, support: Ratings, items: Codes) -> tuple[Values, Values]:
+        """See `LeavesOut.without_each`."""
+        return same_without_each(self, support, items)
 
     def extended(self, added: AddedItems) -> SideTerm:
         """See `Term.extended`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from metarec.data.interactions import Codes, Interactions, Ratings
 from metarec.scorer import Request, ScoreArray, score_each
 from metarec.scorers.collaborative.item_mean import ItemPrior
-from metarec.scorers.collaborative.residuals import Floats, support_residuals, user_bias
+from metarec.scorers.collaborative.residuals import Floats, solved_without_each, support_residuals, user_bias
 
 _NEWTON_STEPS = 30
 
@@ -82,6 +82,25 @@ class TextRidge(_OnVectors):
         gram: Floats = rated @ rated.T + self.penalty * np.eye(len(support))
         dual = np.linalg.solve(gram, target - user_bias(target, self.user_bias_damping))
         return base + self.vectors[request.candidates] @ (rated.T @ dual)
+
+    def without_each(self, support: Ratings, candidates: Codes) -> Floats:
+        """Scores items without each rating of a support in turn, and with all; see `GaussianProcess.without_each`.
+
+        Returns:
+            Shape (ratings + 1, candidates); the last row is with all.
+        """
+        base = self.prior.values(candidates) * self.offset
+        target = support_residuals(self.prior, support)
+        if not self.offset:
+            target = target + self.prior.values(support.items)
+        sums = np.append(target.sum() - target, target.sum())
+        left = np.append(np.full(len(support), len(support) - 1.0), len(support))
+        bias = np.divide(sums, left + self.user_bias_damping, out=np.zeros_like(sums), where=left > 0)
+        rated = self.vectors[support.items]
+        inverse = np.linalg.inv(rated @ rated.T + self.penalty * np.eye(len(support)))
+        dual = solved_without_each(inverse, target - bias[:, None])
+        scores: Floats = base + (dual @ rated) @ self.vectors[candidates].T
+        return scores
 
 
 def fit_text_ridge(

@@ -20,7 +20,7 @@ from metarec.meta.inner_loop import MetaState
 from metarec.scorers.language.adapted import MetaScorer
 from metarec.scorers.language.linearized import Linearized, linearize
 from metarec.scorers.language.score import adapter_tensors, squared_error
-from metarec.scorers.term import ADAPTER_TERM, Term, weighted_sum
+from metarec.scorers.term import ADAPTER_TERM, LeavesOut, Term, weighted_sum
 from metarec.tensors import AdapterState, expand_users
 
 
@@ -80,8 +80,8 @@ def scores_without_each(
     supports = [support.rows(np.delete(rows, row)) for row in rows] + [support]
     real = torch.from_numpy(np.vstack([~np.eye(count, dtype=bool), np.ones((1, count), bool)]))
     target = torch.from_numpy(scorer.prior.standardize(support.values).astype(np.float32)).expand(len(supports), -1)
-    rated = {name: _leave_one_out(term, supports, real) for name, term in scorer.terms.items()}
-    asked = {name: _stacked(term.values(supports, [codes] * len(supports))) for name, term in scorer.terms.items()}
+    both = {name: _without_each(term, supports, codes, real) for name, term in scorer.terms.items()}
+    rated, asked = ({name: pair[place] for name, pair in both.items()} for place in (0, 1))
     state = {name: value.detach().cpu() for name, value in scorer.meta.init.items() if name.startswith("score.")}
     weights = expand_users(state, len(supports))
     adapted = [name for name in weights if name in scorer.meta.log_rate]
@@ -112,11 +112,18 @@ def scores_without_each(
     return found
 
 
-def _leave_one_out(term: Term, supports: Sequence[Ratings], real: Tensor) -> Tensor:
-    """Returns a term's values of every support's ratings, 0 at the one that is left out."""
+def _without_each(term: Term, supports: Sequence[Ratings], codes: Codes, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a term's values of every support's ratings, 0 at the one that is left out, and of the items asked for."""
+    if isinstance(term, LeavesOut) and len(supports[-1]):
+        rated, asked = (_float32(part) for part in term.without_each(supports[-1], codes))
+        return rated * real, asked
     values = torch.zeros(real.shape)
-    values[real] = torch.from_numpy(np.concatenate(term.leave_one_out(supports)).astype(np.float32))
-    return values
+    values[real] = _float32(np.concatenate(term.leave_one_out(supports)))
+    return values, _float32(np.stack(term.values(supports, [codes] * len(supports))))
+
+
+def _float32(values: NDArray[np.floating]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def _weights(supports: Sequence[Ratings], real: Tensor, half_life: float | None) -> Tensor | None:
@@ -126,10 +133,6 @@ def _weights(supports: Sequence[Ratings], real: Tensor, half_life: float | None)
     ages = torch.zeros(real.shape)
     ages[real] = torch.from_numpy(np.concatenate([support.ages for support in supports]).astype(np.float32))
     return real * torch.exp2(-ages / half_life)
-
-
-def _stacked(values: Sequence[NDArray[np.float32]]) -> Tensor:
-    return torch.from_numpy(np.stack(values).astype(np.float32))
 
 
 def _total(state: Mapping[str, Tensor], terms: Mapping[str, Tensor], moved: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from metarec.data.interactions import Codes, Ratings, Values
 from metarec.lm.answer_model import AnswerModel
-from metarec.scorers.term import AddedItems, CrossFitted, ScoreTerm, TermContext
+from metarec.scorers.term import AddedItems, CrossFitted, ScoreTerm, TermContext, same_without_each
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,10 @@ class PromptTerm:
     def leave_one_out(self, supports: Sequence[Ratings]) -> list[Values]:
         """See `Term.leave_one_out`."""
         return [self._centred(support.items) for support in supports]
+
+    def without_each(self, support: Ratings, items: Codes) -> tuple[Values, Values]:
+        """See `LeavesOut.without_each`."""
+        return same_without_each(self, support, items)
 
     def _centred(self, codes: Codes) -> Values:
         values: Values = (self.answer_model.frozen_log_odds(codes) - self.answer_model.frozen_mean).cpu().numpy()

@@ -19,7 +19,7 @@ from metarec.meta.heads import ClosedFormHead, WeightPrior
 from metarec.progress import progress
 from metarec.scorers.collaborative.linear_kernel import LearnedWeights, RatedRows, learn_weights, rated_rows
 from metarec.scorers.collaborative.residuals import Floats
-from metarec.scorers.term import AddedItems, CrossFitted, ScoreTerm, TermContext
+from metarec.scorers.term import AddedItems, CrossFitted, ScoreTerm, TermContext, same_without_each
 from metarec.tensors import AdapterState
 from metarec.threads import map_each
 
@@ -57,6 +57,10 @@ class KernelMean:
     def leave_one_out(self, supports: Sequence[Ratings]) -> list[Values]:
         """See `Term.leave_one_out`; it was fitted without the users' ratings."""
         return [self._of(support.items) for support in supports]
+
+    def without_each(self, support: Ratings, items: Codes) -> tuple[Values, Values]:
+        """See `LeavesOut.without_each`."""
+        return same_without_each(self, support, items)
 
     def extended(self, added: AddedItems) -> KernelMean:
         """See `Term.extended`."""
