@@ -15,7 +15,7 @@ from metarec.data.side import ABOUT, Side, Texts
 from metarec.errors import ConfigError, shown, suggest
 from metarec.fitting import Fitted
 from metarec.scorers.collaborative.side_effects import FRIENDS, SideEffects
-from metarec.scorers.collaborative.side_readers import Categories
+from metarec.scorers.collaborative.side_readers import Categories, Reader
 from metarec.scorers.collaborative.terms import SideTerm
 
 _LOG = logging.getLogger(__name__)
@@ -65,6 +65,11 @@ def with_side(
         asked={name: _texts([value]) for name, value in moment.items()} if moment else before.asked,
     )
     return replace(support, side=side)
+
+
+def about_readers(fitted: Fitted) -> Mapping[str, Reader]:
+    """Returns the fields of users that a recommender reads, with what reads each; none where it reads none."""
+    return next((term.effects.about for term in fitted.terms.values() if isinstance(term, SideTerm)), {})
 
 
 def unknown_values(fitted: Fitted, side: Side | None) -> list[str]:

@@ -23,6 +23,7 @@ from metarec.recommender import MetaRecommender
 from metarec.serve.app import create_app
 from metarec.serve.engine import Engine
 from metarec.serve.records import Beside, Feedback, UserFacts
+from metarec.serve.service import ServeSettings
 from metarec.serve.store import AdapterStore
 
 TASK: dict[str, Any] = {"split": {"fractions": [0.6, 0.2, 0.2]}, "shots": [0, 5], "query": {"max": 10, "min": 3}}
@@ -69,6 +70,24 @@ def start(known: MetaRecommender, tmp_path: Path) -> Iterator[Callable[..., Test
     yield make
     for client in clients:
         client.__exit__(None, None, None)
+
+
+def test_the_page_asks_for_what_the_recommender_reads_and_keeps_the_answer(
+    known: MetaRecommender, tmp_path: Path
+) -> None:
+    engine = Engine(known, AdapterStore(tmp_path / "store"))
+    with TestClient(create_app(engine, ServeSettings(ui=True)), "http://localhost", False) as client:
+        page = client.get("/").text
+        assert "In a sentence" in page
+        assert "<option>a</option>" in page
+        said = client.post("/ui/about", data={"group": "a", "about": ""}, headers={"Metarec-Parts": "1"})
+        assert "What you said of yourself is used." in said.text
+        assert "Your ranking" in said.text
+        assert "<option selected>a</option>" in client.get("/").text
+        visitor = client.cookies["metarec_visitor"]
+        assert client.get(f"/v1/users/{visitor}").json()["about"]["group"] == "a"
+        refused = client.post("/ui/about", data={"shoe size": "9"}, headers={"Metarec-Parts": "1"})
+        assert "no field of a user" in refused.json()["error"]["message"]
 
 
 @pytest.fixture

@@ -1,52 +1,142 @@
 """Serves a page to try the service on: rate a few titles, and see how the ranking changes and why.
 
-The server renders HTML, htmx replaces the parts that change, and forms work without scripts too. The page loads nothing
-from elsewhere. A visitor is a user like any other, named by a random id in a cookie.
+The server renders HTML; the page's scripts replace the parts that change, and forms work without scripts too. The page
+loads nothing from elsewhere. A visitor is a user like any other, named by a random id in a cookie.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import parse_qs
 
 import jinja2
+import numpy as np
 from fastapi import Cookie, FastAPI, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
 
 from metarec.adapted_user import Recommendation
-from metarec.errors import ConfigError
+from metarec.data.interactions import Catalog, RatingScale
+from metarec.data.side import ABOUT
+from metarec.data.titles import read_title
+from metarec.errors import ConfigError, MetarecError, StoreError
 from metarec.explanations import Reason
+from metarec.given_side import about_readers
+from metarec.preferences import Preference
+from metarec.scorers.collaborative.side_readers import Categories, Numbers
+from metarec.serve.batching import BLOCK
 from metarec.serve.person import Person
-from metarec.serve.records import Feedback
+from metarec.serve.records import MAX_ID_CHARACTERS, Feedback
 from metarec.serve.service import Service
+from metarec.serve.worker import BusyError
 
 _HERE = Path(__file__).parent
 _COOKIE = "metarec_visitor"
 _SHOWN = 10
-_FOUND = 8
-# Places before the last rating are known among so many items, for so many visitors.
-_COMPARED = 100
+_FOUND = 6
+_MOST_CHOICES, _FEW_CHOICES = 10, 5
+_MOST_SKIPPED = 120
+# Places before the last rating are known among so many items, which are scored anyway, for so many visitors.
+_COMPARED = BLOCK // 2
 _REMEMBERED = 1000
-_FILES = {"page.css": "text/css", "htmx.min.js": "text/javascript"}
+_FILES = {
+    "page.css": "text/css",
+    **dict.fromkeys(("page.js", "parts.js", "toolbar.js", "glide.js"), "text/javascript"),
+}
+# Width of the picture of a preference, where 0 is in it, and the share of each half that the first band takes.
+_WIDTH, _ZERO, _BAND = 200.0, 100.0, 0.7
 
 Visitor = Annotated[str | None, Cookie(alias=_COOKIE, pattern="^page-[A-Za-z0-9_-]{16,64}$", include_in_schema=False)]
+Text = Annotated[str, Query(max_length=200)]
+Skipped = Annotated[list[Annotated[str, Query(max_length=MAX_ID_CHARACTERS)]] | None, Query(max_length=_MOST_SKIPPED)]
 
 Ranked = list[tuple[Recommendation, list[Reason]]]
 
 
 @dataclass(frozen=True)
-class ItemRow:
+class Named:
+    """An item as people name it: its title with the article in front, or its id where it has none."""
+
+    item: str
+    title: str
+    year: str
+
+    @classmethod
+    def of(cls, catalog: Catalog, item: str, code: int) -> Named:
+        """Returns an item of a catalog."""
+        title, year = read_title(catalog.fields["title"][code])
+        return cls(item, title or f"item {item}", year or catalog.fields.get("year", [""] * len(catalog))[code])
+
+
+@dataclass(frozen=True)
+class RankedItem(Named):
     """A line of the ranking; `was` is the item's place before the last rating, None where it was not near the top."""
 
-    title: str
     score: float
+    rating: float | None
     was: int | None
-    because: list[Reason]
+    because: Sequence[Because]
+
+
+@dataclass(frozen=True)
+class RatedItem(Named):
+    """A line of what the visitor rated."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class Because:
+    """A rating that moved an item, by how much."""
+
+    title: str
+    rating: float
+    moved: float
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a ranking is compared with.
+
+    Args:
+        version: The ranking's version of the adapter.
+        places: Its items' places.
+        before: Those of the ranking that was shown before.
+        since: The rating that came between the two; None where it is not known, or they are several.
+    """
+
+    version: int
+    places: Mapping[str, int]
+    before: Mapping[str, int]
+    since: RatedItem | None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """The picture of a preference: left end and width of each of its parts, of `_WIDTH`."""
+
+    category: str
+    mean: float
+    width: float
+    before: tuple[float, float]
+    bar: tuple[float, float]
+    whisker: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Field:
+    """Something to say about oneself; `choices` are its values, where it has few."""
+
+    name: str
+    label: str
+    value: str
+    choices: Sequence[str]
+    number: bool
 
 
 class PageContent:
@@ -59,67 +149,128 @@ class PageContent:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._engine = service.engine
-        scale = self._engine.trained.fitted.scale
-        self._choices = list(range(math.ceil(scale.low), math.floor(scale.high) + 1))
+        self._choices = choices(self._engine.trained.fitted.scale)
         # By users' random keys, which other servers know those by whom they erase.
-        self._places: dict[str, dict[str, int]] = {}
-        self._engine.forget_with(lambda key: self._places.pop(key, None))
+        self._moved: dict[str, Moved] = {}
+        self._first: tuple[int, dict[str, int]] = (-1, {})
+        self._engine.forget_with(lambda key: self._moved.pop(key, None))
 
-    def _best_for_new_user(self, k: int) -> Ranked:
-        return self._engine.recommend(Person(self._engine.new_user, 0, 0), k)[1]
+    def _named(self, item: str) -> Named:
+        return Named.of(self._engine.catalog, item, self._engine.code(item))
 
-    async def ranking(self, user: str) -> dict[str, Any]:
-        """Returns a visitor's ranking, each item with its former place, and their ratings."""
+    def _first_places(self) -> Mapping[str, int]:
+        """Returns the places of a new user's ranking, computed again where items have come or gone."""
+        if self._first[0] != (items := self._engine.recommendable):
+            ranked = self._engine.recommend(Person(self._engine.new_user, 0, 0), _COMPARED)[1]
+            self._first = items, _places(ranked)
+        return self._first[1]
+
+    async def shown(self, user: str, *, why: bool = False, last: tuple[str, float] | None = None) -> dict[str, Any]:
+        """Returns a visitor's ranking, each item with its former place, their ratings, and what is believed of them.
+
+        Args:
+            user: The visitor.
+            why: Adds the ratings that moved each item, which takes longer with every rating.
+            last: The item that was rated just now, and its rating.
+        """
         engine = self._engine
 
         def answer(person: Person) -> dict[str, Any]:
-            served, ranked = engine.recommend(person, _SHOWN, explain=True)
+            served, ranked = engine.recommend(person, _COMPARED)
+            moved = self._compare(user, person, _places(ranked), last)
+            best = [entry for entry, _ in ranked[:_SHOWN]]
             support = served.adapted.support
-            titles = [engine.catalog.title(int(code)) for code in support.items]
-            before = self._places.get(self._key(user)) or _places(self._best_for_new_user(_COMPARED))
-            rows = [ItemRow(entry.title, entry.score, before.get(entry.item), reasons) for entry, reasons in ranked]
+            codes = [engine.code(entry.item) for entry in best]
+            reasons = engine.explain(served, np.array(codes, np.int64)) if why else [[] for _ in best]
+            ratings = served.adapted.predicted_ratings([entry.score for entry in best])
+            predicted: Sequence[float | None] = ratings or [None] * len(best)
+            found = engine.knowledge(served)
+            about = support.side.about if support.side is not None else {}
+            rows = [
+                RankedItem(
+                    **vars(Named.of(engine.catalog, entry.item, code)),
+                    score=entry.score,
+                    rating=rating,
+                    was=moved.before.get(entry.item),
+                    because=[Because(self._named(one.item).title, one.rating, one.moved) for one in because],
+                )
+                for entry, code, rating, because in zip(best, codes, predicted, reasons, strict=True)
+            ]
             return {
                 "adapter": served.facts(),
+                "version": served.version,
                 "losses": list(served.losses),
                 "rows": rows,
                 "ratings": [
-                    {"title": title, "value": float(value)} for title, value in zip(titles, support.values, strict=True)
+                    RatedItem(**vars(Named.of(engine.catalog, engine.catalog.ids[code], code)), value=float(value))
+                    for code, value in zip(support.items.tolist(), support.values, strict=True)
                 ],
+                "since": moved.since,
+                "moves": moves(rows),
+                "why": why,
+                "known": found.known,
+                "bars": bars(found.preferences),
+                "fields": about_fields(about_readers(engine.trained.fitted), about),
             }
 
         facts: dict[str, Any] = await self._service.person(user, answer)
         return facts
 
-    async def found(self, user: str, q: str) -> dict[str, Any]:
-        """Returns the items that a query finds, or without one those to start with, and the visitor's ratings."""
+    def _compare(self, user: str, person: Person, places: Mapping[str, int], last: tuple[str, float] | None) -> Moved:
+        """Returns what a ranking is compared with, and remembers the ranking for the next one."""
+        profile = self._engine.store.profile(user)
+        old = None if profile is None else self._moved.get(profile.key)
+        if old is not None and old.version == person.version:
+            return old
+        before = old.places if old is not None else self._first_places()
+        follows = person.version == (0 if old is None else old.version) + 1
+        since = RatedItem(**vars(self._named(last[0])), value=last[1]) if last and follows else None
+        moved = Moved(person.version, places, before, since)
+        if profile is not None:  # otherwise erased in the meantime, or nobody yet
+            self._moved[profile.key] = moved
+        while len(self._moved) > _REMEMBERED:
+            self._moved.pop(next(iter(self._moved)))
+        return moved
+
+    async def found(self, user: str, q: str, skip: Sequence[str] = ()) -> dict[str, Any]:
+        """Returns the items that a query finds, or without one those whose ratings would tell most, and the ratings.
+
+        Args:
+            user: The visitor.
+            q: The query.
+            skip: Items that the visitor does not know.
+        """
         engine = self._engine
 
         def answer(person: Person) -> dict[str, Any]:
             support = person.adapted.support
             ids = [engine.catalog.ids[code] for code in support.items]
             rated = dict(zip(ids, (float(value) for value in support.values), strict=True))
+            telling: list[str] = []
             if q.strip():
-                return {"found": engine.search(q, _FOUND), "rated": rated}
-            return {"found": [entry for entry, _ in self._best_for_new_user(_FOUND)], "rated": rated}
+                hits = [hit.item for hit in engine.search(q, _FOUND)]
+            else:
+                hits = telling = [one.item for one in engine.informative(person, _FOUND, skip)]
+                hits = hits or list(self._first_places())[:_FOUND]
+            return {
+                "found": [self._named(item) for item in hits],
+                "rated": rated,
+                "query": q.strip(),
+                "telling": bool(telling),
+                "skipped": [*skip, *telling][-_MOST_SKIPPED:],
+            }
 
         facts: dict[str, Any] = await self._service.person(user, answer)
         return facts | {"choices": self._choices}
 
-    async def rate(self, user: str, item: str, rating: float) -> None:
-        """Adds a rating, and remembers the places that items had before it."""
-        before = await self._service.person(user, lambda person: self._engine.recommend(person, _COMPARED)[1])
+    async def rate(self, user: str, item: str, rating: float) -> str:
+        """Adds a rating; returns the item's title."""
         await self._service.feedback(Feedback(user, ((item, rating),)))
-        await self._service.alone(lambda: self._remember(user, _places(before)))
+        return self._named(item).title
 
-    def _remember(self, user: str, places: dict[str, int]) -> None:
-        if key := self._key(user):  # otherwise erased in the meantime
-            self._places[key] = places
-        while len(self._places) > _REMEMBERED:
-            self._places.pop(next(iter(self._places)))
-
-    def _key(self, user: str) -> str:
-        profile = self._engine.store.profile(user)
-        return "" if profile is None else profile.key
+    async def tell(self, user: str, about: Mapping[str, str]) -> None:
+        """Keeps what visitors say about themselves."""
+        await self._service.feedback(Feedback(user, (), about=dict(about)))
 
     async def erase(self, user: str) -> None:
         """Removes a visitor everywhere."""
@@ -132,49 +283,152 @@ def add_page(app: FastAPI, service: Service) -> None:
     templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     content = PageContent(service)
 
-    def render(name: str, user: str | None, facts: dict[str, Any]) -> HTMLResponse:
-        response = HTMLResponse(templates.get_template(name).render(**facts))
-        if user is not None:
-            response.set_cookie(_COOKIE, user, httponly=True, samesite="strict", max_age=30 * 86400)
-        return response
+    def render(name: str, facts: Mapping[str, Any], status: int = 200) -> HTMLResponse:
+        return HTMLResponse(templates.get_template(name).render(**facts), status)
 
-    async def after_change(request: Request, user: str) -> Response:
-        if request.headers.get("hx-request") != "true":
+    async def whole(
+        user: str, q: str = "", skip: Sequence[str] = (), *, why: bool = False, problem: str = "", status: int = 200
+    ) -> HTMLResponse:
+        facts = {"q": q, "problem": problem}
+        facts |= await content.shown(user, why=why) | await content.found(user, q, skip)
+        return render("page.html", facts, status)
+
+    async def change(
+        request: Request, visitor: str | None, work: Callable[[str, Mapping[str, str]], Awaitable[dict[str, Any]]]
+    ) -> Response:
+        """Does what a form says, and returns the parts of the page that it changes, or the page."""
+        user = _known(visitor)
+        form = {name: values[0] for name, values in parse_qs(await _text(request), keep_blank_values=True).items()}
+        scripted = "metarec-parts" in request.headers
+        try:
+            said = await work(user, form)
+        except MetarecError as error:
+            if scripted or isinstance(error, BusyError | StoreError):
+                raise
+            return await whole(user, problem=str(error), status=422)
+        if not scripted:
             return RedirectResponse("/", 303)
-        return render("ranking.html", None, await content.ranking(user))
+        facts = await content.shown(user, last=said.get("last"))
+        return render("changed.html", {**facts, "said": f"{said['said']} {_ranking_said(facts)}"})
 
     @app.get("/", include_in_schema=False)
-    async def page(visitor: Visitor = None, q: Annotated[str, Query(max_length=200)] = "") -> HTMLResponse:
+    async def page(visitor: Visitor = None, q: Text = "", skip: Skipped = None, why: bool = False) -> HTMLResponse:
         user = visitor or f"page-{secrets.token_urlsafe(24)}"
-        facts = {"q": q, **await content.ranking(user), **await content.found(user, q)}
-        return render("page.html", user, facts)
+        response = await whole(user, q, skip or (), why=why)
+        response.set_cookie(_COOKIE, user, httponly=True, samesite="strict", max_age=30 * 86400)
+        return response
 
     @app.get("/ui/find", include_in_schema=False)
-    async def find(visitor: Visitor = None, q: Annotated[str, Query(max_length=200)] = "") -> HTMLResponse:
-        return render("found.html", None, await content.found(visitor or "page-nobody", q))
+    async def find(visitor: Visitor = None, q: Text = "", skip: Skipped = None) -> HTMLResponse:
+        return render("found.html", await content.found(visitor or "page-nobody", q, skip or ()))
+
+    @app.get("/ui/ranking", include_in_schema=False)
+    async def ranking(visitor: Visitor = None, why: bool = False) -> HTMLResponse:
+        return render("ranking.html", await content.shown(_known(visitor), why=why))
 
     @app.post("/ui/rate", include_in_schema=False)
     async def rate(request: Request, visitor: Visitor = None) -> Response:
-        form = parse_qs((await request.body()).decode("utf-8", "replace"))
-        user = _known(visitor)
-        try:
-            rating = float(form["rating"][0])
-        except (KeyError, ValueError):
-            raise ConfigError("the form has no rating", "Choose one of the numbers") from None
-        await content.rate(user, form.get("item", [""])[0], rating)
-        return await after_change(request, user)
+        async def work(user: str, form: Mapping[str, str]) -> dict[str, Any]:
+            try:
+                rating = float(form["rating"])
+            except (KeyError, ValueError):
+                raise ConfigError("the form has no rating", "Choose one of the numbers") from None
+            item = form.get("item", "")
+            title = await content.rate(user, item, rating)
+            return {"said": f"You gave {title} {rating:g}.", "last": (item, rating)}
+
+        return await change(request, visitor, work)
+
+    @app.post("/ui/about", include_in_schema=False)
+    async def about(request: Request, visitor: Visitor = None) -> Response:
+        async def work(user: str, form: Mapping[str, str]) -> dict[str, Any]:
+            await content.tell(user, form)
+            return {"said": "What you said of yourself is used."}
+
+        return await change(request, visitor, work)
 
     @app.post("/ui/forget", include_in_schema=False)
     async def forget(request: Request, visitor: Visitor = None) -> Response:
-        user = _known(visitor)
-        await content.erase(user)
-        return await after_change(request, user)
+        async def work(user: str, form: Mapping[str, str]) -> dict[str, Any]:
+            await content.erase(user)
+            return {"said": "You are forgotten."}
+
+        return await change(request, visitor, work)
 
     @app.get("/ui/{name}", include_in_schema=False)
     async def file(name: str) -> Response:
         if name not in _FILES:
             raise HTTPException(404)
         return FileResponse(_HERE / "static" / name, media_type=_FILES[name])
+
+
+async def _text(request: Request) -> str:
+    return (await request.body()).decode("utf-8", "replace")
+
+
+def choices(scale: RatingScale) -> list[int]:
+    """Returns the ratings to choose from: the whole numbers of a scale, or a few of many."""
+    low, high = math.ceil(scale.low), math.floor(scale.high)
+    if high - low < _MOST_CHOICES:
+        return list(range(low, high + 1))
+    return [round(low + (high - low) * step / (_FEW_CHOICES - 1)) for step in range(_FEW_CHOICES)]
+
+
+def moves(rows: Sequence[RankedItem]) -> str:
+    """Says how many items of a ranking are new, went up and went down."""
+    new = sum(row.was is None for row in rows)
+    up = sum(row.was is not None and row.was > place for place, row in enumerate(rows, start=1))
+    down = sum(row.was is not None and row.was < place for place, row in enumerate(rows, start=1))
+    parts = [f"{count} {what}" for count, what in ((new, "new"), (up, "up"), (down, "down")) if count]
+    return ", ".join(parts) or "nothing moved"
+
+
+def _ranking_said(facts: Mapping[str, Any]) -> str:
+    """Says a ranking in a sentence, for those who hear it."""
+    first = facts["rows"][0].title if facts["rows"] else "nothing"
+    return f"Your ranking: {facts['moves']}; first is {first}."
+
+
+def bars(preferences: Sequence[Preference]) -> list[Bar]:
+    """Returns the pictures of preferences, on one scale that no rating changes."""
+    widest = max((one.spread for one in preferences), default=0.0) or 1.0
+
+    def at(value: float) -> float:
+        return min(max(_ZERO + value / widest * _ZERO * _BAND, 0.0), _WIDTH)
+
+    def between(low: float, high: float) -> tuple[float, float]:
+        return round(at(low), 1), round(at(high) - at(low), 1)
+
+    return [
+        Bar(
+            one.category,
+            round(one.mean, 2) + 0.0,  # no negative zero
+            (one.high - one.low) / 2,
+            between(-one.spread, one.spread),
+            between(min(one.mean, 0.0), max(one.mean, 0.0)),
+            between(one.low, one.high),
+        )
+        for one in preferences
+    ]
+
+
+def about_fields(readers: Mapping[str, Any], about: Mapping[str, str]) -> list[Field]:
+    """Returns what visitors may say about themselves, with what they have said.
+
+    Args:
+        readers: Field of users to what reads it.
+        about: Field to what is known.
+    """
+    return [
+        Field(
+            name,
+            "In a sentence" if name == ABOUT else name.replace("_", " ").capitalize(),
+            about.get(name, ""),
+            reader.tokens if isinstance(reader, Categories) and not reader.words else (),
+            isinstance(reader, Numbers),
+        )
+        for name, reader in readers.items()
+    ]
 
 
 def _places(ranked: Ranked) -> dict[str, int]:
