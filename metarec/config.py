@@ -327,7 +327,11 @@ class FineTuneConfig(TrainConfig):
     """How one model is fine-tuned for all users; see `metarec.scorers.language.fine_tuning`."""
 
     trainable: Literal["lora", "all"] = Field("lora", description="one LoRA for all users, or every parameter")
-    form: Literal["lora", "dora"] = Field("lora", description="of a LoRA: dora learns the weights' lengths beside it")
+    form: Literal["lora", "dora", "adalora"] = Field(
+        "lora",
+        description="of a LoRA: dora learns the weights' lengths beside it; adalora takes ranks away where they matter "
+        "least, down to `rank` on average",
+    )
     rank: int = Field(8, ge=1)
     alpha: float = Field(16.0, gt=0)
     targets: tuple[str, ...] | None = Field(None, description="linear layers that carry the LoRA; null: PEFT's choice")

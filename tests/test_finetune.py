@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -33,6 +36,7 @@ from metarec.scorers.language import fine_tuning
 from metarec.scorers.language.fine_tuning import fine_tune
 from metarec.scorers.language.finetuned import FineTuned
 from metarec.scorers.language.in_context import History, InContext
+from metarec.scorers.language.rank_allocation import distance_from_orthogonal
 from metarec.scorers.language.trainable_copy import Recipe, trainable_copy
 from metarec.serve import retrieval
 from metarec.serve.engine import Engine
@@ -262,7 +266,7 @@ def test_classes_that_cannot_be_are_refused(model_dir: Dirs, tmp_path: Path) -> 
 # Aids.
 
 
-def tune(model: Backbone, **settings: object) -> FineTuned:
+def tune(model: Backbone, checkpoint: Path | None = None, resume: bool = False, **settings: object) -> FineTuned:
     config = fine_tune_settings({**SHORT, **settings})
     prior = fit_item_mean(WORLD, np.arange(40))
     recipe = Recipe(config.trainable, config.rank, config.alpha, config.targets, 0, config.form, config.dropout)
@@ -278,6 +282,8 @@ def tune(model: Backbone, **settings: object) -> FineTuned:
         recipe=recipe,
         config=config,
         limit=4,
+        checkpoint=checkpoint,
+        resume=resume,
     )
 
 
@@ -443,8 +449,6 @@ def test_a_dora_has_the_lengths_that_peft_gives_it_and_merges(backbone: Callable
     model = backbone("llama")
     tuned = tune(model, form="dora", validate_every=4, steps=8, patience=9)
     assert any("magnitude" in name for name in tuned.trained)
-    import copy
-
     theirs = get_peft_model(
         copy.deepcopy(model.model), LoraConfig(r=8, lora_alpha=16, use_dora=True, task_type="CAUSAL_LM")
     ).eval()
@@ -454,6 +458,80 @@ def test_a_dora_has_the_lengths_that_peft_gives_it_and_merges(backbone: Callable
     tokens = torch.tensor([model.tokenize(["is this a good movie ? alien answer :"])[0]])
     expected = theirs(input_ids=tokens).logits
     torch.testing.assert_close(tuned.context.backbone.model(tokens).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adalora_takes_the_ranks_that_peft_takes_and_merges(
+    backbone: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT's own loop, by the gradients that ours had: the same numbers, and as many ranks as the budget leaves."""
+    from peft import AdaLoraConfig, get_peft_model
+
+    from metarec.meta import outer_loop
+
+    gradients: list[dict[str, torch.Tensor]] = []
+    step = outer_loop._step
+
+    def keep(tensors: dict[str, torch.Tensor], gradient: MetaGradient, *rest: object) -> None:
+        step(tensors, gradient, *rest)  # type: ignore[arg-type]
+        gradients.append({name.removeprefix("init/"): value.grad.clone() for name, value in tensors.items()})  # type: ignore[union-attr]
+
+    monkeypatch.setattr(outer_loop, "_step", keep)
+    values = itertools.count()
+    monkeypatch.setattr(fine_tuning, "validation_auc", lambda *_: next(values))
+    model, fixed = backbone("llama"), {"schedule": "constant", "warmup": 0, "weight_decay": 0.0, "lr": 0.01}
+    tuned = tune(model, form="adalora", rank=2, validate_every=8, steps=8, patience=9, **fixed)
+    assert tuned.training["best_step"] == 8
+    settings = AdaLoraConfig(
+        target_r=2, init_r=3, tinit=0, tfinal=2, total_step=8, lora_alpha=16, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = get_peft_model(copy.deepcopy(model.model), settings).eval()
+    inner = theirs.base_model.model
+    trained = {name: value for name, value in inner.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.AdamW([*trained.values()], lr=0.01, weight_decay=0.0)
+    for number, gradient in enumerate(gradients, start=1):
+        for name, value in trained.items():
+            value.grad = gradient[name]
+        optimizer.step()
+        theirs.base_model.update_and_allocate(number)
+    assert sorted(tuned.trained) == sorted(trained)
+    for name, value in trained.items():
+        torch.testing.assert_close(tuned.trained[name], value.detach(), atol=1e-6, rtol=1e-5)
+    ranks = [int((value != 0).sum()) for name, value in tuned.trained.items() if ".lora_E." in name]
+    assert sum(ranks) == 2 * len(ranks), "two of three on average"
+    tokens = torch.tensor([model.tokenize(["is this a good movie ? alien answer :"])[0]])
+    torch.testing.assert_close(
+        tuned.context.backbone.model(tokens).logits, theirs(input_ids=tokens).logits, atol=1e-4, rtol=1e-4
+    )
+    own = {name: value.detach() for name, value in trained.items()}
+    with torch.no_grad():
+        regular = theirs(input_ids=tokens, labels=tokens).loss - inner(input_ids=tokens, labels=tokens).loss
+    assert float(settings.orth_reg_weight * distance_from_orthogonal(own)) == pytest.approx(float(regular), rel=1e-3)
+
+
+def test_an_interrupted_adalora_ends_with_the_same_weights(
+    backbone: Callable[..., Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = itertools.count()
+    monkeypatch.setattr(fine_tuning, "validation_auc", lambda *_: next(values))
+    model = backbone("llama")
+    long = {"form": "adalora", "rank": 2, "steps": 6, "validate_every": 6, "patience": 9}
+    whole = tune(model, **long)
+    learn = fine_tuning._FineTuning.gradient_at
+
+    def stop(self: object, meta: MetaState, step: int) -> MetaGradient:
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return learn(self, meta, step)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fine_tuning._FineTuning, "gradient_at", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, checkpoint=tmp_path / "run", **long)
+    monkeypatch.setattr(fine_tuning._FineTuning, "gradient_at", learn)
+    resumed = tune(model, checkpoint=tmp_path / "run", resume=True, **long)
+    for name, value in whole.trained.items():
+        assert torch.equal(resumed.trained[name], value), name
 
 
 def test_settings_default_by_what_is_trained() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,13 +32,31 @@ from metarec.tensors import read_tensors, write_tensors
 
 MetaGradientAt = Callable[[MetaState, int], MetaGradient]
 Validate = Callable[[MetaState], float]
-_STATE = "state.json"
+_STATE, _AFTER_STEP = "state.json", "after_step.safetensors"
 # Training stops where more than this share of the users of the last steps diverged, so many steps at most.
 _MOST, _LAST_STEPS = 0.5, 10
 _ADVICE = "Lower meta.inner_lr or meta.inner_steps, or train.lr where it began late"
 # So many names of settings a message about another run shows.
 _SHOWN = 2
 _LOG = logging.getLogger(__name__)
+
+
+class AfterStep(Protocol):
+    """What changes the meta-parameters after the optimizer's step, by a state of its own that checkpoints keep."""
+
+    def __call__(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Changes the tensors in place.
+
+        Args:
+            tensors: The meta-parameters by name, with the gradients of the step.
+            step: How many steps have been taken.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns its state as tensors by name."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Inverts `state`."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +156,7 @@ def train(
     description: str = "meta-training",
     ranks: Ranks = ALONE,
     clear: Callable[[], None] | None = None,
+    after_step: AfterStep | None = None,
 ) -> Trained:
     """Runs the outer loop with AdamW, warm-up and a schedule of rates, clipping and early stopping.
 
@@ -157,6 +176,7 @@ def train(
         ranks: The processes that train together.
         clear: Deletes what training takes the place of, the checkpoint's directory with it. It is called once the first
             gradient is there, so that settings that cannot be trained cost nothing; None where nothing is in the way.
+        after_step: Is called after every step of the optimizer, by the first process alone.
 
     Raises:
         ArtifactError: The checkpoint is damaged or of another run, or there is one and nobody said to go on from it.
@@ -172,6 +192,8 @@ def train(
         refuse_overwriting(checkpoint, resume=resume)
         if resume and recover_dir(checkpoint):
             at, best = _load(checkpoint, tensors, optimizer, identity, config.steps)
+            if after_step is not None:
+                after_step.restore(read_tensors(checkpoint / _AFTER_STEP))
     at = _agreed(ranks, at, {**identity, "train.steps": config.steps})
     ranks.copy_first([*tensors.values(), *(best[name] for name in tensors)])
     meta = MetaState.from_tensors(tensors)
@@ -195,7 +217,7 @@ def train(
 
     def save() -> None:
         if ranks.leads and waiting is None:
-            _save(checkpoint, tensors, best, optimizer, at, identity)
+            _save(checkpoint, tensors, best, optimizer, at, identity, after_step)
 
     with _deferred_interrupt() as interrupted, progress(description, config.steps) as advance:
         if not at.history:
@@ -205,6 +227,8 @@ def train(
             begin()
             if ranks.leads:
                 _step(tensors, gradient, optimizer, schedule(at.step), config.clip)
+                if after_step is not None:
+                    after_step(tensors, at.step + 1)
             ranks.copy_first(tensors.values())
             at.count(gradient)
             at.refuse_divergence()
@@ -317,6 +341,7 @@ def _save(
     optimizer: torch.optim.AdamW,
     at: _Progress,
     identity: Mapping[str, Any],
+    after_step: AfterStep | None = None,
 ) -> None:
     moments = {
         f"{index}/{key}": value
@@ -327,6 +352,8 @@ def _save(
         write_tensors(directory / "meta.safetensors", tensors)
         write_tensors(directory / "best.safetensors", best)
         write_tensors(directory / "optimizer.safetensors", moments)
+        if after_step is not None:
+            write_tensors(directory / _AFTER_STEP, after_step.state())
         (directory / _STATE).write_text(dump_json({"identity": dict(identity), **at.to_json()}), encoding="utf-8")
 
 

@@ -26,6 +26,8 @@ def _fine_tuned(
     lr: float | None = None,
     longer: int = 1,
     name: str | None = None,
+    blocks: int | None = None,
+    draw: int = 0,
     **settings: Any,
 ) -> Sequence[MethodRow]:
     """Returns one model for all users, after `longer` times the steps; a whole model also with a LoRA per user.
@@ -36,38 +38,64 @@ def _fine_tuned(
         lr: Its rate; None takes the usual one.
         longer: Factor on the number of steps.
         name: How the row is called; None names what is trained.
+        blocks: Fine-tunes the sentence encoder's lowest so many blocks in place of the language model.
+        draw: Changes what training draws, and a new head.
         **settings: More settings of `metarec.config.FineTuneConfig`. With `classes`, the sentence encoder becomes a
             classifier of ratings, and is fine-tuned in place of the language model.
     """
     from metarec.scorers.language.finetuned import then_per_user_lora
     from metarec.scorers.serialization import load_scorer, save_scorer
 
-    base = _classifier(context, settings["classes"]) if settings.get("classes") else context.backbone
+    seed = context.seed + _DRAWS * draw
+    base = context.backbone if blocks is None else _encoder(context, settings.get("classes"), blocks, seed)
     path = context.workspace / "model"
     if recover_dir(path):
         tuned = cast("FineTuned", load_scorer(path, backbone=base))
     else:
-        tuned = _train(context, base, _settings(trainable, lr, longer, settings))
+        tuned = _train(context, base, _settings(trainable, lr, longer, settings), seed)
         tuned = tuned if name is None else replace(tuned, name=name)
         save_scorer(path, tuned)
         # Four copies of a whole model are worth keeping only as long as they can be resumed from.
         shutil.rmtree(context.workspace / "checkpoint")
     rows = [prompted(tuned)]
-    if trainable == "all" and context.train_users is None and base.kind != "classifier":
+    if trainable == "all" and context.train_users is None and blocks is None:
         adapted = then_per_user_lora(tuned, seed=context.seed)
         assert adapted.answer_model is not None
         rows += [MethodRow(adapted, tuned.parameters, tokens_read(adapted.answer_model))]
     return rows
 
 
-def _classifier(context: MethodContext, classes: int) -> Backbone:
-    """Returns the sentence encoder with a new layer of so many classes."""
-    from metarec.lm.backbone import load_classifier
-    from metarec.lm.rating_classes import RatingClasses
+def _mean_of_two(context: MethodContext, *, name: str, **options: Any) -> Sequence[MethodRow]:
+    """Returns the mean of two fine-tunings that draw other users, items and heads."""
+    from metarec.scorers.ensemble import Ensemble
 
-    scale = context.interactions.scale
-    named = RatingClasses.even(classes, scale.low, scale.high, context.threshold)
-    return load_classifier(context.config.collaborative.encoder, named, device=context.config.device, seed=context.seed)
+    places = [context.workspace / str(draw) for draw in range(2)]
+    rows = [
+        _fine_tuned(replace(context, workspace=place), name=f"{name} {draw}", draw=draw, **options)[0]
+        for draw, place in enumerate(places)
+    ]
+    parameters = sum(row.parameters for row in rows)
+    tokens = [row.tokens for row in rows]
+    members = tuple(row.scorer for row in rows)
+    return [MethodRow(Ensemble(members, name), parameters, lambda request: sum(count(request) for count in tokens))]
+
+
+def _encoder(context: MethodContext, classes: int | None, blocks: int, seed: int) -> Backbone:
+    """Returns the lowest blocks of the sentence encoder, with a new layer of so many classes; None: without one."""
+    import torch
+
+    from metarec.lm.backbone import load_backbone, load_classifier
+    from metarec.lm.rating_classes import RatingClasses
+    from metarec.lm.smaller import with_blocks
+
+    config, scale = context.config, context.interactions.scale
+    name = config.collaborative.encoder
+    if classes is None:
+        whole = load_backbone(name, device=config.device, dtype=torch.float32)
+    else:
+        named = RatingClasses.even(classes, scale.low, scale.high, context.threshold)
+        whole = load_classifier(name, named, device=config.device, seed=seed)
+    return with_blocks(whole, range(blocks))
 
 
 def _settings(trainable: Trainable, lr: float | None, longer: int, more: Mapping[str, Any]) -> FineTuneConfig:
@@ -83,7 +111,7 @@ def _settings(trainable: Trainable, lr: float | None, longer: int, more: Mapping
     return validated(FineTuneConfig, merged(config.model_dump(), {**changed, **more}), "method options")
 
 
-def _train(context: MethodContext, base: Backbone, config: FineTuneConfig) -> FineTuned:
+def _train(context: MethodContext, base: Backbone, config: FineTuneConfig, seed: int) -> FineTuned:
     from metarec.scorers.language.fine_tuning import fine_tune
     from metarec.scorers.language.trainable_copy import Recipe
 
@@ -95,12 +123,10 @@ def _train(context: MethodContext, base: Backbone, config: FineTuneConfig) -> Fi
         context.prior,
         validation=context.validation,
         threshold=context.threshold,
-        recipe=Recipe(
-            config.trainable, config.rank, config.alpha, config.targets, context.seed, config.form, config.dropout
-        ),
+        recipe=Recipe(config.trainable, config.rank, config.alpha, config.targets, seed, config.form, config.dropout),
         config=config,
         limit=config.history,
-        seed=context.seed,
+        seed=seed,
         checkpoint=context.workspace / "checkpoint",
         resume=True,
     )
@@ -118,18 +144,26 @@ def _per_user_lora(context: MethodContext, *, inner_lr: float, steps: int) -> Se
     return [MethodRow(scorer, 0, tokens_read(answer_model_of(recommender)), item_prompt(recommender))]
 
 
-# A classifier of five ratings over the sentence encoder, short enough to be measured with every aid.
+# Between the seeds of a split's first and second draw.
+_DRAWS = 1000
+# A LoRA in a classifier of five ratings over two blocks of the sentence encoder: short enough to be measured with
+# every aid.
 _CLASSES: dict[str, Any] = {
-    "trainable": "all",
+    "blocks": 2,
+    "trainable": "lora",
     "classes": 5,
     "class_loss": 1.0,
-    "lr": 1e-4,
-    "steps": 20,
-    "validate_every": 20,
+    "adapter_weight": 1.0,
+    "lr": 3e-3,
+    "warmup": 2,
+    "steps": 16,
+    "validate_every": 16,
+    "shots": [4],
     "max_query": 6,
-    "min_query": 6,
+    "min_query": 4,
     "history": 4,
 }
+_WORDS: dict[str, Any] = {key: value for key, value in _CLASSES.items() if key not in ("classes", "class_loss")}
 _AIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "no class loss": ("metarec's loss on the score alone", {"class_loss": 0.0}),
     "linear schedule": ("the rate falls along a line", {"schedule": "linear"}),
@@ -138,20 +172,32 @@ _AIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "FGM": ("adversarial steps on words' embeddings", {"fgm": 1.0}),
     "InfoNCE": ("pairs of items that a user likes", {"contrastive": 0.1}),
     "augmented": ("dropped and shuffled fields", {"augment": {"drop_fields": 0.3, "shuffle_fields": True}}),
-    "LoRA": ("a LoRA in place of all parameters", {"trainable": "lora", "lr": 1e-3}),
-    "DoRA": ("a DoRA in place of all parameters", {"trainable": "lora", "lr": 1e-3, "form": "dora"}),
+    "paraphrased": (
+        "the prompt in other words half the time",
+        {"augment": {"prompts": ["{{ title }}: worth it? Answer:"]}},
+    ),
+    "all parameters": ("all parameters in place of a LoRA", {"trainable": "all", "lr": 3e-4}),
+    "DoRA": ("a DoRA in place of a LoRA", {"form": "dora"}),
+    "AdaLoRA": ("an AdaLoRA in place of a LoRA", {"form": "adalora"}),
 }
 
 
 def _with_aids() -> dict[str, Method]:
     """Returns the classifier of ratings, plain and with every aid of fine-tuning."""
     plain = "rating classes"
-    rows: dict[str, tuple[str, dict[str, Any]]] = {plain: ("a sentence encoder fine-tuned to classes of ratings", {})}
-    rows |= {f"{plain}, {name}": aid for name, aid in _AIDS.items()}
-    return {
-        name: Method(_fine_tuned, "classes", about, {**_CLASSES, **options, "name": name}, ("device", *ENCODER))
+    rows: dict[str, tuple[str, dict[str, Any]]] = {
+        plain: ("two blocks of a sentence encoder, fine-tuned to classes of ratings", _CLASSES)
+    }
+    rows |= {f"{plain}, {name}": (about, {**_CLASSES, **aid}) for name, (about, aid) in _AIDS.items()}
+    rows["answer words"] = ("the same blocks, fine-tuned to be nearer to one answer than to the other", _WORDS)
+    read = ("device", *ENCODER)
+    found = {
+        name: Method(_fine_tuned, "classes", about, {**options, "name": name}, read)
         for name, (about, options) in rows.items()
     }
+    both = f"{plain}, mean of two"
+    found[both] = Method(_mean_of_two, "classes", "the mean of two fine-tunings", {**_CLASSES, "name": both}, read)
+    return found
 
 
 FINE_TUNED = {

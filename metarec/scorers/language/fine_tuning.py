@@ -43,6 +43,7 @@ from metarec.scorer import Request
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.language.finetuned import NAMES, FineTuned, WeightedLogOdds
 from metarec.scorers.language.in_context import History, InContext
+from metarec.scorers.language.rank_allocation import RankAllocation, distance_from_orthogonal
 from metarec.scorers.language.trainable_copy import Recipe, Trainable, TrainableCopy, trainable_copy
 
 # No parameter of a model is called so.
@@ -113,7 +114,7 @@ def fine_tune(
     InContext(backbone, history)  # raises before anything is copied
     settings = config or FINE_TUNING[recipe.trainable]
     _check(backbone, interactions, settings)
-    student = trainable_copy(backbone, recipe)
+    student = trainable_copy(backbone, recipe, settings.steps)
     context = InContext(student.backbone, history)
     run = _FineTuning(backbone, student, context, interactions, users, prior, recipe, settings, seed)
     trained = run.train(validation, checkpoint, resume, clear)
@@ -141,6 +142,11 @@ class _FineTuning:
         return NAMES[self.recipe.trainable]
 
     @property
+    def adaptive(self) -> bool:
+        """Whether ranks are taken away in training, as AdaLoRA does."""
+        return self.recipe.trainable == "lora" and self.recipe.form == "adalora"
+
+    @property
     def shots(self) -> tuple[int, ...]:
         return self.config.shots or _SHOTS
 
@@ -158,6 +164,8 @@ class _FineTuning:
             **flattened(self.config.model_dump(mode="json", exclude={"steps"}), "train."),
             "seed": self.seed,
             "limit": history.limit,
+            # The budget of ranks falls by the number of steps.
+            **({"allocated over": self.config.steps} if self.adaptive else {}),
         }
 
     def train(
@@ -183,6 +191,9 @@ class _FineTuning:
                 resume=resume,
                 description=self.name,
                 clear=clear,
+                after_step=RankAllocation(self.student.wrapped, self.student.parameters, "init/")
+                if self.adaptive
+                else None,
             )
 
     def scorer(self, meta: MetaState) -> WeightedLogOdds:
@@ -212,6 +223,9 @@ class _FineTuning:
             if contrastive is not None:
                 # The gradients of users are averaged below, and this loss is of all of them.
                 (len(batch) * self.config.contrastive * contrastive).backward()
+            if self.adaptive:
+                weight = self.student.wrapped.peft_config["default"].orth_reg_weight
+                (len(batch) * weight * distance_from_orthogonal(self.student.parameters)).backward()
         found = torch.stack(losses)
         kept = int(found.isfinite().sum())
         gradients = {

@@ -1,6 +1,6 @@
 """A copy of a language model of which a LoRA, or every parameter, can be trained.
 
-Sources: Hu et al. 2021, "LoRA"; Liu et al. 2024, "DoRA".
+Sources: Hu et al. 2021, "LoRA"; Liu et al. 2024, "DoRA"; Zhang et al. 2023, "AdaLoRA".
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from metarec.errors import ConfigError
 from metarec.lm.backbone import Backbone
 
 Trainable = Literal["lora", "all"]
+Form = Literal["lora", "dora", "adalora"]
+# Of an AdaLoRA: shares of the steps before the first rank is taken away, and after the last one.
+_BEFORE, _AFTER = 0.1, 0.25
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class Recipe:
         targets: Linear layers that carry the LoRA; None takes those that PEFT knows for the architecture, which are
             queries and values of a Llama.
         seed: Of the LoRA's A.
-        form: ``dora`` learns the length of every output's weights beside a low-rank update of their direction.
+        form: ``dora`` learns the length of every output's weights beside a low-rank update of their direction;
+            ``adalora`` starts with half as many ranks more, and ends with `rank` of them on average, where they matter
+            most.
         dropout: Of the LoRA's input, and of the model's own dropout layers, while it is trained.
     """
 
@@ -41,7 +46,7 @@ class Recipe:
     alpha: float = 16.0
     targets: tuple[str, ...] | None = None
     seed: int = 0
-    form: Literal["lora", "dora"] = "lora"
+    form: Form = "lora"
     dropout: float = 0.0
 
 
@@ -79,8 +84,13 @@ class TrainableCopy:
         self.backbone.model.requires_grad_(False)
 
 
-def trainable_copy(backbone: Backbone, recipe: Recipe) -> TrainableCopy:
+def trainable_copy(backbone: Backbone, recipe: Recipe, steps: int = 1) -> TrainableCopy:
     """Copies a model and makes the parameters of a recipe trainable.
+
+    Args:
+        backbone: The model.
+        recipe: Which parameters.
+        steps: How many steps are taken in all, by which an AdaLoRA takes ranks away.
 
     Raises:
         ConfigError: The model is of low precision and all of it is to be trained, or no LoRA fits it.
@@ -96,7 +106,7 @@ def trainable_copy(backbone: Backbone, recipe: Recipe) -> TrainableCopy:
         for parameter in backbone.model.parameters()
     }
     model = copy.deepcopy(backbone.model, shared)
-    wrapped = None if full else _with_lora(model, recipe, backbone)
+    wrapped = None if full else _with_lora(model, recipe, backbone, steps)
     if not full and backbone.kind == "classifier":
         _own_head(model)
     if recipe.dropout:
@@ -134,20 +144,26 @@ def _dropping(model: Any, seed: int) -> Iterator[None]:
             model.eval()
 
 
-def _with_lora(model: Any, recipe: Recipe, backbone: Backbone) -> Any:
+def _with_lora(model: Any, recipe: Recipe, backbone: Backbone, steps: int) -> Any:
     """Returns the PEFT model that adds a LoRA to a model."""
-    from peft import LoraConfig, get_peft_model
+    from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
-    settings = LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # the factor is a quotient; any number does
-        target_modules=None if recipe.targets is None else list(recipe.targets),
-        use_dora=recipe.form == "dora",
-        lora_dropout=recipe.dropout,
+    common: dict[str, Any] = {
+        "lora_alpha": recipe.alpha,
+        "target_modules": None if recipe.targets is None else list(recipe.targets),
+        "lora_dropout": recipe.dropout,
         # GPT-2 keeps its weights as (in, out).
-        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
-        task_type=backbone.task_type,
-    )
+        "fan_in_fan_out": any(type(module).__name__ == "Conv1D" for module in model.modules()),
+        "task_type": backbone.task_type,
+    }
+    if recipe.form == "adalora":
+        first = recipe.rank + max(1, recipe.rank // 2)
+        before, after = int(_BEFORE * steps), int(_AFTER * steps)
+        settings: LoraConfig = AdaLoraConfig(
+            target_r=recipe.rank, init_r=first, tinit=before, tfinal=after, total_step=steps, **common
+        )
+    else:
+        settings = LoraConfig(r=recipe.rank, use_dora=recipe.form == "dora", **common)
     try:
         # PEFT draws on the processor and moves what it drew.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
