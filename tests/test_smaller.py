@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import smaller
 import torch
+from conftest import Ran
 
 from metarec.errors import ConfigError
-from metarec.lm.backbone import Backbone
+from metarec.lm.backbone import Backbone, load_backbone
 from metarec.lm.smaller import RoundedLinear, influence, rounded, weight_bytes, with_blocks
 
 Backbones = Callable[..., Backbone]
@@ -70,6 +71,26 @@ def test_a_model_without_its_top_blocks_is_its_lower_blocks(backbone: Backbones)
     for wrong in ([], [3], [-1]):
         with pytest.raises(ConfigError, match="Keep some of 0 to 2"):
             with_blocks(whole, wrong)
+
+
+def test_a_shrunk_model_is_a_backbone_like_any_other(
+    backbone: Backbones, model_dir: Callable[[str], Path], metarec: Callable[..., Ran], tmp_path: Path
+) -> None:
+    out = tmp_path / "small"
+    ran = metarec("shrink", model_dir("llama"), "--blocks", 2, "--out", out, "--json")
+    assert ran.status == 0, ran.err
+    facts = json.loads(ran.out)
+    assert (facts["blocks"], facts["of"]) == ([0, 1], 3)
+    assert facts["bytes"] < facts["bytes_before"]
+    small = load_backbone(str(out))
+    assert small.weights is not None, "the fast path reads it"
+    torch.testing.assert_close(logits(small), logits(with_blocks(backbone("llama"), [0, 1])), atol=1e-6, rtol=1e-5)
+    for more, said in ((["--blocks", 3], "has 3. Keep 1 to 2"), (["--blocks", 1, "--out", out], "is the model that")):
+        lost = metarec("shrink", out if "--out" in more else model_dir("llama"), "--out", tmp_path / "other", *more)
+        assert (lost.status, said in lost.err) == (2, True), lost.err
+    task = metarec("shrink", model_dir("llama"), "--blocks", 2, "--out", out, "--keep", "influential", "--json")
+    assert task.status == 0, task.err
+    assert len(json.loads(task.out)["blocks"]) == 2
 
 
 def test_a_block_that_does_nothing_has_no_influence(backbone: Backbones) -> None:

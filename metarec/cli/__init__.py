@@ -26,6 +26,7 @@ from metarec.cli import (
     runs,
     search,
     serve,
+    shrink,
     store,
     tasks,
     tune,
@@ -45,6 +46,7 @@ app.add_typer(runs.app)
 app.add_typer(finetune.app)
 app.add_typer(ensemble.app)
 app.add_typer(tune.app)
+app.add_typer(shrink.app)
 app.add_typer(search.app)
 app.add_typer(quickstart.app)
 app.add_typer(bench.app)
