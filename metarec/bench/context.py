@@ -225,7 +225,7 @@ class Method:
 
     Args:
         fit: Fits the method: called with a `MethodContext` and the options as keywords.
-        group: ``trivial``, ``fold-in``, ``prompt``, ``fine-tuning``, ``classes``, ``meta``, ``algorithm``,
+        group: ``trivial``, ``fold-in``, ``prompt``, ``fine-tuning``, ``fine-tuning aids``, ``meta``, ``algorithm``,
             ``adapter`` or ``ablation``, or a group of your own.
         about: One line that says what it is.
         options: Keywords of `fit`, plain JSON values; part of a cell's identity. Dotted keys of `RunConfig` among them

@@ -146,13 +146,10 @@ def _per_user_lora(context: MethodContext, *, inner_lr: float, steps: int) -> Se
 
 # Between the seeds of a split's first and second draw.
 _DRAWS = 1000
-# A LoRA in a classifier of five ratings over two blocks of the sentence encoder: short enough to be measured with
-# every aid.
-_CLASSES: dict[str, Any] = {
+# A LoRA in two blocks of the sentence encoder: short enough to be measured with every aid.
+_SHORT: dict[str, Any] = {
     "blocks": 2,
     "trainable": "lora",
-    "classes": 5,
-    "class_loss": 1.0,
     "adapter_weight": 1.0,
     "lr": 3e-3,
     "warmup": 2,
@@ -163,9 +160,7 @@ _CLASSES: dict[str, Any] = {
     "min_query": 4,
     "history": 4,
 }
-_WORDS: dict[str, Any] = {key: value for key, value in _CLASSES.items() if key not in ("classes", "class_loss")}
 _AIDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "no class loss": ("metarec's loss on the score alone", {"class_loss": 0.0}),
     "linear schedule": ("the rate falls along a line", {"schedule": "linear"}),
     "label smoothing": ("a tenth of the loss at the opposite labels", {"label_smoothing": 0.1}),
     "dropout": ("a tenth of all dropout layers' inputs", {"dropout": 0.1}),
@@ -179,25 +174,24 @@ _AIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "all parameters": ("all parameters in place of a LoRA", {"trainable": "all", "lr": 3e-4}),
     "DoRA": ("a DoRA in place of a LoRA", {"form": "dora"}),
     "AdaLoRA": ("an AdaLoRA in place of a LoRA", {"form": "adalora"}),
+    "classes": ("a new layer of five ratings in place of the answers", {"classes": 5, "class_loss": 1.0}),
 }
 
 
 def _with_aids() -> dict[str, Method]:
-    """Returns the classifier of ratings, plain and with every aid of fine-tuning."""
-    plain = "rating classes"
+    """Returns the fine-tuned sentence encoder, plain and with every aid of fine-tuning."""
+    plain, read = "tuned encoder", ("device", *ENCODER)
     rows: dict[str, tuple[str, dict[str, Any]]] = {
-        plain: ("two blocks of a sentence encoder, fine-tuned to classes of ratings", _CLASSES)
+        plain: ("two blocks of a sentence encoder, fine-tuned to be nearer to one answer than to the other", {})
     }
-    rows |= {f"{plain}, {name}": (about, {**_CLASSES, **aid}) for name, (about, aid) in _AIDS.items()}
-    rows["answer words"] = ("the same blocks, fine-tuned to be nearer to one answer than to the other", _WORDS)
-    read = ("device", *ENCODER)
+    rows |= {f"{plain}, {name}": aid for name, aid in _AIDS.items()}
     found = {
-        name: Method(_fine_tuned, "classes", about, {**options, "name": name}, read)
+        name: Method(_fine_tuned, "fine-tuning aids", about, {**_SHORT, **options, "name": name}, read)
         for name, (about, options) in rows.items()
     }
     both = f"{plain}, mean of two"
-    found[both] = Method(_mean_of_two, "classes", "the mean of two fine-tunings", {**_CLASSES, "name": both}, read)
-    return found
+    about = "the mean of two fine-tunings that draw otherwise"
+    return {**found, both: Method(_mean_of_two, "fine-tuning aids", about, {**_SHORT, "name": both}, read)}
 
 
 FINE_TUNED = {
