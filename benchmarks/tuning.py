@@ -6,6 +6,7 @@
     python benchmarks/tuning.py --methods "joint LoRA, longer" "full fine-tuning, longer"         # hours
     python benchmarks/tuning.py --methods "in-context prompt" "in-context, listwise"
     python benchmarks/tuning.py --methods "zero-shot prompt"    # wordings; half an hour
+    python benchmarks/tuning.py --methods "metarec, no stack, Reptile" "metarec, no stack, prefix"    # an hour
 
 What counts is the gain in AUC over the item mean, averaged over K > 0 and seeds. Where a language model reads every
 user's history, it is the gain at one K of a few users of the first split. A validation user of one split is a
@@ -63,6 +64,8 @@ READERS: dict[str, Mapping[str, tuple[Any, ...]]] = {
     "in-context, listwise": {"limit": (4, 8, 16)},
     "joint LoRA, longer": {"longer": (1, 4)},
     "full fine-tuning, longer": {"longer": (1, 4)},
+    "metarec, no stack, Reptile": {"train.lr": (1e-3, 1e-1, 1.0), "meta.inner_lr": (0.3, 3.0)},
+    "metarec, no stack, prefix": {"meta.inner_lr": (0.3, 3.0, 30.0), "adapter.virtual_tokens": (2, 8)},
 }
 # Of a prompt, what it says: the text, the word for a like, and the word against; the first is the tasks' own.
 WORDINGS: dict[str, tuple[str, str, str]] = {
@@ -120,7 +123,7 @@ def fitted(method: str, context: MethodContext, *, wording: str | None = None, *
         task = context.data.task.model_copy(update={"prompt": prompt})
         context = replace(context, data=replace(context.data, task=task))
     # "joint LoRA, longer" is a grid of the method before the comma.
-    asked = METHODS.get(method if method in METHODS.names() else method.partition(",")[0])
+    asked = METHODS.get(method if method in METHODS.names() else method.partition(", longer")[0])
     return asked.fit(context, **{**asked.options, **options})[0].scorer
 
 

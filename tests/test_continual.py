@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import forgetting as ways_of_going_on
 import numpy as np
 import pytest
 import stream
@@ -264,7 +266,7 @@ def test_what_a_service_has_collected_becomes_a_data_set(old_run: Fitted, model_
 
 
 def test_train_goes_on_from_a_run_and_prints_what_was_forgotten(
-    model_dir: Dirs, metarec: Callable[..., Ran], tmp_path: Path
+    model_dir: Dirs, metarec: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template = TEMPLATES["causal"]
     for name, odd in (("old", 0), ("new", 1)):
@@ -312,3 +314,11 @@ def test_train_goes_on_from_a_run_and_prints_what_was_forgotten(
     lost = metarec("train", tmp_path / "new.yaml", "--name", "old", *common, "--from", tmp_path / "old", "--fresh")
     assert (lost.status, "would delete" in lost.err) == (2, True), lost.err
     assert (tmp_path / "old" / "model").is_dir()
+    out = tmp_path / "forgetting.json"
+    given = ["--run", tmp_path / "old", "--task", tmp_path / "new.yaml", "--out", out]
+    monkeypatch.setattr(sys, "argv", ["forgetting.py", *map(str, given)])
+    ways_of_going_on.main()
+    ways = json.loads(out.read_text())["ways"]
+    assert set(ways) == {"plain", "replay 0.5", "anchor 0.1"}
+    assert all([row["task"] for row in rows] == ["mine/old", "mine/new"] for rows in ways.values())
+    assert ways["replay 0.5"] == table, "what the verb says"

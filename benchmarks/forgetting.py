@@ -1,0 +1,53 @@
+"""Measures what going on from an old run does to its users, with and without what keeps from forgetting.
+
+    metarec train movielens/user-cold --preset fast --name old
+    METAREC_DATA=... python benchmarks/forgetting.py --run runs/old --task games/user-cold
+
+Three times meta-training goes on from the old run on the other task, by the old run's settings: plainly, with half of
+every step's users drawn from the old task, and pulled to the old meta-parameters. Of each: the AUC of test users of the
+old and of the new task before and after. Writes results/forgetting.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from metarec import MetaRecommender
+from metarec.artifacts import write_json
+from metarec.config import RunConfig, override, validated
+from metarec.doctor import environment
+
+RESULT = Path(__file__).parent / "results" / "forgetting.json"
+GUARDS = {"plain": [], "replay 0.5": ["train.replay=0.5"], "anchor 0.1": ["train.anchor=0.1"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="the old run")
+    parser.add_argument("--task", required=True, help="the task that it goes on with")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    given = parser.parse_args()
+    old = MetaRecommender.from_pretrained(given.run)
+    found = {name: gone_on(old, given.task, guards) for name, guards in GUARDS.items()}
+    for name, rows in found.items():
+        for row in rows:
+            low, high = row["interval"]
+            change = f"{row['difference']:+.4f} [{low:+.4f} {high:+.4f}]"
+            print(
+                f"{name:12s} {row['users']} of {row['task']}: {row['auc_before']:.4f} {row['auc_after']:.4f} {change}"
+            )
+    facts = {"old": old.fitted.task.name, "new": given.task, "score": list(old.config.score)}
+    write_json(given.out, {**facts, "ways": found, **environment()})
+
+
+def gone_on(old: MetaRecommender, task: str, guards: list[str]) -> list[dict[str, Any]]:
+    """Returns the rows of `MetaRecommender.forgetting` after meta-training that goes on from an old run."""
+    values = {**old.config.model_dump(mode="json"), "task": task}
+    config = validated(RunConfig, override(values, guards), "--run")
+    return MetaRecommender.from_pretrained(config.backbone, config).fit(task, start=old).forgetting(old)
+
+
+if __name__ == "__main__":
+    main()
