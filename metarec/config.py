@@ -23,6 +23,7 @@ Dtype = Literal["float32", "mixed", "bfloat16"]
 Precision = Literal["float32", "float16", "int8"]
 # What gradient steps start from: the initialization, or beside it the posterior of `metarec.meta.heads.DKT`.
 Start = Literal["initialization", "posterior"]
+FeatureName = Literal["words", "text", "tuned text", "fields", "vectors", "lm", "projection"]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -210,6 +211,22 @@ class EncoderTuningConfig(Section):
     posterior: PosteriorTuningConfig = PosteriorTuningConfig()
 
 
+class ProjectionConfig(Section):
+    """How the projection of items' features is learned; see `metarec.scorers.collaborative.projection`."""
+
+    steps: int = Field(600, ge=1, description="steps at most; the best by validation users is kept")
+    pairs: int = Field(512, ge=2, description="users per step, each with a pair of liked items")
+    width: int = Field(256, ge=1, description="numbers of an item's vector")
+    hidden: int = Field(512, ge=1, description="units of the hidden layer")
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    dropout: float = Field(0.3, ge=0, lt=1, description="share of features and of hidden units left out of a step")
+    temperature: float = Field(0.1, gt=0, description="divides the cosine of two items")
+    frequency: float = Field(0.5, ge=0, description="share of an item's log frequency that is taken off its score")
+    validate_every: int = Field(100, ge=1)
+    validation_users: int = Field(200, ge=1, description="validate on the first so many validation users at most")
+
+
 class CollaborativeConfig(Section):
     """The collaborative term: what it reads of items, and how it is fitted."""
 
@@ -218,16 +235,18 @@ class CollaborativeConfig(Section):
         description="several predictors with fitted weights; one Gaussian process with learned factors; one with a "
         "linear kernel over features; or item means alone",
     )
-    features: tuple[Literal["words", "text", "tuned text", "fields", "vectors", "lm"], ...] | None = Field(
+    features: tuple[FeatureName, ...] | None = Field(
         None,
         description="what it and rarely rated items' means read: words of titles (TF-IDF), titles by the sentence "
         "encoder, by that encoder with a LoRA learned from what users like, the catalog's fields, vectors that the "
-        "data bring, hidden states of the language model; null: text and fields, vectors where there are any, and lm "
-        "where a task asks about items that nobody rated",
+        "data bring, hidden states of the language model, and a projection of all these that is learned from what "
+        "users like together; null: text and fields, vectors where there are any, and lm where a task asks about "
+        "items that nobody rated",
     )
     encoder: str = Field("minilm-l6-v2", description="the sentence encoder of `text` and `tuned text`")
     side: bool = Field(True, description="where a task brings side information of users or moments, the score reads it")
     tuning: EncoderTuningConfig = EncoderTuningConfig()
+    projection: ProjectionConfig = ProjectionConfig()
     gp: GPConfig = GPConfig()
     stack: StackConfig = StackConfig()
     kernel: KernelConfig = KernelConfig()

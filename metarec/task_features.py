@@ -11,14 +11,18 @@ import numpy as np
 from metarec.config import RunConfig
 from metarec.data.item_vectors import without_unknown
 from metarec.data.task import Task
+from metarec.errors import ConfigError
 from metarec.scorers.collaborative.block_worth import block_worth
 from metarec.scorers.collaborative.features import (
+    PROJECTION,
     Features,
     item_features,
+    side_by_side,
     state_vectors,
     unrated_features,
     word_vectors,
 )
+from metarec.scorers.collaborative.projection import projected_features
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.text import unit_vectors
 from metarec.scorers.language.encoder_tuning import tuned_text_vectors
@@ -92,12 +96,19 @@ def collaborative_features(answer_model: AnswerModel | None, data: TaskData, con
             [*read.values(), *fields.values()],
             config.collaborative.linear,
         )
+    if PROJECTION in wanted:
+        if not read and not fields:
+            raise ConfigError(
+                "collaborative.features names nothing that a projection could read", "Name 'words' or 'text' beside it"
+            )
+        beside = side_by_side([*read.values(), *fields.values()])
+        read[PROJECTION] = projected_features(data, beside, config.collaborative.projection, config.seed)
     if not read and not fields:
         read["nothing"] = np.zeros((len(catalog), 1))
     if task.split.asks_unrated:
         return unrated_features(read, fields)
-    side_by_side = [unit_vectors(vectors) for vectors in (read or fields).values()]
-    return Features({**read, **fields}, np.concatenate(side_by_side, 1))
+    unit = [unit_vectors(vectors) for vectors in (read or fields).values()]
+    return Features({**read, **fields}, np.concatenate(unit, 1))
 
 
 def significant_vectors(data: TaskData, others: Mapping[str, Floats], seed: int) -> dict[str, Floats]:

@@ -22,6 +22,7 @@ from metarec.lm.tokenized import tokenize_catalog
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import MetaState
 from metarec.presets import with_preset
+from metarec.scorers.collaborative.liked_pairs import LikedPairs, liked_items
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.language import encoder_tuning
 from metarec.scorers.language.encoder_tuning import tuned_text_vectors
@@ -92,14 +93,16 @@ def made_tuning(data: TaskData, encoder: str) -> encoder_tuning._Tuning:
     backbone = load_backbone(encoder)
     prompts = tokenize_catalog(backbone, data.task.item_text, data.interactions.catalog)
     student = trainable_copy(backbone, Recipe("lora", 4, 8.0, ("query", "value")))
-    return encoder_tuning._Tuning(student, prompts, encoder_tuning._liked(data), data, SETTINGS, 0)
+    pairs = LikedPairs(liked_items(data), len(prompts.tokens), SETTINGS.temperature, SETTINGS.frequency)
+    return encoder_tuning._Tuning(student, prompts, pairs, data, SETTINGS, 0)
 
 
 def test_a_user_who_likes_anothers_partner_is_not_told_that_it_is_wrong(
     data: TaskData, model_dir: Callable[[str], Path]
 ) -> None:
     """With two people of one taste who like the same items, no pair has a wrong answer, so nothing is learned."""
-    tuning = replace(made_tuning(data, str(model_dir("encoder"))), pairs=[np.arange(6)] * SETTINGS.pairs)
+    tuning = made_tuning(data, str(model_dir("encoder")))
+    tuning = replace(tuning, pairs=replace(tuning.pairs, likes=[np.arange(6)] * SETTINGS.pairs))
     start = MetaState({name: leaf.detach().clone() for name, leaf in tuning.student.parameters.items()}, {})
     assert tuning.gradient_at(start, 0).loss.abs().max() == 0
 

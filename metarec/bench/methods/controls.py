@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from metarec.data.task_data import TaskData
     from metarec.scorer import Request, Scorer
     from metarec.scorers.collaborative.gp import GaussianProcess
+    from metarec.scorers.collaborative.residuals import Floats
 
 # A method's name with this behind it is the method on a catalog whose texts were permuted.
 PERMUTED = ", titles permuted"
@@ -31,14 +32,36 @@ def _asked(context: MethodContext) -> dict[str, bool]:
     return {"unrated": context.data.task.split.asks_unrated}
 
 
-def _words_kernel(context: MethodContext, **options: Any) -> GaussianProcess:
+def _words(context: MethodContext) -> Floats:
+    """Returns the words of every item's text, shape (items, width)."""
     from metarec.scorers.collaborative.features import word_vectors
-    from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
 
     catalog, text = context.interactions.catalog, context.data.task.item_text
-    vectors = word_vectors([text.render(catalog, code) for code in range(len(catalog))])
+    return word_vectors([text.render(catalog, code) for code in range(len(catalog))])
+
+
+def _projection(context: MethodContext, blocks: Sequence[Floats]) -> Floats:
+    """Returns a projection of blocks of features that is learned from what users like together."""
+    from metarec.scorers.collaborative.features import side_by_side
+    from metarec.scorers.collaborative.projection import projected_features
+
+    settings = context.config.collaborative.projection
+    return projected_features(context.task_data, side_by_side(blocks), settings, context.seed)
+
+
+def _words_kernel(context: MethodContext, *, projected: bool = False, **options: Any) -> GaussianProcess:
+    from metarec.scorers.collaborative.features import side_by_side
+    from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
+
+    words = _words(context)
+    vectors = side_by_side([words, _projection(context, [words])]) if projected else words
     return fit_linear_kernel(
-        context.interactions, context.users, vectors, name="TF-IDF kernel", **_asked(context), **options
+        context.interactions,
+        context.users,
+        vectors,
+        name="projected TF-IDF kernel" if projected else "TF-IDF kernel",
+        **_asked(context),
+        **options,
     )
 
 
@@ -59,23 +82,32 @@ _POSTERIOR = {"collaborative.tuning.steps": 0, "collaborative.tuning.posterior.s
 
 
 def _text_kernel(
-    context: MethodContext, *, tuned: Literal["pairs", "posteriors"] | None = None, **options: Any
+    context: MethodContext,
+    *,
+    tuned: Literal["pairs", "posteriors"] | None = None,
+    projected: bool = False,
+    **options: Any,
 ) -> GaussianProcess:
-    from metarec.scorers.collaborative.features import side_by_side, word_vectors
+    from metarec.scorers.collaborative.features import side_by_side
     from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
     from metarec.scorers.language.encoder_tuning import tuned_text_vectors
 
-    catalog, text = context.interactions.catalog, context.data.task.item_text
     settings = context.configured(_POSTERIOR if tuned == "posteriors" else {}).collaborative
-    blocks = [word_vectors([text.render(catalog, code) for code in range(len(catalog))]), context.vectors]
+    blocks = [_words(context), context.vectors]
     if tuned:
         beside, linear = [*blocks, *context.fields.values()], settings.linear
         blocks.append(
             tuned_text_vectors(context.task_data, settings.encoder, settings.tuning, context.seed, beside, linear)
         )
-    vectors = side_by_side([*blocks, *context.fields.values()])
+    blocks += context.fields.values()
+    if projected:
+        # The projection stands for the vectors that it reads.
+        blocks = [blocks[0], *context.fields.values(), _projection(context, blocks)]
     name = {None: "text kernel", "pairs": "tuned text kernel", "posteriors": "posterior-tuned text kernel"}[tuned]
-    return fit_linear_kernel(context.interactions, context.users, vectors, name=name, **_asked(context), **options)
+    name = f"projected {name}" if projected else name
+    return fit_linear_kernel(
+        context.interactions, context.users, side_by_side(blocks), name=name, **_asked(context), **options
+    )
 
 
 def _other_items(items: int, seed: int) -> Codes:
@@ -192,6 +224,18 @@ _WORDS = Method(
     "a kernel of the items' words (TF-IDF), its covariance learned from users",
     settings=NO_SETTINGS,
 )
+_PROJECTED_WORDS = Method(
+    one_row(partial(_words_kernel, projected=True), lambda process: process.loadings.size),
+    "control",
+    "the TF-IDF kernel beside a projection of the words learned from what users like together",
+    settings=("collaborative.projection",),
+)
+_PROJECTED_TEXT = Method(
+    one_row(partial(_text_kernel, projected=True), lambda process: process.loadings.size),
+    "kernel",
+    "the text kernel beside a projection of words and vectors learned from what users like together",
+    settings=(*ENCODER, "collaborative.projection"),
+)
 KERNELS = {
     "text kernel": Method(
         one_row(_text_kernel, lambda process: process.loadings.size),
@@ -211,10 +255,19 @@ KERNELS = {
         "and vectors of that encoder with a LoRA learned through users' posteriors",
         settings=(*ENCODER, "collaborative.tuning"),
     ),
+    "projected text kernel": _PROJECTED_TEXT,
+    "projected tuned text kernel": Method(
+        one_row(partial(_text_kernel, tuned="pairs", projected=True), lambda process: process.loadings.size),
+        "kernel",
+        "the projection over the vectors of the encoder with its LoRA as well",
+        settings=(*ENCODER, "collaborative.tuning", "collaborative.projection"),
+    ),
 }
 CONTROLS = {
     "TF-IDF kernel": _WORDS,
+    "projected TF-IDF kernel": _PROJECTED_WORDS,
     f"TF-IDF kernel{PERMUTED}": permuted(_WORDS),
+    f"projected text kernel{PERMUTED}": permuted(_PROJECTED_TEXT),
     "fields kernel": Method(
         one_row(_fields_kernel, lambda process: process.loadings.size),
         "control",

@@ -21,6 +21,9 @@ from metarec.threads import one_thread
 _COMPONENTS = 128
 _WORD_COMPONENTS = 256
 _NARROW = 48
+# Name of the block of features that is learned from what users like together, and of the blocks it stands for.
+PROJECTION = "projection"
+_PROJECTED = ("text", "tuned text", "lm")
 # Name of the block of features of a Gaussian kernel.
 _KERNEL = "kernel"
 _LEAST_LENGTH = 1e-12
@@ -200,8 +203,12 @@ class Features:
 
     @cached_property
     def linear(self) -> Floats:
-        """All blocks but the Gaussian kernel's side by side, for the linear kernel, shape (items, width)."""
-        return side_by_side([block for name, block in self.blocks.items() if name != _KERNEL])
+        """Blocks side by side, for the linear kernel, shape (items, width).
+
+        The Gaussian kernel's is left out, and vectors of texts are where a projection stands for them.
+        """
+        left_out = {_KERNEL, *(_PROJECTED if PROJECTION in self.blocks else ())}
+        return side_by_side([block for name, block in self.blocks.items() if name not in left_out])
 
     def smoothed(self, prior: ItemPrior, seed: int) -> ItemPrior:
         """Returns item means shrunk towards their prediction from the features."""

@@ -1,19 +1,17 @@
 """Vectors of items' texts by a sentence encoder whose LoRA is meta-learned from what users like together.
 
-Two items that the same meta-training user likes are a pair; the encoder learns to tell an item's partner from those of
-other users (InfoNCE). A user's ratings then say more about items that nobody rated: what adapts to the user, in closed
-form, are weights over these vectors. A second LoRA may go on from there, learned through these very posteriors
+The encoder learns from pairs of items that one meta-training user likes (`metarec.scorers.collaborative.liked_pairs`).
+A user's ratings then say more about items that nobody rated: what adapts to the user, in closed form, are weights over
+these vectors. A second LoRA may go on from there, learned through these very posteriors
 (`metarec.scorers.language.posterior_tuning`).
 
-Sources: van den Oord et al. 2018, "Representation learning with contrastive predictive coding", eq. 4; frequent items
-are corrected for as in Yi et al. 2019, "Sampling-bias-corrected neural modeling"; Hu et al. 2021, "LoRA".
+Source: Hu et al. 2021, "LoRA".
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
-from metarec.artifacts import cache_dir, content_hash, is_whole, replace_dir
+from metarec.artifacts import content_hash
 from metarec.config import EncoderTuningConfig, LinearConfig, PosteriorTuningConfig, TrainConfig
 from metarec.data.episodes import Episode
 from metarec.data.interactions import Codes
 from metarec.errors import ConfigError, DataError
-from metarec.evaluate import validation_auc
 from metarec.lm.adapters import init_adapter
 from metarec.lm.answer_model import open_answer_model
 from metarec.lm.backbone import Backbone, load_backbone
@@ -38,20 +34,20 @@ from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import MetaState
-from metarec.meta.losses import info_nce
+from metarec.meta.kept import kept_tensors
 from metarec.meta.outer_loop import train
 from metarec.scorers.collaborative.features import side_by_side
+from metarec.scorers.collaborative.liked_pairs import LikedPairs, cosine_auc, liked_items
 from metarec.scorers.collaborative.residuals import Floats
-from metarec.scorers.collaborative.text import fit_two_tower
 from metarec.scorers.language.posterior_tuning import FeatureBlocks, PosteriorTuning, two_halves
 from metarec.scorers.language.trainable_copy import Recipe, TrainableCopy, trainable_copy
-from metarec.tensors import AdapterState, read_by_length, read_tensors, write_tensors
+from metarec.tensors import AdapterState, read_by_length
 
 if TYPE_CHECKING:
     from metarec.data.task_data import TaskData
 
 _KIND = "tuned-encoder"
-_FILE, _VECTORS = "tuned.safetensors", "vectors"
+_VECTORS = "vectors"
 # The first one kept vectors without the LoRA.
 _FORMAT = 2
 _TEXTS_AT_ONCE = 32
@@ -90,7 +86,7 @@ def tuned_text_vectors(
             "collaborative.tuning.steps and collaborative.tuning.posterior.steps are 0: nothing is tuned",
             "Set one of them, or name 'text' in place of 'tuned text' in collaborative.features",
         )
-    pairs = _liked(data) if settings.steps else []
+    pairs = liked_items(data) if settings.steps else []
     if settings.steps and len(pairs) < settings.pairs:
         raise DataError(
             f"{len(pairs)} meta-training users like two items, and a step takes a pair of each of {settings.pairs}",
@@ -108,8 +104,10 @@ def tuned_text_vectors(
     }
     start = backbone
     if settings.steps:
-        found = _kept(
-            identity, lambda checkpoint: _by_pairs(data, backbone, prompts, pairs, settings, seed, checkpoint, identity)
+        found = kept_tensors(
+            _KIND,
+            identity,
+            lambda checkpoint: _by_pairs(data, backbone, prompts, pairs, settings, seed, checkpoint, identity),
         )
         start = _merged(backbone, settings.rank, seed, found, content_hash(identity))
     if settings.posterior.steps:
@@ -120,7 +118,8 @@ def tuned_text_vectors(
             "linear": kernel.model_dump(mode="json"),
             **settings.posterior.model_dump(mode="json"),
         }
-        found = _kept(
+        found = kept_tensors(
+            _KIND,
             further,
             lambda checkpoint: _by_posteriors(
                 data, start, prompts, settings.posterior, seed, [*beside], kernel, checkpoint, further
@@ -129,40 +128,11 @@ def tuned_text_vectors(
     return found[_VECTORS].numpy().astype(np.float64)
 
 
-def _kept(identity: dict[str, Any], make: Callable[[Path], AdapterState]) -> AdapterState:
-    """Returns a training's tensors from the cache; trains, from its checkpoint if there is one, where they are not.
-
-    Args:
-        identity: All that they depend on.
-        make: Trains, with its checkpoint at a path.
-    """
-    path = cache_dir() / _KIND / content_hash(identity)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Processes that want the same vectors at the same time wait for the first one.
-    with FileLock(path.with_suffix(".lock")):
-        if not is_whole(path, _KIND):
-            checkpoint = path.with_suffix(".checkpoint")
-            tensors = make(checkpoint)
-            with replace_dir(path, _KIND) as directory:
-                write_tensors(directory / _FILE, tensors)
-            shutil.rmtree(checkpoint)
-        return read_tensors(path / _FILE, "cpu")
-
-
-def _liked(data: TaskData) -> list[Codes]:
-    """Returns the liked items of every meta-training user who likes two or more."""
-    known = data.interactions
-    likes = known.likes(data.task.like_threshold)
-    rows = (known.rows_of_user[user] for user in data.parts["train"])
-    liked = (np.unique(known.item[some[likes[some]]]) for some in rows)
-    return [items for items in liked if len(items) > 1]
-
-
 def _by_pairs(
     data: TaskData,
     backbone: Backbone,
     prompts: CatalogPrompts,
-    pairs: Sequence[Codes],
+    likes: Sequence[Codes],
     settings: EncoderTuningConfig,
     seed: int,
     checkpoint: Path,
@@ -170,6 +140,7 @@ def _by_pairs(
 ) -> AdapterState:
     """Returns the vectors of all items, and the LoRA that was learned from pairs of likes."""
     student = trainable_copy(backbone, _recipe(backbone, settings.rank, seed))
+    pairs = LikedPairs(likes, len(prompts.tokens), settings.temperature, settings.frequency)
     tuning = _Tuning(student, prompts, pairs, data, settings, seed)
     initial = {name: parameter.detach() for name, parameter in tuning.student.parameters.items()}
     config = TrainConfig(
@@ -271,7 +242,7 @@ class _Tuning:
 
     student: TrainableCopy
     prompts: CatalogPrompts
-    pairs: Sequence[Codes]
+    pairs: LikedPairs
     data: TaskData
     settings: EncoderTuningConfig
     seed: int
@@ -283,12 +254,6 @@ class _Tuning:
             self.student.backbone, self.prompts, layers=1, targets=None, rank=1, alpha=1.0, active_tokens=None
         )
         return ReferenceForward(self.student.backbone, self.prompts, placement)
-
-    @cached_property
-    def log_frequency(self) -> Tensor:
-        """Logarithm of each item's share of the pairs, shape (items,)."""
-        count = np.bincount(np.concatenate(self.pairs), minlength=len(self.prompts.tokens))
-        return torch.from_numpy(np.log(np.maximum(count, 1) / count.sum())).float()
 
     def encode(self, items: Codes) -> Tensor:
         """Returns the vectors of some items, differentiable, shape (items, hidden)."""
@@ -308,15 +273,9 @@ class _Tuning:
     def gradient_at(self, meta: MetaState, step: int) -> MetaGradient:
         """Returns the gradient of the mean loss over a step's pairs."""
         self.student.take(meta.init)
-        generator = np.random.default_rng([self.seed, step])
-        users = generator.choice(len(self.pairs), self.settings.pairs, replace=False)
-        drawn = np.stack([generator.choice(self.pairs[user], 2, replace=False) for user in users])
-        first, second = self.encode(drawn.T.ravel()).split(len(drawn))
-        scores = first @ second.T / self.settings.temperature
-        scores = scores - self.settings.frequency * self.log_frequency[drawn[:, 1]]
-        # Another user's partner that this user likes too is no wrong answer.
-        also = np.stack([np.isin(drawn[:, 1], self.pairs[user]) for user in users])
-        losses = info_nce(scores, torch.from_numpy(also))
+        drawn = self.pairs.draw(self.settings.pairs, np.random.default_rng([self.seed, step]))
+        first, second = self.encode(np.concatenate([drawn.first, drawn.second])).split(len(drawn.first))
+        losses = self.pairs.losses(first, second, drawn)
         losses.mean().backward()
         gradients = {}
         for name, leaf in self.student.parameters.items():
@@ -336,5 +295,4 @@ class _Tuning:
         items = np.unique(np.concatenate(asked))
         whole = np.zeros((len(self.prompts.tokens), self.student.backbone.hidden_size))
         whole[items] = self.vectors(items).numpy()
-        scorer = fit_two_tower(whole, threshold=self.data.task.like_threshold)
-        return validation_auc(scorer, self.validation, [max(self.data.task.shots)], self.data.task.like_threshold)
+        return cosine_auc(whole, self.data, self.settings.validation_users)
