@@ -1,6 +1,6 @@
 """Measures smaller frozen models: bytes, items read a second, and what is left of the AUC, as one table.
 
-    python benchmarks/smaller.py --items 300        # writes results/smaller.json
+    python benchmarks/smaller.py        # writes results/smaller.json; a few minutes of one CPU core
 
 Of each it is the answer of the frozen model to the task's prompt, the same for every user: the AUC of test users by it,
 and how alike its log-odds are to the whole model's. `--backbone runs/tuned/backbone` measures a fine-tuned model. A
@@ -44,8 +44,8 @@ def main() -> None:
     parser.add_argument("--task", default="movielens/user-cold")
     parser.add_argument("--backbone", default="smollm2-135m-instruct")
     parser.add_argument("--encoder", default="minilm-l6-v2", help="of distilled scores")
-    parser.add_argument("--users", type=int, default=40, help="test users at most")
-    parser.add_argument("--items", type=int, default=400, help="items that are read at most, the most often queried")
+    parser.add_argument("--users", type=int, default=20, help="test users at most")
+    parser.add_argument("--items", type=int, default=120, help="items that are read at most, the most often queried")
     parser.add_argument("--fewer", type=float, nargs="+", default=[0.8, 0.6], help="shares of blocks to keep")
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
