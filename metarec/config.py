@@ -367,6 +367,12 @@ class FineTuneConfig(TrainConfig):
     temperature: float = Field(0.1, gt=0, description="divides the cosine of two items")
     augment: AugmentConfig = AugmentConfig()
 
+    @model_validator(mode="after")
+    def _a_form_is_of_a_lora(self) -> FineTuneConfig:
+        if self.trainable == "all" and self.form != "lora":
+            raise ValueError(f"trainable is all, and form {self.form}, which is of a LoRA")
+        return self
+
 
 class RunConfig(Section):
     """Everything a run is a function of, besides its task and the model's weights."""

@@ -161,6 +161,8 @@ def test_the_verb_leaves_a_run_that_every_other_verb_takes(
     made = metarec("finetune", *common, "--json", "--resume")
     assert made.status == 0, made.err
     assert f"no checkpoint in '{tmp_path / 'tuned'}': training starts at step 0" in made.err
+    kept_nothing = json.loads(made.out)["best_step"] == 0
+    assert ("nothing of the training is kept" in made.err) == kept_nothing
     assert json.loads(made.out)["steps"] == 4
     run = tmp_path / "tuned"
     assert yaml.safe_load((run / "finetune.yaml").read_text())["trainable"] == "lora"
@@ -540,5 +542,7 @@ def test_settings_default_by_what_is_trained() -> None:
     assert isinstance(whole, FineTuneConfig)
     short = fine_tune_settings({"steps": 4, "max_query": 3})
     assert (short.validate_every, short.warmup, short.min_query) == (4, 4, 3)
+    with pytest.raises(ConfigError, match="trainable is all, and form dora"):
+        fine_tune_settings({"trainable": "all", "form": "dora"})
     with pytest.raises(ConfigError, match="rewrites"):
         check_augmentation(WORLD.catalog, AugmentConfig(rewrites="genrs"))

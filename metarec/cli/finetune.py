@@ -109,5 +109,11 @@ def finetune(
     if tuning.trainable == "all":  # four copies of a whole model are worth keeping only while they can be resumed from
         clear_checkpoint(run / "checkpoint")
     unprinted = ("history", "fine_tuned", "rating_shares")
+    if recommender.fitted.training["best_step"] == 0:
+        typer.echo(
+            "validation users' items are ordered best by the model as it was: nothing of the training is kept; "
+            "try more steps or another lr",
+            err=True,
+        )
     facts = {key: value for key, value in recommender.fitted.training.items() if key not in unprinted}
     show({"run": str(run), "backbone": str(run / TUNED_MODEL), **facts}, json)
