@@ -1,16 +1,23 @@
-"""Measures what it gains to rate informative items first, against popular ones and random ones, on test users.
+"""Measures what it gains to rate informative items first, against popular ones and random ones.
 
     python benchmarks/first_items.py --seeds 5     # MovieLens; writes benchmarks/results/first-items.json
 
-Each test user is shown six items at a time, as on the service's page, until five of them are items that the user has
-rated; the recommender is adapted to these five, and its AUC is measured on the user's query. Informative items are
-those of `AdaptedUser.informative`, given the answers so far; popular ones have most raters among the meta-training
-users; random ones are drawn from what the user has rated, so nothing else is shown. Queries are the same for all.
+Each user is shown six items at a time, as on the service's page, until five of them are items that the user has rated;
+the recommender is adapted to these five, and its AUC is measured on the user's query, which is the same for all ways:
+
+- `informative`: what `AdaptedUser.informative` chooses, given the answers so far; each item's gain is weighed by its
+  number of raters (`root`: by the square root of it; `known`: of the items that the user has rated, by gain alone);
+- `popular`: most raters among the meta-training users first;
+- `random`: drawn from what the user has rated, so that nothing else is shown;
+- `none`: no answer at all.
+
+Validation users and test users are reported apart: the default was chosen by the former.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +40,8 @@ from metarec.scorer import Request
 
 RESULT = Path(__file__).parent / "results" / "first-items.json"
 ANSWERS, SHOWN = 5, 6
-WAYS = ("informative", "popular", "random")
+PARTS = ("validation", "test")
+WAYS = ("informative", "root", "known", "popular", "random", "none")
 # Item means and one Gaussian process, on the catalog's fields: what informative items are chosen by.
 SETTINGS: dict[str, Any] = {
     "score": ["item mean", "collaborative"],
@@ -54,12 +62,15 @@ def main() -> None:
     with progress("measuring first items", arguments.seeds) as advance:
         for seed in range(arguments.seeds):
             rows += measure(load_task_data(load_task(arguments.task), seed))
+            results = {part: summary([row for row in rows if row["part"] == part]) for part in PARTS}
+            write_json(
+                RESULT, {"task": arguments.task, "seeds": seed + 1, "answers": ANSWERS, **results, **environment()}
+            )
             advance(seed + 1)
-    write_json(RESULT, {"task": arguments.task, "seeds": arguments.seeds, **summary(rows), **environment()})
 
 
 def measure(data: TaskData) -> list[dict[str, Any]]:
-    """Returns a row for each test user: AUC after the answers, and how many items were shown for them, by way."""
+    """Returns a row for each validation and test user: by way, AUC and how many items were shown."""
     recommender = MetaRecommender(None, validated(RunConfig, SETTINGS, "first_items")).fit(data)
     fitted, scorer = recommender.fitted, recommender.scorer()
     model = PreferenceModel.of(fitted)
@@ -69,27 +80,35 @@ def measure(data: TaskData) -> list[dict[str, Any]]:
     raters = np.asarray(fitted.prior.count)
     by_raters = np.argsort(-raters, kind="stable")
 
-    def informative(answered: Ratings, left: np.ndarray) -> list[int]:
-        return [position[one.item] for one in model.informative(answered, SHOWN, left)]
+    def informative(power: float) -> Show:
+        return lambda answered, left: [
+            position[one.item] for one in model.informative(answered, SHOWN, left, by_raters=power)
+        ]
 
     def popular(answered: Ratings, left: np.ndarray) -> list[int]:
         return by_raters[left[by_raters]][:SHOWN].tolist()
 
     found = []
-    for episode in data.episodes("test")[0]:
-        own = data.interactions.ratings(data.interactions.rows_of_user[user_code[episode.user]])
-        known = own.rows(np.flatnonzero(~np.isin(own.items, episode.query.items))).unlabelled()
-        liked = episode.query.likes(data.task.like_threshold)
-        row: dict[str, Any] = {"user": episode.user}
-        for way in WAYS:
-            support, shown = (
-                (known.rows(seeded(data.seed, f"first {episode.user}").permutation(len(known))[:ANSWERS]), ANSWERS)
-                if way == "random"
-                else answers(known, episode.query.items, raters > 0, informative if way == "informative" else popular)
-            )
-            (scores,) = scorer.score([Request(episode.user, support, episode.query.items)])
-            row |= {way: auc(scores.numpy(), liked), f"{way} shown": shown}
-        found.append(row)
+    for part in PARTS:
+        for episode in data.episodes(part)[0]:
+            own = data.interactions.ratings(data.interactions.rows_of_user[user_code[episode.user]])
+            known = own.rows(np.flatnonzero(~np.isin(own.items, episode.query.items))).unlabelled()
+            theirs = np.isin(np.arange(len(raters)), known.items) & (raters > 0)
+            drawn = seeded(data.seed, f"first {episode.user}").permutation(len(known))[:ANSWERS]
+            supports = {
+                "informative": answers(known, episode.query.items, raters > 0, informative(1.0)),
+                "root": answers(known, episode.query.items, raters > 0, informative(0.5)),
+                "known": answers(known, episode.query.items, theirs, informative(0.0)),
+                "popular": answers(known, episode.query.items, raters > 0, popular),
+                "random": (known.rows(drawn), ANSWERS),
+                "none": (known.rows(drawn[:0]), 0),
+            }
+            liked = episode.query.likes(data.task.like_threshold)
+            row: dict[str, Any] = {"user": episode.user, "part": part}
+            for way, (support, shown) in supports.items():
+                (scores,) = scorer.score([Request(episode.user, support, episode.query.items)])
+                row |= {way: auc(scores.numpy(), liked), f"{way} shown": shown}
+            found.append(row)
     return [row for row in found if row["random"] is not None]
 
 
@@ -121,15 +140,15 @@ def answers(known: Ratings, query: np.ndarray, open_items: np.ndarray, show: Sho
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns means and paired differences to informative items, with intervals over people."""
     people = [row["user"] for row in rows]
-    results: dict[str, Any] = {"users": len(set(people)), "episodes": len(rows), "answers": ANSWERS}
+    results: dict[str, Any] = {"users": len(set(people)), "episodes": len(rows)}
     for way in WAYS:
         values, shown = (np.array([row[name] for row in rows], np.float64) for name in (way, f"{way} shown"))
         low, high = bootstrap_interval(values, 0, people)
         results[way] = {"auc": float(values.mean()), "low": low, "high": high, "shown": float(np.median(shown))}
-    for way in WAYS[1:]:
-        gains = np.array([row["informative"] - row[way] for row in rows])
+    for way, other in itertools.product(WAYS[:3], WAYS[3:]):
+        gains = np.array([row[way] - row[other] for row in rows])
         low, high = bootstrap_interval(gains, 0, people)
-        results[f"informative less {way}"] = {"difference": float(gains.mean()), "low": low, "high": high}
+        results[f"{way} less {other}"] = {"difference": float(gains.mean()), "low": low, "high": high}
     return results
 
 

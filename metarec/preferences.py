@@ -21,8 +21,9 @@ from metarec.scorers.collaborative.terms import CollaborativeTerm
 if TYPE_CHECKING:
     from metarec.fitting import Fitted
 
-# Categories of a catalog that are described, and items whose ratings are considered, the most rated ones of each.
-_MOST_CATEGORIES, _MOST_ITEMS = 12, 1000
+# Categories that are described, items that they are described by, and items whose ratings are considered: the most
+# rated ones of each, so that a large catalog takes no longer.
+_MOST_CATEGORIES, _DESCRIBED, _MOST_ITEMS = 12, 20_000, 1000
 # Share of the normal distribution between `low` and `high`, and how many standard deviations that is on each side.
 INTERVAL = 0.8
 _DEVIATIONS = 1.2815515655446004
@@ -108,10 +109,11 @@ class PreferenceModel:
         self._loadings, self._noise = process.loadings, process.noise
         self._unit = process.scale
         self._count = prior.count[: len(process.loadings)].astype(np.float64)
-        share = self._count / max(self._count.sum(), 1.0)
-        centred = self._loadings - share @ self._loadings
+        codes = np.sort(np.argsort(-self._count, kind="stable")[:_DESCRIBED])
+        share = self._count[codes] / max(self._count[codes].sum(), 1.0)
+        centred = self._loadings[codes] - share @ self._loadings[codes]
         self._differences: Floats = (centred * share[:, None]).T @ centred
-        self._directions = self._categories(centred)
+        self._directions = _directions(_some(catalog, codes), centred, share)
 
     @classmethod
     def of(cls, fitted: Fitted) -> PreferenceModel | None:
@@ -120,27 +122,6 @@ class PreferenceModel:
         if not isinstance(term, CollaborativeTerm) or term.process is None:
             return None
         return cls(fitted.catalog, term)
-
-    def _categories(self, centred: Floats) -> _Directions:
-        """Returns the most rated categories, and the mean loadings of each one's items around those of all items."""
-        found: list[tuple[float, tuple[str, str, int], Floats]] = []
-        for name, kind in choose_fields(self._catalog).read.items():
-            if kind != "category":
-                continue
-            carriers: dict[str, list[int]] = {}
-            for code, tokens in enumerate(tokens_in(self._catalog.fields[name])):
-                for token in tokens:
-                    carriers.setdefault(token, []).append(code)
-            for token, codes in carriers.items():
-                weights = self._count[codes]
-                if len(codes) >= MIN_ITEMS and weights.any():
-                    mean = weights @ centred[codes] / weights.sum()
-                    found.append((float(weights.sum()), (name, token, len(codes)), mean))
-        found.sort(key=lambda entry: (-entry[0], entry[1]))
-        chosen = found[:_MOST_CATEGORIES]
-        rows = [mean for _, _, mean in chosen]
-        loadings = np.stack(rows) if rows else np.zeros((0, centred.shape[1]))
-        return _Directions(tuple(name for _, name, _ in chosen), loadings)
 
     def knowledge(self, support: Ratings) -> Knowledge:
         """Returns what is believed of a person.
@@ -170,7 +151,7 @@ class PreferenceModel:
         left = float((self._differences * covariance).sum())
         return float(np.clip(1 - left / everything, 0, 1)) if everything > 0 else 0.0
 
-    def informative(self, support: Ratings, k: int, allowed: Flags, *, by_raters: bool = True) -> list[Informative]:
+    def informative(self, support: Ratings, k: int, allowed: Flags, *, by_raters: float = 1.0) -> list[Informative]:
         """Chooses items whose ratings would take most of the uncertainty away.
 
         Each next item is chosen as if those before it were rated. The uncertainty is the variance of the person's
@@ -180,14 +161,15 @@ class PreferenceModel:
             support: What the person rated; their items are left out.
             k: How many; fewer come back where there are fewer.
             allowed: Which items may be chosen, shape (items,); those after the process's own are never.
-            by_raters: Weighs an item's gain by how many people have rated it, as few others can.
+            by_raters: Weighs an item's gain by this power of its number of raters: who is asked knows an item with a
+                probability like theirs. 0 asks somebody who knows all that is allowed.
 
         Source: greedy A-optimal design (Chaloner and Verdinelli 1995, "Bayesian experimental design", section 2.2),
         over differences instead of weights.
         """
         covariance = self._posterior(support).covariance
         codes = self._pool(support, allowed)
-        weights = self._count[codes] if by_raters else np.ones(len(codes))
+        weights = self._count[codes] ** by_raters
         everything = float((self._differences * covariance).sum())
         return [
             Informative(self._catalog.ids[code], self._catalog.title(int(code)), gain / everything)
@@ -214,3 +196,37 @@ class PreferenceModel:
             left[best] = False
             yield int(codes[best]), float(gains[best])
             covariance = covariance - np.outer(moved[best], moved[best]) / variance[best]
+
+
+def _some(catalog: Catalog, codes: Codes) -> Catalog:
+    """Returns a catalog of some items."""
+    fields = {name: tuple(column[code] for code in codes) for name, column in catalog.fields.items()}
+    return Catalog(tuple(catalog.ids[code] for code in codes), fields)
+
+
+def _directions(catalog: Catalog, centred: Floats, share: Floats) -> _Directions:
+    """Returns the most rated categories, and the mean loadings of each one's items around those of all items.
+
+    Args:
+        catalog: The items.
+        centred: Their loadings around the mean, shape (items, loadings).
+        share: Each item's share of ratings, shape (items,).
+    """
+    found: list[tuple[float, tuple[str, str, int], Floats]] = []
+    for name, kind in choose_fields(catalog).read.items():
+        if kind != "category":
+            continue
+        carriers: dict[str, list[int]] = {}
+        for row, tokens in enumerate(tokens_in(catalog.fields[name])):
+            for token in tokens:
+                carriers.setdefault(token, []).append(row)
+        for token, rows in carriers.items():
+            weights = share[rows]
+            if len(rows) >= MIN_ITEMS and weights.any():
+                mean = weights @ centred[rows] / weights.sum()
+                found.append((float(weights.sum()), (name, token, len(rows)), mean))
+    found.sort(key=lambda entry: (-entry[0], entry[1]))
+    chosen = found[:_MOST_CATEGORIES]
+    rows_of = [mean for _, _, mean in chosen]
+    loadings = np.stack(rows_of) if rows_of else np.zeros((0, centred.shape[1]))
+    return _Directions(tuple(name for _, name, _ in chosen), loadings)

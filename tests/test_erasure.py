@@ -198,11 +198,11 @@ def test_the_page_remembers_nothing_of_an_erased_visitor(recommender: MetaRecomm
         client.get("/")
         visitor = client.cookies["metarec_visitor"]
         assert client.post("/ui/rate", data={"item": "m1", "rating": "5"}).status_code == 200
-        assert made[0]._places
+        assert made[0]._moved
         other = AdapterStore(tmp_path, tmp_path / "other")
         other.erase(visitor)
         client.get("/v1/users/somebody/recommendations")
-        assert not made[0]._places
+        assert not made[0]._moved
     assert not left(tmp_path, [visitor])
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from serving import LOVES_DRAMA, recommender_without_model
 
+from metarec import preferences
 from metarec.data.interactions import Catalog, Ratings
 from metarec.errors import ConfigError
 from metarec.preferences import INTERVAL, PreferenceModel
@@ -95,8 +96,8 @@ def left_over(process: GaussianProcess, items: list[int], share: Floats) -> floa
     return float(share @ np.diag(among) - share @ among @ share)
 
 
-@pytest.mark.parametrize("by_raters", [False, True])
-def test_each_informative_item_is_the_one_that_an_exhaustive_search_finds(by_raters: bool) -> None:
+@pytest.mark.parametrize("by_raters", [0.0, 0.5, 1.0])
+def test_each_informative_item_is_the_one_that_an_exhaustive_search_finds(by_raters: float) -> None:
     count = np.random.default_rng(2).integers(1, 9, ITEMS).astype(float)
     process, model = made(count=count)
     share = count / count.sum()
@@ -106,7 +107,7 @@ def test_each_informative_item_is_the_one_that_an_exhaustive_search_finds(by_rat
     for one in found:
         now = left_over(process, chosen, share)
         gains = {item: now - left_over(process, [*chosen, item], share) for item in range(ITEMS) if item not in chosen}
-        weighed = {item: gain * (count[item] if by_raters else 1.0) for item, gain in gains.items()}
+        weighed = {item: gain * count[item] ** by_raters for item, gain in gains.items()}
         best = max(weighed, key=lambda item: weighed[item])
         assert one.item == f"i{best}"
         assert one.gain == pytest.approx(gains[best] / whole)
@@ -132,6 +133,15 @@ def test_items_that_are_not_allowed_that_nobody_rated_or_that_came_later_are_nev
     allowed[2] = False
     found = model.informative(rated([3, ITEMS + 1], [4.0, 5.0]), 50, allowed)
     assert {one.item for one in found} == {"i0", "i1", "i4", "i5", "i6"}
+
+
+def test_large_catalogs_are_described_by_their_most_rated_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preferences, "_DESCRIBED", 30)
+    count = np.where(np.arange(ITEMS) % 4 == 3, 1.0, 2.0)  # of genre d, few have raters
+    _, model = made(count=count)
+    found = model.knowledge(rated([0], [5.0])).preferences
+    assert {one.category: one.items for one in found} == {"a": 10, "b": 10, "c": 10}
+    assert len(model.informative(rated([], []), ITEMS, np.ones(ITEMS, bool))) == ITEMS
 
 
 def test_a_person_has_preferences_and_informative_items() -> None:

@@ -586,6 +586,9 @@ def test_axe_finds_nothing_and_nothing_is_cut_off(visit: Visit, address: str) ->
         found = axe.Axe().run(page)
         assert found.violations_count == 0, f"{width} {scheme}: {found.generate_report()}"
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.goto(f"{address}docs")
+    found = axe.Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
 
 
 def test_on_a_phone_the_ranking_stays_in_sight_and_hides_no_focus(visit: Visit) -> None:
