@@ -23,6 +23,7 @@ from made_shop import (
     PLAIN,
     USERS,
     Shop,
+    bookshop,
     by_group,
     own_tastes,
     pictures,
@@ -30,6 +31,7 @@ from made_shop import (
     shop,
     write_friends,
     write_graph,
+    write_sentences,
     write_two_shops,
     write_users,
     write_vectors,
@@ -71,11 +73,15 @@ class Block:
         world: Seed to the shop.
         files: Seed, shop and folder to the options that name the block.
         split: How the shop is split.
+        features: What is read of items beside vectors and graphs that the block brings.
+        off: Setting that is turned off to measure without the block; None leaves its files out.
     """
 
     world: Callable[[int], Shop]
     files: Callable[[int, Shop, Path], dict[str, Any]]
     split: Mapping[str, Any]
+    features: tuple[str, ...] = ("fields",)
+    off: str | None = None
 
 
 def of_kinds(seed: int) -> Shop:
@@ -99,6 +105,20 @@ def shuffled(seed: int) -> np.ndarray:
     return np.random.default_rng([seed, 11]).permutation(by_group(seed)[0])
 
 
+def books(seed: int) -> Shop:
+    return bookshop(seed)[0]
+
+
+def sentences(seed: int, world: Shop, folder: Path) -> dict[str, Any]:
+    return {"users": write_sentences(folder / "u.csv", bookshop(seed)[1])}
+
+
+def shuffled_sentences(seed: int, world: Shop, folder: Path) -> dict[str, Any]:
+    liked = np.random.default_rng([seed, 13]).permutation(bookshop(seed)[1])
+    return {"users": write_sentences(folder / "u.csv", liked)}
+
+
+TEXT = ("text", "fields")
 BLOCKS: dict[str, Block] = {
     "vectors of items": Block(
         of_kinds,
@@ -119,6 +139,9 @@ BLOCKS: dict[str, Block] = {
     "fields of users that are noise": Block(
         of_groups, lambda seed, world, folder: {"users": write_users(folder / "u.csv", shuffled(seed), seed)}, SPLIT
     ),
+    "sentences of users": Block(books, sentences, SPLIT, TEXT),
+    "sentences of users, two towers alone": Block(books, sentences, SPLIT, TEXT, off="towers"),
+    "sentences of users that are noise": Block(books, shuffled_sentences, SPLIT, TEXT),
     "friends": Block(
         of_groups,
         lambda seed, world, folder: {"friends": write_friends(folder / "f.csv", by_group(seed)[0], seed)},
@@ -132,12 +155,13 @@ BLOCKS: dict[str, Block] = {
 }
 
 
-def per_user(world: Shop, split: Mapping[str, Any], seed: int, files: Mapping[str, Any]) -> dict[int, Any]:
-    """Returns each test user's AUC at every K, fitted with some options."""
-    features = ["fields", *(["vectors"] if {"vectors", "item_graph"} & set(files) else [])]
-    settings = {**PLAIN, "seed": seed, "collaborative": {**PLAIN["collaborative"], "features": features}}
+def per_user(world: Shop, block: Block, seed: int, files: Mapping[str, Any], off: str | None = None) -> dict[int, Any]:
+    """Returns each test user's AUC at every K, fitted with some files, and one setting turned off."""
+    features = [*block.features, *(["vectors"] if {"vectors", "item_graph"} & set(files) else [])]
+    collaborative = {**PLAIN["collaborative"], "features": features, **({} if off is None else {off: False})}
+    settings = {**PLAIN, "seed": seed, "collaborative": collaborative}
     recommender = MetaRecommender.from_pretrained("smollm2-135m-instruct", validated(RunConfig, settings, "benchmark"))
-    task = {"split": dict(split), "shots": list(SHOTS), "query": {"max": 10, "min": 3}, "label": "rating >= 4"}
+    task = {"split": dict(block.split), "shots": list(SHOTS), "query": {"max": 10, "min": 3}, "label": "rating >= 4"}
     recommender.fit(world.orders, items=world.items, **task, **files)
     report = recommender.evaluate()
     return {count: report.values(ROW, count) for count in SHOTS}
@@ -151,7 +175,8 @@ def measured(block: Block, seeds: int, done: Callable[[], None]) -> dict[str, An
         with tempfile.TemporaryDirectory() as scratch:
             os.chdir(scratch)
             files = block.files(seed, world, Path())
-            with_it, without_it = (per_user(world, block.split, seed, some) for some in (files, {}))
+            with_it = per_user(world, block, seed, files)
+            without_it = per_user(world, block, seed, files if block.off else {}, block.off)
         for count in SHOTS:
             gains[count].append(with_it[count] - without_it[count])
         done()

@@ -12,6 +12,11 @@ import pandas as pd
 KINDS = 4
 # What people say of a rating.
 SAID = {1: "I hated it", 2: "not good at all", 3: "it was fine", 4: "quite good", 5: "I loved it"}
+# What items of a bookshop are about, and what its people write that they like.
+SUBJECTS = (
+    *("astronomy", "baking", "chess", "dogs", "football", "gardening"),
+    *("jazz", "knitting", "motorbikes", "painting", "sailing", "volcanoes"),
+)
 USERS, ITEMS, RATED = 240, 120, 30
 # What a test fits in a second: no language model, no stack of several members.
 PLAIN: dict[str, Any] = {
@@ -123,6 +128,29 @@ def pictures(kind: np.ndarray, seed: int) -> np.ndarray:
     """Returns noisy vectors of items that tell the kind, shape (items, 16)."""
     generator = np.random.default_rng([seed, 8])
     return np.eye(KINDS)[kind] @ generator.normal(size=(KINDS, 16)) + 0.3 * generator.normal(size=(len(kind), 16))
+
+
+def bookshop(seed: int = 0) -> tuple[Shop, np.ndarray]:
+    """Returns a shop of books about `SUBJECTS`, named by their titles, and the one subject that each user likes."""
+    generator = np.random.default_rng([seed, 12])
+    subject, liked = generator.integers(0, len(SUBJECTS), ITEMS), generator.integers(0, len(SUBJECTS), USERS)
+    rows = []
+    for user, mine in enumerate(liked):
+        near, far = np.flatnonzero(subject == mine), np.flatnonzero(subject != mine)
+        for item in [*near, *generator.choice(far, 24 - len(near), replace=False)]:
+            value = 3 + (1.2 if subject[item] == mine else -1.2) + generator.normal(0, 0.6)
+            rows.append((f"u{user}", f"i{item}", float(np.clip(np.round(value), 1, 5))))
+    orders = pd.DataFrame(rows, columns=["user", "item", "rating"])
+    titles = [f"All about {SUBJECTS[one]}, volume {code}" for code, one in enumerate(subject)]
+    items = pd.DataFrame({"item": [f"i{code}" for code in range(ITEMS)], "title": titles})
+    return Shop(orders, items, subject, np.eye(len(SUBJECTS))[liked]), liked
+
+
+def write_sentences(path: Path, liked: np.ndarray) -> str:
+    """Writes a sentence of each user that names a subject, and returns the file's name."""
+    rows = [f"u{user},I like {SUBJECTS[code]} since {1990 + user % 9}" for user, code in enumerate(liked)]
+    path.write_text("\n".join(["user,about", *rows]) + "\n")
+    return path.name
 
 
 def reviewed(world: Shop, seed: int) -> Shop:

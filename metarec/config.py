@@ -245,6 +245,11 @@ class CollaborativeConfig(Section):
     )
     encoder: str = Field("minilm-l6-v2", description="the sentence encoder of `text` and `tuned text`")
     side: bool = Field(True, description="where a task brings side information of users or moments, the score reads it")
+    towers: bool = Field(
+        True,
+        description="two towers read texts about users and of items, where they lower the error of users held out",
+        exclude_if=bool,
+    )
     tuning: EncoderTuningConfig = EncoderTuningConfig()
     projection: ProjectionConfig = ProjectionConfig()
     gp: GPConfig = GPConfig()

@@ -41,7 +41,7 @@ from metarec.scorers.language.weight_prior import fit_head_start
 from metarec.scorers.language.zero_shot import ZeroShot
 from metarec.scorers.term import ADAPTER_TERM, CrossFitted, ScoreTerm, Term, TermContext, weight_name
 from metarec.stack_files import cached_stack
-from metarec.task_features import SIDE_TERM, collaborative_features, for_task
+from metarec.task_features import SIDE_TERM, collaborative_features, for_task, side_note
 from metarec.tensors import AdapterState
 
 if TYPE_CHECKING:
@@ -158,6 +158,8 @@ def prepare(data: TaskData, config: RunConfig, backbone: Backbone | None) -> Pre
     reads_text = "text" in (config.collaborative.features or ())
     for sentence in check_texts(data.task, catalog, prompt=backbone is not None, text=reads_text):
         _LOG.warning("%s", sentence)
+    if note := side_note(data.task, config.score):
+        _LOG.log(logging.INFO if SIDE_TERM in config.score else logging.WARNING, "%s", note)
     answer_model = None if backbone is None else catalog_answer_model(backbone, config, data.task.template, catalog)
     collaborative = config.collaborative
     if "collaborative" not in config.score:
@@ -232,6 +234,7 @@ def _side(data: TaskData, config: RunConfig, features: Features) -> FittedSide |
         folds=settings.stack.folds,
         seed=config.seed,
         text_reader=encoded_reader(settings.encoder) if "text" in (settings.features or ()) else reader_of,
+        towers=settings.towers,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,7 @@ from metarec.config import RunConfig
 from metarec.data.item_vectors import without_unknown
 from metarec.data.task import Task
 from metarec.errors import ConfigError
+from metarec.registries import TERMS
 from metarec.scorers.collaborative.block_worth import block_worth
 from metarec.scorers.collaborative.features import (
     PROJECTION,
@@ -54,6 +55,29 @@ def for_task(config: RunConfig, task: Task) -> RunConfig:
     else:
         features += ("lm",) * task.split.asks_unrated + ("vectors",) * task.brings_vectors
     return config.model_copy(update={"collaborative": config.collaborative.model_copy(update={"features": features})})
+
+
+def side_note(task: Task, score: Collection[str]) -> str | None:
+    """Says which terms of a score read what a task brings of users and moments; None where it brings nothing.
+
+    Args:
+        task: The task.
+        score: Names of terms; see `for_task`.
+    """
+    if not task.brings_side:
+        return None
+    own = [name for name in score if name in TERMS.names()]
+    reading = [name for name in own if name == SIDE_TERM or TERMS.get(name).reads_person]
+    alone = [name for name in own if TERMS.get(name).needs_model and name not in reading]
+    brought = ", ".join(task.side_named)
+    if not reading:
+        return f"{brought}: read by no term of the score (leave collaborative.side on, or add 'history' to score)"
+    other = f"; {_listed(alone)} read{'s' * (len(alone) == 1)} items alone" if alone else ""
+    return f"{brought}: read by {_listed(reading)}{other}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(f"'{name}'" for name in names)
 
 
 def collaborative_features(answer_model: AnswerModel | None, data: TaskData, config: RunConfig) -> Features:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 from small_tasks import BASE
 
-from metarec.bench.methods import METHODS, MethodContext
-from metarec.bench.methods.controls import PERMUTED, WITHOUT, permuted_data, without_block
+from metarec.bench.methods import METHODS, Method, MethodContext, MethodRow, controls
+from metarec.bench.methods.controls import PERMUTED, WITHOUT, asked_without, permuted_data, without, without_block
 from metarec.bench.methods.recommenders import with_brought_vectors
 from metarec.config import RunConfig, validated
 from metarec.data import task_data
 from metarec.data.interactions import Catalog, Interactions, Ratings, RatingScale
-from metarec.data.side import SideColumns
+from metarec.data.side import Side, SideColumns
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.errors import ConfigError
 from metarec.metrics import BASELINE
-from metarec.scorer import request
+from metarec.scorer import Request, request
 from metarec.scorers.collaborative.features import word_vectors
 from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
 
@@ -198,3 +200,34 @@ def test_vectors_that_the_data_bring_are_read_by_every_kind_of_method(cold: Task
     plain = validated(RunConfig, {"collaborative": {"features": ["text"]}}, "test")
     assert with_brought_vectors(plain, told).collaborative.features == ("text", "vectors")
     assert with_brought_vectors(plain, cold) == plain
+
+
+def test_a_method_without_a_block_is_asked_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = {name: np.array(["x", "y"], object) for name in ("hour", "device")}
+    side = Side(
+        {"age": "30", "town": "Rome"}, ("u1",), rated=moments, asked=moments, reviews=np.array(["a", ""], object)
+    )
+    support = Ratings(np.array([0, 1]), np.array([1.0, 5.0], np.float32), side=side)
+    whole = Request("u0", support, np.array([2, 3]))
+
+    def left(block: str) -> Side | None:
+        return asked_without(whole, block).support.side
+
+    assert (left("age").about, left("friends").friends) == ({"town": "Rome"}, ())  # type: ignore[union-attr]
+    assert [list(columns) for columns in (left("hour").rated, left("hour").asked)] == [["device"], ["device"]]  # type: ignore[union-attr]
+    assert left("side information") is None
+    assert left("maker") == side
+
+    def rows(context: Any) -> list[MethodRow]:
+        scorer: Any = SimpleNamespace(name="told", bytes_per_user=0, score=lambda requests: requests)
+        return [MethodRow(scorer, tokens=lambda one: len(one.support.side.about), prompt=lambda one, _: str(one))]
+
+    monkeypatch.setattr(controls, "without_block", lambda data, block: data)
+    context: Any = SimpleNamespace(data=SimpleNamespace(seed=0), workspace=None, train_users=None, settings={})
+    (found,) = without(Method(rows, "x", "x"), "age").rows(context)
+    assert found.scorer.name == "told, without age"
+    asked: Any = found.scorer.score([whole])
+    assert asked[0].support.side.about == {"town": "Rome"}
+    assert found.tokens(whole) == 1
+    assert found.prompt is not None
+    assert "30" not in found.prompt(whole, 2)

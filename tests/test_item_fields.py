@@ -74,6 +74,8 @@ def test_a_field_of_another_name_gives_the_same_features(usual: str, own: str) -
         (("New York", "York", "New Orleans"), {"New York", "York", "New Orleans"}),
         (("Action|Drama", "Sci Fi"), {"Action", "Drama", "Sci Fi"}),
         (("a; b", ""), {"a", "b"}),
+        (("科幻、喜剧", "愛情，劇情；恐怖"), {"科幻", "喜剧", "愛情", "劇情", "恐怖"}),  # noqa: RUF001
+        (("دراما، كوميديا", "حرب؛ دراما"), {"دراما", "كوميديا", "حرب"}),
     ],
 )
 def test_categories_end_where_the_column_ends_them(column: tuple[str, ...], tokens: set[str]) -> None:
@@ -81,8 +83,23 @@ def test_categories_end_where_the_column_ends_them(column: tuple[str, ...], toke
 
 
 def test_numbers_are_read_as_people_write_them() -> None:
-    found = numbers_in(["1,299.50", "$12", "12,5", "15 %", "USD", "2001-07-01", "-3", "free", "7 EUR"])
-    np.testing.assert_array_equal(found, [1299.5, 12, 12.5, 15, np.nan, 2001.5, -3, np.nan, 7])
+    found = numbers_in(["1,299.50", "$12", "12,5", "15 %", "USD", "2001-07-01", "-3", "free", "7 EUR", "1.299,50 €"])
+    np.testing.assert_array_equal(found, [1299.5, 12, 12.5, 15, np.nan, 2001.5, -3, np.nan, 7, 1299.5])
+
+
+@pytest.mark.parametrize(
+    ("texts", "years"),
+    [
+        (["31.12.2004", "01.07.1999"], [2004 + 11 / 12, 1999.5]),
+        (["12/31/2004", "7/1/1999"], [2004 + 11 / 12, 1999.5]),
+        (["3/4/2004"], [2004]),
+        (["Jul 1, 1999", "1 July 1999"], [1999.5, 1999.5]),
+        (["1999年7月1日", "2004年"], [1999.5, 2004]),
+        (["1999-07-01T10:00"], [1999.5]),
+    ],
+)
+def test_dates_are_read_as_people_write_them(texts: list[str], years: list[float]) -> None:
+    np.testing.assert_allclose(numbers_in(texts), years)
 
 
 def test_running_text_is_no_category_though_it_has_commas() -> None:

@@ -205,3 +205,16 @@ def test_a_folder_of_ratings_and_items_is_a_table(tmp_path: Path) -> None:
     data = fresh().task_data(str(tmp_path))
     assert data.task.name == f"own/{tmp_path.name}"
     assert summary(data.task, data.interactions.catalog)[0] == "item fields: Kind (of book)"
+
+
+def test_a_prompt_names_what_tells_items_apart_and_texts_first() -> None:
+    frame = shop()
+    items = frame["item"] - frame["item"].min()
+    more = {f"kind{number}": [f"k{item // (1 + number) % 2}" for item in items] for number in range(7)}
+    told = [f"a tale of {item} roads told in {item + 3} nights" for item in items]
+    frame = frame.drop(columns="Kind (of book)").assign(**more, sku=[f"S{item:04d}" for item in items], blurb=told)
+    text = fresh().task_data(frame).task.prompt.text
+    assert "blurb: {{ blurb }}" in text
+    assert "kind4" in text
+    assert "kind6" not in text
+    assert "sku" not in text

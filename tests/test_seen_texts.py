@@ -18,6 +18,7 @@ from metarec import MetaRecommender
 from metarec.config import RunConfig, validated
 from metarec.data.interactions import Catalog
 from metarec.data.own_data import own_task
+from metarec.data.seen_texts import check_texts
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.errors import BackboneError, ConfigError, DataError
@@ -143,3 +144,20 @@ def test_the_prompt_of_a_table_has_a_blank_for_a_masked_model(backbone: Backbone
     task, data = own_task(tmp_path / "few.csv", {})
     assert tokenize_catalog(backbone("bert"), task.template, data.catalog).mask_token is not None
     assert task.template.render(data.catalog, 0).endswith("\nAnswer:")
+
+
+def test_fields_that_nothing_reads_are_named() -> None:
+    count = 40
+    fields = {
+        "title": tuple(f"night {code}" for code in range(count)),
+        "kind": ("drama", "horror") * (count // 2),
+        "shelf": tuple(f"SKU{code:04d}" for code in range(count)),
+        "blurb": tuple(f"a tale of {code} roads told in {code + 3} nights" for code in range(count)),
+        "shop": ("north",) * count,
+    }
+    catalog = Catalog(tuple(f"i{code}" for code in range(count)), fields)
+    own = validated(Task, {**TASK, "prompt": {**TASK["prompt"], "text": "{{ title }} {{ shelf }} Answer:"}}, "test")
+    (said,) = check_texts(own, catalog, prompt=True, text=False)
+    assert said.startswith("fields of items that nothing reads: 'blurb' (text), 'shop' (one value); name them")
+    named = validated(Task, {**own.model_dump(), "features": {"fields": ["kind"]}}, "test")
+    assert check_texts(named, catalog, prompt=True, text=False) == []

@@ -65,6 +65,12 @@ def test_sound_side_information_has_no_findings(shop: Path, found: Found) -> Non
     assert found(*files, "context=place", "review=said") == {}
 
 
+def test_fields_of_items_that_tell_none_apart_are_named(shop: Path, found: Found) -> None:
+    things = "\n".join(f"i{code},thing {code},north,{'ab'[code % 2]}" for code in range(10))
+    (shop / "items.csv").write_text(f"item,title,hall,kind\n{things}\n")
+    assert found()["unread-field"]["rows"] == ["'hall (one value)'"]
+
+
 def test_rows_of_users_are_named(shop: Path, found: Found) -> None:
     users_rows(shop, "", "u3,a,30,7", "zoe,b,30,7")
     findings = found("users=users.csv")

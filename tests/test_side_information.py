@@ -18,19 +18,24 @@ from made_shop import (
     KINDS,
     PLAIN,
     SAID,
+    SUBJECTS,
     USERS,
     Shop,
+    bookshop,
     own_tastes,
     pictures,
     reviewed,
     shop,
     write_friends,
     write_graph,
+    write_sentences,
     write_vectors,
 )
 
 from metarec import MetaRecommender
+from metarec.bench.plan import Cell
 from metarec.bench.robustness import flipped, most_rated, with_profiles
+from metarec.cli.bench import _side_notes
 from metarec.config import RunConfig, validated
 from metarec.data.interactions import Catalog, Interactions, Ratings
 from metarec.data.item_graph import graph_vectors
@@ -38,6 +43,7 @@ from metarec.data.item_vectors import read_item_vectors
 from metarec.data.own_data import load_own, reload_own
 from metarec.data.side import Side, SideColumns
 from metarec.data.task_data import TaskData
+from metarec.data.task_files import load_task
 from metarec.data.templates import PromptTemplate
 from metarec.data.transforms import keep_users, merge, with_negatives
 from metarec.errors import ConfigError, DataError, RatingError
@@ -57,6 +63,7 @@ from metarec.scorers.collaborative.terms import SideTerm
 from metarec.scorers.collaborative.two_towers import TowerText
 from metarec.scorers.language.encoded_text import EncodedText
 from metarec.scorers.language.in_context import History, InContext, Listwise
+from metarec.task_features import SIDE_TERM, side_note
 
 NEW_USERS: dict[str, Any] = {"split": {"fractions": [0.6, 0.2, 0.2]}, "shots": [0, 5], "query": {"max": 10, "min": 3}}
 NEW_ITEMS: dict[str, Any] = {**NEW_USERS, "split": {"by": "item", "unseen": 0.2, "fractions": [0.6, 0.2, 0.2]}}
@@ -165,27 +172,14 @@ def test_a_sentence_about_a_user_ranks_before_any_rating(tmp_path: Path, monkeyp
     assert liked[best].mean() > liked.mean() + 0.3
 
 
-SUBJECTS = 12
-
-
 def subjects(folder: Path, own: np.ndarray | None = None) -> tuple[TaskData, Features]:
     """A shop of many subjects, each user's own named by what they write; items' vectors tell theirs, with noise."""
     generator = np.random.default_rng(0)
-    subject, liked = generator.integers(0, SUBJECTS, ITEMS), generator.integers(0, SUBJECTS, USERS)
-    rows = []
-    for user, mine in enumerate(liked):
-        near, far = np.flatnonzero(subject == mine), np.flatnonzero(subject != mine)
-        for item in [*near, *generator.choice(far, 24 - len(near), replace=False)]:
-            value = 3 + (1.2 if subject[item] == mine else -1.2) + generator.normal(0, 0.6)
-            rows.append((f"u{user}", f"i{item}", float(np.clip(np.round(value), 1, 5))))
-    orders = pd.DataFrame(rows, columns=["user", "item", "rating"])
-    said = liked if own is None else own
-    lines = [f"u{user},I like subject{code} since {user % 9}" for user, code in enumerate(said)]
-    (folder / "users.csv").write_text("\n".join(["user,about", *lines]) + "\n")
-    things = pd.DataFrame({"item": [f"i{n}" for n in range(ITEMS)], "title": [f"thing {n}" for n in range(ITEMS)]})
-    data = load_own(orders, {"items": things, "label": "rating >= 4", **NEW_USERS, "users": "users.csv"}, 0)
+    world, liked = bookshop()
+    users = write_sentences(folder / "users.csv", liked if own is None else own)
+    data = load_own(world.orders, {"items": world.items, "label": "rating >= 4", **NEW_USERS, "users": users}, 0)
     codes = [int(item[1:]) for item in data.interactions.catalog.ids]
-    vectors = generator.normal(size=(SUBJECTS, 32))[subject[codes]] + 0.3 * generator.normal(size=(ITEMS, 32))
+    vectors = generator.normal(size=(len(SUBJECTS), 32))[world.kind[codes]] + 0.3 * generator.normal(size=(ITEMS, 32))
     return data, Features({"text": vectors}, vectors)
 
 
@@ -210,13 +204,24 @@ def test_two_towers_explain_what_a_text_about_a_user_and_items_texts_have_in_com
             aucs.append((value[likes][:, None] > value[~likes][None]).mean())
     assert np.mean(aucs) > 0.85
     assert not side.whole.asked(Side({"about": "nothing known"}), np.arange(5)).any()
-    added = side.whole.extended(ITEMS + 2).asked(Side({"about": "I like subject3"}), np.arange(ITEMS, ITEMS + 2))
+    added = side.whole.extended(ITEMS + 2).asked(Side({"about": "I like dogs"}), np.arange(ITEMS, ITEMS + 2))
     assert not added.any()
+
+
+def test_a_setting_leaves_the_towers_out_and_the_regression_reads_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, features = subjects(tmp_path)
+    train = data.parts["train"]
+    side = fit_side(data.interactions, train, features, threshold=4.0, folds=2, seed=0, towers=False)
+    assert "about" in side.whole.about
+    assert not isinstance(side.whole.about["about"], TowerText)
 
 
 def test_two_towers_get_no_weight_where_texts_are_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    data, features = subjects(tmp_path, np.random.default_rng(3).integers(0, SUBJECTS, USERS))
+    data, features = subjects(tmp_path, np.random.default_rng(3).integers(0, len(SUBJECTS), USERS))
     side = fit_side(data.interactions, data.parts["train"], features, threshold=4.0, folds=2, seed=0)
     assert not side.whole.effects
     assert side.interactions.rating.tolist() == data.interactions.rating.tolist()
@@ -274,6 +279,45 @@ def test_side_information_that_says_nothing_changes_no_score(
     found = fitted(shop(BY_GROUP), tmp_path, monkeypatch, NEW_USERS, users=name)
     assert "side information 'group' does not help users held out" in caplog.text
     np.testing.assert_allclose(scores(found), scores(plain), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("score", "said"),
+    [
+        (
+            ("item mean", SIDE_TERM, "prompt", "adapter"),
+            "read by 'side information'; 'prompt' and 'adapter' read",
+        ),
+        (("item mean", "history"), "read by 'history'"),
+        (("item mean", "adapter"), "read by no term of the score"),
+    ],
+)
+def test_what_reads_users_and_moments_is_said(score: tuple[str, ...], said: str) -> None:
+    task = load_task("ml-100k/known-users")
+    note = side_note(task, score)
+    assert note is not None
+    assert note.startswith("fields of users (ml-100k.user), moments (hour, weekday): read by")
+    assert said in note
+    assert side_note(load_task("ml-100k/user-cold"), score) is None
+
+
+def test_a_benchmark_says_which_methods_do_not_read_users_and_moments() -> None:
+    cells = [Cell("ml-100k/known-users", name, 0) for name in ("GP", "MeLU", "GP, without side information")]
+    (note,) = _side_notes([*cells, Cell("ml-100k/user-cold", "GP", 0)])
+    assert note.endswith("not read by GP")
+
+
+def test_a_field_of_users_that_holds_nothing_to_read_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [f"u{user},{'abc'[code]},earth" for user, code in enumerate(GROUP)]
+    (tmp_path / "users.csv").write_text("\n".join(["user,group,planet", *rows]) + "\n")
+    world = shop(BY_GROUP)
+    data = load_own(world.orders, {"items": world.items, "label": "rating >= 4", **NEW_USERS, "users": "users.csv"}, 0)
+    features = Features({"kind": np.eye(KINDS)[world.kind]}, np.eye(KINDS)[world.kind])
+    fit_side(data.interactions, data.parts["train"], features, threshold=4.0, folds=2, seed=0)
+    assert caplog.text.count("users' field 'planet' is not read: one value") == 1
 
 
 def test_a_setting_leaves_side_information_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,25 @@ def bench(
         return
     engine.run(chosen, out, jobs=jobs, fresh=fresh)
     found = read_cells(out, folders=[cell.folder for cell in cells])
-    _show(found, json, {"plan": chosen.model_dump(mode="json")})
+    notes = _side_notes(cells)
+    _show(found, json, {"plan": chosen.model_dump(mode="json"), **({"notes": notes} if notes else {})})
+    for note in [] if json else notes:
+        typer.echo(note)
+
+
+def _side_notes(cells: list[Cell]) -> list[str]:
+    """Says of each task that brings anything of users and moments which of its methods do not read it."""
+    from metarec.bench.methods import METHODS
+    from metarec.data.task_files import load_task
+
+    notes = []
+    for task in dict.fromkeys(cell.task for cell in cells):
+        named = load_task(task).side_named
+        methods = dict.fromkeys(cell.method for cell in cells if cell.task == task)
+        blind = [method for method in methods if not METHODS.reads_side(method)]
+        if named and blind:
+            notes.append(f"{task}: {', '.join(named)}; not read by {'; '.join(blind)}")
+    return notes
 
 
 def _plan(plan: Path | None, task: list[str] | None, method: list[str] | None, seeds: int, users: int | None) -> Plan:

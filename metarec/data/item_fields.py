@@ -23,6 +23,8 @@ Unread = Literal["empty", "one value", "an id", "text"]
 
 # A category is read if so many items carry it.
 MIN_ITEMS = 5
+# Why a field that repeats others is not read.
+MADE = "made from other fields"
 # Fields beyond these cost time in every fit; a task names those that it wants.
 MAX_FIELDS = 12
 _CARRIED_SHARE = 0.25
@@ -30,12 +32,19 @@ _NUMBER_SHARE = 0.9
 # Words that are categories of their own, as RecBole writes genres; text has more of them.
 _MAX_WORDS = 300
 # Commas and semicolons of Latin, Chinese, Japanese and Arabic scripts, and bars.
-_SEPARATORS = re.compile(r"[,|;、，；،؛]")  # noqa: RUF001
+_SEPARATORS = re.compile(r"[,|;、，；｜،؛]")  # noqa: RUF001
 _ID_NAME = re.compile(r"(?:.*[_\W])?(?:id|isbn\d*|ean|gtin|upc|asin|sku|url|index)|.*[a-z]Id|.*ID", re.DOTALL)
 _DATE = re.compile(r"(-?\d{4})-(\d\d)(?:-\d\d)?(?:[T ].*)?", re.DOTALL)
-_NUMBER = re.compile(
-    r"[^\w.,+-]{0,2}\s*([+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?))\s*(?:[^\w\s]|[A-Z]{3})?"
+_CJK_DATE = re.compile(r"(\d{4})\s*年(?:\s*(\d{1,2})\s*月(?:\s*\d{1,2}\s*日)?)?")
+# Dates whose order of day and month the whole column tells, and such with the name of a month.
+_WRITTEN_DATE = re.compile(
+    r"(?:\d{1,2}([./-])\d{1,2}\1|[a-z]{3,9}\.? \d{1,2}, |\d{1,2} [a-z]{3,9}\.? )(\d{4})", re.IGNORECASE
 )
+_NUMBER = re.compile(
+    r"[^\w.,+-]{0,2}\s*([+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?:\.\d{3})+,\d+|\d+(?:[.,]\d+)?))"
+    r"\s*(?:[^\w\s]|[A-Z]{3})?"
+)
+_POINTS = re.compile(r"\.(?=\d{3}[.,])")
 _THOUSANDS = re.compile(r",(?=\d{3}(?:\D|$))")
 
 
@@ -86,15 +95,34 @@ def tokens_in(column: Sequence[str]) -> list[set[str]]:
 
 def numbers_in(column: Sequence[str]) -> NDArray[np.float64]:
     """Returns the number that each value is, a date as its year with a fraction; NaN where it is neither."""
-    return np.array([_number(text.strip()) for text in column], np.float64)
+    found = np.array([_number(text.strip()) for text in column], np.float64)
+    dated = [
+        place for place in np.flatnonzero(np.isnan(found)).tolist() if _WRITTEN_DATE.fullmatch(column[place].strip())
+    ]
+    if dated:
+        found[dated] = _years([column[place].strip() for place in dated])
+    return found
 
 
 def _number(text: str) -> float:
-    if date := _DATE.fullmatch(text):
-        return int(date[1]) + (int(date[2]) - 1) / 12
+    if date := _DATE.fullmatch(text) or _CJK_DATE.fullmatch(text):
+        return int(date[1]) + (int(date[2] or 1) - 1) / 12
     if found := _NUMBER.fullmatch(text):
-        return float(_THOUSANDS.sub("", found[1]).replace(",", "."))
+        plain = _POINTS.sub("", found[1]) if "," in found[1] and "." in found[1].partition(",")[0] else found[1]
+        return float(_THOUSANDS.sub("", plain).replace(",", "."))
     return np.nan
+
+
+def _years(texts: Sequence[str]) -> NDArray[np.float64]:
+    """Returns dates as years with a fraction; where day and month cannot be told apart, as the year alone."""
+    import pandas as pd
+
+    from metarec.data.sources.columns import times
+
+    seconds = times(pd.Series(texts, dtype=object))
+    told = np.isfinite(seconds)
+    months = np.where(told, seconds, 0).astype("datetime64[s]").astype("datetime64[M]").astype(np.int64)
+    return np.where(told, 1970 + months / 12, [float(text[-4:]) for text in texts])
 
 
 def _counts_rows(numbers: NDArray[np.float64]) -> bool:
@@ -141,7 +169,7 @@ def choose_fields(
             continue
         kind = _USUAL.get(name) or field_kind(name, catalog.fields[name])
         if name in made:
-            unread[name] = "made from other fields"
+            unread[name] = MADE
         elif kind != "category" and kind != "number":
             unread[name] = kind
         elif len(read) == MAX_FIELDS:

@@ -18,6 +18,7 @@ import pandas as pd
 
 from metarec.config import validated
 from metarec.data.interactions import Catalog, Interactions
+from metarec.data.item_fields import field_kind
 from metarec.data.source_options import SourceOptions, is_table
 from metarec.data.sources import dropped_before, read_source, read_tables
 from metarec.data.sources.assembly import NOT_RATED, Note, Tables, assemble_tables
@@ -227,6 +228,14 @@ def _identifier(name: str) -> str:
     return plain if plain.isidentifier() and plain not in ("id", "mask", *OWN) else f"field_{plain}"
 
 
+def _told(fields: Sequence[str], catalog: Catalog) -> list[str]:
+    """Returns the fields that a prompt names: no ids and constants, and texts before others where there are many."""
+    kinds = {name: field_kind(name, catalog.fields[name]) for name in fields}
+    telling = [name for name in fields if kinds[name] in ("category", "number", "text")]
+    chosen = sorted(telling, key=lambda name: kinds[name] != "text")[:_MOST_FIELDS]
+    return [name for name in telling if name in chosen]
+
+
 def _defaults(data: pd.DataFrame | Path, interactions: Interactions, options: SourceOptions) -> dict[str, Any]:
     """Returns the values of a task that nobody states."""
     stem = data.name.split(".")[0] if isinstance(data, Path) else "dataframe"
@@ -237,6 +246,7 @@ def _defaults(data: pd.DataFrame | Path, interactions: Interactions, options: So
     shots = [count for count in _SHOTS if typical >= count + query]
     shots = shots or [count for count in _FEW_SHOTS if typical >= count + query]
     fields = [name for name in interactions.catalog.fields if name != "title" and name.isidentifier()]
+    fields = _told(fields, interactions.catalog)
     values: dict[str, Any] = {
         "name": f"own/{stem}",
         "version": 1,
@@ -251,7 +261,7 @@ def _defaults(data: pd.DataFrame | Path, interactions: Interactions, options: So
         "shots": [0, *(shots or _SHOTS[:1])],
         "query": {"max": 50, "min": query},
         "label": "rating > user mean",
-        "prompt": default_prompt(fields[:_MOST_FIELDS]),
+        "prompt": default_prompt(fields),
     }
     if len(ratings) == 1:
         values |= {"label": "implicit", "negatives": {"per_positive": 1}}

@@ -1,18 +1,22 @@
-"""Says what of the items' texts a model does not see, and which items it cannot tell apart.
+"""Says what of the items' texts and fields is not read, and which items a model cannot tell apart.
 
 Knows a task and its catalog; nothing of models or tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from metarec.data.interactions import Catalog
+from metarec.data.item_fields import MADE as _MADE
+from metarec.data.sandbox import names_in
 from metarec.data.task import Task
 from metarec.data.templates import PromptTemplate, cut_fields
 from metarec.errors import ConfigError
 
 
 def check_texts(task: Task, catalog: Catalog, *, prompt: bool, text: bool) -> list[str]:
-    """Returns sentences about texts that are cut, and about items whose texts are the same.
+    """Returns sentences about texts that are cut, items whose texts are the same, and fields that nothing reads.
 
     Args:
         task: The task.
@@ -32,7 +36,20 @@ def check_texts(task: Task, catalog: Catalog, *, prompt: bool, text: bool) -> li
     sentences = task.hidden_states if prompt else ()
     characters = task.prompt.characters
     cut = cut_fields(catalog, [*(template.text for _, template in read), *sentences], characters)
-    return cut_sentences(cut, characters) + shared
+    unread = unread_fields(task, catalog, [*(template.text for _, template in read), *sentences])
+    return cut_sentences(cut, characters) + shared + unread
+
+
+def unread_fields(task: Task, catalog: Catalog, templates: Sequence[str]) -> list[str]:
+    """Says which fields of items are neither features nor named by a template, where the task does not choose them."""
+    if task.features.fields is not None:
+        return []
+    named = {name for text in templates for name in names_in(text)}
+    left = {name: why for name, why in task.read_fields(catalog).unread.items() if name not in named and why != _MADE}
+    if not left:
+        return []
+    said = ", ".join(f"'{name}' ({why})" for name, why in left.items())
+    return [f"fields of items that nothing reads: {said}; name them in 'features.fields' or in the prompt to read them"]
 
 
 def cut_sentences(fields: dict[str, int], characters: int) -> list[str]:

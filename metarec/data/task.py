@@ -263,8 +263,19 @@ class Task(Section):
     @property
     def brings_side(self) -> bool:
         """Whether the data bring side information of users or of moments."""
+        return bool(self.side_named)
+
+    @property
+    def side_named(self) -> tuple[str, ...]:
+        """What the data bring of users and moments, in words: files and columns as they are named."""
         options = [part.options for part in (self.dataset, *self.dataset.parts.values())]
-        return any(one.users or one.friends or one.of_rows for one in options)
+        said = {
+            "fields of users": [one.users for one in options if one.users],
+            "friends": [one.friends for one in options if one.friends],
+            "moments": [name for one in options for name in one.context],
+            "reviews": [one.review for one in options if one.review],
+        }
+        return tuple(f"{what} ({', '.join(dict.fromkeys(names))})" for what, names in said.items() if names)
 
     @property
     def hidden_states(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from metarec.bench.context import Method, MethodContext, MethodRow
-from metarec.bench.methods.controls import CONTROLS, KERNELS, PERMUTED, WITHOUT, permuted, without
+from metarec.bench.methods.controls import CONTROLS, KERNELS, PERMUTED, SIDE, WITHOUT, permuted, without
 from metarec.bench.methods.finetuning import FINE_TUNED
 from metarec.bench.methods.foldin import FOLD_IN
 from metarec.bench.methods.networks import NETWORKS
@@ -106,6 +106,13 @@ class Methods(Registry[Method]):
             )
         return groups[name]
 
+    def reads_side(self, name: str) -> bool:
+        """Says whether a method reads what a task brings of users and moments; one from outside may, whatever it is."""
+        derived = self._derived(name)
+        if derived is not None:
+            return derived[1] == SIDE or self.reads_side(derived[0])
+        return name not in self._builtin or name in _READ_SIDE
+
     def code(self, name: str) -> str | None:
         """Returns a digest of the file that an outside method is named in; None for metarec's own.
 
@@ -134,4 +141,6 @@ _ALL: Mapping[str, Method] = {
     **RECOMMENDERS,
     **POSTERIOR,
 }
+# These read items alone, of the kinds whose others read a user and a moment too.
+_READ_SIDE = {*PROMPTS, *FINE_TUNED, *NETWORKS, *RECOMMENDERS, *POSTERIOR} - {"zero-shot prompt", "per-user LoRA"}
 METHODS = Methods("method", "metarec.methods", _ALL)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -177,19 +177,45 @@ def without_block(data: TaskData, block: str) -> TaskData:
     return replace(data, interactions=left(whole), held_out=held_out)
 
 
+def asked_without(request: Request, block: str) -> Request:
+    """Returns a request that lacks a field of its user, friends or a column of moments; see `without_block`."""
+    from metarec.data.side_files import FRIENDS
+
+    side = request.support.side
+    if side is None:
+        return request
+
+    def left(columns: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: column for name, column in columns.items() if name != block}
+
+    fewer = replace(
+        side,
+        about=left(side.about),
+        friends=() if block == FRIENDS else side.friends,
+        rated=left(side.rated),
+        asked=left(side.asked),
+    )
+    return replace(request, support=replace(request.support, side=None if block == SIDE else fewer))
+
+
 @dataclass(frozen=True)
 class _Renamed:
-    """A scorer under another name."""
+    """A scorer under another name, asked by changed requests."""
 
     scorer: Scorer
     name: str
+    asked: Callable[[Request], Request]
 
     @property
     def bytes_per_user(self) -> int:
         return self.scorer.bytes_per_user
 
     def score(self, requests: Sequence[Request]) -> list[Tensor]:
-        return self.scorer.score(requests)
+        return self.scorer.score([self.asked(request) for request in requests])
+
+
+def _as_asked(request: Request) -> Request:
+    return request
 
 
 def permuted(method: Method) -> Method:
@@ -202,18 +228,31 @@ def permuted(method: Method) -> Method:
 
 def without(method: Method, block: str) -> Method:
     """Returns a method as an ablation: on data that lack one block; see `without_block`."""
-    return _on_other_data(method, partial(without_block, block=block), f"{WITHOUT}{block}", f"without {block}")
+    change, asked = partial(without_block, block=block), partial(asked_without, block=block)
+    return _on_other_data(method, change, f"{WITHOUT}{block}", f"without {block}", asked)
 
 
-def _on_other_data(method: Method, change: Callable[[TaskData], TaskData], suffix: str, said: str) -> Method:
-    """Returns a method that is fitted and tested on changed data, its rows with a suffix to their names."""
+def _on_other_data(
+    method: Method,
+    change: Callable[[TaskData], TaskData],
+    suffix: str,
+    said: str,
+    asked: Callable[[Request], Request] = _as_asked,
+) -> Method:
+    """Returns a method that is fitted on changed data and asked by changed requests, its rows with a suffix."""
+
+    def renamed(row: MethodRow, suffix: str) -> MethodRow:
+        prompt = row.prompt
+        return replace(
+            row,
+            scorer=_Renamed(row.scorer, f"{row.scorer.name}{suffix}", asked),
+            tokens=lambda request: row.tokens(asked(request)),
+            prompt=None if prompt is None else lambda request, candidate: prompt(asked(request), candidate),
+        )
 
     def rows(context: MethodContext, **options: Any) -> Sequence[MethodRow]:
         moved = MethodContext(change(context.data), context.workspace, context.train_users, context.settings)
-        return [
-            replace(row, scorer=_Renamed(row.scorer, f"{row.scorer.name}{suffix}"))
-            for row in method.fit(moved, **options)
-        ]
+        return [renamed(row, suffix) for row in method.fit(moved, **options)]
 
     return replace(method, fit=rows, group="control", about=f"{said}: {method.about}"[:89])
 

@@ -48,10 +48,18 @@ def check_side(data: Checked, folder: Path, options: SourceOptions) -> list[Data
         folder: Where names of files start.
         options: What names the side information.
     """
-    found: list[DataFinding] = []
+    found = _item_fields(data)
     for path, check in _parts(folder, options):
         found += _checked(check, data, path, options.encoding)
     return [*found, *_moments(data, options)]
+
+
+def _item_fields(data: Checked) -> list[DataFinding]:
+    """Names fields of items that tell items not apart."""
+    columns = {str(name): data.catalog[name] for name in data.catalog.columns.drop(["item", "title"], errors="ignore")}
+    cure = "Take them out, or name them in the task's 'features.fields' or prompt"
+    where = Path(data.tables.where)
+    return _kept([_unread(where, _idle(columns), "tell items not apart", cure, max(len(columns), 1))])
 
 
 def _checked(

@@ -152,6 +152,7 @@ class _Blocks:
         features: Block to its features, by user or by row.
         of_rows: The blocks that are by row.
         texts: The fields of users that are texts.
+        unread: Sentences about fields and columns that hold nothing to read.
     """
 
     about: Mapping[str, Reader]
@@ -160,6 +161,7 @@ class _Blocks:
     features: Mapping[str, Floats]
     of_rows: frozenset[str]
     texts: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,9 @@ class _Known:
     liked: np.ndarray
 
 
-def _known(features: Features, liked: np.ndarray) -> _Known:
-    text = principal_components(features.text, _TEXT_COMPONENTS) if features.text.shape[1] else features.text
+def _known(features: Features, liked: np.ndarray, towers: bool = True) -> _Known:
+    text = features.text if towers else features.text[:, :0]
+    text = principal_components(text, _TEXT_COMPONENTS) if text.shape[1] else text
     text = text / np.sqrt(max(float((text**2).sum(1).mean()), 1e-12))
     return _Known(principal_components(features.linear, _COMPONENTS), text, liked)
 
@@ -211,6 +214,7 @@ def fit_side(
     folds: int,
     seed: int,
     text_reader: Callable[[str, Texts], Reader | str] = reader_of,
+    towers: bool = True,
 ) -> FittedSide:
     """Fits the effects of side information on all meta-training users and without each fold of them.
 
@@ -222,11 +226,12 @@ def fit_side(
         folds: Number of folds.
         seed: Seed of the folds.
         text_reader: Returns what reads a field, given its name and values.
+        towers: Whether towers may read texts about users beside the regression.
     """
     order = fold_order(len(users), folds, seed)
     liked = interactions.likes(threshold)
     reviews, interactions = with_reviews(interactions, users, seed)
-    known = _known(features, liked)
+    known = _known(features, liked, towers)
     with progress("fitting the effects of side information", folds + 1, after=2.0) as advance:
         whole = _fit(interactions, users, known, seed, text_reader)
         advance(1)
@@ -283,6 +288,8 @@ def _fit(
     worth: dict[str, tuple[float, float]] = {}
     scales = {} if kept is None else {name: at for name, at in kept.scales.items() if name in blocks.features}
     if kept is None:
+        for sentence in blocks.unread:
+            _LOG.warning("%s", sentence)
         for name, (scale, gain) in problem.choose(seed).items():
             scales[name], worth[name] = scale, gain
     texts = {
@@ -364,17 +371,17 @@ def _blocks(
     text_reader: Callable[[str, Texts], Reader | str],
 ) -> _Blocks:
     side, ordered = interactions.side, np.sort(users)
-    about, moments, features = {}, {}, {}
+    about, moments, features, unread = {}, {}, {}, []
     for name, column in side.about.items():
         reader = text_reader(name, column[ordered])
         if isinstance(reader, str):
-            _LOG.info("users' field '%s' is not read: %s", name, reader)
+            unread.append(f"users' field '{name}' is not read: {reader}")
         else:
             about[name], features[name] = reader, reader.read(column[ordered])
     for name, column in side.moments.items():
         reader = text_reader(name, column[own])
         if isinstance(reader, str):
-            _LOG.info("the moments' column '%s' is not read: %s", name, reader)
+            unread.append(f"the moments' column '{name}' is not read: {reader}")
         else:
             moments[name], features[name] = reader, reader.read(column[own])
     friends = None
@@ -384,7 +391,7 @@ def _blocks(
     texts = tuple(
         name for name in about if side_kind(name, [text for text in side.about[name][ordered] if text]) == "text"
     )
-    return _Blocks(about, moments, friends, features, frozenset(moments), texts)
+    return _Blocks(about, moments, friends, features, frozenset(moments), texts, tuple(unread))
 
 
 @dataclass(frozen=True)
