@@ -260,7 +260,7 @@ def bulk(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from metarec.cli.runs import load_run
     from metarec.serve.batching import BULK_USERS_AT_ONCE, use_one_thread_per_batch
-    from metarec.serve.bulk import adapt_users
+    from metarec.serve.bulk import adapt_users, bulk_feedback
     from metarec.serve.engine import Engine
     from metarec.serve.store import AdapterStore
 
@@ -268,10 +268,13 @@ def bulk(arguments: argparse.Namespace) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     ids = recommender.fitted.catalog.ids
     users = {
-        f"u{number}": [
-            (ids[item], float(generator.integers(1, 6)))
-            for item in generator.choice(len(ids), arguments.ratings, replace=False)
-        ]
+        f"u{number}": bulk_feedback(
+            f"u{number}",
+            [
+                (ids[item], float(generator.integers(1, 6)))
+                for item in generator.choice(len(ids), arguments.ratings, replace=False)
+            ],
+        )
         for number in range(arguments.users)
     }
     with tempfile.TemporaryDirectory() as scratch:
@@ -390,7 +393,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from metarec.cli.runs import load_run
-    from metarec.serve.bulk import adapt_users
+    from metarec.serve.bulk import adapt_users, bulk_feedback
     from metarec.serve.engine import Engine
     from metarec.serve.store import AdapterStore
 
@@ -405,7 +408,9 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
         block = max(1, arguments.users // 10)
         for start in range(0, arguments.users, block):
             users = {
-                f"u{number}": [(ids[item], 4.0) for item in generator.choice(len(ids), 5, replace=False)]
+                f"u{number}": bulk_feedback(
+                    f"u{number}", [(ids[item], 4.0) for item in generator.choice(len(ids), 5, replace=False)]
+                )
                 for number in range(start, start + block)
             }
             adapt_users(engine, users)

@@ -51,13 +51,13 @@ class Rating:
 
     Args:
         item: The item's id.
-        rating: On the scale of the recommender's task.
+        rating: On the scale of the recommender's task; None where the review alone says it.
         context: The moment of the rating: columns of the data to their values.
         review: What the user wrote about the item.
     """
 
     item: str
-    rating: float
+    rating: float | None = None
     context: Mapping[str, str | float] = field(default_factory=dict)
     review: str = ""
 
@@ -89,6 +89,7 @@ class FeedbackAnswer:
         adapter: The user's adapter, which uses the ratings.
         losses: The loss on the user's ratings before each step of adaptation.
         unknown: What was said and has no effect, and why.
+        read: Items with a review and no rating, to what it was read as.
     """
 
     accepted: int
@@ -96,6 +97,7 @@ class FeedbackAnswer:
     adapter: Adapter
     losses: tuple[float, ...]
     unknown: tuple[str, ...] = ()
+    read: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,10 @@ class SearchAnswer:
 
 @dataclass(frozen=True)
 class EventAnswer:
-    """One rating as the service holds it; `at` is seconds since the epoch."""
+    """One rating as the service holds it; `at` is seconds since the epoch.
+
+    None was given where `read` is true: it is what the review was read as.
+    """
 
     version: int
     item: str
@@ -222,6 +227,7 @@ class EventAnswer:
     at: float
     context: Mapping[str, str]
     review: str
+    read: bool = False
 
 
 @dataclass(frozen=True)
@@ -296,7 +302,7 @@ class Client:
     def rate(
         self,
         user: str,
-        ratings: Mapping[str, float] | Iterable[Rating] = (),
+        ratings: Mapping[str, float | str] | Iterable[Rating] = (),
         *,
         about: str | Mapping[str, str | float] | None = None,
         friends: Sequence[str] | None = None,
@@ -306,7 +312,8 @@ class Client:
 
         Args:
             user: The user's id.
-            ratings: Ids of items to ratings, or `Rating`s with their moments and reviews; at most 100.
+            ratings: Ids of items to ratings, or to reviews without one; or `Rating`s with their moments and reviews; at
+                most 100.
             about: A sentence about the user, or fields of users to their values.
             friends: Ids of friends.
             idempotency_key: A second request with the same key changes nothing; None makes one.
@@ -314,7 +321,7 @@ class Client:
         Raises:
             ServiceError: An item is unknown, a rating is off the scale, or the service did not answer.
         """
-        pairs = [Rating(item, value) for item, value in ratings.items()] if isinstance(ratings, Mapping) else ratings
+        pairs = [_rating(*pair) for pair in ratings.items()] if isinstance(ratings, Mapping) else ratings
         sent = [_without_empty(asdict(rating)) for rating in pairs]
         body = _known(about, friends) | ({"ratings": sent} if sent else {})
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
@@ -518,8 +525,12 @@ def _refusal(error: HTTPError) -> ServiceError:
         return ServiceError(f"status {error.code}: {error.reason}", "Does the address lead to the service?", error.code)
 
 
+def _rating(item: str, given: float | str) -> Rating:
+    return Rating(item, review=given) if isinstance(given, str) else Rating(item, given)
+
+
 def _without_empty(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value not in ("", {})}
+    return {name: value for name, value in values.items() if value not in (None, "", {})}
 
 
 def _known(about: str | Mapping[str, str | float] | None, friends: Sequence[str] | None) -> dict[str, Any]:

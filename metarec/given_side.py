@@ -14,6 +14,7 @@ from metarec.data.interactions import Ratings, read_ratings
 from metarec.data.side import ABOUT, Side, Texts
 from metarec.errors import ConfigError, shown, suggest
 from metarec.fitting import Fitted
+from metarec.scorers.collaborative.review_head import ReviewHead
 from metarec.scorers.collaborative.side_effects import FRIENDS, SideEffects
 from metarec.scorers.collaborative.side_readers import Categories, Reader
 from metarec.scorers.collaborative.terms import SideTerm
@@ -47,10 +48,8 @@ def with_side(
     _check_types(fields, friends, moment)
     if not (fields or friends or moment):
         return support
-    effects = _effects(fitted)
-    of_users, of_moments = (*effects.about, *effects.unread), (*effects.moments, *effects.unread_moments)
-    for what, names, known in (("user", fields, of_users), ("moment", moment or {}, of_moments)):
-        fields_of = [name for name in known if name != FRIENDS]
+    effects, (of_users, of_moments) = _effects(fitted), known_names(fitted)
+    for what, names, fields_of in (("user", fields, of_users), ("moment", moment or {}, of_moments)):
         for name in names:
             if name not in fields_of:
                 cure = suggest(name, fields_of) if fields_of else f"The data have no fields of a {what}"
@@ -70,6 +69,17 @@ def with_side(
 def about_readers(fitted: Fitted) -> Mapping[str, Reader]:
     """Returns the fields of users that a recommender reads, with what reads each; none where it reads none."""
     return next((term.effects.about for term in fitted.terms.values() if isinstance(term, SideTerm)), {})
+
+
+def known_names(fitted: Fitted) -> tuple[list[str], list[str]]:
+    """Returns the fields of users and the columns of moments that the data had, those that are not read among them.
+
+    Raises:
+        ConfigError: The recommender reads no side information.
+    """
+    effects = _effects(fitted)
+    of_users, of_moments = (*effects.about, *effects.unread), (*effects.moments, *effects.unread_moments)
+    return [name for name in of_users if name != FRIENDS], list(of_moments)
 
 
 def unknown_values(fitted: Fitted, side: Side | None) -> list[str]:
@@ -127,27 +137,46 @@ def _read_reviews(fitted: Fitted, rated: Sequence[tuple[Any, ...]]) -> tuple[lis
     """Returns pairs of item and rating, and the text beside each; a review without a rating gets the head's."""
     pairs: list[tuple[Any, Any]] = []
     reviews: list[str] = []
-    head = next((term.effects.reviews for term in fitted.terms.values() if isinstance(term, SideTerm)), None)
+    reads = reads_reviews(fitted)
     for given in rated:
         item, rating, review = given if len(given) == 3 else (*given, "") if len(given) == 2 else (None, 0, "")
-        if head is not None and isinstance(rating, str) and rating.strip() and not _is_number(rating):
-            rating, review = round(float(head.ratings([rating])[0]), 2), ""  # it is the reading already
+        if reads and is_review(rating):
+            rating, review = read_review(fitted, str(rating)), ""  # it is the reading already
         pairs.append((item, rating) if len(given) in (2, 3) else given)  # others are refused with their place
         reviews.append(_text(review))
     return pairs, reviews
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
+def is_review(rating: object) -> bool:
+    """Says whether what stands for a rating is a text that is no number."""
+    if not isinstance(rating, str) or not rating.strip():
         return False
-    return True
+    try:
+        float(rating)
+    except ValueError:
+        return True
+    return False
 
 
 def reads_reviews(fitted: Fitted) -> bool:
     """Says whether the recommender reads the text beside a rating."""
-    return any(isinstance(term, SideTerm) and term.effects.reviews is not None for term in fitted.terms.values())
+    return _review_head(fitted) is not None
+
+
+def read_review(fitted: Fitted, text: str) -> float:
+    """Returns the rating that a review without one stands for: the head that was trained on reviews reads it.
+
+    Raises:
+        ConfigError: The recommender has no such head.
+    """
+    head = _review_head(fitted)
+    if head is None:
+        raise ConfigError("the recommender reads no reviews", "Name 'review' with the data it is fitted on")
+    return round(float(head.ratings([text])[0]), 2)
+
+
+def _review_head(fitted: Fitted) -> ReviewHead | None:
+    return next((term.effects.reviews for term in fitted.terms.values() if isinstance(term, SideTerm)), None)
 
 
 def kept_side(

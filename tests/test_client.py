@@ -173,6 +173,11 @@ def test_what_the_service_answers_arrives(client: Client) -> None:
     assert client.erase("ann").erased
 
 
+def test_a_text_in_a_ratings_place_is_sent_as_a_review(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = sent_by(lambda client: client.rate("ann", {"m0": "I loved it", "m1": 4}), monkeypatch)
+    assert json.loads(request.data)["ratings"] == [{"item": "m0", "review": "I loved it"}, {"item": "m1", "rating": 4}]
+
+
 def test_a_refusal_carries_the_services_words_and_status(client: Client) -> None:
     with pytest.raises(ServiceError, match="no such user") as refused:
         client.export("nobody")

@@ -22,12 +22,13 @@ from metarec.errors import ConfigError, StoreError
 from metarec.recommender import MetaRecommender
 from metarec.serve import ray_bulk
 from metarec.serve.batching import BULK_USERS_AT_ONCE
-from metarec.serve.bulk import adapt_users
+from metarec.serve.bulk import adapt_users, bulk_feedback
 from metarec.serve.engine import Engine
 from metarec.serve.ray_bulk import StorePlace, adapt_users_over_ray
+from metarec.serve.records import Feedback
 from metarec.serve.store import AdapterStore
 
-Said = dict[str, list[tuple[str, float]]]
+Said = dict[str, Feedback]
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +57,19 @@ def people(count: int) -> Said:
     """Users with five to twelve ratings each, which differ."""
     generator = np.random.default_rng(0)
     return {
-        f"user{code:03d}": [
-            (f"m{item}", float(generator.integers(1, 6)))
-            for item in generator.choice(40, generator.integers(5, 13), replace=False)
-        ]
+        f"user{code:03d}": bulk_feedback(
+            f"user{code:03d}",
+            [
+                (f"m{item}", float(generator.integers(1, 6)))
+                for item in generator.choice(40, generator.integers(5, 13), replace=False)
+            ],
+        )
         for code in range(count)
     }
+
+
+def ratings_of(users: Said) -> int:
+    return sum(len(said.ratings) for said in users.values())
 
 
 def engine_over(recommender: MetaRecommender, store: Path) -> Engine:
@@ -95,7 +103,7 @@ def test_workers_keep_the_adapters_that_one_process_keeps_and_skip_them_the_next
     users, place = people(90), StorePlace.of(str(tmp_path / "store"), None)
     engine = engine_over(recommender, tmp_path / "store")
     done = adapt_users_over_ray(engine, users, place, shard=20)
-    assert (done.users, done.ratings, done.adapted) == (90, sum(map(len, users.values())), 90)
+    assert (done.users, done.ratings, done.adapted) == (90, ratings_of(users), 90)
     assert engine.counters.adapted == 0, "the process that asks adapts nobody"
     assert kept(engine.store) == alone
     again = adapt_users_over_ray(engine, users, place)
@@ -131,7 +139,7 @@ def test_a_killed_worker_loses_nothing(
     done = adapt_users_over_ray(engine, people(90), StorePlace.of(str(tmp_path / "store"), None), shard=5)
     killer.join()
     assert killed, "no worker was killed while it adapted"
-    assert (done.users, done.ratings) == (90, sum(map(len, people(90).values())))
+    assert (done.users, done.ratings) == (90, ratings_of(people(90)))
     assert kept(engine.store) == alone
     assert 0 < len(before) < 90
     for key, created in before.items():
@@ -217,7 +225,7 @@ def test_without_ray_the_command_says_what_to_install(
 
 def command(ray: Any, checkpoint: Path, folder: Path, users: Said) -> list[str]:
     """Returns the command that adapts users on the running cluster."""
-    rows = [f"{user},{item},{rating}" for user, said in users.items() for item, rating in said]
+    rows = [f"{user},{item},{rating}" for user, said in users.items() for item, rating in said.ratings]
     (folder / "feedback.csv").write_text("\n".join(["user,item,rating", *rows]))
     address = ray.get_runtime_context().gcs_address
     adapt = [sys.executable, "-m", "metarec.cli", "adapt", str(checkpoint), "--users", "feedback.csv"]

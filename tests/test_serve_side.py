@@ -17,10 +17,16 @@ from made_shop import PLAIN, by_group, reviewed, shop, write_friends
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 from starlette.testclient import TestClient
 
+from metarec.cli.options import side_options
 from metarec.cli.store import recommend_stored
 from metarec.config import RunConfig, validated
+from metarec.data.source_options import SourceOptions
+from metarec.data.sources.store import store as store_tables
+from metarec.errors import MetarecError
 from metarec.recommender import MetaRecommender
+from metarec.run_directory import RUN_MODEL
 from metarec.serve.app import create_app
+from metarec.serve.bulk import adapt_users, read_feedback
 from metarec.serve.engine import Engine
 from metarec.serve.records import Beside, Feedback, UserFacts
 from metarec.serve.service import ServeSettings
@@ -185,6 +191,46 @@ def test_moments_and_reviews_stay_beside_their_ratings(client: TestClient, known
     assert (held["context"], held["review"]) == ({"device": "phone"}, "I hated it")
 
 
+def test_a_review_without_a_rating_is_read_as_one(client: TestClient, known: MetaRecommender) -> None:
+    said = say(client, ratings=[*ratings(), {"item": "i9", "review": "I hated it"}])
+    given = {**RATED, "i9": "I hated it"}
+    me = known.adapt(sorted(given.items()))
+    np.testing.assert_allclose(scores(client), me.score(ASKED), atol=1e-5)
+    assert scores(client) != known.adapt(sorted(RATED.items())).score(ASKED)
+    assert said["read"] == {"i9": pytest.approx(me.support.values[-1], abs=0.01)}
+    assert said["read"]["i9"] < 2.5
+    held = client.get("/v1/users/ann").json()["ratings"]
+    assert [(event["review"], event["read"]) for event in held] == [("", False)] * 3 + [("I hated it", True)]
+
+
+def test_a_review_without_a_rating_is_sent_twice_and_erased_as_a_rating_is(
+    client: TestClient, start: Callable[..., TestClient], tmp_path: Path
+) -> None:
+    body = {"item": "i9", "review": "I hated it Schnabeltier"}
+    for replayed in (False, True):
+        answer = client.post("/v1/users/ann/feedback", json=body, headers={"Idempotency-Key": "1"}).json()
+        assert answer["replayed"] is replayed
+    before = scores(client)
+    for path in (tmp_path / "store" / "adapters").glob("*/*/adapter*"):
+        path.write_bytes(b"damaged")
+    assert scores(start()) == before
+    assert client.post("/v1/users/ann/feedback", json={"item": "i9", "review": " "}).status_code == 422
+    assert "neither" not in (error := client.post("/v1/users/a/feedback", json={"item": "i9"}).json()["error"])["cure"]
+    assert error["message"] == "'rating' of the body is missing"
+    assert client.delete("/v1/users/ann").status_code == 200
+    found = subprocess.run(["grep", "-ral", "Schnabeltier", tmp_path / "store"], capture_output=True, check=False)
+    assert found.stdout == b""
+
+
+def test_a_review_without_a_rating_is_no_label_of_the_next_training(client: TestClient, tmp_path: Path) -> None:
+    say(client, ratings=[{**ratings()[0], "review": "good", "context": {"device": "phone"}}])
+    say(client, item="i9", review="I hated it")
+    client.app.state.service.engine.trained.save_pretrained(tmp_path / "run" / RUN_MODEL)  # type: ignore[attr-defined]
+    options = SourceOptions(items=str(tmp_path / "run"), context=("device",), review="review")
+    found = store_tables(tmp_path / "store", options).ratings
+    assert found[["user", "item", "device", "review"]].to_numpy().tolist() == [["ann", "i0", "phone", "good"]]
+
+
 def test_what_is_said_survives_a_restart_and_a_lost_adapter(start: Callable[..., TestClient], tmp_path: Path) -> None:
     first = start()
     say(first, ratings=[{**ratings()[0], "context": {"device": "phone"}, "review": "I loved it"}], about={"group": "b"})
@@ -256,6 +302,58 @@ def test_values_that_meta_training_did_not_see_are_named_to_the_client_alone(
     assert "recommendations" in logged
     assert "Katzhuette" not in logged
     assert "zz" not in logged
+
+
+BULK = """user,item,rating,device,text,shop
+ann,i0,5,phone,,north
+ann,i1,1,,"awful,
+I hated it",north
+ann,i9,,,I hated it,north
+bob,i0,I loved it,,,south
+"""
+
+
+def test_many_users_are_adapted_with_what_is_known_of_each(
+    known: MetaRecommender, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "feedback.csv").write_text(BULK)
+    (tmp_path / "people.csv").write_text("user,group,shoe\nann,b,43\neve,c,40\n")
+    (tmp_path / "friends.csv").write_text("user,friend\nu3,bob\neve,u4\n")
+    options = SourceOptions(users="people.csv", friends="friends.csv", context=("device",), review="text")
+    engine = Engine(known, AdapterStore(tmp_path / "store"))
+    users = read_feedback(tmp_path / "feedback.csv", engine, options)
+    assert (adapt_users(engine, users).adapted, adapt_users(engine, users).ratings) == (2, 0)
+    found = engine.people(["ann", "bob"])
+    me = known.adapt([("i0", 5), ("i1", 1, "awful,\nI hated it"), ("i9", "I hated it")], about={"group": "b"})
+    support = found["ann"].adapted.support
+    assert (support.side.about, list(support.side.rated["device"])) == ({"group": "b"}, ["phone", "", ""])  # type: ignore[union-attr]
+    np.testing.assert_allclose(support.values, me.support.values)
+    bob = known.adapt({"i0": "I loved it"}, friends=["u3"])
+    np.testing.assert_allclose(found["bob"].adapted.score(ASKED), bob.score(ASKED), atol=1e-5)
+    assert "feedback.csv' that nothing reads: 'shop'" in caplog.text
+    assert "people.csv' that nothing reads: 'shoe'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("side", "problem"),
+    [
+        (["context=mood"], "'mood' is no field of a moment"),
+        (["context=device"], "has no column 'device'"),
+        (["vectors.cover=covers.npz"], "vectors and graphs are of items"),
+        (["users=people.csv"], "has no field of users that the recommender knows"),
+        (["users=nobody.csv"], "names no user of the ratings"),
+        (["friends=edges.csv"], "does not exist"),
+    ],
+)
+def test_what_is_known_of_many_users_and_cannot_be_meant_is_refused(
+    known: MetaRecommender, tmp_path: Path, side: list[str], problem: str
+) -> None:
+    (tmp_path / "feedback.csv").write_text("user,item,rating\nann,i0,5\n")
+    (tmp_path / "people.csv").write_text("user,mail\nann,a@b\n")
+    (tmp_path / "nobody.csv").write_text("user,group\neve,c\n")
+    engine = Engine(known, AdapterStore(tmp_path / "store"))
+    with pytest.raises(MetarecError, match=problem):
+        read_feedback(tmp_path / "feedback.csv", engine, side_options(side))
 
 
 def test_a_recommender_without_side_information_says_so(

@@ -143,6 +143,14 @@ def side_files(entries: list[str] | None) -> dict[str, Any]:
     return found
 
 
+def side_options(entries: list[str] | None) -> SourceOptions:
+    """Returns the options of a source that ``--side`` alone gives."""
+    from metarec.config import validated
+    from metarec.data.source_options import SourceOptions
+
+    return validated(SourceOptions, side_files(entries), "--side")
+
+
 def person_facts(about: list[str] | None, friends: list[str] | None, context: list[str] | None) -> dict[str, Any]:
     """Returns what a command line tells of a person, as arguments of `MetaRecommender.adapt`."""
     fields: dict[str, str] = {}

@@ -38,6 +38,7 @@ from metarec.cli.options import (
     person_facts,
     print_json,
     show,
+    side_options,
     source_options,
 )
 from metarec.cli.people import adapted
@@ -191,6 +192,7 @@ def train(
         training = recommender.fitted.training
         if ranks.leads:
             facts = {"run": str(run), **{key: value for key, value in training.items() if key not in _UNPRINTED}}
+            facts |= side_facts(recommender)
             table = [] if old is None else recommender.forgetting(old)
             if json:
                 print_json({**facts, "forgetting": table} if table else facts)
@@ -257,6 +259,15 @@ def adapt(
     users: Annotated[
         Path | None, typer.Option(help="CSV file with the columns user,item,rating.", show_default=False)
     ] = None,
+    side: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--side",
+            help="With --users: what else is known, users=users.csv, friends=friends.csv, and columns of the file, "
+            "context=device,hour, review=text; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     store: StoreOption = None,
     adapters: AdaptersOption = None,
     ray: RayOption = None,
@@ -268,10 +279,13 @@ def adapt(
         raise ConfigError("--users and --store belong together", "Give both, or neither")
     if ray is not None and users is None:
         raise ConfigError("--ray is given without --users", "One person is adapted here: leave --ray out")
+    if side and users is None:
+        raise ConfigError("--side is given without --users", "Say --about, --friend and --context of one person")
     if users is not None and store is not None:
         if rating or ratings or out or about or friend or context:
             raise ConfigError("--users and one person's options are both given", "Choose one of the two")
-        adapt_bulk(lambda: load_run(run, device=device), users, store, adapters, ray, json)
+        known = side_options(side)
+        adapt_bulk(lambda: load_run(run, device=device), users, known, store, adapters, ray, json)
         return
     user = adapted(load_run(run, device=device), rating, ratings, person_facts(about, friend, context))
     if out is not None:
@@ -363,7 +377,7 @@ def evaluate_run(
     from metarec.bench.report import findings, table
 
     report = recommender.evaluate(metrics=metrics)
-    result = {**report.to_json(), **provenance(recommender)}
+    result = {**report.to_json(), **side_facts(recommender), **provenance(recommender)}
     write_json(run / "table.json", result)
     replace_file(run / "per_user.parquet", lambda target: report.per_user.to_parquet(target, index=False))
     if json:
@@ -372,7 +386,18 @@ def evaluate_run(
         console().print(table(report))
         for line in findings(report, "metarec, adapted", "metarec, before adaptation"):
             typer.echo(line)
+        for key, value in side_facts(recommender).items():
+            typer.echo(f"{key.replace('_', ' ')}: {value}")
     return result
+
+
+def side_facts(recommender: MetaRecommender) -> dict[str, str]:
+    """Returns which terms of a recommender read what its task brings of users and moments, if it brings anything."""
+    from metarec.task_features import for_task, side_note
+
+    task = recommender.fitted.task
+    note = side_note(task, for_task(recommender.config, task).score)
+    return {} if note is None else {"side_information": note}
 
 
 def provenance(recommender: MetaRecommender) -> dict[str, Any]:

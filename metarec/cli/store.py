@@ -17,6 +17,7 @@ from metarec.errors import ConfigError, StoreError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from metarec.data.source_options import SourceOptions
     from metarec.recommender import MetaRecommender
     from metarec.serve.store import AdapterStore
 
@@ -237,13 +238,20 @@ def export(
 
 
 def adapt_bulk(
-    load: Callable[[], MetaRecommender], feedback: Path, store: str, adapters: Path | None, ray: str | None, json: bool
+    load: Callable[[], MetaRecommender],
+    feedback: Path,
+    side: SourceOptions,
+    store: str,
+    adapters: Path | None,
+    ray: str | None,
+    json: bool,
 ) -> None:
-    """Adapts every user of a CSV file; ``metarec adapt RUN --users FILE --store DIR [--ray ADDRESS]``.
+    """Adapts every user of a CSV file; ``metarec adapt RUN --users FILE --store DIR [--side ...] [--ray ADDRESS]``.
 
     Args:
         load: Returns the recommender; called when the cluster has answered.
         feedback: The file.
+        side: What else is known of the users, see `read_feedback`.
         store: Where adapters are kept.
         adapters: Directory of the adapters, with PostgreSQL.
         ray: Address of the Ray cluster that adapts them; None adapts them in this process.
@@ -261,7 +269,7 @@ def adapt_bulk(
         recommender, opened = load(), _open(store, adapters, create=True)
         workers = use_one_thread_per_batch()
         engine = Engine(recommender, opened, hot_bytes=0, users_at_once=BULK_USERS_AT_ONCE, workers=workers)
-        users = read_feedback(feedback, engine)
+        users = read_feedback(feedback, engine, side)
         began = time.perf_counter()
         try:
             if ray is None:

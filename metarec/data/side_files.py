@@ -54,7 +54,7 @@ def with_side(data: Interactions, path: Path | None, options: SourceOptions) -> 
     if options.review and reviews is None:
         raise DataError(f"the ratings have no column '{options.review}' of reviews", "Name it in 'review'")
     moments = {name: columns[name] if name in columns else _of_time(data, name, columns) for name in options.context}
-    about = side.about if not options.users else _users(folder / options.users, data.users, options.encoding)
+    about = side.about if not options.users else users_table(folder / options.users, data.users, options.encoding)
     friends = side.friends if not options.friends else _friends(folder / options.friends, data.users, options.encoding)
     for name in moments:
         if name in about:
@@ -83,8 +83,12 @@ def _of_time(data: Interactions, name: str, columns: Sequence[str] | dict[str, T
     return texts
 
 
-def _users(path: Path, users: Sequence[str], encoding: str) -> dict[str, Texts]:
-    """Reads the fields of users; those that the file does not name have none."""
+def users_table(path: Path, users: Sequence[str], encoding: str) -> dict[str, Texts]:
+    """Reads the fields of users, each of shape (users,); those that the file does not name have none.
+
+    Raises:
+        DataError: The file is missing or malformed, or names none of the users.
+    """
     frame, file = side_table(path, encoding=encoding, ids=frozenset(users)), f"'{path}'"
     key = recognise(list(map(str, frame.columns)), ["user"]).get("user")
     if key is None:
@@ -106,6 +110,23 @@ def _users(path: Path, users: Sequence[str], encoding: str) -> dict[str, Texts]:
         column = np.array([*frame[name], ""], object)
         found[str(name)] = column[rows]
     return found
+
+
+def friends_of_users(path: Path, users: Sequence[str], encoding: str) -> list[tuple[str, ...]]:
+    """Reads the friends of some users, whoever they are, from a file of edges, which go both ways.
+
+    Raises:
+        DataError: The file is missing or malformed, or names none of the users.
+    """
+    frame, file = side_table(path, ("user", "friend"), encoding=encoding, ids=frozenset(users)), f"'{path}'"
+    found: dict[str, dict[str, None]] = {user: {} for user in users}
+    one, other = (frame[name].to_numpy(object) for name in ("user", "friend"))
+    for first, second in zip([*one, *other], [*other, *one], strict=True):
+        if first in found and second and first != second:
+            found[first][second] = None
+    if not any(found.values()):
+        raise DataError(f"no edge of {file} names a user of the ratings, e.g. '{users[0]}'", "Name users by their ids")
+    return [tuple(friends) for friends in found.values()]
 
 
 def _friends(path: Path, users: Sequence[str], encoding: str) -> tuple[tuple[str, ...], ...]:

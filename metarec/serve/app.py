@@ -122,10 +122,12 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
     ) -> FeedbackAnswer:
         """Rate one item or several, or say what is known of a user. When the answer comes, it is durable and used."""
         ratings = [] if isinstance(said, KnownBody) else said.ratings if isinstance(said, RatingsBody) else [said]
+        alone = {entry.item: entry.review for entry in ratings if entry.rating is None}
+        read = await asyncio.to_thread(engine.read, alone) if alone else {}
         accepted, person = await service.feedback(
             Feedback(
                 user,
-                tuple((entry.item, entry.rating) for entry in ratings),
+                tuple((entry.item, read[entry.item] if entry.rating is None else entry.rating) for entry in ratings),
                 idempotency_key,
                 tuple(entry.beside for entry in ratings) if any(map(_came_with_more, ratings)) else (),
                 said.about,
@@ -137,6 +139,7 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
             replayed=accepted.replayed,
             adapter=adapter_facts(person),
             losses=list(person.losses),
+            read=read,
             unknown=engine.unknown(person),
         )
 

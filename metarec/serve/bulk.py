@@ -1,4 +1,4 @@
-"""Adapts many users from one file.
+"""Adapts many users from one file of ratings, and files of what else is known of them.
 
 It can be interrupted anywhere: feedback that is in the log is not written again, and adapters that are in the store are
 not computed again.
@@ -7,19 +7,24 @@ not computed again.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 from metarec.data.interactions import Catalog, RatingScale
+from metarec.data.side_files import friends_of_users, side_folder, users_table
+from metarec.data.source_options import SourceOptions
 from metarec.data.sources.rated import rated_rows
-from metarec.errors import DataError, MetarecError
+from metarec.errors import ConfigError, DataError, MetarecError
+from metarec.given_side import is_review, known_names, read_review
 from metarec.progress import progress
 from metarec.serve.engine import Engine
-from metarec.serve.records import Feedback, NewAdapter, check_id
+from metarec.serve.records import Beside, Feedback, NewAdapter, check_id
 
+_LOG = logging.getLogger(__name__)
 USERS_AT_ONCE = 256
 _WRITERS = 4
 
@@ -52,24 +57,108 @@ class Bulk:
         )
 
 
-def read_feedback(path: Path, engine: Engine) -> dict[str, list[tuple[str, float]]]:
+@dataclass
+class _Row:
+    """What one user's rows of a file say."""
+
+    ratings: list[tuple[str, float]] = field(default_factory=list)
+    beside: list[Beside] = field(default_factory=list)
+
+
+def read_feedback(path: Path, engine: Engine, options: SourceOptions | None = None) -> dict[str, Feedback]:
     """Reads a file with the columns ``user,item,rating``, see `rated_rows`; rows in any order.
 
+    Args:
+        path: The file.
+        engine: Over the recommender that is to read it.
+        options: What else is known: ``context`` and ``review`` name columns of the file, ``users`` and ``friends``
+            files beside it. Where reviews are read, a rating may be left out, or be the review itself.
+
     Returns:
-        Each user's ``(item id, rating)`` pairs in the file's order.
+        What each user's rows say, ratings in the file's order.
 
     Raises:
-        DataError: The file or a row is not of that form; the message names the row.
+        DataError: A file or a row is not of that form; the message names the row.
+        ConfigError: The recommender does not read what is named.
     """
-    users: dict[str, list[tuple[str, float]]] = {}
+    options = options or SourceOptions()
+    _check_options(engine, options)
+    columns = ("user", "item", *options.of_rows, "rating")
     catalog, scale = engine.catalog, engine.trained.fitted.scale
-    for number, row in enumerate(rated_rows(path, ("user", "item", "rating")), start=2):
-        user, item, rating = _read(row, catalog, scale, f"'{path}' row {number}")
-        users.setdefault(user, []).append((item, rating))
-    return users
+    users: dict[str, _Row] = {}
+    rows = rated_rows(path, columns, line_breaks=options.review is not None)
+    for number, (user, item, *said, rating) in enumerate(rows, start=2):
+        named = dict(zip(options.of_rows, said, strict=True))
+        review, where = named.pop(options.review or "", ""), f"'{path}' row {number}"
+        alone = options.review is not None and (is_review(rating) or (rating == "" and bool(review.strip())))
+        if alone:
+            review = str(rating or review)
+            rating = cast("str", read_review(engine.trained.fitted, review))
+        user, found, value = _read((user, item, rating), catalog, scale, where)
+        row = users.setdefault(user, _Row())
+        row.ratings.append((found, value))
+        row.beside.append(Beside({name: text for name, text in named.items() if text.strip()}, review.strip(), alone))
+    about, friends = _known(path, list(users), engine, options)
+    return {
+        user: bulk_feedback(user, row.ratings, row.beside, about.get(user), friends.get(user))
+        for user, row in users.items()
+    }
 
 
-def _read(row: Sequence[str], catalog: Catalog, scale: RatingScale, where: str) -> tuple[str, str, float]:
+def bulk_feedback(
+    user: str,
+    ratings: Sequence[tuple[str, float]],
+    beside: Sequence[Beside] = (),
+    about: Mapping[str, str] | None = None,
+    friends: Sequence[str] | None = None,
+) -> Feedback:
+    """Returns what is said of one user, named by its content, so that the same again writes nothing."""
+    some = tuple(beside) if any(one != Beside() for one in beside) else ()
+    said = [list(ratings), *([some, about, friends] if some or about or friends else [])]
+    text = repr(said if len(said) > 1 else said[0])
+    key = f"bulk {hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+    return Feedback(user, tuple(ratings), key, some, about, None if friends is None else tuple(friends))
+
+
+def _check_options(engine: Engine, options: SourceOptions) -> None:
+    """Refuses what the recommender does not read."""
+    if options.vectors or options.item_graph:
+        raise ConfigError("vectors and graphs are of items", "Name them with 'metarec train', and leave them out here")
+    if not (options.of_rows or options.users or options.friends):
+        return
+    beside = Beside(dict.fromkeys(options.context, ""), "text" if options.review else "")
+    engine.check(Feedback("", (), beside=(beside,), friends=("",) if options.friends else None))
+
+
+def _known(
+    path: Path, users: Sequence[str], engine: Engine, options: SourceOptions
+) -> tuple[dict[str, dict[str, str]], dict[str, tuple[str, ...]]]:
+    """Returns what files beside the ratings say of users: their fields, and their friends."""
+    folder = side_folder(path)
+    about: dict[str, dict[str, str]] = {}
+    if options.users:
+        file = folder / options.users
+        found = users_table(file, users, options.encoding)
+        fields, _ = known_names(engine.trained.fitted)
+        unread = [name for name in found if name not in fields]
+        if len(unread) == len(found):
+            raise DataError(f"'{file}' has no field of users that the recommender knows", f"Known: {', '.join(fields)}")
+        if unread:
+            _LOG.warning("columns of '%s' that nothing reads: %s", file, ", ".join(map(repr, unread)))
+        read = {name: column for name, column in found.items() if name not in unread}
+        about = {
+            user: said
+            for place, user in enumerate(users)
+            if (said := {name: column[place] for name, column in read.items() if column[place]})
+        }
+    friends: dict[str, tuple[str, ...]] = {}
+    if options.friends:
+        listed = friends_of_users(folder / options.friends, users, options.encoding)
+        friends = {user: some for user, some in zip(users, listed, strict=True) if some}
+    return about, friends
+
+
+def _read(row: tuple[str, str, str], catalog: Catalog, scale: RatingScale, where: str) -> tuple[str, str, float]:
     user, item, rating = row
     try:
         found = catalog.ids[catalog.find(item)]
@@ -78,12 +167,12 @@ def _read(row: Sequence[str], catalog: Catalog, scale: RatingScale, where: str) 
         raise DataError(f"{where}: {error.problem}", error.cure) from None
 
 
-def adapt_users(engine: Engine, users: Mapping[str, Sequence[tuple[str, float]]]) -> Bulk:
+def adapt_users(engine: Engine, users: Mapping[str, Feedback]) -> Bulk:
     """Writes users' ratings to the log and keeps an adapter for each of them.
 
     Args:
         engine: Over the store to write to.
-        users: See `read_feedback`. The same ratings of a user again change nothing.
+        users: See `read_feedback`. The same of a user again changes nothing.
     """
     found = Bulk(len(users))
     done = 0
@@ -96,10 +185,10 @@ def adapt_users(engine: Engine, users: Mapping[str, Sequence[tuple[str, float]]]
     return found
 
 
-def write_ratings(engine: Engine, users: Mapping[str, Sequence[tuple[str, float]]], block: Sequence[str]) -> Bulk:
+def write_ratings(engine: Engine, users: Mapping[str, Feedback], block: Sequence[str]) -> Bulk:
     """Writes some users' ratings to the log, and counts those that were not there."""
     ratings = 0
-    said = [Feedback(user, tuple(users[user]), _request(users[user])) for user in block]
+    said = [users[user] for user in block]
     for outcome, feedback in zip(engine.store.append(said), said, strict=True):
         if isinstance(outcome, MetarecError):
             raise outcome
@@ -121,11 +210,6 @@ def adapt_stored(engine: Engine, block: Sequence[str]) -> Bulk:
         diverged=engine.counters.diverged - diverged,
         failed=engine.counters.failed - failed,
     )
-
-
-def _request(ratings: Sequence[tuple[str, float]]) -> str:
-    """Returns an idempotency key made from a user's ratings, so that the same file again writes nothing."""
-    return "bulk " + hashlib.sha256(repr(list(ratings)).encode()).hexdigest()
 
 
 def blocks(users: Sequence[str], size: int) -> Iterator[list[str]]:

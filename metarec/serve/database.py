@@ -12,7 +12,17 @@ from typing import Any
 from metarec.errors import ConfigError, StoreError
 
 _BUSY_SECONDS = 10.0
-_PERSONAL = ("requests", "beside_ratings", "latest", "feedback", "user_facts", "friends", "adapters", "users")
+_PERSONAL = (
+    "requests",
+    "read_ratings",
+    "beside_ratings",
+    "latest",
+    "feedback",
+    "user_facts",
+    "friends",
+    "adapters",
+    "users",
+)
 TABLES = (
     "CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS users (id {serial}, name TEXT NOT NULL UNIQUE, key TEXT NOT NULL UNIQUE,"
@@ -27,6 +37,9 @@ TABLES = (
     # Written by those ratings alone with which something came.
     "CREATE TABLE IF NOT EXISTS beside_ratings (user_id BIGINT NOT NULL REFERENCES users (id) ON DELETE CASCADE,"
     " version BIGINT NOT NULL, context TEXT NOT NULL, review TEXT NOT NULL, PRIMARY KEY (user_id, version))",
+    # Ratings that nobody gave: what a review without one was read as.
+    "CREATE TABLE IF NOT EXISTS read_ratings (user_id BIGINT NOT NULL REFERENCES users (id) ON DELETE CASCADE,"
+    " version BIGINT NOT NULL, PRIMARY KEY (user_id, version))",
     "CREATE TABLE IF NOT EXISTS user_facts (user_id BIGINT PRIMARY KEY REFERENCES users (id) ON DELETE CASCADE,"
     " version BIGINT NOT NULL, about TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS friends (user_id BIGINT NOT NULL REFERENCES users (id) ON DELETE CASCADE,"

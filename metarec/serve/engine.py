@@ -20,7 +20,7 @@ from metarec.data.filters import ItemFilter
 from metarec.data.interactions import Catalog, Codes, Flags, Ratings
 from metarec.errors import ArtifactError, ConfigError, ConflictError, MetarecError, UnknownItemError
 from metarec.explanations import Reason, explain
-from metarec.given_side import kept_side, reads_reviews, unknown_values, with_side
+from metarec.given_side import kept_side, read_review, reads_reviews, unknown_values, with_side
 from metarec.metrics import rank_order
 from metarec.preferences import Informative, Knowledge, PreferenceModel
 from metarec.recommender import MetaRecommender
@@ -288,10 +288,14 @@ class Engine:
     def _support(self, rated: Sequence[FeedbackEvent], facts: UserFacts) -> Ratings:
         """Returns ratings with what came with them and what was said of the user."""
         items = np.array([self._code[event.item] for event in rated], np.int64)
-        contexts, reviews = [event.context for event in rated], [event.review for event in rated]
-        side = kept_side(self.trained.fitted, facts.about, facts.friends, contexts, reviews)
+        fitted, contexts = self.trained.fitted, [event.context for event in rated]
+        # A review without a rating was read as one already; another recommender reads it again.
+        reviews = ["" if event.read else event.review for event in rated]
+        again = reads_reviews(fitted)
+        values = [read_review(fitted, event.review) if event.read and again else event.rating for event in rated]
+        side = kept_side(fitted, facts.about, facts.friends, contexts, reviews)
         times = np.array([event.at for event in rated], np.float64)
-        return Ratings(items, np.array([event.rating for event in rated], np.float32), side=side, times=times)
+        return Ratings(items, np.array(values, np.float32), side=side, times=times)
 
     def check(self, said: Feedback) -> None:
         """Checks that the recommender reads what feedback says beside ratings.
@@ -305,6 +309,10 @@ class Engine:
             with_side(fitted, nothing, moment=beside.context)
             if beside.review and not reads_reviews(fitted):
                 raise ConfigError("the recommender reads no reviews", "Name 'review' with the data it is fitted on")
+
+    def read(self, reviews: Mapping[str, str]) -> dict[str, float]:
+        """Returns what reviews of items that came without a rating are read as; see `read_review`."""
+        return {item: read_review(self.trained.fitted, text) for item, text in reviews.items()}
 
     def unknown(self, person: Person) -> list[str]:
         """Says what is given of a person and of the moment and says nothing; see `unknown_values`."""

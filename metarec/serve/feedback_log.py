@@ -14,9 +14,10 @@ from metarec.serve.index import Index
 from metarec.serve.records import Accepted, Feedback, FeedbackEvent, Profile, UserFacts
 
 _EVENTS = (
-    "SELECT feedback.version, item, rating, at, context, review FROM feedback"
+    "SELECT feedback.version, item, rating, at, context, review, alone.version FROM feedback"
     " JOIN users ON users.id = feedback.user_id"
     " LEFT JOIN beside_ratings AS beside ON beside.user_id = users.id AND beside.version = feedback.version"
+    " LEFT JOIN read_ratings AS alone ON alone.user_id = users.id AND alone.version = feedback.version"
 )
 _ALL = 2**62
 
@@ -87,6 +88,10 @@ class FeedbackLog:
                 for place, beside in enumerate(feedback.beside, start=1)
                 if beside.context or beside.review
             ],
+        )
+        self._index.execute_many(
+            "INSERT INTO read_ratings (user_id, version) VALUES (?, ?)",
+            [(user_id, version + place) for place, beside in enumerate(feedback.beside, start=1) if beside.read],
         )
         version += len(rows)
         if feedback.idempotency_key is not None:
@@ -186,9 +191,15 @@ class FeedbackLog:
     def _read(self, sql: str, *values: str | int) -> list[FeedbackEvent]:
         return [
             FeedbackEvent(
-                int(version), item, float(rating), float(at), json.loads(context or "{}"), json.loads(review or '""')
+                int(version),
+                item,
+                float(rating),
+                float(at),
+                json.loads(context or "{}"),
+                json.loads(review or '""'),
+                alone is not None,
             )
-            for version, item, rating, at, context, review in self._index.execute(sql, values)
+            for version, item, rating, at, context, review, alone in self._index.execute(sql, values)
         ]
 
     def idempotency_keys(self, user: str, after: int, until: int) -> dict[str, int]:
@@ -273,10 +284,12 @@ class FeedbackLog:
 
 
 def _digest(feedback: Feedback) -> str:
-    """Names what feedback says by its content."""
-    said: list[object] = [list(feedback.ratings)]
+    """Names what feedback says by its content; what reviews were read as is not said."""
+    read = {place for place, one in enumerate(feedback.beside) if one.read}
+    rated = [(item, None if place in read else rating) for place, (item, rating) in enumerate(feedback.ratings)]
+    said: list[object] = [rated]
     if feedback.beside or feedback.about is not None or feedback.friends is not None:
         beside = [[dict(one.context), one.review] for one in feedback.beside]
         said += [beside, None if feedback.about is None else dict(feedback.about), feedback.friends]
-    text = json.dumps(said if len(said) > 1 else feedback.ratings, sort_keys=True)
+    text = json.dumps(said if len(said) > 1 else rated, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -25,6 +25,7 @@ from metarec.serve.batching import BULK_USERS_AT_ONCE, use_one_thread_per_batch
 from metarec.serve.bulk import Bulk, adapt_stored, blocks, write_ratings
 from metarec.serve.engine import Engine
 from metarec.serve.index import is_remote
+from metarec.serve.records import Feedback
 from metarec.serve.store import AdapterStore
 
 LOCAL = "local"
@@ -117,14 +118,12 @@ def _check_answers(address: str) -> None:
         raise ConfigError(f"--ray {shown(address)} cannot be used: {said}", _ADDRESSES) from None
 
 
-def adapt_users_over_ray(
-    engine: Engine, users: Mapping[str, Sequence[tuple[str, float]]], place: StorePlace, *, shard: int = 0
-) -> Bulk:
+def adapt_users_over_ray(engine: Engine, users: Mapping[str, Feedback], place: StorePlace, *, shard: int = 0) -> Bulk:
     """Writes users' ratings to the log, and has the workers of the `cluster` keep an adapter for each of them.
 
     Args:
         engine: Of a saved recommender, over the store at `place`. Workers load it by its path.
-        users: See `metarec.serve.bulk.read_feedback`. The same ratings of a user again change nothing.
+        users: See `metarec.serve.bulk.read_feedback`. The same of a user again changes nothing.
         place: Where the store is.
         shard: Users per shard; 0 chooses. It changes no adapter.
 

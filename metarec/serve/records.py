@@ -14,10 +14,17 @@ MAX_ID_CHARACTERS = 256
 
 @dataclass(frozen=True)
 class Beside:
-    """What came with a rating: the moment, as columns and their values, and a review."""
+    """What came with a rating: the moment, as columns and their values, and a review.
+
+    Args:
+        context: Columns to values.
+        review: What the user wrote.
+        read: Whether there was no rating, so that it is what the review was read as.
+    """
 
     context: Mapping[str, str] = field(default_factory=dict)
     review: str = ""
+    read: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class FeedbackEvent:
-    """One line of the feedback log."""
+    """One line of the feedback log; for `read` see `Beside`."""
 
     version: int
     item: str
@@ -76,6 +83,7 @@ class FeedbackEvent:
     at: float
     context: Mapping[str, str] = field(default_factory=dict)
     review: str = ""
+    read: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 from urllib.parse import unquote
 
 from fastapi import Path, Query
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from metarec.data.side import ABOUT
 from metarec.errors import ConfigError
@@ -63,17 +74,30 @@ class _Known(_Strict):
 
 
 class Rating(_Strict):
-    """One rating, and what came with it."""
+    """One rating or review, and what came with it."""
 
     item: Id
-    rating: float = Field(strict=True, allow_inf_nan=False, description="On the scale of the recommender's task.")
     context: Fields | None = Field(None, description="The moment of the rating: columns of the data to their values.")
     review: Text = Field("", description="What the user wrote about the item.")
+    rating: float | None = Field(
+        None,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        description="On the scale of the recommender's task; left out, it is what the review is read as.",
+    )
+
+    @field_validator("rating")
+    @classmethod
+    def _something_is_said(cls, rating: float | None, info: ValidationInfo) -> float | None:
+        if rating is None and not str(info.data.get("review", "-")).strip():
+            raise PydanticCustomError("missing", "There is neither a rating nor a review")
+        return rating
 
     @property
     def beside(self) -> Beside:
         """What came with the rating."""
-        return Beside(self.context or {}, self.review)
+        return Beside(self.context or {}, self.review, self.rating is None)
 
 
 class OneRating(Rating, _Known):
@@ -194,6 +218,7 @@ class FeedbackAnswer(BaseModel):
     replayed: bool = Field(description="The idempotency key had been accepted before; nothing changed.")
     adapter: Adapter
     losses: list[float] = Field(description="Loss on the user's ratings before each adaptation step.")
+    read: dict[str, float] = Field({}, description="Items with a review and no rating, to what it was read as.")
     unknown: list[str] = Field([], description="What is said of the user or the moment and says nothing, and why.")
 
 
@@ -300,6 +325,7 @@ class EventAnswer(BaseModel):
     at: float
     context: dict[str, str]
     review: str
+    read: bool = Field(description="No rating was given: it is what the review was read as.")
 
 
 class UserAnswer(BaseModel):

@@ -20,12 +20,13 @@ _LOG = logging.getLogger(__name__)
 _SEPARATORS = (",", ";", "\t", "|")
 
 
-def rated_rows(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
+def rated_rows(path: Path, columns: Sequence[str], *, line_breaks: bool = False) -> list[tuple[str, ...]]:
     """Reads some columns of a delimited file: UTF-8 or UTF-16, separated by commas, semicolons, tabs or bars.
 
     Args:
         path: The file; its first row names the columns, by these or other usual names.
-        columns: What is wanted, ``rating`` last; the others are text.
+        columns: What is wanted, ``rating`` last; the others are text. Further columns are named in the log.
+        line_breaks: Whether quoted fields may hold them.
 
     Returns:
         The rows, at least one; a rating that is no number stays as it was written.
@@ -42,7 +43,7 @@ def rated_rows(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
             raise DataError(f"{file} is empty", f"{start}, then one row for each rating")
         missing = next(name for name in columns if name not in recognise(names, columns))
         raise DataError(f"{file} has no column '{missing}'", f"{header_cure(missing, names, ',').rstrip('.')}. {start}")
-    return _rows(file, separator, found, columns)
+    return _rows(file, separator, found, columns, line_breaks=line_breaks)
 
 
 def own_ratings(path: Path, catalog: Catalog, scale: RatingScale) -> list[tuple[str, Any]]:
@@ -117,6 +118,9 @@ def _rows(
     """Returns some columns, ``rating`` last, as rows; a rating that is no number stays as it was written."""
     wanted = {theirs: ours for ours, theirs in found.items() if ours in columns}
     frame = delimited(file, wanted, separator=separator, line_breaks=line_breaks)
+    unread = [name for name in header(file, separator, "utf-8") if name not in wanted]
+    if unread:
+        _LOG.warning("columns of %s that nothing reads: %s", file, ", ".join(map(repr, unread)))
     if frame.empty:
         raise DataError(f"{file} holds no rating", "Write one row for each rating, or leave the file out")
     *texts, rating = (frame[name] for name in columns)
