@@ -53,7 +53,7 @@ class Server:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
 
-    def wait(self, seconds: float = 300) -> Server:
+    def wait(self, seconds: float = 3000) -> Server:
         """Returns once it answers."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

@@ -5,10 +5,10 @@ Knows nothing of how it was adapted: `MetaRecommender.adapt` and the service do 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import numpy as np
 import torch
@@ -330,11 +330,12 @@ class AdaptedUser:
         return retrieved
 
     @torch.no_grad()
-    def term_scores(self, names: Sequence[str] | None = None) -> Values:
+    def term_scores(self, names: Sequence[str] | None = None, each: Callable[..., Iterable[Any]] = map) -> Values:
         """Returns the sum of some terms of every item, each times its weight, shape (items,).
 
         Args:
             names: The terms; None takes all but the adapter.
+            each: Calls a function with each of several blocks of items, as `map` does, or on several threads.
         """
         terms = {name: self.fitted.terms[name] for name in (self.fitted.terms if names is None else names)}
         everything = np.arange(len(self.fitted.catalog))
@@ -342,11 +343,14 @@ class AdaptedUser:
             return np.zeros(len(everything), np.float32)
         state = {name: value.cpu() for name, value in expand_users(self.state, 1).items()}
         blocks = np.array_split(everything, max(1, -(-len(everything) // _TERM_ITEMS_AT_ONCE)))
-        found = [
-            {name: torch.from_numpy(term.values([self.support], [block])[0])[None] for name, term in terms.items()}
-            for block in blocks
-        ]
-        return np.concatenate([weighted_sum(state, values)[0].numpy() for values in found])
+
+        @torch.no_grad()
+        def of_block(block: Codes) -> Values:
+            values = {name: torch.from_numpy(term.values([self.support], [block])[0]) for name, term in terms.items()}
+            total: Values = weighted_sum(state, {name: value[None] for name, value in values.items()})[0].numpy()
+            return total
+
+        return np.concatenate(list(each(of_block, blocks)))
 
     def save(self, path: str | Path, *, whole: bool = True) -> None:
         """Writes the adapter as a PEFT directory, with the person's ratings beside it.

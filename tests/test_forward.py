@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TEMPLATES
 from small_adapters import both, placement_of, random_state, some_items
 
+from metarec.data.interactions import Catalog
 from metarec.errors import ConfigError
 from metarec.lm.adapter_kinds import Placement
 from metarec.lm.answer_model import AnswerModel, open_answer_model
@@ -18,7 +20,7 @@ from metarec.lm.backbone import Backbone
 from metarec.lm.cached_forward import CachedForward
 from metarec.lm.placement import check_placement
 from metarec.lm.reference_forward import ReferenceForward
-from metarec.lm.tokenized import CatalogPrompts
+from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
 from metarec.tensors import select_user
 
 FAMILIES = {
@@ -136,6 +138,27 @@ def test_an_item_is_read_the_same_whatever_stands_beside_it(
     for item in (0, 3, 22):
         alone = fast.log_odds(fast.gather(torch.tensor([[item]])), state)[0, 0]
         torch.testing.assert_close(many[item], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "active"), [("llama", None), ("llama", 1), ("encoder", None)])
+@pytest.mark.parametrize("whole", [False, True])
+def test_at_one_width_an_item_is_read_to_the_same_bits_whatever_stands_beside_it(
+    family: str, active: int | None, whole: bool, backbone: Backbones
+) -> None:
+    model = backbone(family)
+    titles = tuple(" ".join(["night", "war", "love", "of"][: 1 + code % 4] * (1 + 3 * code)) for code in range(12))
+    catalog = Catalog(tuple(map(str, range(12))), {"title": titles, "genres": ("drama",) * 12})
+    long = tokenize_catalog(model, TEMPLATES[model.kind], catalog)
+    answer_model = both(model, long, placement_of(model, long, active))[int(whole)]
+    state = {name: torch.cat([value, value]) for name, value in random_state(answer_model.spec, 1).items()}
+    width = int(long.lengths.max())
+
+    def read(*codes: int) -> torch.Tensor:
+        return answer_model.log_odds(answer_model.gather(torch.tensor([codes, codes]), width), state)[0]
+
+    first = read(0, 1, 2, 3)
+    assert torch.equal(read(0, 11, 7, 3)[[0, 3]], first[[0, 3]])
+    assert torch.equal(read(2, 3, 0, 0)[[2, 1, 0]], first[[0, 3, 2]])
 
 
 @pytest.mark.parametrize(("family", "active"), CASES)

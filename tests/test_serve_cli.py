@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,11 @@ from metarec.serve.app import create_app
 from metarec.serve.bulk import adapt_users, read_feedback
 from metarec.serve.engine import Engine
 from metarec.serve.keys import read_keys
+from metarec.serve.records import Feedback, NewAdapter
 from metarec.serve.service import ServeSettings
 from metarec.serve.store import AdapterStore
+from metarec.serve.vllm import export_adapters
+from metarec.tensors import read_tensors
 
 ROOT = Path(__file__).parents[1]
 
@@ -224,10 +228,55 @@ def test_the_vllm_export_is_what_its_resolver_reads(full_store: AdapterStore, tm
         assert config["base_model_name_or_path"] == "/models/base"
         assert (out / name / "adapter_model.safetensors").exists()
         assert not (out / name / "user.json").exists()
+        passes_vllms_checks(out / name)
+    again = facts("export", full_store.location, "--vllm", "--out", out, "--base-model", "/models/base")
+    assert again == names
     with pytest.raises(StoreError, match="unknown"):
         invoke("export", full_store.location, "--vllm", "--out", out, "--user", "nobody")
     with pytest.raises(ConfigError, match="--vllm"):
         invoke("export", full_store.location, "--out", out)
+
+
+def passes_vllms_checks(adapter: Path) -> None:
+    """The rules of vLLM's `PEFTHelper.validate_legal` and `LoRAModel.from_local_checkpoint`, written again here."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert {"r", "lora_alpha", "target_modules"} <= set(config)
+    assert config["r"] <= 16, "--max-lora-rank is 16 unless it is set"
+    assert (config.get("modules_to_save"), config.get("use_dora", False), config["bias"]) == (None, False, "none")
+    weights = read_tensors(adapter / "adapter_model.safetensors")
+    shape = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+    parts = [match.groups() if (match := shape.fullmatch(name)) else (name, "?") for name in weights]
+    assert {part for _, part in parts} == {"A", "B"}
+    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
+    assert {module.rpartition(".")[2] for module, _ in parts} <= linear
+    assert sorted(module for module, part in parts if part == "A") == sorted(m for m, part in parts if part == "B")
+    for name, value in weights.items():
+        assert value.shape[name.endswith("lora_B.weight")] == config["r"]
+    # What PEFT makes of the same file is what vLLM's fields mean.
+    known = pytest.importorskip("peft").LoraConfig.from_pretrained(str(adapter))
+    assert (known.r, known.lora_alpha) == (config["r"], config["lora_alpha"])
+    assert not known.use_dora
+    assert not known.lora_bias
+
+
+def test_a_name_for_vllm_changes_with_the_adapter_and_with_nothing_else(
+    full_store: AdapterStore, recommender: MetaRecommender, tmp_path: Path
+) -> None:
+    before = export_adapters(full_store, tmp_path / "one")
+    assert export_adapters(full_store, tmp_path / "two") == before
+    full_store.append([Feedback("bob", (("m9", 5.0),))])
+    Engine(recommender, full_store).people(["bob"])
+    after = export_adapters(full_store, tmp_path / "one")
+    assert {user for user in before if before[user] != after[user]} == {"bob"}
+    assert before["bob"].partition("-")[0] == after["bob"].partition("-")[0]
+    # The same version of a user, of a recommender that was trained again.
+    profile = full_store.profile("bob")
+    assert profile is not None
+    changed = recommender.adapt([("m9", 5.0)])
+    record = full_store.records(profile.key)[0]
+    shutil.rmtree(full_store.path(record))
+    full_store.put([NewAdapter(profile.key, record.version, "another", partial(changed.save, whole=False))])
+    assert export_adapters(full_store, tmp_path / "one")["bob"] != after["bob"]
 
 
 def test_other_addresses_need_keys_and_keys_are_shown_once(checkpoint: Path, tmp_path: Path) -> None:
@@ -314,10 +363,13 @@ def test_a_terminated_server_has_everything_it_accepted_and_logs_nobody(checkpoi
     assert store.newest(profile.key, store.records(profile.key)[0].recommender)[0].version == 5  # type: ignore[union-attr]
 
 
-def test_two_servers_over_postgresql_serve_and_erase_the_same_users(
+def test_three_servers_over_postgresql_one_of_them_killed_serve_and_erase_the_same_users(
     checkpoint: Path, postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What one is told the other knows at once, exports and erases: from files, logs and memory of both."""
+    """What one is told all know at once, export and erase, from files, logs and memory.
+
+    The third is killed, misses an erasure, and comes back.
+    """
     ann, bob = "CANARY-ann-7f3a", "CANARY-bob-91cc"
     # The C library overwrites what is freed, so that what memory holds is what the process holds.
     monkeypatch.setenv("PYTHONMALLOC", "malloc")
@@ -328,9 +380,9 @@ def test_two_servers_over_postgresql_serve_and_erase_the_same_users(
         return start(checkpoint, postgres, "--adapters", str(tmp_path / f"adapters{number}"), "--threads", "1")
 
     with ThreadPoolExecutor() as starting:
-        servers = list(starting.map(start_one, range(2)))
+        servers = list(starting.map(start_one, range(3)))
     try:
-        one, two = (url for _, url in servers)
+        one, two, three = (url for _, url in servers)
         key = {"Idempotency-Key": "CANARY-request"}
         for user, said in ((ann, LOVES_DRAMA), (bob, LOVES_HORROR)):
             ratings = [{"item": item, "rating": rating} for item, rating in said]
@@ -343,21 +395,30 @@ def test_two_servers_over_postgresql_serve_and_erase_the_same_users(
         assert ranked[0]["items"] != ask(f"{two}/v1/users/{bob}/recommendations?k=5")["items"]
         assert ask(f"{two}/v1/users/{ann}/feedback", {"item": "m9", "rating": 1.0})["adapter"]["version"] == 6
         assert ask(f"{one}/v1/users/{ann}/recommendations")["adapter"]["version"] == 6
+        assert ask(f"{three}/v1/users/{ann}/recommendations?k=5")["adapter"]["version"] == 6
+        servers[2][0].kill()
+        servers[2][0].wait(10)
+        assert ask(f"{two}/v1/users/{ann}/feedback", {"item": "m8", "rating": 1.0})["adapter"]["version"] == 7
+        ranked = [ask(f"{url}/v1/users/{ann}/recommendations?k=5") for url in (one, two)]
+        assert ranked[0] == ranked[1]
         exported = [ask(f"{url}/v1/users/{ann}")["ratings"] for url in (one, two)]
         assert exported[0] == exported[1]
-        assert [said["item"] for said in exported[0]] == [*(item for item, _ in LOVES_DRAMA), "m9"]
+        assert [said["item"] for said in exported[0]] == [*(item for item, _ in LOVES_DRAMA), "m9", "m8"]
         database = Path(postgres.partition("host=")[2]) / "data"
-        assert where(ann, database, servers), "otherwise nothing is looked at"
+        assert where(ann, database, servers[:2]), "otherwise nothing is looked at"
         ask(f"{one}/v1/users/{ann}", method="DELETE")
-        for url in (one, two):
+        servers[2][0].communicate()
+        servers[2] = start_one(2)
+        one, two, three = (url for _, url in servers)
+        for url in (one, two, three):
             assert ask(f"{url}/v1/users/{bob}/recommendations")["adapter"]["version"] == 5
-        assert len({path.name.split("-")[0] for path in tmp_path.glob("adapters*/*/*-*")}) == 1
+        assert len({path.name.strip(".").split("-")[0] for path in tmp_path.glob("adapters*/*/*-*")}) == 1
         deadline = time.monotonic() + 20
         while (left := where(ann, database, servers)) and time.monotonic() < deadline:
             time.sleep(0.5)  # garbage is collected when a server is idle
         assert not left
         assert where(bob, database, servers)
-        for url in (one, two):
+        for url in (one, two, three):
             assert ask(f"{url}/v1/users/{ann}/recommendations")["adapter"]["version"] == 0
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 ask(f"{url}/v1/users/{ann}")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ from metarec.lm.cached_forward import CachedForward
 from metarec.lm.forward import ItemBatch
 from metarec.recommender import MetaRecommender
 from metarec.scorers.language.adapted import MetaScorer
-from metarec.serve import retrieval
-from metarec.serve.engine import Engine
+from metarec.serve import batching, retrieval
+from metarec.serve.engine import Engine, Ranking
 from metarec.serve.items import ExtendedAnswerModel
 from metarec.serve.person import Person
 from metarec.serve.records import Feedback
@@ -199,9 +200,9 @@ def test_of_a_large_catalog_the_service_reads_what_other_terms_put_in_front(
     asked: list[int] = []
     gather = AnswerModel.gather
 
-    def noted(self: AnswerModel, items: torch.Tensor) -> ItemBatch:
+    def noted(self: AnswerModel, items: torch.Tensor, width: int = 0) -> ItemBatch:
         asked.extend(items.flatten().tolist())
-        return gather(self, items)
+        return gather(self, items, width)
 
     monkeypatch.setattr(AnswerModel, "gather", noted)
     engine = Engine(recommender, store, candidates=32, linearized_bytes=1 << 20)
@@ -287,6 +288,39 @@ def test_an_items_score_depends_on_nothing_that_is_asked_with_it(engine: Engine)
             place = int(generator.integers(count))
             asked = [*others[:place], "m7", *others[place:]]
             assert engine.score(person, asked)[1][place] == alone, (count, place)
+
+
+def test_rankings_that_are_computed_together_are_the_ones_computed_alone_to_the_last_bit(
+    recommender: MetaRecommender, tmp_path: Path
+) -> None:
+    engine = Engine(recommender, AdapterStore(tmp_path), workers=2)
+    rate(engine, "ann", LOVES_DRAMA)
+    rate(engine, "bob", LOVES_HORROR)
+    rate(engine, "cas", LOVES_DRAMA[:2])
+    engine.add_items([NEW])
+    people = list(engine.people(["ann", "bob", "cas", "nobody"]).values())
+    asked = [
+        (person, Ranking(k)) for person, k in zip(people * 3, (1, 3, 9, 20, 5, 2, 40, 7, 8, 4, 6, 10), strict=True)
+    ]
+    asked.append((people[0], Ranking(3, where="nothing at all")))
+    *together, refused = engine.recommend_all(asked)
+    assert isinstance(refused, ConfigError)
+    for (person, ranking), ranked in zip(asked[:-1], together, strict=True):
+        assert not isinstance(ranked, Exception)
+        assert ranked[1] == engine.recommend(person, ranking.k)[1]
+
+
+def test_users_are_scored_together_only_where_this_machine_gives_each_the_same_bits(
+    recommender: MetaRecommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Engine(recommender, AdapterStore(tmp_path / "one"))._model.units_at_once(np.arange(20)) in (2, 4, 6, 8)
+    whole = batching.score_adapted
+
+    def rounds_by_size(state: Any, supports: Any, *rest: Any) -> Any:
+        return [scores + 1e-6 * (len(supports) > 4) for scores in whole(state, supports, *rest)]
+
+    monkeypatch.setattr(batching, "score_adapted", rounds_by_size)
+    assert Engine(recommender, AdapterStore(tmp_path / "two"))._model.units_at_once(np.arange(20)) <= 4
 
 
 def test_the_reasons_are_what_leaving_a_rating_out_changes(engine: Engine, recommender: MetaRecommender) -> None:

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,34 @@ def test_work_that_nobody_waits_for_ends_at_the_next_block(engine: Engine) -> No
     assert worker.depth <= 1
     shut.set()
     worker.close()
+
+
+def test_rankings_that_wait_are_computed_together_and_one_ones_failure_is_nobody_elses(
+    client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker: Worker = client.app.state.service.worker  # type: ignore[attr-defined]
+    together: list[int] = []
+    whole = engine.recommend_all
+
+    def counted(asked: Any) -> Any:
+        together.append(len(asked))
+        if len(asked) > 1 and len(together) > 1:
+            raise RuntimeError("out of memory")
+        return whole(asked)
+
+    monkeypatch.setattr(engine, "recommend_all", counted)
+    addresses = [f"/v1/users/{name}/recommendations?k=3" for name in "abc"]
+    addresses += ["/v1/users/d/recommendations?k=3&where=nothing", "/v1/users/e/recommendations?k=900"]
+    for expected in ([4, 1], [4, 1, 4, 1, 1, 1, 1, 1]):
+        shut = gate(worker)
+        with ThreadPoolExecutor(5) as clients:
+            asking = [clients.submit(client.get, address) for address in addresses]
+            while worker.depth < 5:
+                time.sleep(0.01)
+            shut.set()
+        assert [asked.result().status_code for asked in asking] == [200, 200, 200, 422, 200]
+        assert len(asking[0].result().json()["items"]) == 3
+        assert together == expected
 
 
 def answered(application: Any, *events: Any, path: str = "/healthz") -> list[Any]:

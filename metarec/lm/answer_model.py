@@ -68,13 +68,9 @@ class AnswerModel:
         """Reads of some items what no adapter changes, all at once; later uses find it."""
         self.forward.read(items)
 
-    def gather(self, items: Tensor) -> ItemBatch:
-        """Collects what reading some items needs, once for all the steps that read them.
-
-        Args:
-            items: Item codes, shape (users, items).
-        """
-        return self.forward.gather(items)
+    def gather(self, items: Tensor, width: int = 0) -> ItemBatch:
+        """Collects what reading some items needs, once for all the steps that read them; see `Forward.gather`."""
+        return self.forward.gather(items, width)
 
     def log_odds(self, item_batch: ItemBatch, state: Mapping[str, Tensor] | None) -> Tensor:
         """Reads items.

@@ -41,22 +41,23 @@ class _Ragged:
         self.starts = starts
         self.lengths = lengths
 
-    def padded(self, items: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Returns padded rows, shape (items, longest, ...), and True where a row is real."""
+    def padded(self, items: np.ndarray, width: int = 0) -> tuple[Tensor, Tensor]:
+        """Returns padded rows, shape (items, longest or `width`, ...), and True where a row is real."""
         lengths = self.lengths[items]
-        steps = np.arange(max(int(lengths.max(initial=0)), 1))
+        steps = np.arange(max(int(lengths.max(initial=0)), width, 1))
         real = steps < lengths[:, None]
         rows = np.where(real, self.starts[items][:, None] + steps, 0)
         return torch.from_numpy(self.flat[rows]), torch.from_numpy(real)
 
-    def packed(self, items: np.ndarray, prefix: int) -> tuple[Tensor, Packed]:
+    def packed(self, items: np.ndarray, prefix: int, width: int = 0) -> tuple[Tensor, Packed]:
         """Returns items side by side, shape (rows, places, ...), and where they are; the prefix's places mean nothing.
 
         Args:
             items: Item codes, shape (users, items).
             prefix: Places to leave free at the start of every row.
+            width: See `pack`.
         """
-        layout = pack(self.lengths[items], prefix)
+        layout = pack(self.lengths[items], prefix, width)
         rows_each = len(layout.owner) // len(items)
         per_row = layout.last.shape[1]
         begins = np.zeros((len(items), rows_each * per_row), np.int64)
@@ -287,33 +288,38 @@ class CachedForward:
         before = torch.arange(self._shared, device=positions.device)[None]
         return [KeyValues(*self._prefix_run[0][layer], within(None, self._window(layer), positions, before))]
 
-    def gather(self, items: Tensor) -> ItemBatch:
+    def gather(self, items: Tensor, width: int = 0) -> ItemBatch:
         """See `Forward.gather`."""
         self.read(items.numpy())
         found = {name: self._cache.rows(name) for name in self._cache.names}
         rows, starts = ({name: pair[place] for name, pair in found.items()} for place in (0, 1))
-        return self._gathered(items, rows, starts)
+        return self._gathered(items, rows, starts, width)
 
-    def _gathered(self, items: Tensor, rows: Mapping[str, np.ndarray], starts: Mapping[str, np.ndarray]) -> ItemBatch:
+    def _gathered(
+        self, items: Tensor, rows: Mapping[str, np.ndarray], starts: Mapping[str, np.ndarray], width: int = 0
+    ) -> ItemBatch:
         """Collects what reading some items needs from rows of any number of items; see `ItemCache.rows`."""
         active = _Ragged(rows["active"], starts["active"], self._active_lengths)
         if not self._frozen_tail:
-            return ItemBatch(items, self._gather_packed(items, active))
+            return ItemBatch(items, self._gather_packed(items, active, max(width - self._shared, 0)))
         frozen = _Ragged(rows["frozen"], starts["frozen"], self._frozen_lengths)
         scales = _Ragged(rows["scales"], starts["frozen"], self._frozen_lengths) if "scales" in rows else None
-        return ItemBatch(items, self._gather_tail(items, active, frozen, scales))
+        before = max(width - self._shared - int(self._active_lengths[0]), 0)
+        return ItemBatch(items, self._gather_tail(items, active, frozen, scales, before))
 
-    def _gather_tail(self, items: Tensor, active: _Ragged, frozen: _Ragged, scales: _Ragged | None) -> tuple[Any, ...]:
+    def _gather_tail(
+        self, items: Tensor, active: _Ragged, frozen: _Ragged, scales: _Ragged | None, least: int
+    ) -> tuple[Any, ...]:
         """Returns the last tokens' states, and the frozen keys and values of all tokens before them."""
         users, count = items.shape
         codes = items.flatten().numpy()
         device = self.backbone.device
         hidden = to_device(active.padded(codes)[0], device)
         width = hidden.shape[1]
-        flat, real = (to_device(part, device) for part in frozen.padded(codes))
+        flat, real = (to_device(part, device) for part in frozen.padded(codes, least))
         flat = flat.to(self._dtype)
         if scales is not None:
-            flat *= to_device(scales.padded(codes)[0], device).to(self._dtype)[..., None]
+            flat *= to_device(scales.padded(codes, least)[0], device).to(self._dtype)[..., None]
         # (layers, keys and values, rows, kv heads, tokens, head)
         heads = flat.permute(2, 3, 0, 4, 1, 5).contiguous()
         lengths = to_device(torch.from_numpy(self._lengths[codes]), device)
@@ -327,11 +333,11 @@ class CachedForward:
         places, masks = self._adapted(_causal(width, device) if width > 1 else None, positions)
         return hidden.view(users, count, *hidden.shape[1:]), places, past, masks, last
 
-    def _gather_packed(self, items: Tensor, active: _Ragged) -> tuple[Any, ...]:
-        """Returns all tokens of several items side by side, behind one copy of the common prefix."""
+    def _gather_packed(self, items: Tensor, active: _Ragged, width: int) -> tuple[Any, ...]:
+        """Returns all tokens of several items side by side, behind one copy of the common prefix; see `pack`."""
         users = len(items)
         device = self.backbone.device
-        flat, layout = active.packed(items.numpy(), self._shared)
+        flat, layout = active.packed(items.numpy(), self._shared, width)
         hidden = to_device(flat, device)
         if self._shared:
             hidden[:, : self._shared] = self._prefix_run[1][0]

@@ -32,11 +32,13 @@ class Forward(Protocol):
         """
         ...
 
-    def gather(self, items: Tensor) -> ItemBatch:
+    def gather(self, items: Tensor, width: int = 0) -> ItemBatch:
         """Collects what reading some items needs, once for all the steps that read them.
 
         Args:
             items: Item codes, shape (users, items).
+            width: Tokens that every prompt takes at least. Where none has more, the others do not change how an item's
+                numbers are rounded; 0 takes what the longest of them needs.
         """
         ...
 

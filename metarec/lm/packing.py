@@ -41,24 +41,25 @@ class Packed:
         return seen
 
 
-def pack(lengths: NDArray[np.int64], prefix: int) -> Packed:
+def pack(lengths: NDArray[np.int64], prefix: int, width: int = 0) -> Packed:
     """Lays items out in rows of at most ten.
 
     Args:
         lengths: Tokens of every item, shape (users, items), without the prefix.
         prefix: Tokens of the prefix that every row starts with.
+        width: Where it is not 0, every item has a row of its own, of so many tokens at least beside the prefix.
 
     Returns:
         Rows of one user follow each other; every user has the same number of rows.
     """
     users, items = lengths.shape
-    rows_each = max(1, -(-items // _ITEMS_PER_ROW))
+    rows_each = max(1, -(-items // (1 if width else _ITEMS_PER_ROW)))
     per_row = max(1, -(-items // rows_each))
     filled = np.zeros((users, rows_each * per_row), np.int64)
     filled[:, :items] = lengths
     by_row = filled.reshape(users * rows_each, per_row)
     ends = prefix + np.cumsum(by_row, 1)
-    places = np.arange(max(int(ends[:, -1].max(initial=0)), 1))
+    places = np.arange(max(int(ends[:, -1].max(initial=0)), prefix + width, 1))
     slot = (places[None, :, None] >= ends[:, None, :]).sum(2)
     starts = np.concatenate([ends - by_row, np.zeros((len(ends), 1), np.int64)], 1)
     offset = np.where(places < prefix, places, places - np.take_along_axis(starts, slot, 1))

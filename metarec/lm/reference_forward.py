@@ -32,11 +32,11 @@ class ReferenceForward:
     def read(self, items: np.ndarray) -> None:
         """See `Forward.read`; nothing is kept but what `frozen_states` returns."""
 
-    def gather(self, items: Tensor) -> ItemBatch:
+    def gather(self, items: Tensor, width: int = 0) -> ItemBatch:
         """See `Forward.gather`."""
         rows = [self.prompts.tokens[code] for code in items.flatten().tolist()]
         lengths = torch.tensor([len(row) for row in rows])
-        width = max(map(len, rows), default=1)
+        width = max(width, *map(len, rows), 1)
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]).view(len(rows), width)
         return ItemBatch(items, (tokens.to(self.backbone.device), lengths.to(self.backbone.device)))
 

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from metarec.data.filters import MAX_CHARACTERS
 from metarec.errors import ConfigError, ConflictError, MetarecError, StoreError
 from metarec.serve.batching import BLOCK
-from metarec.serve.engine import Engine
+from metarec.serve.engine import Engine, Ranked, Ranking
 from metarec.serve.guard import Guard, error_body
 from metarec.serve.person import Person
 from metarec.serve.records import MAX_ID_CHARACTERS, Beside, Feedback, check_id
@@ -61,7 +61,7 @@ from metarec.serve.schema import (
     faults,
 )
 from metarec.serve.service import RefusedError, ServeSettings, Service, adapter_facts
-from metarec.serve.worker import BusyError, Job
+from metarec.serve.worker import BusyError, Job, Wanted
 
 _LOG = logging.getLogger(__name__)
 
@@ -167,16 +167,10 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
         if explain and k > MOST_EXPLAINED:
             raise ConfigError(f"k is {k} with explain", f"Ask for {MOST_EXPLAINED} or fewer")
 
-        def answer(person: Person) -> Recommendations:
-            served, ranked = engine.recommend(
-                person,
-                k,
-                exclude_seen=exclude_seen,
-                explain=explain,
-                diversity=diversity,
-                where=where,
-                block=block or (),
-            )
+        wanted = Ranking(k, exclude_seen, explain, diversity, where, tuple(block or ()))
+
+        def answer(found: Ranked) -> Recommendations:
+            served, ranked = found
             ratings = served.adapted.predicted_ratings([entry.score for entry, _ in ranked])
             predicted: Sequence[float | None] = ratings or [None] * len(ranked)
             return Recommendations(
@@ -193,7 +187,7 @@ def _add_user_routes(app: FastAPI, service: Service) -> None:
             )
 
         cost = max(1.0, k * 2 / BLOCK) + (1.0 if explain else 0.0)
-        ranking: Recommendations = await service.person(user, answer, now, cost)
+        ranking: Recommendations = await service.person(user, lambda person: Wanted(person, wanted, answer), now, cost)
         return ranking
 
     @app.post("/v1/users/{user}/score", tags=["users"])

@@ -1,25 +1,29 @@
 """Adapts users in batches and scores items in blocks, both of fixed shapes.
 
 Matrix products of different shapes round differently. With fixed shapes a user's adapter and scores are the same to the
-last bit, whoever else is adapted and whatever else is scored at the same time.
+last bit, whoever else is adapted and whatever else is scored at the same time. Several users' items are scored together
+where that is tried to leave every bit as it is.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from metarec.adapted_user import AdaptedUser
 from metarec.data.interactions import Codes, Ratings
 from metarec.recommender import MetaRecommender
 from metarec.scorers.language.linearized import Linearized, linearize
-from metarec.serve.items import longest
+from metarec.scorers.language.score import score_adapted
+from metarec.serve.items import longest, prompt_lengths
 from metarec.threads import use_threads
 
 # Users per batch: alone in the service, fifteen (and a padding row) in bulk. Larger batches serve more users a second
@@ -28,8 +32,32 @@ USERS_AT_ONCE = 1
 BULK_USERS_AT_ONCE = 15
 _FEWEST_RATINGS = 8
 _RATINGS_STEP = 4
-# Items per block; a smaller block takes about as long.
+# Items that are scored at least; fewer take about as long.
 BLOCK = 32
+# Of one user so many items are scored together, and with them those of other units: two at least, for a single user's
+# products are computed in another way than several users'.
+_UNIT, _FEWEST_UNITS, _MOST_UNITS = 16, 2, 8
+# Prompts are padded to a length that all but one in a thousand items have at most, and longer ones to so many more.
+_USUAL, _LONGER = 0.999, 32
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Some of a user's items that are scored together.
+
+    Args:
+        row: Which user.
+        codes: The items.
+        places: Where they stand among the user's items.
+        kind: Units of one kind may be computed together.
+        width: See `AnswerModel.gather`.
+    """
+
+    row: int
+    codes: Codes
+    places: Codes
+    kind: tuple[object, ...]
+    width: int
 
 
 class BatchedModel:
@@ -47,12 +75,18 @@ class BatchedModel:
     ) -> None:
         self._trained = trained
         self._users_at_once = users_at_once
+        self._parallel = workers
+        self._most: int | None = None
         self._workers = ThreadPoolExecutor(workers, "model")
         self._linearized = linearized
         model = trained.adapted_model
         # Called between two blocks of work; what it raises ends the work.
         self.check: Callable[[], None] = lambda: None
         self._longest = 0 if model is None else longest(model)
+
+    def each(self, function: Callable[[Any], Any], blocks: Iterable[Any]) -> Iterable[Any]:
+        """Calls a function with each of several blocks, on the workers' threads; returns the results in order."""
+        return self._workers.map(function, blocks)
 
     def adapt(
         self, recommender: MetaRecommender, supports: Sequence[Ratings]
@@ -111,18 +145,114 @@ class BatchedModel:
         return Ratings(np.full(width, self._longest, np.int64), np.full(width, mean, np.float32))
 
     def scores(self, adapted: AdaptedUser, codes: Codes) -> NDArray[np.float32]:
-        """Scores items in whole blocks; the last one is filled up by repeating items."""
-        if not len(codes):
-            return np.zeros(0, np.float32)
+        """Scores a user's items; see `scores_of`."""
+        return self.scores_of([(adapted, codes)])[0]
 
-        def score_block(block: Codes) -> Tensor:
+    def scores_of(self, asked: Sequence[tuple[AdaptedUser, Codes]]) -> list[NDArray[np.float32]]:
+        """Scores several users' items together; an item's score is the same whatever else is scored.
+
+        Args:
+            asked: Users and their items.
+
+        Returns:
+            One array per user, of the shape of its items.
+        """
+        found = [np.zeros(len(codes), np.float32) for _, codes in asked]
+        units = [unit for row, (adapted, codes) in enumerate(asked) for unit in self._units(row, adapted, codes)]
+        groups: list[list[_Unit]] = []
+        for kind in dict.fromkeys(unit.kind for unit in units):
+            groups += self._grouped([unit for unit in units if unit.kind == kind])
+
+        def score_group(group: list[_Unit]) -> list[NDArray[np.float32]]:
             self.check()
-            return adapted.scores(block)
+            return _scores([asked[unit.row][0] for unit in group], group)
 
-        blocks = np.resize(codes, (-(-len(codes) // BLOCK), BLOCK))
-        done = self._workers.map(score_block, blocks) if len(blocks) > 1 else map(score_block, blocks)
-        scores: NDArray[np.float32] = torch.cat(list(done)).numpy()
-        return scores[: len(codes)]
+        done = self._workers.map(score_group, groups) if len(groups) > 1 else map(score_group, groups)
+        for group, scores in zip(groups, done, strict=True):
+            for unit, values in zip(group, scores, strict=True):
+                found[unit.row][unit.places] = values[: len(unit.places)]
+        return found
+
+    def _units(self, row: int, adapted: AdaptedUser, codes: Codes) -> list[_Unit]:
+        model = adapted.adapted_model
+        lengths = np.zeros(len(codes), np.int64) if model is None else prompt_lengths(model)[codes]
+        longer = np.maximum(-(-(lengths - self._usual) // _LONGER), 0)
+        widths = self._usual + _LONGER * longer
+        size = BLOCK if model is None else _UNIT
+        units = []
+        for width in np.unique(widths).tolist():
+            places = np.flatnonzero(widths == width)
+            kind = (width, id(adapted.fitted), *sorted(adapted.state))
+            for start in range(0, len(places), size):
+                some = places[start : start + size]
+                units.append(_Unit(row, np.resize(codes[some], size), some, kind, width))
+        return units
+
+    def _grouped(self, units: list[_Unit]) -> list[list[_Unit]]:
+        """Divides units of one kind among the workers; a last one is doubled where it would be alone."""
+        pairs = -(-len(units) // _FEWEST_UNITS)
+        full = [*units, *units[-1:] * (pairs * _FEWEST_UNITS - len(units))]
+        most = self.units_at_once(units[0].codes) // _FEWEST_UNITS if pairs > 1 else 1
+        parts = np.array_split(np.arange(pairs), max(-(-pairs // most), min(self._parallel, pairs)))
+        return [full[_FEWEST_UNITS * part[0] : _FEWEST_UNITS * (part[-1] + 1)] for part in parts]
+
+    @cached_property
+    def _usual(self) -> int:
+        """How many tokens prompts usually have at most; of the trained items, so that added ones change nothing."""
+        model = self._trained.adapted_model
+        return 0 if model is None else int(np.quantile(model.prompts.lengths, _USUAL, method="higher"))
+
+    def units_at_once(self, codes: Codes) -> int:
+        """Returns how many units may be computed together: as many as leave to each the bits of two.
+
+        In which order products are added up depends on shapes and not on numbers, so one trial on this machine says it
+        of all users and items.
+
+        Args:
+            codes: Items to try it on.
+        """
+        if self._most is None:
+            self._most = _MOST_UNITS if self._trained.adapted_model is None else self._tried(codes)
+        return self._most
+
+    def _tried(self, codes: Codes) -> int:
+        user, generator = self._trained.adapt([]), torch.Generator().manual_seed(0)
+        people = [
+            replace(user, state={name: value + _noise_like(value, generator) for name, value in user.state.items()})
+            for _ in range(_MOST_UNITS)
+        ]
+        units = [self._units(row, person, codes)[0] for row, person in enumerate(people)]
+        every = range(0, _MOST_UNITS, _FEWEST_UNITS)
+        alone = [
+            scores
+            for start in every
+            for scores in _scores(people[start : start + _FEWEST_UNITS], units[start : start + _FEWEST_UNITS])
+        ]
+        most = _FEWEST_UNITS
+        for count in range(2 * _FEWEST_UNITS, _MOST_UNITS + 1, _FEWEST_UNITS):
+            together = _scores(people[:count], units[:count])
+            if not all(map(np.array_equal, together, alone)):
+                break
+            most = count
+        return most
+
+
+def _scores(people: Sequence[AdaptedUser], units: Sequence[_Unit]) -> list[NDArray[np.float32]]:
+    """Scores units of one kind; `people` says whose they are."""
+    first = people[0]
+    state = {name: torch.stack([person.state[name] for person in people]) for name in first.state}
+    supports, blocks = [person.support for person in people], [unit.codes for unit in units]
+    fitted, device = first.fitted, first.config.device
+    model, width = first.adapted_model, units[0].width
+    return [
+        scores.numpy()
+        for scores in score_adapted(state, supports, blocks, fitted.terms, fitted.prior, model, device, width)
+    ]
+
+
+def _noise_like(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(value.shape, generator=generator, dtype=torch.float32)
+    return 0.01 * noise.to(value)
 
 
 def _padded(ratings: int) -> int:

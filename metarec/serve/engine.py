@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,36 @@ _LOG = logging.getLogger(__name__)
 MAX_RATINGS = 64
 # Bytes of a tensor object beside its numbers; most of a small adapter's size.
 _TENSOR_BYTES = 512
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What is asked of a ranking of the catalog.
+
+    Args:
+        k: How many items; fewer come back where there are fewer.
+        exclude_seen: Leaves out what the user has rated.
+        explain: Adds the ratings that changed each item's score most.
+        diversity: See `AdaptedUser.recommend`.
+        where: See `AdaptedUser.recommend`.
+        block: See `AdaptedUser.recommend`.
+    """
+
+    k: int
+    exclude_seen: bool = True
+    explain: bool = False
+    diversity: float = 0.0
+    where: str | None = None
+    block: Sequence[str] = ()
+
+    @property
+    def pool(self) -> int:
+        """How many of the best items it is chosen from."""
+        return pool_size(self.k) if self.diversity else self.k
+
+
+# Who was served, and the best items, each with its reasons.
+Ranked = tuple[Person, list[tuple[Recommendation, list[Reason]]]]
 
 
 @dataclass
@@ -112,6 +143,7 @@ class Engine:
             linearized,
             None if kept is None else kept.effects,
             None if kept is None else kept.new_user_scores,
+            self._model.each,
         )
         self._search = TextSearch.of(recommender.fitted, recommender.config)
         self._removed: frozenset[str] = frozenset()
@@ -157,6 +189,8 @@ class Engine:
         if is_small(len(self.catalog)):  # of a larger one, the first search waits instead of every start
             self._search.prepare()
         effects = self._retrieval.prepare()
+        if reads_all(self.trained):  # of another catalog nothing is read before somebody asks
+            self._model.units_at_once(np.arange(min(BLOCK, len(self.catalog))))
         if self._warm is not None:
             count = len(self.trained.fitted.catalog)
             first = replace(effects, coordinates=effects.coordinates[:count])
@@ -399,55 +433,73 @@ class Engine:
         return person, [float(value) for value in scores]
 
     def _finite_scores(self, person: Person, codes: Codes) -> tuple[Person, NDArray[np.float32]]:
-        scores = self._model.scores(person.adapted, codes)
-        if np.isfinite(scores).all():
-            return person, scores
-        self.counters.diverged += 1
-        _LOG.error("an adapter's scores are not finite; the scores before adaptation are served")
-        unadapted = replace(self.new_user, support=person.adapted.support, diverged=True, seconds=0.0)
-        return replace(person, adapted=unadapted, losses=()), self._model.scores(unadapted, codes)
+        return self._all_finite([(person, codes)])[0]
 
-    def recommend(
-        self,
-        person: Person,
-        k: int,
-        *,
-        exclude_seen: bool = True,
-        explain: bool = False,
-        diversity: float = 0.0,
-        where: str | None = None,
-        block: Sequence[str] = (),
-    ) -> tuple[Person, list[tuple[Recommendation, list[Reason]]]]:
-        """Ranks the catalog.
+    def _all_finite(self, asked: Sequence[tuple[Person, Codes]]) -> list[tuple[Person, NDArray[np.float32]]]:
+        """Returns who is served and the scores, for several people together; see `score`."""
+        together = self._model.scores_of([(person.adapted, codes) for person, codes in asked])
+        served = []
+        for (person, codes), scores in zip(asked, together, strict=True):
+            if np.isfinite(scores).all():
+                served.append((person, scores))
+                continue
+            self.counters.diverged += 1
+            _LOG.error("an adapter's scores are not finite; the scores before adaptation are served")
+            unadapted = replace(self.new_user, support=person.adapted.support, diverged=True, seconds=0.0)
+            scores = self._model.scores(unadapted, codes)
+            served.append((replace(person, adapted=unadapted, losses=()), scores))
+        return served
+
+    def recommend(self, person: Person, k: int, **how: Any) -> Ranked:
+        """Ranks the catalog for one person; see `recommend_all`.
 
         Args:
             person: For whom.
-            k: How many items; fewer come back where there are fewer.
-            exclude_seen: Leaves out what the user has rated.
-            explain: Adds the ratings that changed each item's score most.
-            diversity: See `AdaptedUser.recommend`.
-            where: See `AdaptedUser.recommend`.
-            block: See `AdaptedUser.recommend`.
-
-        Returns:
-            Who was served (see `score`), and the best items, each with its reasons.
+            k: See `Ranking`.
+            **how: The other settings of a `Ranking`.
 
         Raises:
             MetarecError: `diversity`, `where` or `block` are not understood.
         """
-        check_diversity(diversity)
-        kept = self._filter.kept(where, block) if where is not None or block else None
-        pool = pool_size(k) if diversity else k
-        codes = self.retrieve(person, pool, exclude_seen, kept)
-        person, scores = self._finite_scores(person, codes)
+        found = self.recommend_all([(person, Ranking(k, **how))])[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def recommend_all(self, asked: Sequence[tuple[Person, Ranking]]) -> list[Ranked | Exception]:
+        """Ranks the catalog for several people, whose items are scored together; nobody's ranking depends on others'.
+
+        Args:
+            asked: Who asks for what.
+
+        Returns:
+            For each who was served (see `score`) and the best items, each with its reasons; or why there is no ranking.
+        """
+        chosen = [_tried(self._candidates_of, person, ranking) for person, ranking in asked]
+        rows = [row for row, codes in enumerate(chosen) if not isinstance(codes, Exception)]
+        scored = self._all_finite([(asked[row][0], chosen[row]) for row in rows]) if rows else []
+        ranked = {
+            row: _tried(self._ranked, person, asked[row][1], chosen[row], scores)
+            for row, (person, scores) in zip(rows, scored, strict=True)
+        }
+        return [ranked.get(row, refused) for row, refused in enumerate(chosen)]
+
+    def _candidates_of(self, person: Person, ranking: Ranking) -> Codes:
+        check_diversity(ranking.diversity)
+        filtered = ranking.where is not None or ranking.block
+        kept = self._filter.kept(ranking.where, ranking.block) if filtered else None
+        return self.retrieve(person, ranking.pool, ranking.exclude_seen, kept)
+
+    def _ranked(self, person: Person, ranking: Ranking, codes: Codes, scores: NDArray[np.float32]) -> Ranked:
         catalog = self.catalog
-        order = rank_order(scores, [catalog.ids[code] for code in codes], self.recommender.config.seed)[:pool]
-        if diversity:
-            order = order[mmr(scores[order], self._vectors.of(codes[order]), k, diversity)]
+        seed = self.recommender.config.seed
+        order = rank_order(scores, [catalog.ids[code] for code in codes], seed)[: ranking.pool]
+        if ranking.diversity:
+            order = order[mmr(scores[order], self._vectors.of(codes[order]), ranking.k, ranking.diversity)]
         best = [
             Recommendation(catalog.ids[codes[row]], catalog.title(int(codes[row])), float(scores[row])) for row in order
         ]
-        reasons = self.explain(person, codes[order]) if explain else [[] for _ in best]
+        reasons = self.explain(person, codes[order]) if ranking.explain else [[] for _ in best]
         return person, list(zip(best, reasons, strict=True))
 
     def retrieve(self, person: Person, k: int, exclude_seen: bool = True, kept: Flags | None = None) -> Codes:
@@ -523,6 +575,14 @@ class Engine:
 
 def _nothing() -> None:
     """Ends no work."""
+
+
+def _tried(function: Callable[..., Any], *given: Any) -> Any:
+    """Returns a function's result, or its error: one person's must not be the others'."""
+    try:
+        return function(*given)
+    except Exception as error:
+        return error
 
 
 def _size(state: AdapterState) -> int:

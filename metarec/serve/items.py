@@ -57,17 +57,18 @@ class ExtendedAnswerModel(AnswerModel):
             inside = (items >= segment.start) & (items < segment.start + len(segment))
             segment.answer_model.read(items[inside] - segment.start)
 
-    def gather(self, items: Tensor) -> ItemBatch:
+    def gather(self, items: Tensor, width: int = 0) -> ItemBatch:
         """See `AnswerModel.gather`."""
+        filler = shortest if width else longest
         known = len(self.base.prompts.tokens)
         parts = []
         for segment in self.segments:
             inside = (items >= segment.start) & (items < segment.start + len(segment))
             if inside.any():
-                # Items of other segments become the longest one, so that shapes do not depend on them.
-                local = torch.where(inside, items - segment.start, longest(segment.answer_model))
-                parts.append((segment.answer_model, segment.answer_model.gather(local), inside))
-        base = self.base.gather(torch.where(items < known, items, longest(self.base)))
+                # Items of other segments become one of this, so that shapes do not depend on them.
+                local = torch.where(inside, items - segment.start, filler(segment.answer_model))
+                parts.append((segment.answer_model, segment.answer_model.gather(local, width), inside))
+        base = self.base.gather(torch.where(items < known, items, filler(self.base)), width)
         return ItemBatch(items, (base, parts))
 
     def last_states(self, item_batch: ItemBatch, state: Mapping[str, Tensor] | None) -> Tensor:
@@ -108,6 +109,19 @@ class ExtendedAnswerModel(AnswerModel):
 def longest(answer_model: AnswerModel) -> int:
     """Returns the code of the item with the longest prompt."""
     return int(answer_model.prompts.lengths.argmax())
+
+
+def shortest(answer_model: AnswerModel) -> int:
+    """Returns the code of the item with the shortest prompt."""
+    return int(answer_model.prompts.lengths.argmin())
+
+
+def prompt_lengths(answer_model: AnswerModel) -> np.ndarray:
+    """Returns how many tokens every item's prompt has, those of added items among them, shape (items,)."""
+    if not isinstance(answer_model, ExtendedAnswerModel):
+        return answer_model.prompts.lengths
+    parts = (answer_model.base, *(segment.answer_model for segment in answer_model.segments))
+    return np.concatenate([part.prompts.lengths for part in parts])
 
 
 def check_fields(catalog: Catalog, fields: Mapping[str, str]) -> dict[str, str]:

@@ -8,8 +8,9 @@ item's features: there the features are the coordinates, and the effect is exact
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,6 +167,7 @@ class CandidateRetrieval:
         linearized: Gradients of some items at the initialization, where they are there already.
         effects: Effects on the first items, where they are there already.
         new_user_scores: Scores of the first items for a user without ratings, where they are there already.
+        each: Calls a function with each of several blocks of items; see `AdaptedUser.term_scores`.
     """
 
     def __init__(
@@ -174,8 +176,10 @@ class CandidateRetrieval:
         linearized: Linearized | None,
         effects: Effects | None = None,
         new_user_scores: NDArray[np.float32] | None = None,
+        each: Callable[..., Iterable[Any]] = map,
     ) -> None:
         self._trained = trained
+        self._each = each
         self._linearized = linearized
         self._effects = effects
         self._metrics: tuple[Tensor, ...] = ()
@@ -244,9 +248,9 @@ class CandidateRetrieval:
         if not reads_all(self._trained):
             count = max(count, CANDIDATES)
             if len(codes) > count:
-                scores = np.nan_to_num(adapted.term_scores(adapted.fitted.cheap_terms))
+                scores = np.nan_to_num(adapted.term_scores(adapted.fitted.cheap_terms, self._each))
         elif len(codes) > count and (state is not start or adapted.support.side is not None):
-            moved = adapted.term_scores() - self._new_user_terms + self.prepare()(state, start)
+            moved = adapted.term_scores(None, self._each) - self._new_user_terms + self.prepare()(state, start)
             scores = scores + np.nan_to_num(moved)
         ours = scores[codes]
         front = leaders(ours, count)

@@ -1,16 +1,21 @@
 """Exports adapters for vLLM's file system LoRA resolver: a directory of PEFT directories by name.
 
-A name is a user's random key and version, never an id, so that a server that caches by name never serves an old adapter
-for a new one. Only the language model's part of the score is exported, a head that was
-fitted in closed form as an update of the output layer, not its other terms and weights.
+A name is a user's random key and a hash of what is written, never an id, so that a server that caches by name never
+serves an old adapter for a new one, neither after a rating nor of a recommender that was trained again. Only the
+language model's part of the score is exported, a head that was fitted in closed form as an update of the output layer,
+not its other terms and weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import hashlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from metarec.artifacts import dump_json, load_json, recover_dir, replace_dir
+from torch import Tensor, uint8
+
+from metarec.artifacts import content_hash, dump_json, load_json, recover_dir, replace_dir
 from metarec.errors import ArtifactError, StoreError
 from metarec.lm.output_layer import NO_PLACE, OutputLayer
 from metarec.recommender_files import OUTPUT_LAYER
@@ -53,8 +58,9 @@ def export_adapters(
         store.verify(records[0])
         source = store.path(records[0])
         config, weights = load_json(source / _CONFIG), read_tensors(source / _WEIGHTS)
-        if config["peft_type"] != "LORA":
-            raise ArtifactError(f"the adapter is a {config['peft_type']}", "vLLM takes LoRA: set the adapter's kind")
+        if config["peft_type"] != "LORA" or config.get("lora_bias"):
+            kind = "LoRA with biases" if config["peft_type"] == "LORA" else config["peft_type"]
+            raise ArtifactError(f"the adapter is a {kind}", "vLLM takes LoRA: train with --set adapter.kind=lora")
         head = read_tensors(source / _SCORE).get(HEAD)
         if head is not None:
             layer = load_json(source / _USER).get(OUTPUT_LAYER)
@@ -63,13 +69,21 @@ def export_adapters(
             config, weights = OutputLayer(**layer).added_to(config, weights, head)
         if base_model is not None:
             config["base_model_name_or_path"] = base_model
-        names[user] = source.name
-        if recover_dir(out / source.name):
+        names[user] = name = f"{profile.key}-{_digest(config, weights)}"
+        if recover_dir(out / name):
             continue
-        with replace_dir(out / source.name, "vllm adapter") as directory:
+        with replace_dir(out / name, "vllm adapter") as directory:
             write_tensors(directory / _WEIGHTS, weights)
             (directory / _CONFIG).write_text(dump_json(config), encoding="utf-8")
     if missing := sorted({*(users or ())} - names.keys()):
         state = "has no adapter" if missing[0] in found else "is unknown"
         raise StoreError(f"user '{missing[0]}' {state}", "See: metarec store ls STORE --users")
     return names
+
+
+def _digest(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    """Returns a hash of an adapter's configuration and weights."""
+    bits = {
+        name: hashlib.sha256(weights[name].contiguous().view(uint8).numpy()).hexdigest() for name in sorted(weights)
+    }
+    return content_hash([config, bits])

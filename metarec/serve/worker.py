@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metarec.errors import ConflictError, MetarecError
-from metarec.serve.engine import Engine
+from metarec.serve.engine import Engine, Ranked, Ranking
 from metarec.serve.fair_queue import CLIENT, FairQueue, FullError
 from metarec.serve.person import Person
 from metarec.serve.records import Accepted, Feedback, NewAdapter
@@ -25,6 +25,8 @@ from metarec.serve.watch import Watch
 
 _LOG = logging.getLogger(__name__)
 _BATCH = 16
+# Rankings that cost no more are computed together; a dearer one would keep the others waiting.
+_CHEAP = 2.0
 # After so many seconds without a request the worker sees whom other servers have erased.
 IDLE_SECONDS = 2.0
 # How many adapters may wait to be written; a killed process computes them again from the log.
@@ -43,13 +45,28 @@ class BusyError(MetarecError):
         self.seconds = seconds
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a job may answer instead of its result: a ranking, which is computed together with those of other jobs.
+
+    Args:
+        person: For whom.
+        ranking: What is asked.
+        answer: Turns it into the job's result.
+    """
+
+    person: Person
+    ranking: Ranking
+    answer: Callable[[Ranked], Any]
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """A function to call in the worker's thread, with a user or without.
 
     Args:
         answer: Called with the user as adapted to all ratings including this batch's, None without a user; and with
-            the result of the job's own feedback, None without any.
+            the result of the job's own feedback, None without any. It returns the result, or `Wanted`.
         user: The id of the user whose adapter is needed.
         feedback: Feedback to write to the log first.
         alone: Runs in a batch of its own.
@@ -221,6 +238,7 @@ class Worker:
         outcomes = self.engine.store.append([job.feedback for job in said if job.feedback is not None]) if said else []
         accepted = {id(job): outcome for job, outcome in zip(said, outcomes, strict=True)}
         people = self.engine.people([job.user for job in batch if job.user is not None and not job.alone])
+        wanted: list[tuple[Job, Wanted]] = []
         for job in batch:
             self._probe()
             outcome = accepted.get(id(job))
@@ -232,12 +250,19 @@ class Worker:
                 person = None if job.user is None or job.alone else people[job.user]
                 job.check()
                 answer = job.answer(person, outcome)
-                if not job.future.done():
+                if isinstance(answer, Wanted):
+                    wanted.append((job, answer))
+                elif not job.future.done():
                     job.future.set_result(answer)
             except Exception as error:  # one job's failure must not fail the others
                 _fail(job.future, error)
             finally:
                 self.engine.check_with(None)
+        cheap = [pair for pair in wanted if pair[0].cost <= _CHEAP]
+        for together in (cheap, *([pair] for pair in wanted if pair[0].cost > _CHEAP)):
+            if together:
+                self._probe()
+                self._rank(together)
         for job in said:
             outcome = accepted[id(job)]
             if job.feedback is not None and isinstance(outcome, Accepted):
@@ -248,6 +273,29 @@ class Worker:
         """Adds what the watch has counted to the store."""
         self.watch.count_adapted([self.engine])
         self.watch.save(self.engine.store, now=now)
+
+    def _rank(self, wanted: Sequence[tuple[Job, Wanted]]) -> None:
+        """Answers jobs that asked for rankings; the work ends where nobody waits for any of them."""
+        waiting = [pair for pair in wanted if not pair[0].given_up.is_set()]
+
+        def check() -> None:
+            if all(job.given_up.is_set() for job, _ in waiting):
+                raise AbandonedError
+
+        try:
+            self.engine.check_with(check)
+            rankings = self.engine.recommend_all([(one.person, one.ranking) for _, one in waiting])
+        except Exception as error:
+            if len(waiting) == 1:
+                _fail(waiting[0][0].future, error)
+                return
+            for pair in waiting:  # one job's failure must not fail the others
+                self._rank([pair])
+            return
+        finally:
+            self.engine.check_with(None)
+        for (job, one), ranked in zip(waiting, rankings, strict=True):
+            _finish(job.future, one, ranked)
 
     def _save(self) -> None:
         while (adapter := self._unsaved.get()) is not None:
@@ -273,6 +321,17 @@ class Worker:
         with suppress(queue.Full):
             self._unsaved.put(None, timeout=max(0.0, deadline - time.monotonic()))
         self._saver.join(max(0.0, deadline - time.monotonic()))
+
+
+def _finish(future: Future[Any], one: Wanted, ranked: Ranked | Exception) -> None:
+    try:
+        if isinstance(ranked, Exception):
+            raise ranked
+        answer = one.answer(ranked)
+        if not future.done():
+            future.set_result(answer)
+    except Exception as error:
+        _fail(future, error)
 
 
 def _fail(future: Future[Any], error: Exception) -> None:

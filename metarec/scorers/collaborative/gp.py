@@ -20,7 +20,7 @@ from torch import Tensor
 from metarec.data.interactions import Codes, Interactions, Ratings, Values
 from metarec.scorer import Request, score_each
 from metarec.scorers.collaborative.features import Features, all_components
-from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean, smooth_by_text
+from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean, smooth_by_text, taken
 from metarec.scorers.collaborative.residuals import Floats, Residuals, solved_without_each
 from metarec.threads import one_thread
 
@@ -119,7 +119,7 @@ class GaussianProcess:
         Returns:
             Expected ratings, shape (candidates,).
         """
-        values = self.mean[candidates] + self.loadings[candidates] @ self.user_weights(support)
+        values = taken(self.mean, candidates) + taken(self.loadings, candidates) @ self.user_weights(support)
         return values.astype(np.float32)
 
     def leave_one_out(self, support: Ratings) -> Values:

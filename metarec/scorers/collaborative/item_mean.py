@@ -10,10 +10,11 @@ Source: empirical Bayes shrinkage, Efron and Morris 1975; variances by the metho
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from metarec.data.interactions import Codes, Interactions, Ratings, Values
 from metarec.errors import DataError
@@ -33,6 +34,17 @@ _UNRATED_MEAN_GAMMA = 0.4
 _UNEXPLAINED_VARIANCE = 0.5
 # `predict_unrated` fits the items with most ratings, at most so many.
 _MOST_RATED = 12_000
+
+
+Rows = TypeVar("Rows", bound=NDArray[Any])
+
+
+def taken(rows: Rows, codes: Codes) -> Rows:
+    """Returns some rows; without a copy where they follow each other, as where a whole catalog is scored."""
+    count = len(codes)
+    if count and codes[-1] - codes[0] == count - 1 and bool((np.diff(codes) == 1).all()):
+        return cast("Rows", rows[codes[0] : codes[0] + count])
+    return cast("Rows", rows[codes])
 
 
 @dataclass(frozen=True)
@@ -71,14 +83,14 @@ class ItemPrior:
 
     def values(self, items: Codes) -> Values:
         """Returns the prior of some items for a user whose ratings are not in it, shape (items,)."""
-        return self._shrunk(items, self.total[items], self.count[items])
+        return self._shrunk(items, taken(self.total, items), taken(self.count, items))
 
     def values_without(self, own: Ratings) -> Values:
         """Returns the prior of rated items, fitted without these ratings, shape (ratings,)."""
         return self._shrunk(own.items, self.total[own.items] - self.standardize(own.values), self.count[own.items] - 1)
 
     def _shrunk(self, items: Codes, total: Values, count: Values) -> Values:
-        shrunk: Values = (total + self.strength * self.centre[items]) / (count + self.strength)
+        shrunk: Values = (total + self.strength * taken(self.centre, items)) / (count + self.strength)
         return np.zeros(len(items), np.float32) if self.zero_mean else shrunk.astype(np.float32)
 
 

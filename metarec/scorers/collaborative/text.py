@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metarec.data.interactions import Codes, Interactions, Ratings
 from metarec.scorer import Request, ScoreArray, score_each
-from metarec.scorers.collaborative.item_mean import ItemPrior
+from metarec.scorers.collaborative.item_mean import ItemPrior, taken
 from metarec.scorers.collaborative.residuals import Floats, solved_without_each, support_residuals, user_bias
 
 _NEWTON_STEPS = 30
@@ -81,7 +81,7 @@ class TextRidge(_OnVectors):
         rated = self.vectors[support.items]
         gram: Floats = rated @ rated.T + self.penalty * np.eye(len(support))
         dual = np.linalg.solve(gram, target - user_bias(target, self.user_bias_damping))
-        return base + self.vectors[request.candidates] @ (rated.T @ dual)
+        return base + taken(self.vectors, request.candidates) @ (rated.T @ dual)
 
     def without_each(self, support: Ratings, candidates: Codes) -> Floats:
         """Scores items without each rating of a support in turn, and with all; see `GaussianProcess.without_each`.

@@ -87,6 +87,7 @@ def collate(
     adapted: AnswerModel | None,
     threshold: float,
     device: torch.device | str = "cpu",
+    width: int = 0,
 ) -> Batch:
     """Pads several users' ratings into one batch.
 
@@ -97,13 +98,14 @@ def collate(
         adapted: The language model that carries the users' adapters; None where the score has no adapter.
         threshold: Ratings from here on are likes.
         device: The batch's device.
+        width: See `AnswerModel.gather`.
     """
     codes = pad_rows([rating.items for rating in ratings], np.int64)
     items = to_device(codes, device)
     return Batch(
         items=items,
         terms={name: to_device(pad_rows(rows, np.float32), device) for name, rows in values.items()},
-        item_batch=None if adapted is None else adapted.gather(codes),
+        item_batch=None if adapted is None else adapted.gather(codes, width),
         frozen=None if adapted is None else adapted.frozen_log_odds(codes.numpy()),
         target=to_device(pad_rows([prior.standardize(rating.values) for rating in ratings], np.float32), device),
         liked=to_device(pad_rows([rating.likes(threshold) for rating in ratings], bool), device),
@@ -132,11 +134,12 @@ def candidate_batch(
     prior: ItemPrior,
     adapted: AnswerModel | None,
     device: torch.device | str = "cpu",
+    width: int = 0,
 ) -> Batch:
     """Pads several users' unlabelled candidates; targets and likes are undefined."""
     values = {name: term.values(supports, items) for name, term in terms.items()}
     unrated = [Ratings(codes, np.zeros(len(codes), np.float32)) for codes in items]
-    return collate(unrated, values, prior, adapted, np.inf, device)
+    return collate(unrated, values, prior, adapted, np.inf, device, width)
 
 
 @torch.no_grad()
@@ -148,6 +151,7 @@ def score_adapted(
     prior: ItemPrior,
     adapted: AnswerModel | None,
     device: torch.device | str = "cpu",
+    width: int = 0,
 ) -> list[Tensor]:
     """Scores several users' candidates under their adapted states.
 
@@ -159,11 +163,12 @@ def score_adapted(
         prior: Standardizes ratings.
         adapted: The language model that carries the adapters; None where the score has no adapter.
         device: The state's device.
+        width: See `AnswerModel.gather`.
 
     Returns:
         One tensor per user, of the shape of its candidates, on the CPU.
     """
-    values = score(state, candidate_batch(supports, items, terms, prior, adapted, device), adapted).cpu()
+    values = score(state, candidate_batch(supports, items, terms, prior, adapted, device, width), adapted).cpu()
     return [row[: len(codes)] for row, codes in zip(values, items, strict=True)]
 
 
