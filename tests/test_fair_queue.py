@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -84,6 +85,16 @@ def test_a_full_queue_of_flooders_gives_way_to_a_polite_client() -> None:
                 served[job.user] += 1
         clock.now += 1.0
     assert served["polite"] == 10
+
+
+def test_waiting_for_several_ends_when_they_are_there_or_after_some_time() -> None:
+    waiting, _ = queue()
+    waiting.wait_for(1, 0.01)
+    assert not len(waiting)
+    for number in range(2):
+        threading.Timer(0.01 * number, waiting.put, (Asked("shop", "user"),)).start()
+    waiting.wait_for(2, 60.0)
+    assert len(waiting) == 2
 
 
 def test_equals_are_refused_at_a_full_queue() -> None:

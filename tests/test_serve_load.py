@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,17 @@ from serving import LOVES_DRAMA, listening, small_recommender
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 from starlette.testclient import TestClient
 
+from metarec.errors import ConfigError
 from metarec.recommender import MetaRecommender
 from metarec.serve import service, slow_clients
 from metarec.serve.app import create_app
-from metarec.serve.engine import Engine
+from metarec.serve.engine import Engine, Ranking
 from metarec.serve.guard import Guard, RequestLimits
+from metarec.serve.person import Person
 from metarec.serve.records import Feedback
 from metarec.serve.service import ServeSettings
 from metarec.serve.store import AdapterStore
-from metarec.serve.worker import AbandonedError, Job, Worker
+from metarec.serve.worker import AbandonedError, Job, Wanted, Worker
 
 
 @pytest.fixture(scope="session")
@@ -115,10 +116,10 @@ def test_work_that_nobody_waits_for_ends_at_the_next_block(engine: Engine) -> No
     worker.close()
 
 
-def test_rankings_that_wait_are_computed_together_and_one_ones_failure_is_nobody_elses(
-    client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
+def test_rankings_that_wait_are_computed_together_and_ones_failure_is_nobody_elses(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker: Worker = client.app.state.service.worker  # type: ignore[attr-defined]
+    worker = Worker(engine)
     together: list[int] = []
     whole = engine.recommend_all
 
@@ -129,18 +130,52 @@ def test_rankings_that_wait_are_computed_together_and_one_ones_failure_is_nobody
         return whole(asked)
 
     monkeypatch.setattr(engine, "recommend_all", counted)
-    addresses = [f"/v1/users/{name}/recommendations?k=3" for name in "abc"]
-    addresses += ["/v1/users/d/recommendations?k=3&where=nothing", "/v1/users/e/recommendations?k=900"]
+    rankings = [*[Ranking(3)] * 3, Ranking(3, where="nothing at all"), Ranking(900)]
+
+    def job(number: int, ranking: Ranking) -> Job:
+        def want(person: Person | None, _: Any) -> Wanted:
+            assert person is not None
+            return Wanted(person, ranking, lambda found: len(found[1]))
+
+        return Job(want, f"u{number}", cost=ranking.k / 16)
+
     for expected in ([4, 1], [4, 1, 4, 1, 1, 1, 1, 1]):
-        shut = gate(worker)
-        with ThreadPoolExecutor(5) as clients:
-            asking = [clients.submit(client.get, address) for address in addresses]
-            while worker.depth < 5:
-                time.sleep(0.01)
-            shut.set()
-        assert [asked.result().status_code for asked in asking] == [200, 200, 200, 422, 200]
-        assert len(asking[0].result().json()["items"]) == 3
+        shut = threading.Event()
+        worker.submit(Job(lambda *_, shut=shut: shut.wait(600), alone=True))
+        futures = [worker.submit(job(number, ranking)) for number, ranking in enumerate(rankings)]
+        shut.set()
+        errors = [type(future.exception(600)) for future in futures]
+        assert errors == [*[type(None)] * 3, ConfigError, type(None)]
+        assert [future.result() for future in (*futures[:3], futures[4])] == [3, 3, 3, 40]
         assert together == expected
+    worker.close()
+
+
+def test_a_batch_waits_for_those_who_were_just_answered_and_one_client_for_nobody(engine: Engine) -> None:
+    worker = Worker(engine)
+    waits: list[int] = []
+    worker._queue.wait_for = lambda count, _: waits.append(count)  # type: ignore[method-assign]
+
+    def settled(jobs: int) -> None:
+        deadline = time.monotonic() + 20
+        while worker.jobs < jobs and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    for number in range(3):
+        worker.submit(Job(lambda *_: None, f"u{number}")).result(20)
+        settled(number + 1)
+    assert not waits
+    shut = threading.Event()
+    worker.submit(Job(lambda *_: shut.wait(600), alone=True))
+    jobs = [worker.submit(Job(lambda *_: None, f"u{number}")) for number in range(5)]
+    shut.set()
+    for job in jobs:
+        job.result(20)
+    settled(9)
+    waits.clear()  # the job that kept the worker busy ran alone, beside five that waited
+    worker.submit(Job(lambda *_: None, "u1")).result(20)
+    worker.close()
+    assert waits == [4]
 
 
 def answered(application: Any, *events: Any, path: str = "/healthz") -> list[Any]:

@@ -26,6 +26,8 @@ _LOG = logging.getLogger(__name__)
 # An encoder has no answer words of its own: its log-odds are a difference of cosines, sharpened like CLIP's.
 ENCODER_SHARPNESS = 20.0
 _SAMPLE_ITEMS = 256
+# Under this name a model keeps its frozen log-odds, and of which items they are.
+_KEPT = "_kept_log_odds"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class AnswerModel:
             "prompts": self.prompts.digest,
             "placement": content_hash(asdict(self.placement)),
         }
+
+    @property
+    def count(self) -> int:
+        """How many items there are."""
+        return len(self.prompts.tokens)
 
     @cached_property
     def spec(self) -> AdapterSpec:
@@ -118,9 +125,18 @@ class AnswerModel:
         return self.forward.frozen_states(items)
 
     def frozen_log_odds(self, items: np.ndarray) -> Tensor:
-        """Returns the log-odds of items under the frozen model, of the items' shape."""
-        asked, places = np.unique(items, return_inverse=True)
-        return self.answer(self.frozen_states(asked))[torch.from_numpy(places.reshape(np.shape(items)))]
+        """Returns the log-odds of items under the frozen model, of the items' shape; each is computed once."""
+        asked = np.unique(items)
+        kept = self.__dict__.get(_KEPT)
+        missing = asked if kept is None else asked[~kept[1][asked]]
+        if kept is None or len(missing):
+            found = self.answer(self.frozen_states(missing)).detach()
+            fresh = (found.new_zeros(self.count), np.zeros(self.count, bool))
+            kept = self.__dict__.setdefault(_KEPT, fresh)  # of several threads, all fill the first one's
+            kept[0][torch.from_numpy(missing)] = found
+            kept[1][missing] = True
+        values: Tensor = kept[0][torch.from_numpy(np.asarray(items))]
+        return values
 
     @cached_property
     def frozen_mean(self) -> Tensor:

@@ -84,9 +84,12 @@ class BatchedModel:
         self.check: Callable[[], None] = lambda: None
         self._longest = 0 if model is None else longest(model)
 
-    def each(self, function: Callable[[Any], Any], blocks: Iterable[Any]) -> Iterable[Any]:
-        """Calls a function with each of several blocks, on the workers' threads; returns the results in order."""
-        return self._workers.map(function, blocks)
+    def each(self, function: Callable[[Any], Any], parts: Sequence[Any]) -> Iterable[Any]:
+        """Calls a function with each of several parts, on the workers' threads; returns the results in order.
+
+        The function may call this again for a single part, which takes no other thread, but not for several.
+        """
+        return self._workers.map(function, parts) if len(parts) > 1 else map(function, parts)
 
     def adapt(
         self, recommender: MetaRecommender, supports: Sequence[Ratings]

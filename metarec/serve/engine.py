@@ -475,7 +475,11 @@ class Engine:
         Returns:
             For each who was served (see `score`) and the best items, each with its reasons; or why there is no ranking.
         """
-        chosen = [_tried(self._candidates_of, person, ranking) for person, ranking in asked]
+        # A large catalog's terms are computed on all threads for each person, a small one's for each on one.
+        each = self._model.each if is_small(len(self.catalog)) else map
+        if len(asked) > 1:
+            self._retrieval.prepare()  # of items that were added since, before several threads would do it
+        chosen = list(each(lambda pair: _tried(self._candidates_of, *pair), asked))
         rows = [row for row, codes in enumerate(chosen) if not isinstance(codes, Exception)]
         scored = self._all_finite([(asked[row][0], chosen[row]) for row in rows]) if rows else []
         ranked = {

@@ -162,6 +162,11 @@ class FairQueue(Generic[J]):
                 self._changed.wait(timeout)
             return self.take()
 
+    def wait_for(self, count: int, timeout: float) -> None:
+        """Waits until so many requests are there, or some time has passed."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._waiting) >= count or self._ended, timeout)
+
     def take(self) -> J | None:
         """Takes a request as `get` does, without waiting."""
         with self._changed:

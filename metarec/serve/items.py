@@ -50,6 +50,11 @@ class ExtendedAnswerModel(AnswerModel):
     base: AnswerModel
     segments: tuple[Segment, ...]
 
+    @property
+    def count(self) -> int:
+        """See `AnswerModel.count`."""
+        return len(self.base.prompts.tokens) + sum(map(len, self.segments))
+
     def read(self, items: np.ndarray) -> None:
         """See `AnswerModel.read`."""
         self.base.read(items[items < len(self.base.prompts.tokens)])
@@ -93,7 +98,7 @@ class ExtendedAnswerModel(AnswerModel):
     @property
     def states(self) -> Tensor:
         """See `AnswerModel.states`."""
-        return self.frozen_states(np.arange(len(self.base.prompts.tokens) + sum(map(len, self.segments))))
+        return self.frozen_states(np.arange(self.count))
 
     @cached_property
     def frozen_mean(self) -> Tensor:
