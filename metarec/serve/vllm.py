@@ -83,7 +83,5 @@ def export_adapters(
 
 def _digest(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
     """Returns a hash of an adapter's configuration and weights."""
-    bits = {
-        name: hashlib.sha256(weights[name].contiguous().view(uint8).numpy()).hexdigest() for name in sorted(weights)
-    }
-    return content_hash([config, bits])
+    raw = {name: weights[name].contiguous().view(uint8).numpy().tobytes() for name in sorted(weights)}
+    return content_hash([config, {name: hashlib.sha256(part).hexdigest() for name, part in raw.items()}])
