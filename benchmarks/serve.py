@@ -13,7 +13,7 @@ restart    processor seconds until the service is ready, from nothing and again
 million    a ranking of a million made items that are scored without a language model, and the server's peak memory
 stream     warm start against the meta-initialization, for quality and for forgetting
 
-Each writes its part of ``benchmarks/results/serve.json``.
+Each writes its part of ``benchmarks/results/serve.json``, and what another commit had there under ``before``.
 """
 
 from __future__ import annotations
@@ -267,7 +267,13 @@ def restart(arguments: argparse.Namespace) -> dict[str, Any]:
     for _ in range(2):
         with serving(arguments.checkpoint, "--threads", str(arguments.threads)) as server:
             found.append(round(cpu_seconds(server), 1))
-    return {"cpu_seconds_first": found[0], "cpu_seconds_again": found[1], "bar": "<= 10 s of processor time"}
+    items = len(item_ids(arguments.checkpoint))
+    return {
+        "items": items,
+        "cpu_seconds_first": found[0],
+        "cpu_seconds_again": found[1],
+        "bar": "<= 10 s of processor time",
+    }
 
 
 def made_catalog(checkpoint: Path, items: int, out: Path) -> None:
@@ -591,7 +597,7 @@ def stream(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-OVER_FEWER_ITEMS = ("latency", "ratios", "overload", "kills")
+OVER_FEWER_ITEMS = ("latency", "ratios", "restart", "overload", "kills")
 PARTS = {
     part.__name__: part
     for part in (latency, ratios, restart, million, bulk, overload, kills, memory, retrieval, stream)
@@ -627,8 +633,13 @@ def main() -> None:
         if arguments.part in OVER_FEWER_ITEMS:
             arguments.checkpoint = smaller(arguments.checkpoint, arguments.items, Path(scratch) / "model")
         result = {**PARTS[arguments.part](arguments), **facts}
-    print(json.dumps(result, indent=2))
     kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    earlier = kept.get(arguments.part, {})
+    if earlier.get("commit") != result["commit"]:
+        result["before"] = {name: value for name, value in earlier.items() if name != "before"}
+    elif "before" in earlier:
+        result["before"] = earlier["before"]
+    print(json.dumps(result, indent=2))
     write_json(arguments.out, {**kept, arguments.part: result})
 
 
