@@ -635,7 +635,7 @@ def main() -> None:
         result = {**PARTS[arguments.part](arguments), **facts}
     kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     earlier = kept.get(arguments.part, {})
-    if earlier.get("commit") != result["commit"]:
+    if earlier and earlier.get("commit") != result["commit"]:
         result["before"] = {name: value for name, value in earlier.items() if name != "before"}
     elif "before" in earlier:
         result["before"] = earlier["before"]
