@@ -90,3 +90,14 @@ FAMILIES: Registry[Any] = Registry(
         "modernbert": "metarec.lm.families.modernbert:MODERNBERT",
     },
 )
+
+# Where the numbers of a training go: `metarec.tracking.OpenTracker`.
+TRACKERS: Registry[Any] = Registry(
+    "tracker",
+    "metarec.trackers",
+    {
+        "tensorboard": "metarec.trackers:TensorBoard",
+        "mlflow": "metarec.trackers:MLflow",
+        "trackio": "metarec.trackers:Trackio",
+    },
+)

@@ -23,6 +23,7 @@ from metarec.config import RunConfig, override, validated
 from metarec.errors import ConfigError, shown
 from metarec.fitting import needs_model, open_backbone, prepare
 from metarec.task_features import for_task
+from metarec.tracking import TrackedRun, tracked
 from metarec.training import meta_train, training_identity
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ def tune(
     trials: int,
     storage: Path,
     prune: bool = True,
+    trackers: Sequence[str] = (),
 ) -> Tuned:
     """Searches for the settings by which validation users' items are ordered best.
 
@@ -165,6 +167,7 @@ def tune(
         trials: How many trials there are in the end, those of before among them.
         storage: SQLite file of the trials; where it is there, the search goes on.
         prune: Ends a trial whose validation is below the median of those before at the same step.
+        trackers: Where the numbers of every trial go, as a run of its own; see `metarec.tracking`.
 
     Raises:
         ConfigError: Optuna is not installed, a setting is unknown, a value does not fit, the file holds the trials of
@@ -204,7 +207,10 @@ def tune(
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        return validation_value(seen, config, model, watch)
+        name = f"{storage.parent.name}-{trial.number}"
+        run = TrackedRun(name, storage.parent / f"trial-{trial.number}", dict(trial.params))
+        with tracked(trackers, run):
+            return validation_value(seen, config, model, watch)
 
     if trials > done:
         study.optimize(objective, n_trials=trials - done)

@@ -16,6 +16,7 @@ from metarec.cli.options import (
     RunsOption,
     SeedOption,
     TaskOption,
+    TrackerOption,
     show,
 )
 from metarec.cli.run_dirs import (
@@ -58,6 +59,7 @@ def finetune(
         ),
     ] = None,
     runs: RunsOption = Path("runs"),
+    tracker: TrackerOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run holds, and train anew.")] = False,
     json: JsonOption = False,
@@ -67,8 +69,10 @@ def finetune(
         raise ConfigError(f"'{what}' and --task '{task}' are two tasks", "Give one")
     run = run_dir(runs, name)
     refuse_overwriting(run, resume, fresh)
-    from metarec.config import RunConfig, override, read_yaml, validated
+    from metarec.config import RunConfig, flattened, override, read_yaml, validated
+    from metarec.tracking import TrackedRun, check_trackers, tracked
 
+    check_trackers(tracker or [])
     named = {"task": what or task, "backbone": backbone, "device": device, "seed": seed}
     score = ["item mean", "history"]
     values = {**{key: value for key, value in named.items() if value is not None}, "score": score}
@@ -89,16 +93,20 @@ def finetune(
     tuning = fine_tune_settings(chosen, str(config) if config else "--set")
     data = load_given(chosen_task(settings), {}, settings.seed)
     say_where_resuming_starts(run, resume)
+    tracked_run = TrackedRun(
+        name, run, {"backbone": settings.backbone, "task": settings.task, **flattened(tuning.model_dump(mode="json"))}
+    )
     try:
-        recommender = fine_tuned_recommender(
-            data,
-            tuning,
-            settings,
-            run / TUNED_MODEL,
-            checkpoint=run / "checkpoint",
-            resume=resume,
-            clear=partial(clear_run, run) if fresh else None,
-        )
+        with tracked(tracker or (), tracked_run):
+            recommender = fine_tuned_recommender(
+                data,
+                tuning,
+                settings,
+                run / TUNED_MODEL,
+                checkpoint=run / "checkpoint",
+                resume=resume,
+                clear=partial(clear_run, run) if fresh else None,
+            )
     except KeyboardInterrupt:
         typer.echo(f"interrupted; nothing is lost: run the same command with --resume (run '{run}')", err=True)
         raise

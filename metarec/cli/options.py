@@ -59,6 +59,14 @@ DeviceOption = Annotated[
     str | None,
     typer.Option("--device", help="Where it runs, e.g. cuda (default: as the settings say).", show_default=False),
 ]
+TrackerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tracker",
+        help="Send losses and validation to tensorboard, mlflow, trackio or module:attribute; may be repeated.",
+        show_default=False,
+    ),
+]
 NameOption = Annotated[str, typer.Option(help="Name of the run; its files go to RUNS/NAME.")]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Directory of all runs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -34,6 +34,7 @@ from metarec.cli.options import (
     SetOption,
     SideOption,
     TaskOption,
+    TrackerOption,
     console,
     person_facts,
     print_json,
@@ -161,6 +162,7 @@ def train(
         float | None,
         typer.Option(help="With --from: strength of a pull to the old meta-parameters.", show_default=False),
     ] = None,
+    tracker: TrackerOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run holds, and train anew.")] = False,
     json: JsonOption = False,
@@ -179,6 +181,9 @@ def train(
     task = what or task
     run = run_dir(runs, name)
     refuse_overwriting(run, resume, fresh)
+    from metarec.tracking import check_trackers
+
+    check_trackers(tracker or [])
     go_on = "with --resume instead of --fresh" if fresh else "with --resume"
     named = {"task": task, "backbone": backbone, "device": device, "seed": seed}
     if old is not None:
@@ -188,7 +193,7 @@ def train(
     with processes(settings) as ranks:
         if ranks.leads:
             say_where_resuming_starts(run, resume)
-        recommender = train_run(run, settings, resume, fresh, go_on, own, ranks, old)
+        recommender = train_run(run, settings, resume, fresh, go_on, own, ranks, old, tracker or ())
         training = recommender.fitted.training
         if ranks.leads:
             facts = {"run": str(run), **{key: value for key, value in training.items() if key not in _UNPRINTED}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -82,6 +82,7 @@ def train_run(
     own: Mapping[str, Any] | None = None,
     ranks: Ranks | None = None,
     start: Path | None = None,
+    trackers: Sequence[str] = (),
 ) -> MetaRecommender:
     """Meta-trains by some settings, and keeps the recommender in the run.
 
@@ -94,6 +95,7 @@ def train_run(
         own: Of a table: see `MetaRecommender.fit`.
         ranks: The processes that train together, of which the first writes and prints; None is this one alone.
         start: The run that it goes on from; None starts afresh.
+        trackers: Where its numbers go; see `metarec.tracking`.
     """
     import yaml
 
@@ -119,12 +121,17 @@ def train_run(
         for sentence in summary(data.task, data.interactions.catalog):
             typer.echo(sentence, err=True)
     refuse_small_data(data, settings.train)
+    from metarec.config import flattened
+    from metarec.tracking import TrackedRun, tracked
+
+    tracked_run = TrackedRun(run.name, run, flattened(settings.model_dump(mode="json")))
     # What cannot be trained must not cost what was: the run is cleared once the first gradient is there.
     clear = partial(clear_run, run)
     try:
-        recommender.fit(
-            data, checkpoint=run / "checkpoint", resume=resume, fresh=fresh, clear=clear, ranks=ranks, start=start
-        )
+        with tracked(trackers if ranks.leads else (), tracked_run):
+            recommender.fit(
+                data, checkpoint=run / "checkpoint", resume=resume, fresh=fresh, clear=clear, ranks=ranks, start=start
+            )
     except KeyboardInterrupt:
         if ranks.leads:
             typer.echo(f"interrupted; nothing is lost: run the same command {go_on} (run '{run}')", err=True)

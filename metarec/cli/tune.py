@@ -18,6 +18,7 @@ from metarec.cli.options import (
     SeedOption,
     SetOption,
     TaskOption,
+    TrackerOption,
     print_json,
 )
 from metarec.cli.run_dirs import run_dir
@@ -49,6 +50,7 @@ def tune(
     seed: SeedOption = None,
     overrides: SetOption = None,
     runs: RunsOption = Path("runs"),
+    tracker: TrackerOption = None,
     prune: Annotated[bool, typer.Option("--prune/--no-prune", help="End trials that are below the median.")] = True,
     json: JsonOption = False,
 ) -> None:
@@ -60,6 +62,9 @@ def tune(
     named = {"task": task, "backbone": backbone, "device": device, "seed": seed}
     settings = run_settings(config, preset, named, overrides, None)
     check_names(settings)
+    from metarec.tracking import check_trackers
+
+    check_trackers(tracker or [])
     from metarec.tuning import Parameter, tune
 
     parameters = [Parameter.read(text) for text in param or []]
@@ -70,7 +75,7 @@ def tune(
     data = load_given(chosen_task(settings), {}, settings.seed)
     values = settings.model_dump(mode="json")
     try:
-        found = tune(data, values, parameters, trials=trials, storage=run / _STUDY, prune=prune)
+        found = tune(data, values, parameters, trials=trials, storage=run / _STUDY, prune=prune, trackers=tracker or ())
     except KeyboardInterrupt:
         typer.echo("interrupted; finished trials are kept: run the same command to go on", err=True)
         raise

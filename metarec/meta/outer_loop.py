@@ -29,6 +29,7 @@ from metarec.meta.distributed import ALONE, Ranks
 from metarec.meta.inner_loop import MetaState
 from metarec.progress import progress
 from metarec.tensors import read_tensors, write_tensors
+from metarec.tracking import track
 
 MetaGradientAt = Callable[[MetaState, int], MetaGradient]
 Validate = Callable[[MetaState], float]
@@ -213,6 +214,13 @@ def train(
         ranks.copy_first([value])
         if at.record(float(value)):
             best = {name: tensor.clone() for name, tensor in tensors.items()}
+        if ranks.leads:
+            facts = {
+                "validation AUC": float(value),
+                "best validation AUC": at.best_value,
+                "query loss": at.history[-1][1],
+            }
+            track(at.step, {**facts, "rate": schedule(at.step), "diverged inner loops": at.diverged})
         save()
 
     def save() -> None:
