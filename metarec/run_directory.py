@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
 
 from metarec.artifacts import recover_dir
@@ -13,9 +15,24 @@ RUN_MODEL = "model"
 TUNED_MODEL = "backbone"
 
 
+# In a directory that names runs to serve: the file that does; see `metarec.serve.deployment`.
+DEPLOYMENT = "deployment.json"
+
+
 def recommender_dir(path: Path) -> Path | None:
-    """Returns where a recommender lies: in a directory itself, or under `model` in the directory of a run."""
-    return next((part for part in (path, path / RUN_MODEL) if recover_dir(part) and (part / FACTS).exists()), None)
+    """Returns where a recommender lies: in a directory itself, or under `model` in the directory of a run.
+
+    In the directory of a deployment it is that of the current run.
+    """
+    run = deployed_run(path)
+    return next((part for part in (run, run / RUN_MODEL) if recover_dir(part) and (part / FACTS).exists()), None)
+
+
+def deployed_run(path: Path) -> Path:
+    """Returns the current run of a deployment's directory; any other path as it is."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return Path(json.loads((path / DEPLOYMENT).read_text(encoding="utf-8"))["current"]["run"])
+    return path
 
 
 def tuned_model(path: Path, named: str) -> str:

@@ -18,6 +18,7 @@ import typer
 from metarec.cli import (
     bench,
     data,
+    deploy,
     ensemble,
     features,
     finetune,
@@ -55,6 +56,7 @@ app.add_typer(data.data_app, name="data")
 app.add_typer(features.features_app, name="features")
 app.add_typer(serve.app)
 app.add_typer(store.app)
+app.add_typer(deploy.deploy_app, name="deploy")
 app.add_typer(hub.app)
 
 

@@ -188,6 +188,9 @@ def train(
     named = {"task": task, "backbone": backbone, "device": device, "seed": seed}
     if old is not None:
         check_run(old, device)
+        from metarec.run_directory import deployed_run
+
+        old = deployed_run(old)
     guards = [f"train.{key}={value}" for key, value in (("replay", replay), ("anchor", anchor)) if value is not None]
     settings = run_settings(config or _settings_of(old), preset, named, [*(overrides or []), *guards], engine)
     with processes(settings) as ranks:

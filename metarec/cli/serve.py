@@ -9,10 +9,14 @@ import typer
 
 from metarec.cli.options import DeviceOption, JsonOption, show
 from metarec.errors import ConfigError
+from metarec.run_directory import DEPLOYMENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fastapi import FastAPI
+
+    from metarec.serve.canary import Canary
     from metarec.serve.engine import Engine
     from metarec.serve.keys import ApiKey
 
@@ -28,9 +32,12 @@ _LOGGING: dict[str, Any] = {
 }
 
 
-@app.command(epilog="Example: metarec serve --checkpoint runs/mine --ui")
+@app.command(
+    epilog="Example: metarec serve --checkpoint runs/mine --ui; a current run and a candidate, see metarec deploy: "
+    "metarec serve --checkpoint live"
+)
 def serve(
-    checkpoint: Annotated[Path, typer.Option(help="Directory of a run, or of a saved recommender.")],
+    checkpoint: Annotated[Path, typer.Option(help="Directory of a run, of a saved recommender, or of a deployment.")],
     store: Annotated[
         str | None,
         typer.Option(help="Directory, or postgresql://... (default: CHECKPOINT/store).", show_default=False),
@@ -66,25 +73,25 @@ def serve(
     from metarec.serve.guard import RequestLimits
 
     limits = RequestLimits(_api_keys(api_key_file, host), rate, max(1, round(2 * rate)), body)
-    engine = _open_engine(
-        checkpoint,
-        store,
-        adapters,
-        device,
-        threads,
-        hot_bytes=hot_megabytes << 20,
-        candidates=candidates,
-        linearized_bytes=item_megabytes << 20,
-    )
+    from metarec.serve.app import create_app
+    from metarec.serve.batching import use_one_thread_per_batch
+    from metarec.serve.service import ServeSettings
+
+    settings = ServeSettings(limits, waiting, ui=ui, watch=watch)
+    sizes = {"hot_bytes": hot_megabytes << 20, "candidates": candidates, "linearized_bytes": item_megabytes << 20}
+    place = store or str(checkpoint / "store")
+    workers = use_one_thread_per_batch(threads)
+
+    def open_app(run: Path) -> FastAPI:
+        return create_app(_open_engine(run, place, adapters, device, workers, **sizes), settings)
+
     import logging.config
 
     import uvicorn
 
-    from metarec.serve.app import create_app
-    from metarec.serve.service import ServeSettings
     from metarec.serve.slow_clients import PatientProtocol
 
-    application = create_app(engine, ServeSettings(limits, waiting, ui=ui, watch=watch))
+    application = _deployed(checkpoint, open_app) if (checkpoint / DEPLOYMENT).is_file() else open_app(checkpoint)
     logging.config.dictConfig(_LOGGING)
     # Together with the time that the worker takes to finish, a stop stays within ten seconds.
     uvicorn.run(
@@ -97,6 +104,12 @@ def serve(
         timeout_graceful_shutdown=5,
         server_header=False,
     )
+
+
+def _deployed(folder: Path, open_app: Callable[[Path], FastAPI]) -> Canary:
+    from metarec.serve.canary import Canary
+
+    return Canary(folder, open_app)
 
 
 def _check_extra() -> None:
@@ -123,18 +136,16 @@ def _api_keys(path: Path | None, host: str) -> Callable[[], tuple[ApiKey, ...]]:
 
 
 def _open_engine(
-    checkpoint: Path, store: str | None, adapters: Path | None, device: str | None, threads: int, **sizes: int
+    checkpoint: Path, store: str, adapters: Path | None, device: str | None, workers: int, **sizes: int
 ) -> Engine:
     """Opens a recommender and its store, ready to rank; `sizes` are the engine's."""
     from metarec.cli.runs import load_run
-    from metarec.serve.batching import use_one_thread_per_batch
     from metarec.serve.engine import Engine
     from metarec.serve.store import AdapterStore
     from metarec.serve.warm import warm_folder
 
-    workers = use_one_thread_per_batch(threads)
     recommender = load_run(checkpoint, device=device)
-    opened = AdapterStore(store or checkpoint / "store", adapters)
+    opened = AdapterStore(store, adapters)
     opened.gc()
     engine = Engine(recommender, opened, workers=workers, warm=warm_folder(checkpoint), **sizes)
     engine.prepare()

@@ -147,6 +147,7 @@ class Engine:
         )
         self._search = TextSearch.of(recommender.fitted, recommender.config)
         self._removed: frozenset[str] = frozenset()
+        self._items_read = 0
         self._serve(recommender)
         self.reload_items()
         self.forget_erased()
@@ -250,8 +251,10 @@ class Engine:
         """Reads items that another server, or an earlier run, has added to the store or removed."""
         if self.store.count_removed() > len(self._removed):
             self._hide(self.store.removed_items())
-        if self.store.count_items() <= len(self.catalog) - len(self.trained.fitted.catalog):
+        added = self.store.count_items()  # the recommender may have been trained with some of them
+        if added <= self._items_read:
             return
+        self._items_read = added
         empty = dict.fromkeys(self.trained.fitted.catalog.fields, "")
         fresh = [(item, empty | fields) for item, fields in self.store.items() if item not in self._code]
         if fresh:

@@ -163,6 +163,11 @@ class Sums:
         return int(self.arrays["losses"][..., 0].sum())
 
     @property
+    def came(self) -> int:
+        """How many ratings came, judged or not."""
+        return int(self.arrays["came"][0])
+
+    @property
     def pairs(self) -> int:
         """How many pairs were judged."""
         return int(self.arrays["pairs"][..., 0].sum())

@@ -113,7 +113,7 @@ class Service:
         self.worker = Worker(engine, settings.waiting, settings.seconds, Watch(settings.watch))
         self._ready_at = -math.inf
         self._erasures: deque[_Erasure] = deque()
-        self.registry = CollectorRegistry()
+        self.own_registry = self.registry = CollectorRegistry()
         self.registry.register(_State(self.worker))
         self.registry.register(self.worker.watch)
         self._requests = Counter("metarec_requests", "answers", ["method", "route", "status"], registry=self.registry)

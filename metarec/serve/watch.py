@@ -134,8 +134,8 @@ class Watch(Collector):
     def __init__(self, share: float = 1.0) -> None:
         self.share = share
         self.failures = 0
-        # Names the time for which sums are compared: a canary, or always.
-        self.period = "always"
+        # Names the time that is counted for, a canary or always; the wanted one begins with the next feedback.
+        self.period = self.wanted = "always"
         self._models: dict[str, _Model] = {}
         self._latest: OrderedDict[str, tuple[str, deque[tuple[float, bool]]]] = OrderedDict()
         self._lock = threading.Lock()
@@ -153,6 +153,8 @@ class Watch(Collector):
         """Returns users as they are before feedback of theirs is stored; those who are not judged are left out."""
         found = {}
         try:
+            if self.period != self.wanted:
+                self.save(engine.store)
             for user in set(users):
                 if _share_of(engine.store.pseudonym(user)) < self.share:
                     found[user] = self._before(engine, user)
@@ -252,8 +254,9 @@ class Watch(Collector):
 
     def save(self, store: AdapterStore, *, now: bool = False) -> None:
         """Adds what came since the last time to the store, at most every few seconds unless it is to be now."""
-        if not now and time.monotonic() < self._saved_at + _SAVE_SECONDS:
+        if not now and self.period == self.wanted and time.monotonic() < self._saved_at + _SAVE_SECONDS:
             return
+        wanted = self.wanted
         self._saved_at = time.monotonic()
         for digest, model in self._models.items():
             with self._lock:
@@ -269,12 +272,8 @@ class Watch(Collector):
                 model.saved = total
             except MetarecError as error:  # they are added the next time
                 self._failed(error)
-
-    def begin(self, period: str, store: AdapterStore) -> None:
-        """Counts for another period from now on."""
-        if period != self.period:
-            self.save(store, now=True)
-            self.period = period
+                return
+        self.period = wanted
 
     def _failed(self, error: Exception) -> None:
         self.failures += 1
