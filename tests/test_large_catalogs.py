@@ -11,10 +11,10 @@ import pytest
 import torch
 from known import GENRE, ITEMS, THRESHOLD, TRAIN, VECTORS, WORLD
 
-from metarec.data.interactions import Interactions
+from metarec.data.interactions import Interactions, Ratings
 from metarec.scorers.collaborative import kernel_learning
 from metarec.scorers.collaborative.gp import GaussianProcess, fit_gp
-from metarec.scorers.collaborative.item_mean import ItemPrior
+from metarec.scorers.collaborative.item_mean import ItemPrior, taken
 from metarec.scorers.collaborative.kernel_learning import StepSchedule, aligned, learn_kernel_update
 
 FACTORS = 12
@@ -81,3 +81,24 @@ def test_the_kernel_learns_numbers_for_rated_items_alone(monkeypatch: pytest.Mon
     alone = learn_kernel_update(WORLD, small, HALVES, schedule, threshold=THRESHOLD)
     np.testing.assert_array_equal(found.loadings[:ITEMS], alone.loadings)
     np.testing.assert_array_equal(found.log_noise[:ITEMS], alone.log_noise)
+
+
+def test_a_whole_catalog_is_scored_without_a_copy_of_its_loadings() -> None:
+    loadings = np.random.default_rng(0).normal(size=(20_000, 40))
+    mean, ones = np.zeros(len(loadings)), np.ones(40)
+    one = GaussianProcess(3.5, 1.0, mean, loadings, mean + 0.5, 0 * ones, ones, 3.0)
+    support, everything = Ratings(np.arange(3), np.array([5, 1, 4], np.float32)), np.arange(len(loadings))
+    tracemalloc.start()
+    whole = one.posterior_mean(support, everything)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < loadings.nbytes / 4
+    others = np.random.default_rng(1).permutation(everything)[:50]
+    np.testing.assert_allclose(one.posterior_mean(support, others), whole[others], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("codes", [[], [3], [3, 4, 5], [5, 4, 3], [3, 5, 4], [0, 2, 2], [7, 7]])
+def test_rows_that_follow_each_other_are_a_view_and_all_others_what_they_are(codes: list[int]) -> None:
+    rows, asked = np.arange(20).reshape(10, 2), np.array(codes, np.int64)
+    np.testing.assert_array_equal(taken(rows, asked), rows[asked])
+    assert np.shares_memory(taken(rows, asked), rows) == (codes in ([3], [3, 4, 5]))
