@@ -190,8 +190,6 @@ class Engine:
         if is_small(len(self.catalog)):  # of a larger one, the first search waits instead of every start
             self._search.prepare()
         effects = self._retrieval.prepare()
-        if reads_all(self.trained):  # of another catalog nothing is read before somebody asks
-            self._model.units_at_once(np.arange(min(BLOCK, len(self.catalog))))
         if self._warm is not None:
             count = len(self.trained.fitted.catalog)
             first = replace(effects, coordinates=effects.coordinates[:count])
