@@ -42,11 +42,24 @@ def main() -> None:
     write_json(given.out, {**facts, "ways": found, **environment()})
 
 
-def gone_on(old: MetaRecommender, task: str, guards: list[str]) -> list[dict[str, Any]]:
-    """Returns the rows of `MetaRecommender.forgetting` after meta-training that goes on from an old run."""
+def gone_on(old: MetaRecommender, task: str, guards: list[str]) -> dict[str, dict[str, Any]]:
+    """Returns what `MetaRecommender.forgetting` says of old and new users after going on from an old run."""
     values = {**old.config.model_dump(mode="json"), "task": task}
     config = validated(RunConfig, override(values, guards), "--run")
-    return MetaRecommender.from_pretrained(config.backbone, config).fit(task, start=old).forgetting(old)
+    table = MetaRecommender.from_pretrained(config.backbone, config).fit(task, start=old).forgetting(old)
+    return {
+        row["users"]: {
+            "task": row["task"],
+            "users": row["count"],
+            "K": row["shots"],
+            "before": row["auc_before"],
+            "after": row["auc_after"],
+            "difference": row["difference"],
+            "low": row["interval"][0],
+            "high": row["interval"][1],
+        }
+        for row in table
+    }
 
 
 if __name__ == "__main__":

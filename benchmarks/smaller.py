@@ -77,7 +77,8 @@ def main() -> None:
         change = f"{row['difference']:+.4f} [{row['low']:+.4f} {row['high']:+.4f}]"
         print(f"{row['model']:42s} {size} {speed}  AUC {row['auc']:.4f} {change}  r {row['correlation']:.3f}")
     facts = {"task": given.task, "backbone": given.backbone, "users": len(episodes), "items": len(items)}
-    write_json(given.out, {**facts, "rows": rows, **environment()})
+    named = {row["model"]: {**row, "MiB": row["bytes"] / 2**20, "items/s": row["items_per_second"]} for row in rows}
+    write_json(given.out, {**facts, "rows": named, **environment()})
 
 
 def variants(whole: Backbone, shares: Sequence[float], texts: Sequence[str]) -> list[Backbone]:
