@@ -303,6 +303,7 @@ def test_rankings_that_are_computed_together_are_the_ones_computed_alone_to_the_
         (person, Ranking(k)) for person, k in zip(people * 3, (1, 3, 9, 20, 5, 2, 40, 7, 8, 4, 6, 10), strict=True)
     ]
     asked.append((people[0], Ranking(3, where="nothing at all")))
+    assert engine._model.units_at_once(np.array([40])) >= 2, "tried on items of the trained catalog alone"
     *together, refused = engine.recommend_all(asked)
     assert isinstance(refused, ConfigError)
     for (person, ranking), ranked in zip(asked[:-1], together, strict=True):

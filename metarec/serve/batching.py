@@ -220,6 +220,7 @@ class BatchedModel:
 
     def _tried(self, codes: Codes) -> int:
         user, generator = self._trained.adapt([]), torch.Generator().manual_seed(0)
+        codes = np.append(codes[codes < len(self._trained.fitted.catalog)], 0)  # those of the user's own catalog
         people = [
             replace(user, state={name: value + _noise_like(value, generator) for name, value in user.state.items()})
             for _ in range(_MOST_UNITS)
