@@ -181,7 +181,7 @@ _FEW_DIFFERENCES = 13
 
 
 def paired_p_value(differences: NDArray[np.floating]) -> float:
-    """Returns the two-sided p-value of paired differences by the signed-rank test; 1 where none differs.
+    """Returns the two-sided p-value of paired differences by the signed-rank test; 1 where one differs or none.
 
     Of few differences with ties every flip of signs is counted, as `scipy.stats.wilcoxon` does, but all at once.
 
@@ -193,7 +193,7 @@ def paired_p_value(differences: NDArray[np.floating]) -> float:
     from scipy import stats
 
     moved = differences[differences != 0]
-    if len(moved) == 0:
+    if len(moved) < 2:
         return 1.0
     ranks = stats.rankdata(np.abs(moved))
     if len(moved) > _FEW_DIFFERENCES or (len(moved) == len(differences) and len(np.unique(ranks)) == len(ranks)):

@@ -185,6 +185,7 @@ def test_an_interval_over_people_is_wider_than_one_over_their_copies() -> None:
 
 def test_the_paired_test_is_wilcoxons() -> None:
     assert paired_p_value(np.zeros(9)) == 1.0
+    assert paired_p_value(np.array([0.0, 0.25, 0.0])) == 1.0, "of one difference, either sign is as likely"
     assert paired_p_value(np.arange(1.0, 9.0)) == pytest.approx(2 / 2**8)
     generator = np.random.default_rng(0)
     for count in (2, 5, 12, 13, 40, 80):
