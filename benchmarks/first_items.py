@@ -5,8 +5,9 @@
 Each user is shown six items at a time, as on the service's page, until five of them are items that the user has rated;
 the recommender is adapted to these five, and its AUC is measured on the user's query, which is the same for all ways:
 
-- `informative`: what `AdaptedUser.informative` chooses, given the answers so far; each item's gain is weighed by its
-  number of raters (`root`: by the square root of it; `known`: of the items that the user has rated, by gain alone);
+- `informative`: what `AdaptedUser.informative` chooses, given the answers so far; each item's gain is weighed by the
+  square root of its number of raters (`by raters`: by the number; `known`: of the items that the user has rated, by
+  gain alone);
 - `popular`: most raters among the meta-training users first;
 - `random`: drawn from what the user has rated, so that nothing else is shown;
 - `none`: no answer at all.
@@ -34,14 +35,14 @@ from metarec.data.task_data import TaskData, load_task_data
 from metarec.data.task_files import load_task
 from metarec.doctor import environment
 from metarec.metrics import auc, bootstrap_interval
-from metarec.preferences import PreferenceModel
+from metarec.preferences import BY_RATERS, PreferenceModel
 from metarec.progress import progress
 from metarec.scorer import Request
 
 RESULT = Path(__file__).parent / "results" / "first-items.json"
 ANSWERS, SHOWN = 5, 6
 PARTS = ("validation", "test")
-WAYS = ("informative", "root", "known", "popular", "random", "none")
+WAYS = ("informative", "by raters", "known", "popular", "random", "none")
 # Item means and one Gaussian process, on the catalog's fields: what informative items are chosen by.
 SETTINGS: dict[str, Any] = {
     "score": ["item mean", "collaborative"],
@@ -96,8 +97,8 @@ def measure(data: TaskData) -> list[dict[str, Any]]:
             theirs = np.isin(np.arange(len(raters)), known.items) & (raters > 0)
             drawn = seeded(data.seed, f"first {episode.user}").permutation(len(known))[:ANSWERS]
             supports = {
-                "informative": answers(known, episode.query.items, raters > 0, informative(1.0)),
-                "root": answers(known, episode.query.items, raters > 0, informative(0.5)),
+                "informative": answers(known, episode.query.items, raters > 0, informative(BY_RATERS)),
+                "by raters": answers(known, episode.query.items, raters > 0, informative(1.0)),
                 "known": answers(known, episode.query.items, theirs, informative(0.0)),
                 "popular": answers(known, episode.query.items, raters > 0, popular),
                 "random": (known.rows(drawn), ANSWERS),
