@@ -32,12 +32,9 @@ def main() -> None:
     old = MetaRecommender.from_pretrained(given.run)
     found = {name: gone_on(old, given.task, guards) for name, guards in GUARDS.items()}
     for name, rows in found.items():
-        for row in rows:
-            low, high = row["interval"]
-            change = f"{row['difference']:+.4f} [{low:+.4f} {high:+.4f}]"
-            print(
-                f"{name:12s} {row['users']} of {row['task']}: {row['auc_before']:.4f} {row['auc_after']:.4f} {change}"
-            )
+        for whose, row in rows.items():
+            change = f"{row['difference']:+.4f} [{row['low']:+.4f} {row['high']:+.4f}]"
+            print(f"{name:12s} {whose} users of {row['task']}: {row['before']:.4f} {row['after']:.4f} {change}")
     facts = {"old": old.fitted.task.name, "new": given.task, "score": list(old.config.score)}
     write_json(given.out, {**facts, "ways": found, **environment()})
 

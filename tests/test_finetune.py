@@ -486,7 +486,7 @@ def test_an_adalora_takes_the_ranks_that_peft_takes_and_merges(
     settings = AdaLoraConfig(
         target_r=2, init_r=3, tinit=0, tfinal=2, total_step=8, lora_alpha=16, task_type="CAUSAL_LM"
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         theirs = get_peft_model(copy.deepcopy(model.model), settings).eval()
     inner = theirs.base_model.model

@@ -261,9 +261,9 @@ def test_a_ranking_reads_the_candidates_alone(fitted: MetaRecommender, monkeypat
     read: list[int] = []
     gather = type(model).gather
 
-    def reading(self: AnswerModel, items: torch.Tensor) -> ItemBatch:
+    def reading(self: AnswerModel, items: torch.Tensor, *others: Any, **options: Any) -> ItemBatch:
         read.extend(items.flatten().tolist())
-        return gather(self, items)
+        return gather(self, items, *others, **options)
 
     monkeypatch.setattr(type(model), "gather", reading)
     few = user.recommend(5, candidates=12)

@@ -186,9 +186,11 @@ def test_each_rating_scores_as_many_items_as_the_last(
 ) -> None:
     client.get("/")
     scored: list[int] = []
-    scores = engine._model.scores
+    scores_of = engine._model.scores_of
     monkeypatch.setattr(
-        engine._model, "scores", lambda adapted, codes: (scored.append(len(codes)), scores(adapted, codes))[1]
+        engine._model,
+        "scores_of",
+        lambda asked: (scored.extend(len(codes) for _, codes in asked), scores_of(asked))[1],
     )
     counts = []
     for item in ("m0", "m1", "m2", "m3"):

@@ -266,13 +266,13 @@ _WORDS = Method(
 _PROJECTED_WORDS = Method(
     one_row(partial(_words_kernel, projected=True), lambda process: process.loadings.size),
     "control",
-    "the TF-IDF kernel beside a projection of the words learned from what users like together",
+    "the TF-IDF kernel beside a projection of the words, learned from likes",
     settings=("collaborative.projection",),
 )
 _PROJECTED_TEXT = Method(
     one_row(partial(_text_kernel, projected=True), lambda process: process.loadings.size),
     "kernel",
-    "the text kernel beside a projection of words and vectors learned from what users like together",
+    "the kernel of words and a projection of words and vectors, learned from likes",
     settings=(*ENCODER, "collaborative.projection"),
 )
 KERNELS = {
@@ -295,6 +295,8 @@ KERNELS = {
         settings=(*ENCODER, "collaborative.tuning"),
     ),
     "projected text kernel": _PROJECTED_TEXT,
+    # It reads an encoder, so that it is no control in the sense of the group.
+    f"projected text kernel{PERMUTED}": replace(permuted(_PROJECTED_TEXT), group="kernel"),
     "projected tuned text kernel": Method(
         one_row(partial(_text_kernel, tuned="pairs", projected=True), lambda process: process.loadings.size),
         "kernel",
@@ -306,7 +308,6 @@ CONTROLS = {
     "TF-IDF kernel": _WORDS,
     "projected TF-IDF kernel": _PROJECTED_WORDS,
     f"TF-IDF kernel{PERMUTED}": permuted(_WORDS),
-    f"projected text kernel{PERMUTED}": permuted(_PROJECTED_TEXT),
     "fields kernel": Method(
         one_row(_fields_kernel, lambda process: process.loadings.size),
         "control",
