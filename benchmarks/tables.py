@@ -49,7 +49,7 @@ BLOCK = re.compile(
 )
 _KNOWN = {
     "table": {"rows", "columns", "task", "sizes", "versus"},
-    "lines": {"head", "rows", "columns"},
+    "lines": {"head", "within", "rows", "columns"},
     "picture": {"file", "rows", "task"},
 }
 _COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#7f7f7f", "#e377c2", "#17becf")
@@ -157,11 +157,14 @@ def lines_of(results: Mapping[str, Any], options: Mapping[str, str]) -> str:
         options: A block's options: ``head`` over the paths, ``rows`` (paths, keys joined by ``/``, ``*`` for all keys
             below which there are more), and ``columns``: keys there. A number has its interval behind it, where
             ``KEY_low`` and ``KEY_high`` are beside it; a ``difference`` or ``shift`` where ``low`` and ``high`` are.
+            ``within`` is a key that all paths are below, and that no line names.
 
     Raises:
         ValueError: There is no such path, or no line has a column.
     """
     columns = _names(options["columns"])
+    if "within" in options:
+        ((_, results),) = _below(results, [options["within"]], ())
     found = [one for path in _names(options["rows"]) for one in _below(results, path.split("/"), ())]
     for column in columns:
         if not any(column in values for _, values in found):

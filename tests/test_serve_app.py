@@ -293,7 +293,12 @@ FAULTS = [
         "'ratings.0.item' of the body is null",
         "It should be a valid string",
     ),
-    ("feedback", '{"ratings": [{"item": "m1", "rating": null}]}', "'ratings.0.rating' of the body is missing", "Add it"),
+    (
+        "feedback",
+        '{"ratings": [{"item": "m1", "rating": null}]}',
+        "'ratings.0.rating' of the body is missing",
+        "Add it",
+    ),
     ("feedback", '{"ratings": {"m1": 5}}', "'ratings' of the body is an object", "It should be a valid list"),
     ("feedback", "[1]", "the body is a list", "It should be a valid dictionary or object to extract fields from"),
     ("feedback", "", "the body is missing", "Add it"),

@@ -99,6 +99,10 @@ def test_lines_are_numbers_of_a_results_file_with_their_intervals(results: Path)
         "| flipped, 0.3 | 0.650 |  | 12 |  |",
         "| search, q |  |  |  | 0.500 [0.250 0.750] |",
     ]
+    inside, _ = tables.written(
+        block(file="other.json", kind="lines", options=' within="flipped" rows="*" columns="auc"'), results
+    )
+    assert inside.splitlines()[5:-3] == ["| 0.1 | 0.700 |", "| 0.3 | 0.650 |"]
     for wrong, said in (("flip/*", "no 'flip'"), ("flipped/*/x", "no 'x' below 'flipped/0.1'")):
         with pytest.raises(ValueError, match=said):
             tables.written(block(file="other.json", kind="lines", options=f' rows="{wrong}" columns="auc"'), results)
