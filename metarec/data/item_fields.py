@@ -114,15 +114,15 @@ def _number(text: str) -> float:
 
 
 def _years(texts: Sequence[str]) -> NDArray[np.float64]:
-    """Returns dates as years with a fraction; where day and month cannot be told apart, as the year alone."""
+    """Returns dates as years with a fraction; where day and month cannot be distinguished, as the year alone."""
     import pandas as pd
 
     from metarec.data.sources.columns import times
 
     seconds = times(pd.Series(texts, dtype=object))
-    told = np.isfinite(seconds)
-    months = np.where(told, seconds, 0).astype("datetime64[s]").astype("datetime64[M]").astype(np.int64)
-    return np.where(told, 1970 + months / 12, [float(text[-4:]) for text in texts])
+    known = np.isfinite(seconds)
+    months = np.where(known, seconds, 0).astype("datetime64[s]").astype("datetime64[M]").astype(np.int64)
+    return np.where(known, 1970 + months / 12, [float(text[-4:]) for text in texts])
 
 
 def _counts_rows(numbers: NDArray[np.float64]) -> bool:
