@@ -1,7 +1,7 @@
 """Pairs of items that one user likes, and the loss by which items' vectors are learned from them.
 
-Two items that the same meta-training user likes are a pair. Of a pair's first item, its partner has to be picked out among
-the partners of other users (InfoNCE).
+Two items that the same meta-training user likes are a pair. The loss picks out a first item's partner among the
+partners of other users (InfoNCE).
 
 Sources: van den Oord et al. 2018, "Representation learning with contrastive predictive coding", eq. 4; frequent items
 are corrected for as in Yi et al. 2019, "Sampling-bias-corrected neural modeling".
