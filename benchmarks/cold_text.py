@@ -14,18 +14,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from metarec.artifacts import write_json
 from metarec.bench.context import MethodContext
 from metarec.data.task_data import load_task_data
 from metarec.data.task_files import load_task
 from metarec.data.templates import review_sentence
-from metarec.doctor import environment
-from metarec.metrics import auc
-from metarec.progress import progress
+from metarec.evaluation.metrics import auc
+from metarec.files.artifacts import write_json
 from metarec.scorers.collaborative.features import Features, state_vectors, unrated_features
 from metarec.scorers.collaborative.item_mean import predict_unrated, smooth_by_text
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.language.item_vectors import hidden_state_vectors
+from metarec.system.doctor import environment
+from metarec.system.progress import progress
 
 RESULT = Path(__file__).parent / "results" / "cold-text.json"
 TASK = "movielens/item-cold"

@@ -25,8 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from metarec.artifacts import write_json
 from metarec.config import RunConfig, override, validated
+from metarec.files.artifacts import write_json
 
 RESULT = Path(__file__).parent / "results" / "contention.json"
 BAR = 2.2
@@ -73,12 +73,12 @@ def measure(config: RunConfig) -> dict[str, float]:
 
     from metarec.data.task_data import load_task_data
     from metarec.data.task_files import load_task
-    from metarec.fitting import collaborative_features, prepare
     from metarec.recommender import MetaRecommender
     from metarec.scorers.collaborative.gp import GaussianProcess
     from metarec.scorers.collaborative.kernel_learning import learn_kernel_update, step_schedule
     from metarec.scorers.collaborative.stack import fit_stack
-    from metarec.training import meta_train
+    from metarec.training.fitting import collaborative_features, prepare
+    from metarec.training.meta_training import meta_train
 
     data = load_task_data(load_task(config.task), config.seed)
     interactions, users = data.interactions, data.parts["train"]
@@ -170,7 +170,7 @@ def main() -> None:
 
 
 def _environment() -> dict[str, Any]:
-    from metarec.doctor import environment
+    from metarec.system.doctor import environment
 
     return environment()
 

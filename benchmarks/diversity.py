@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from metarec import MetaRecommender
-from metarec.artifacts import write_json
-from metarec.doctor import environment
-from metarec.metrics import bootstrap_interval
-from metarec.recommended_lists import catalog_facts, diversity, of_all_users, popularity
+from metarec.evaluation.metrics import bootstrap_interval
+from metarec.evaluation.recommended_lists import catalog_facts, diversity, of_all_users, popularity
+from metarec.files.artifacts import write_json
+from metarec.system.doctor import environment
 
 RESULT = Path(__file__).parent / "results" / "diversity.json"
 WEIGHTS, LENGTH = (0.0, 0.1, 0.3, 0.5, 1.0), 10

@@ -27,17 +27,17 @@ import numpy as np
 import torch
 
 from metarec import MetaRecommender
-from metarec.artifacts import write_json
 from metarec.config import RunConfig, validated
 from metarec.data.episodes import seeded
 from metarec.data.interactions import Ratings
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.data.task_files import load_task
-from metarec.doctor import environment
-from metarec.metrics import auc, bootstrap_interval
-from metarec.preferences import BY_RATERS, PreferenceModel
-from metarec.progress import progress
+from metarec.evaluation.metrics import auc, bootstrap_interval
+from metarec.files.artifacts import write_json
+from metarec.recommending.preferences import BY_RATERS, PreferenceModel
 from metarec.scorer import Request
+from metarec.system.doctor import environment
+from metarec.system.progress import progress
 
 RESULT = Path(__file__).parent / "results" / "first-items.json"
 ANSWERS, SHOWN = 5, 6

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from metarec import MetaRecommender
-from metarec.artifacts import write_json
 from metarec.config import RunConfig, override, validated
-from metarec.doctor import environment
+from metarec.files.artifacts import write_json
+from metarec.system.doctor import environment
 
 RESULT = Path(__file__).parent / "results" / "forgetting.json"
 GUARDS = {"plain": [], "replay 0.5": ["train.replay=0.5"], "anchor 0.1": ["train.anchor=0.1"]}

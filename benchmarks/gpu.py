@@ -36,11 +36,10 @@ import torch
 from speed import ITEMS, QUERY, RATE, STEPS, SUPPORT, clock, flat, squared_error
 from torch import Tensor
 
-from metarec.artifacts import load_json, write_json
 from metarec.config import RunConfig, override, validated
 from metarec.data.interactions import Catalog
 from metarec.data.templates import PromptTemplate
-from metarec.doctor import environment
+from metarec.files.artifacts import load_json, write_json
 from metarec.lm.adapter_kinds.lora import LORA_A
 from metarec.lm.adapters import init_adapter
 from metarec.lm.answer_model import AnswerModel
@@ -53,7 +52,8 @@ from metarec.meta.algorithms import maml
 from metarec.meta.inner_loop import MetaState, adapt, initial_meta_state
 from metarec.presets import with_preset
 from metarec.recommender import MetaRecommender
-from metarec.tensors import AdapterState
+from metarec.system.doctor import environment
+from metarec.system.tensors import AdapterState
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
 # Largest norm of the difference over the processor's norm. Mixed: bfloat16 blocks, which round on either side.

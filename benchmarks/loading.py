@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from metarec.artifacts import write_json
+from metarec.files.artifacts import write_json
 
 ROOT = Path(__file__).parent
 USERS, MOVIES = 69_878, 10_677

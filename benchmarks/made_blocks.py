@@ -38,13 +38,13 @@ from made_shop import (
 )
 
 from metarec import MetaRecommender
-from metarec.artifacts import write_json
 from metarec.config import RunConfig, validated
 from metarec.data.task import Task
 from metarec.data.task_data import load_task_data
-from metarec.doctor import environment
-from metarec.metrics import bootstrap_interval
-from metarec.progress import progress
+from metarec.evaluation.metrics import bootstrap_interval
+from metarec.files.artifacts import write_json
+from metarec.system.doctor import environment
+from metarec.system.progress import progress
 
 RESULT = Path(__file__).parent / "results" / "made-blocks.json"
 SPLIT = {"fractions": [0.6, 0.1, 0.3]}

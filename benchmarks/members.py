@@ -15,17 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from metarec.artifacts import load_json, write_json
 from metarec.bench.context import MethodContext
 from metarec.config import CollaborativeConfig
 from metarec.data.task_data import load_task_data
 from metarec.data.task_files import load_task
-from metarec.evaluate import evaluate
-from metarec.metrics import BASELINE, bootstrap_interval
-from metarec.progress import progress
+from metarec.evaluation.evaluate import evaluate
+from metarec.evaluation.metrics import BASELINE, bootstrap_interval
+from metarec.files.artifacts import load_json, write_json
 from metarec.scorers.collaborative.gp import fit_process
 from metarec.scorers.collaborative.stack import fit_stack
 from metarec.scorers.collaborative.trivial import ItemMean
+from metarec.system.progress import progress
 
 RESULT = Path(__file__).parent / "results" / "members.json"
 NAMES = ("meta-learned kernel", "one factor", "text ridge")

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from metarec.artifacts import write_json
 from metarec.cli.runs import load_run, provenance
+from metarec.files.artifacts import write_json
 from metarec.lm.cached_forward import CachedForward
 from metarec.recommender import MetaRecommender
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from metarec import MetaRecommender
-from metarec.artifacts import write_json
 from metarec.config import RunConfig, override, validated
-from metarec.doctor import environment
+from metarec.files.artifacts import write_json
+from metarec.system.doctor import environment
 
 RESULT = Path(__file__).parent / "results" / "private.json"
 # Small enough for a few minutes: a sentence encoder, and few steps of few users.

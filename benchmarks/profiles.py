@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from metarec import MetaRecommender
-from metarec.artifacts import write_json
-from metarec.doctor import environment
-from metarec.metrics import bootstrap_interval
+from metarec.evaluation.metrics import bootstrap_interval
+from metarec.files.artifacts import write_json
+from metarec.system.doctor import environment
 
 RESULT = Path(__file__).parent / "results" / "profiles.json"
 

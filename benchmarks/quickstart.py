@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from metarec.artifacts import load_json, write_json
-from metarec.doctor import environment
+from metarec.files.artifacts import load_json, write_json
+from metarec.system.doctor import environment
 
 RESULTS = Path(__file__).parent / "results"
 

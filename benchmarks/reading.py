@@ -25,16 +25,16 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from metarec.artifacts import cache_dir, load_json, write_json
 from metarec.config import RunConfig
 from metarec.data.interactions import Catalog
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.data.task_files import load_task
-from metarec.doctor import environment
-from metarec.fitting import catalog_answer_model, open_backbone
+from metarec.evaluation.metrics import auc, bootstrap_interval
+from metarec.files.artifacts import cache_dir, load_json, write_json
 from metarec.lm.answer_model import AnswerModel
-from metarec.metrics import auc, bootstrap_interval
-from metarec.threads import use_threads
+from metarec.system.doctor import environment
+from metarec.system.threads import use_threads
+from metarec.training.fitting import catalog_answer_model, open_backbone
 
 RESULT = Path(__file__).parent / "results" / "reading.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

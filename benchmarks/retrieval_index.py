@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from metarec.artifacts import write_json
 from metarec.data.interactions import Ratings
-from metarec.metrics import leaders
+from metarec.evaluation.metrics import leaders
+from metarec.files.artifacts import write_json
 from metarec.scorers.collaborative.gp import GaussianProcess
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.stack import Stacked

@@ -28,8 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from metarec.artifacts import cache_dir, load_json, write_json
-from metarec.progress import progress
+from metarec.files.artifacts import cache_dir, load_json, write_json
+from metarec.system.progress import progress
 
 RESULT = Path(__file__).parent / "results" / "scale.json"
 RATINGS_EACH = 30
@@ -363,7 +363,7 @@ def commit() -> str:
 
 
 def environment() -> dict[str, Any]:
-    from metarec.doctor import environment as of_machine
+    from metarec.system.doctor import environment as of_machine
 
     return of_machine()
 

@@ -21,12 +21,12 @@ import numpy as np
 
 from metarec import MetaRecommender, preset
 from metarec.adapted_user import AdaptedUser
-from metarec.artifacts import write_json
 from metarec.bench.query_items import KINDS, ItemQuery, make_queries, measure, ndcg
 from metarec.data.item_fields import tokens_in
-from metarec.doctor import environment
-from metarec.metrics import bootstrap_interval
-from metarec.search import TextSearch
+from metarec.evaluation.metrics import bootstrap_interval
+from metarec.files.artifacts import write_json
+from metarec.recommending.search import TextSearch
+from metarec.system.doctor import environment
 
 RESULT = Path(__file__).parent / "results" / "search.json"
 TASK = "movielens/user-cold"

@@ -105,10 +105,10 @@ def smaller(checkpoint: Path, items: int, out: Path) -> Path:
     """Saves the recommender over its most rated items alone."""
     from metarec.cli.runs import load_run
     from metarec.data.interactions import Catalog
-    from metarec.fitting import catalog_answer_model
     from metarec.recommender import MetaRecommender
     from metarec.scorers.collaborative.terms import CollaborativeTerm, ItemMeanTerm
     from metarec.scorers.language.prompt_term import PromptTerm
+    from metarec.training.fitting import catalog_answer_model
 
     full = load_run(checkpoint)
     fitted = full.fitted
@@ -544,9 +544,9 @@ def stream(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from metarec.cli.runs import load_run
     from metarec.data.interactions import Ratings
-    from metarec.metrics import auc, bootstrap_interval
+    from metarec.evaluation.metrics import auc, bootstrap_interval
     from metarec.scorers.language.score import rated_batch, score_adapted, support_loss
-    from metarec.tensors import expand_users, select_user
+    from metarec.system.tensors import expand_users, select_user
 
     torch.set_num_threads(arguments.threads)
     recommender = load_run(arguments.checkpoint)
@@ -619,7 +619,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    from metarec.artifacts import write_json
+    from metarec.files.artifacts import write_json
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=RESULTS.parent)
     facts = {

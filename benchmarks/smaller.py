@@ -19,20 +19,20 @@ from typing import Any
 
 import numpy as np
 
-from metarec.artifacts import write_json
 from metarec.data.episodes import Episode
 from metarec.data.task_data import load_task_data
 from metarec.data.task_files import load_task
 from metarec.data.templates import PromptTemplate
-from metarec.doctor import environment
+from metarec.evaluation.metrics import auc, bootstrap_interval
+from metarec.files.artifacts import write_json
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone, load_backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.smaller import influence, rounded, weight_bytes, with_blocks
 from metarec.lm.tokenized import tokenize_catalog
-from metarec.metrics import auc, bootstrap_interval
 from metarec.scorers.language.item_vectors import unkept_text_vectors
+from metarec.system.doctor import environment
 
 RESULT = Path(__file__).parent / "results" / "smaller.json"
 # Texts by which blocks are compared, and the ridge regression's penalty.

@@ -36,12 +36,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from metarec.artifacts import dump_json, load_json, write_json
 from metarec.config import RunConfig
 from metarec.data.interactions import Catalog
 from metarec.data.sources import read_source
 from metarec.data.task_files import load_task
-from metarec.fitting import score_terms
+from metarec.files.artifacts import dump_json, load_json, write_json
 from metarec.lm.adapter_kinds.lora import LORA_A
 from metarec.lm.adapters import init_adapter
 from metarec.lm.answer_model import AnswerModel, open_answer_model
@@ -55,7 +54,8 @@ from metarec.meta.inner_loop import adapt, initial_meta_state
 from metarec.meta.learn2learn import load_module
 from metarec.scorers.language.adapted import USERS_AT_ONCE
 from metarec.scorers.language.score import initial_state
-from metarec.tensors import AdapterState
+from metarec.system.tensors import AdapterState
+from metarec.training.fitting import score_terms
 
 _RESULTS = Path(__file__).parent / "results"
 RESULTS = {"cpu": _RESULTS / "speed.json", "cuda": _RESULTS / "speed-cuda.json"}

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from metarec import MetaRecommender
-from metarec.artifacts import write_json
 from metarec.data.interactions import Codes, Interactions, Ratings
-from metarec.doctor import environment
 from metarec.errors import DataError
-from metarec.metrics import auc, bootstrap_interval
+from metarec.evaluation.metrics import auc, bootstrap_interval
+from metarec.files.artifacts import write_json
 from metarec.scorer import Request, Scorer
+from metarec.system.doctor import environment
 
 RESULT = Path(__file__).parent / "results" / "stream.json"
 WAYS = ("never", "once", "anew")

@@ -35,9 +35,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from metarec.artifacts import dump_json, load_json
 from metarec.bench.report import AHEAD, COLUMNS, markdown_table
 from metarec.bench.summary import REFERENCE, ranked
+from metarec.files.artifacts import dump_json, load_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -25,15 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from metarec.artifacts import load_json, write_json
 from metarec.bench.methods import METHODS, MethodContext
 from metarec.data.task import PromptConfig
 from metarec.data.task_data import load_task_data
 from metarec.data.task_files import load_task
-from metarec.evaluate import evaluate
-from metarec.metrics import BASELINE
-from metarec.progress import progress
+from metarec.evaluation.evaluate import evaluate
+from metarec.evaluation.metrics import BASELINE
+from metarec.files.artifacts import load_json, write_json
 from metarec.scorer import Scorer
+from metarec.system.progress import progress
 
 RESULT = Path(__file__).parent / "results" / "tuning.json"
 TASK = "movielens/user-cold"

@@ -42,7 +42,7 @@ REFERENCE: Mapping[str, tuple[str, tuple[str, ...]]] = {
             "metarec.recommender.MetaRecommender",
             "metarec.adapted_user.AdaptedUser",
             "metarec.adapted_user.Recommendation",
-            "metarec.report.Report",
+            "metarec.evaluation.report.Report",
             "metarec.presets.preset",
             "metarec.data.task_files.load_task",
             "metarec.errors",

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from metarec.config import RunConfig
     from metarec.data.task import Task
     from metarec.data.task_files import load_task
+    from metarec.evaluation.report import Report
     from metarec.presets import preset
     from metarec.recommender import MetaRecommender
-    from metarec.report import Report
 
 _HOMES = {
     "AdaptedUser": "metarec.adapted_user",
     "MetaRecommender": "metarec.recommender",
     "Recommendation": "metarec.adapted_user",
-    "Report": "metarec.report",
+    "Report": "metarec.evaluation.report",
     "RunConfig": "metarec.config",
     "Task": "metarec.data.task",
     "load_task": "metarec.data.task_files",

@@ -15,24 +15,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metarec.calibration import Calibration, at_count
 from metarec.config import RunConfig
 from metarec.data.filters import ItemFilter
 from metarec.data.interactions import Codes, Ratings, Values
 from metarec.errors import ConfigError
-from metarec.explanations import Reason, explain
-from metarec.fitting import Fitted, adapted_model, meta_scorer
-from metarec.given_side import side_facts, warn_of_unknown_values, with_side
+from metarec.evaluation.calibration import Calibration, at_count
+from metarec.evaluation.metrics import leaders, rank_order
 from metarec.lm.answer_model import AnswerModel
-from metarec.metrics import leaders, rank_order
-from metarec.notebook import facts_table
-from metarec.preferences import Informative, Knowledge, PreferenceModel
-from metarec.progress import progress
-from metarec.recommender_files import digest_of, write_user
-from metarec.reranking import ItemVectors, check_diversity, mmr, pool_size
+from metarec.recommending.explanations import Reason, explain
+from metarec.recommending.preferences import Informative, Knowledge, PreferenceModel
+from metarec.recommending.recommender_files import digest_of, write_user
+from metarec.recommending.reranking import ItemVectors, check_diversity, mmr, pool_size
 from metarec.scorers.language.score import score_adapted
 from metarec.scorers.term import weighted_sum
-from metarec.tensors import AdapterState, expand_users, select_user
+from metarec.system.notebook import facts_table
+from metarec.system.progress import progress
+from metarec.system.tensors import AdapterState, expand_users, select_user
+from metarec.training.fitting import Fitted, adapted_model, meta_scorer
+from metarec.training.given_side import side_facts, warn_of_unknown_values, with_side
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -186,7 +186,7 @@ class AdaptedUser:
             exclude: More items to leave out, by id or title.
             candidates: How many items the language model reads, at least twice `k`.
             diversity: 0 keeps the order of the scores; up to 1 the items are less and less alike, see
-                `metarec.reranking.mmr`. Scores stay what they are.
+                `metarec.recommending.reranking.mmr`. Scores stay what they are.
             where: Only items of which this holds, e.g. ``year >= 1990 and "Comedy" in genres``, see
                 `metarec.data.filters.ItemFilter.where`.
             block: Items never to recommend, by id or title, or ``FIELD=CATEGORY`` as in ``genres=Horror``.

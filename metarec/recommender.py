@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metarec.adapted_user import AdaptedUser
-from metarec.artifacts import recover_dir
 from metarec.config import Dtype, Precision, RunConfig, validated
-from metarec.continual import OldRun, forgetting
 from metarec.data.frames import is_frame
 from metarec.data.given_ratings import GivenRatings
 from metarec.data.interactions import Ratings
@@ -23,10 +21,33 @@ from metarec.data.source_options import is_table
 from metarec.data.split_record import refuse_other_catalog
 from metarec.data.task import Task
 from metarec.data.training_users import refuse_small_data
-from metarec.devices import check_device
 from metarec.errors import ArtifactError, ConfigError
-from metarec.evaluate import beside_pooled, evaluate_on
-from metarec.fitting import (
+from metarec.evaluation.evaluate import beside_pooled, evaluate_on
+from metarec.evaluation.metric_names import check_metrics
+from metarec.evaluation.metrics import BASELINE
+from metarec.evaluation.report import Report
+from metarec.files.artifacts import recover_dir
+from metarec.files.run_directory import recommender_dir
+from metarec.lm.answer_model import AnswerModel
+from metarec.lm.backbone import Backbone
+from metarec.meta import learn2learn
+from metarec.meta.distributed import ALONE, Ranks
+from metarec.meta.outer_loop import (
+    check_checkpoint,
+    clear_checkpoint,
+    refuse_overwriting,
+    refuse_what_is_no_checkpoint,
+)
+from metarec.recommending.profiles import WritesProfiles
+from metarec.recommending.recommender_files import digest_of, read_recommender, read_user, write_recommender
+from metarec.recommending.search import SearchesItems
+from metarec.scorer import Scorer
+from metarec.scorers.language.adapted import MetaScorer
+from metarec.system.devices import check_device
+from metarec.system.notebook import facts_table
+from metarec.system.tensors import AdapterState, select_user
+from metarec.training.continual import OldRun, forgetting
+from metarec.training.fitting import (
     Fitted,
     Prepared,
     adapted_model,
@@ -38,30 +59,9 @@ from metarec.fitting import (
     read_items,
     unadapted_rows,
 )
-from metarec.given_side import About, Moment, given_support, saved_support, warn_of_unknown_values
-from metarec.lm.answer_model import AnswerModel
-from metarec.lm.backbone import Backbone
-from metarec.meta import learn2learn
-from metarec.meta.distributed import ALONE, Ranks
-from metarec.meta.outer_loop import (
-    check_checkpoint,
-    clear_checkpoint,
-    refuse_overwriting,
-    refuse_what_is_no_checkpoint,
-)
-from metarec.metric_names import check_metrics
-from metarec.metrics import BASELINE
-from metarec.notebook import facts_table
-from metarec.profiles import WritesProfiles
-from metarec.recommender_files import digest_of, read_recommender, read_user, write_recommender
-from metarec.report import Report
-from metarec.run_directory import recommender_dir
-from metarec.scorer import Scorer
-from metarec.scorers.language.adapted import MetaScorer
-from metarec.search import SearchesItems
-from metarec.task_features import for_task
-from metarec.tensors import AdapterState, select_user
-from metarec.training import meta_train, training_identity
+from metarec.training.given_side import About, Moment, given_support, saved_support, warn_of_unknown_values
+from metarec.training.meta_training import meta_train, training_identity
+from metarec.training.task_features import for_task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -250,7 +250,7 @@ class MetaRecommender(SearchesItems, WritesProfiles):
             **own: See `fit`.
 
         Returns:
-            See `metarec.continual.forgetting`.
+            See `metarec.training.continual.forgetting`.
         """
         before = old if isinstance(old, MetaRecommender) else MetaRecommender.from_pretrained(old)
         return forgetting(
@@ -341,7 +341,7 @@ class MetaRecommender(SearchesItems, WritesProfiles):
                 split as the one it was fitted on; a recommender that was fitted on a DataFrame and loaded needs it.
             scorers: The methods to compare; None takes `scorers()`. One of them is called ``item mean``.
             items: The items, where `task` is a DataFrame that was fitted with items of their own.
-            metrics: What is measured beside the task's metrics, e.g. `metarec.metric_names.BEYOND`.
+            metrics: What is measured beside the task's metrics, e.g. `metarec.evaluation.metric_names.BEYOND`.
 
         Raises:
             ConfigError: The task has another catalog.

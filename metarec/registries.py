@@ -91,13 +91,13 @@ FAMILIES: Registry[Any] = Registry(
     },
 )
 
-# Where the numbers of a training go: `metarec.tracking.OpenTracker`.
+# Where the numbers of a training go: `metarec.meta.tracking.OpenTracker`.
 TRACKERS: Registry[Any] = Registry(
     "tracker",
     "metarec.trackers",
     {
-        "tensorboard": "metarec.trackers:TensorBoard",
-        "mlflow": "metarec.trackers:MLflow",
-        "trackio": "metarec.trackers:Trackio",
+        "tensorboard": "metarec.meta.trackers:TensorBoard",
+        "mlflow": "metarec.meta.trackers:MLflow",
+        "trackio": "metarec.meta.trackers:Trackio",
     },
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 from metarec.data.episodes import Episode
 from metarec.data.interactions import Codes, Ratings
 from metarec.errors import UnknownItemError
-from metarec.threads import one_thread
+from metarec.system.threads import one_thread
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metarec.meta.inner_loop import Loss, MetaState, initial_meta_state
-from metarec.tensors import AdapterState
+from metarec.system.tensors import AdapterState
 
 USERS = 3
 TARGETS = torch.tensor([[1.0, -2.0], [0.5, 0.0], [3.0, 1.0]], dtype=torch.float64)

@@ -13,7 +13,7 @@ from metarec.lm.cached_forward import CachedForward
 from metarec.lm.placement import Placement, check_placement, default_placement
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts
-from metarec.tensors import AdapterState
+from metarec.system.tensors import AdapterState
 
 
 def placement_of(

@@ -22,7 +22,7 @@ from metarec.lm.peft_files import load_adapter, save_adapter
 from metarec.lm.placement import check_placement, default_placement
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts
-from metarec.tensors import AdapterState, select_user
+from metarec.system.tensors import AdapterState, select_user
 
 Backbones = Callable[..., Backbone]
 Prompts = Callable[[str], CatalogPrompts]

@@ -21,7 +21,7 @@ from metarec.lm.cached_forward import CachedForward
 from metarec.lm.peft_files import load_adapter, save_adapter
 from metarec.lm.placement import check_placement
 from metarec.lm.tokenized import CatalogPrompts
-from metarec.tensors import select_user, write_tensors
+from metarec.system.tensors import select_user, write_tensors
 
 Backbones = Callable[..., Backbone]
 Prompts = Callable[[str], CatalogPrompts]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from metarec import artifacts
-from metarec.artifacts import load_json, replace_dir, replace_file, sha256_file, write_json
-from metarec.tensors import write_tensors
+from metarec.files import artifacts
+from metarec.files.artifacts import load_json, replace_dir, replace_file, sha256_file, write_json
+from metarec.system.tensors import write_tensors
 
 
 @pytest.fixture(params=[0o022, 0o077])

@@ -14,10 +14,10 @@ from conftest import TEMPLATES
 from safetensors.torch import load_file, save_file
 from small_adapters import placement_of
 
-from metarec.artifacts import content_hash, write_manifest
 from metarec.data.interactions import Catalog
 from metarec.data.templates import PromptTemplate
 from metarec.errors import BackboneError, ConfigError
+from metarec.files.artifacts import content_hash, write_manifest
 from metarec.lm.answer_model import open_answer_model
 from metarec.lm.backbone import Backbone, load_backbone, prepare_backbone
 from metarec.lm.embedded import llama_settings, llama_tensors

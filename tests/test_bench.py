@@ -26,7 +26,6 @@ import yaml
 from conftest import Ran, known_interactions
 from threadpoolctl import threadpool_info
 
-from metarec.artifacts import load_json
 from metarec.bench import cells as bench
 from metarec.bench.methods import METHODS, Method, MethodContext, MethodRow
 from metarec.bench.plan import Cell, Plan, cells
@@ -36,8 +35,9 @@ from metarec.bench.summary import Summary, crossing, holm
 from metarec.bench.webpage import render
 from metarec.data.interactions import Ratings
 from metarec.errors import ArtifactError, ConfigError, EvaluationError
-from metarec.metric_names import BEYOND
-from metarec.metrics import BASELINE
+from metarec.evaluation.metric_names import BEYOND
+from metarec.evaluation.metrics import BASELINE
+from metarec.files.artifacts import load_json
 from metarec.scorers.collaborative.trivial import ItemMean
 
 
@@ -707,7 +707,7 @@ def test_a_methods_own_options_come_before_settings(task: str) -> None:
 
 def test_a_context_opens_the_models_that_the_settings_name(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr("metarec.fitting.open_backbone", asked.append)
+    monkeypatch.setattr("metarec.training.fitting.open_backbone", asked.append)
     monkeypatch.setattr(
         "metarec.scorers.language.item_vectors.text_vectors", lambda _, text, encoder: asked.append(encoder)
     )

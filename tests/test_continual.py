@@ -19,13 +19,11 @@ from conftest import TEMPLATES, Ran, known_interactions
 from small_recommenders import SETTINGS, known_task
 
 from metarec.config import RunConfig, validated
-from metarec.continual import OldRun, forgetting, pulled, start_from, with_replay
 from metarec.data.interactions import Ratings
 from metarec.data.source_options import SourceOptions
 from metarec.data.sources import read_source
 from metarec.data.task_data import TaskData
 from metarec.errors import ConfigError, DataError
-from metarec.fitting import Fitted, meta_scorer, open_backbone, prepare
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import MetaState
 from metarec.recommender import MetaRecommender
@@ -33,7 +31,9 @@ from metarec.scorer import Request
 from metarec.scorers.language.score import rated_batch, support_loss
 from metarec.serve.records import Feedback
 from metarec.serve.store import AdapterStore
-from metarec.training import _with_half_life, meta_train
+from metarec.training.continual import OldRun, forgetting, pulled, start_from, with_replay
+from metarec.training.fitting import Fitted, meta_scorer, open_backbone, prepare
+from metarec.training.meta_training import _with_half_life, meta_train
 
 Dirs = Callable[[str], Path]
 
@@ -171,7 +171,7 @@ def test_the_weighted_loss_is_that_of_the_recent_ratings_alone_where_the_others_
 def test_the_half_life_is_learned_by_validation_users_and_kept(
     old_run: Fitted, model_dir: Dirs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from metarec import training
+    from metarec.training import meta_training as training
 
     config = settings(model_dir("llama"))
     config = config.model_copy(update={"meta": config.meta.model_copy(update={"half_life": "learned"})})

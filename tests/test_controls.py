@@ -22,7 +22,7 @@ from metarec.data.side import Side, SideColumns
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.errors import ConfigError
-from metarec.metrics import BASELINE
+from metarec.evaluation.metrics import BASELINE
 from metarec.scorer import Request, request
 from metarec.scorers.collaborative.features import word_vectors
 from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel

@@ -20,16 +20,16 @@ import pytest
 import torch
 from serving import small_recommender
 
-from metarec import exchange
-from metarec.artifacts import is_whole, load_json, replace_dir, replace_file, verify_dir
 from metarec.config import TrainConfig
+from metarec.files import exchange
+from metarec.files.artifacts import is_whole, load_json, replace_dir, replace_file, verify_dir
 from metarec.lm.item_cache import ItemCache, Rows
 from metarec.meta import outer_loop
 from metarec.recommender import MetaRecommender
 from metarec.serve.database import Sqlite
 from metarec.serve.records import Feedback, NewAdapter
 from metarec.serve.store import AdapterStore
-from metarec.tensors import write_tensors
+from metarec.system.tensors import write_tensors
 
 CHANGES = {
     "open",

@@ -25,9 +25,9 @@ from starlette.testclient import TestClient
 
 from metarec.data.task import Task
 from metarec.errors import ArtifactError, ConfigError
+from metarec.files.run_directory import deployed_run, recommender_dir
 from metarec.meta.inner_loop import MetaState
 from metarec.recommender import MetaRecommender
-from metarec.run_directory import deployed_run, recommender_dir
 from metarec.serve.app import create_app
 from metarec.serve.canary import Canary, user_of
 from metarec.serve.deployment import (

@@ -13,11 +13,11 @@ from conftest import Ran
 from serving import LOVES_DRAMA, small_recommender
 
 from metarec.config import RunConfig
-from metarec.devices import check_device, devices
 from metarec.errors import ConfigError
 from metarec.lm.backbone import load_backbone
 from metarec.recommender import MetaRecommender
-from metarec.recommender_files import write_recommender
+from metarec.recommending.recommender_files import write_recommender
+from metarec.system.devices import check_device, devices
 
 
 @pytest.fixture

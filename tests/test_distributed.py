@@ -25,7 +25,7 @@ from torch import Tensor
 
 from metarec.config import TrainConfig
 from metarec.errors import ConfigError, RankError, TrainingError
-from metarec.evaluate import validation_auc
+from metarec.evaluation.evaluate import validation_auc
 from metarec.meta import distributed
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.distributed import ALONE, Ranks, launched, mean_over_ranks
@@ -34,7 +34,7 @@ from metarec.meta.outer_loop import train
 from metarec.recommender import MetaRecommender
 from metarec.registries import ALGORITHMS
 from metarec.scorer import Request
-from metarec.tensors import read_tensors
+from metarec.system.tensors import read_tensors
 
 CONFIG = TrainConfig(steps=12, validate_every=4, warmup=2, patience=99)
 GRADIENTS = ("maml", "fomaml", "maml++", "imaml", "reptile")

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from serving import LOVES_DRAMA, small_recommender
 
-from metarec.artifacts import replace_dir
 from metarec.errors import StoreError
+from metarec.files.artifacts import replace_dir
 from metarec.recommender import MetaRecommender
 from metarec.serve.engine import Engine
 from metarec.serve.records import Feedback, NewAdapter

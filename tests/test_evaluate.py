@@ -21,8 +21,8 @@ from metarec.data.episodes import SplitPart
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.errors import DataError, EvaluationError
-from metarec.evaluate import beside_pooled, evaluate, validation_auc
-from metarec.report import Report
+from metarec.evaluation.evaluate import beside_pooled, evaluate, validation_auc
+from metarec.evaluation.report import Report
 from metarec.scorer import Request, Scorer
 
 DATA = known_interactions()

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from metarec import artifacts, exchange
-from metarec.artifacts import is_whole, load_json, recover_dir, replace_dir, replace_file, verify_dir, write_json
 from metarec.errors import ArtifactError
+from metarec.files import artifacts, exchange
+from metarec.files.artifacts import is_whole, load_json, recover_dir, replace_dir, replace_file, verify_dir, write_json
 
 # Replaces a directory again and again in child processes; the n-th dies before its n-th change of the file system, of
 # which Python's audit hooks tell. Prints what each left behind.
 KILLED = """
 import json, os, sys
 from pathlib import Path
-from metarec import artifacts, exchange
+from metarec.files import exchange
+from metarec.files import artifacts
 
 root, stepwise = Path(sys.argv[1]), sys.argv[2] == "stepwise"
 if stepwise:
@@ -141,7 +142,7 @@ def test_a_full_disk_is_said_with_the_path(tmp_path: Path, monkeypatch: pytest.M
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("metarec.artifacts.os.fsync", full)
+    monkeypatch.setattr("metarec.files.artifacts.os.fsync", full)
     with pytest.raises(ArtifactError, match=r"no room for .*run.*No space left.*Free space"):
         put(tmp_path / "run", "new")
     with pytest.raises(ArtifactError, match=r"no room for .*file"):

@@ -24,7 +24,7 @@ from metarec.lm.peft_files import save_adapter
 from metarec.lm.placement import check_placement, linear_shapes
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts
-from metarec.tensors import select_user
+from metarec.system.tensors import select_user
 
 Backbones = Callable[..., Backbone]
 Prompts = Callable[[str], CatalogPrompts]

@@ -22,13 +22,13 @@ from metarec.config import AugmentConfig, FineTuneConfig, RunConfig
 from metarec.data.augmentation import check_augmentation, varied
 from metarec.data.interactions import Ratings
 from metarec.errors import BackboneError, ConfigError
-from metarec.finetuning import fine_tune_settings, fine_tuned_recommender
 from metarec.lm.backbone import Backbone, load_backbone, load_classifier, save_backbone
 from metarec.lm.rating_classes import RatingClasses
 from metarec.lm.whole_texts import read_texts, text_log_odds
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import MetaState
 from metarec.recommender import MetaRecommender
+from metarec.recommending.finetuning import fine_tune_settings, fine_tuned_recommender
 from metarec.registries import LOSSES
 from metarec.scorer import Request
 from metarec.scorers.collaborative.item_mean import fit_item_mean

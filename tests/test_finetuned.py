@@ -17,13 +17,12 @@ from conftest import TEMPLATES, known_interactions
 from small_recommenders import known_task
 from torch import Tensor
 
-from metarec import fitting
 from metarec.bench.methods import METHODS, MethodContext
 from metarec.config import TrainConfig
 from metarec.data.episodes import Episode, evaluation_episodes
 from metarec.data.interactions import Ratings
 from metarec.errors import ArtifactError, BackboneError, ConfigError, UnknownItemError
-from metarec.evaluate import evaluate
+from metarec.evaluation.evaluate import evaluate
 from metarec.lm.backbone import Backbone
 from metarec.lm.cached_forward import CachedForward
 from metarec.lm.reference_forward import ReferenceForward
@@ -36,6 +35,7 @@ from metarec.scorers.language.finetuned import NAMES, FineTuned, then_per_user_l
 from metarec.scorers.language.in_context import History, InContext
 from metarec.scorers.language.trainable_copy import Recipe, trainable_copy
 from metarec.scorers.serialization import load_scorer, save_scorer
+from metarec.training import fitting
 
 Backbones = Callable[..., Backbone]
 TEMPLATE = TEMPLATES["causal"]

@@ -21,7 +21,7 @@ from metarec.lm.cached_forward import CachedForward
 from metarec.lm.placement import check_placement
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
-from metarec.tensors import select_user
+from metarec.system.tensors import select_user
 
 FAMILIES = {
     "llama": [None, 1, 2],

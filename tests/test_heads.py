@@ -13,7 +13,7 @@ from torch import Tensor
 from metarec.meta.algorithms import closed_form
 from metarec.meta.heads import prototype_head, ridge_head
 from metarec.meta.inner_loop import MetaState
-from metarec.tensors import AdapterState, expand_users
+from metarec.system.tensors import AdapterState, expand_users
 
 USERS, ITEMS, FEATURES = 3, 6, 9
 

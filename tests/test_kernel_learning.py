@@ -12,7 +12,7 @@ from known import CANDIDATES, GENRE, SUPPORT, TEST, THRESHOLD, TRAIN, VECTORS, W
 
 from metarec.config import KernelConfig
 from metarec.data.interactions import Ratings
-from metarec.evaluate import evaluate
+from metarec.evaluation.evaluate import evaluate
 from metarec.scorers.collaborative.gp import GaussianProcess, fit_gp
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.kernel_learning import (

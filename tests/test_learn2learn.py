@@ -13,12 +13,12 @@ from made_losses import QUERIES, RATES, TARGETS, USERS, bent, meta_state
 from small_recommenders import SETTINGS, known_task
 
 from metarec.config import RunConfig, validated
-from metarec.doctor import LEARN2LEARN
 from metarec.errors import ConfigError
 from metarec.meta.algorithms import maml
 from metarec.meta.inner_loop import initial_meta_state
 from metarec.meta.learn2learn import meta_gradient
 from metarec.recommender import MetaRecommender
+from metarec.system.doctor import LEARN2LEARN
 
 needs_learn2learn = pytest.mark.skipif(
     importlib.util.find_spec("learn2learn") is None, reason="learn2learn is not installed: make learn2learn"

@@ -19,7 +19,7 @@ from metarec.meta.algorithms import fomaml, imaml, maml, maml_plus_plus, reptile
 from metarec.meta.heads import ClosedFormHead
 from metarec.meta.inner_loop import MetaState, adapt, initial_meta_state
 from metarec.registries import ALGORITHMS
-from metarec.tensors import AdapterState, select_user
+from metarec.system.tensors import AdapterState, select_user
 
 GRADIENT_BASED = [name for name in ALGORITHMS.names() if not isinstance(ALGORITHMS.get(name), ClosedFormHead)]
 

@@ -12,8 +12,8 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from metarec.errors import EvaluationError
-from metarec.metric_names import RANKING
-from metarec.metrics import (
+from metarec.evaluation.metric_names import RANKING
+from metarec.evaluation.metrics import (
     at_cutoff,
     auc,
     bootstrap_interval,

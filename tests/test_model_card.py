@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from metarec.artifacts import replace_dir
-from metarec.model_card import hurt_share, model_card
+from metarec.files.artifacts import replace_dir
+from metarec.recommending.model_card import hurt_share, model_card
 
 TASK = {"name": "shop/user-cold", "description": "People of a shop.", "licence": "CC0", "dataset": {"source": "table"}}
 FACTS = {
@@ -78,7 +78,7 @@ def test_a_card_states_data_licence_gains_with_intervals_and_who_is_worse_off(
 def test_a_hub_folder_holds_safetensors_and_json_and_loads_as_a_run(
     run: Path, tmp_path: Path, metarec: Callable[..., Any]
 ) -> None:
-    from metarec.run_directory import recommender_dir
+    from metarec.files.run_directory import recommender_dir
 
     metarec("hub", run, "--out", tmp_path / "hub")
     kinds = {file.suffix for file in (tmp_path / "hub").rglob("*") if file.is_file()}

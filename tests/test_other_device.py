@@ -25,7 +25,7 @@ from small_recommenders import SETTINGS, TASK, WITH_BRIEF_STACK
 from test_conformance import FITS, PROMPT, TEST, TRAIN, VALIDATION, Given, given_world
 from torch import Tensor
 
-import metarec.devices
+import metarec.system.devices
 from metarec.config import Precision, RunConfig, validated
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData
@@ -45,7 +45,7 @@ from metarec.scorers.serialization import load_scorer, save_scorer
 from metarec.serve.engine import Engine
 from metarec.serve.records import Feedback
 from metarec.serve.store import AdapterStore
-from metarec.tensors import AdapterState, select_user
+from metarec.system.tensors import AdapterState, select_user
 
 ModelDir = Callable[[str], Path]
 Prompts = Callable[[str], CatalogPrompts]
@@ -59,7 +59,7 @@ WANTED = torch.tensor([[1.0, -1.0, 0.5, 0.0], [0.3, 0.2, -1.0, 1.0]])
 @pytest.fixture(autouse=True)
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The device's name, which this machine says it has."""
-    monkeypatch.setattr(metarec.devices, "devices", lambda: ["cpu", NAME])
+    monkeypatch.setattr(metarec.system.devices, "devices", lambda: ["cpu", NAME])
     with pretended_device() as name:
         yield name
 
@@ -282,7 +282,7 @@ def test_rows_go_to_cuda_from_pinned_memory_and_elsewhere_nothing_is_pinned(
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor.numel()) or tensor)
     model.gather(some_items())
     assert not pinned
-    monkeypatch.setattr("metarec.tensors._COPIES_FROM_PINNED", {device})
+    monkeypatch.setattr("metarec.system.tensors._COPIES_FROM_PINNED", {device})
     moves: list[bool] = []
     move = Tensor.to
 

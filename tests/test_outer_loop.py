@@ -21,7 +21,7 @@ from metarec.errors import ArtifactError, TrainingError
 from metarec.meta.algorithms import MetaGradient, fomaml
 from metarec.meta.inner_loop import MetaState, initial_meta_state
 from metarec.meta.outer_loop import Trained, train
-from metarec.tensors import AdapterState
+from metarec.system.tensors import AdapterState
 
 CONFIG = TrainConfig(steps=30, validate_every=10, warmup=3, patience=99)
 

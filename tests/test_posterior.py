@@ -20,7 +20,6 @@ from metarec.config import RunConfig, validated
 from metarec.data.episodes import Episode, training_batch
 from metarec.data.task_data import TaskData
 from metarec.errors import ConfigError
-from metarec.fitting import Prepared, prepare
 from metarec.meta.algorithms import closed_form, maml
 from metarec.meta.heads import DKT, WeightPrior, leave_one_out_errors, posterior_head
 from metarec.meta.inner_loop import MetaState, initial_meta_state
@@ -29,8 +28,9 @@ from metarec.scorer import Request
 from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
 from metarec.scorers.language.weight_prior import KernelMean, fit_weight_prior
 from metarec.serve.items import extend
-from metarec.tensors import AdapterState, expand_users
-from metarec.training import _meta_gradient
+from metarec.system.tensors import AdapterState, expand_users
+from metarec.training.fitting import Prepared, prepare
+from metarec.training.meta_training import _meta_gradient
 
 ModelDir = Callable[[str], Path]
 USERS, ITEMS, FEATURES = 3, 6, 4

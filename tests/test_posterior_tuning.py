@@ -28,7 +28,7 @@ from metarec.scorers.language import encoder_tuning
 from metarec.scorers.language.encoder_tuning import tuned_text_vectors
 from metarec.scorers.language.item_vectors import text_vectors
 from metarec.scorers.language.posterior_tuning import FeatureBlocks, Half, PosteriorTuning, two_halves
-from metarec.tensors import AdapterState
+from metarec.system.tensors import AdapterState
 
 SETTINGS = PosteriorTuningConfig(steps=4, users=4, max_query=8, layers=1, rank=2, validate_every=2, lr=1e-2)
 PAIRS = EncoderTuningConfig(steps=2, pairs=8, rank=2, validate_every=2)

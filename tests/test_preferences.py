@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from serving import LOVES_DRAMA, recommender_without_model
 
-from metarec import preferences
 from metarec.data.interactions import Catalog, Ratings
 from metarec.errors import ConfigError
-from metarec.preferences import INTERVAL, PreferenceModel
+from metarec.recommending import preferences
+from metarec.recommending.preferences import INTERVAL, PreferenceModel
 from metarec.scorers.collaborative.gp import GaussianProcess
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.residuals import Floats

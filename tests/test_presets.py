@@ -16,9 +16,9 @@ from metarec.bench.methods import METHODS
 from metarec.config import RunConfig, validated
 from metarec.data.task_files import load_task
 from metarec.errors import ConfigError
-from metarec.fitting import needs_model
 from metarec.presets import PRESETS, with_preset
-from metarec.task_features import for_task
+from metarec.training.fitting import needs_model
+from metarec.training.task_features import for_task
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -11,15 +11,15 @@ import pytest
 import torch
 from small_recommenders import NO_MODEL, known_task
 
-from metarec import training
 from metarec.config import PrivateConfig, RunConfig, validated
 from metarec.errors import ConfigError
-from metarec.fitting import prepare
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import MetaState
 from metarec.meta.private import check_private, clipped, epsilon, private_gradient
 from metarec.recommender import MetaRecommender
-from metarec.training import _batch, _meta_gradient, _private_gradient
+from metarec.training import meta_training as training
+from metarec.training.fitting import prepare
+from metarec.training.meta_training import _batch, _meta_gradient, _private_gradient
 
 pytest.importorskip("opacus")
 META = MetaState({"a": torch.zeros(3)}, {})

@@ -15,8 +15,8 @@ from metarec.config import RunConfig, validated
 from metarec.data.interactions import Catalog, Ratings
 from metarec.errors import ConfigError, UnknownItemError
 from metarec.lm.backbone import Backbone
-from metarec.profiles import Evidence, checked, continuation, item_facts, taste, template
 from metarec.recommender import MetaRecommender
+from metarec.recommending.profiles import Evidence, checked, continuation, item_facts, taste, template
 
 ITEMS = 16
 GENRES = ("Comedy, Romance", "Horror", "Drama", "Comedy")
@@ -143,7 +143,7 @@ def test_python_and_command_say_the_same_and_a_model_writes_only_when_asked(
         kind = "causal"
 
     monkeypatch.setattr(MetaRecommender, "backbone", Writer())
-    monkeypatch.setattr("metarec.profiles.continuation", lambda *_: " like drama, but they like action.")
+    monkeypatch.setattr("metarec.recommending.profiles.continuation", lambda *_: " like drama, but they like action.")
     written = recommender.profile(me, generate=True)
     assert (written.text, written.source) == ("They like drama.", "model")
     monkeypatch.setattr(Writer, "kind", "encoder")

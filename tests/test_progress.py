@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from metarec import progress as module
-from metarec.progress import QUIET, progress
+from metarec.system import progress as module
+from metarec.system.progress import QUIET, progress
 
 
 def test_work_that_is_done_in_time_never_makes_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from small_recommenders import SETTINGS, known_task
 
 import metarec
 from metarec.adapted_user import AdaptedUser
-from metarec.calibration import Calibration, _fit_logistic, at_count
 from metarec.config import RunConfig, validated
 from metarec.errors import ArtifactError, ConfigError, RatingError
+from metarec.evaluation.calibration import Calibration, _fit_logistic, at_count
 from metarec.recommender import MetaRecommender
 
 # Needs no language model.

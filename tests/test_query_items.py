@@ -20,7 +20,7 @@ from metarec.bench.query_items import (
 from metarec.data.interactions import Catalog
 from metarec.data.templates import PromptTemplate
 from metarec.errors import DataError
-from metarec.search import TextSearch
+from metarec.recommending.search import TextSearch
 
 CATALOG = Catalog(
     ("1", "2", "3", "4", "5"),

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from serving import small_recommender
 
-from metarec.artifacts import MANIFEST
 from metarec.errors import ConfigError, StoreError
+from metarec.files.artifacts import MANIFEST
 from metarec.recommender import MetaRecommender
 from metarec.serve import ray_bulk
 from metarec.serve.batching import BULK_USERS_AT_ONCE

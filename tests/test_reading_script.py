@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from metarec.threads import use_threads
+from metarec.system.threads import use_threads
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import reading

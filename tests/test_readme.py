@@ -12,8 +12,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from metarec.artifacts import replace_dir
 from metarec.data.sources import read_source
+from metarec.files.artifacts import replace_dir
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

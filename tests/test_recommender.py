@@ -17,7 +17,6 @@ from conftest import TEMPLATES, known_interactions
 from small_recommenders import NO_MODEL, SETTINGS, STRONG, TASK, WITH_PROCESS, WITH_STACK, known_task
 from torch import Tensor
 
-from metarec import recommender_files
 from metarec.config import RunConfig, validated
 from metarec.data.episodes import split_users
 from metarec.data.interactions import Catalog, Ratings
@@ -26,16 +25,17 @@ from metarec.data.task import Task
 from metarec.data.task_data import TaskData
 from metarec.data.templates import PromptTemplate, review_sentence
 from metarec.errors import ArtifactError, ConfigError, DataError, EvaluationError, RatingError, UnknownItemError
-from metarec.evaluate import evaluate
+from metarec.evaluation.evaluate import evaluate
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
 from metarec.lm.forward import ItemBatch
 from metarec.lm.item_cache import ItemCache, read_missing
 from metarec.recommender import MetaRecommender
+from metarec.recommending import recommender_files
 from metarec.registries import ALGORITHMS
 from metarec.scorer import Request, Scorer
 from metarec.scorers.language.linearized import linearize
-from metarec.tensors import read_tensors
+from metarec.system.tensors import read_tensors
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_sentences_are_read_where_items_are_unrated_and_nowhere_else(
         read.append(sentences)
         return np.random.default_rng(0).normal(size=(len(catalog), 6))
 
-    monkeypatch.setattr("metarec.task_features.hidden_state_vectors", recalled)
+    monkeypatch.setattr("metarec.training.task_features.hidden_state_vectors", recalled)
     known = known_task()
     recommender = MetaRecommender.from_pretrained(model_dir("llama"), validated(RunConfig, SETTINGS, "test"))
     recommender.prepare(known)
@@ -180,7 +180,7 @@ def test_a_saved_recommender_tokenizes_only_what_it_is_asked_for(
 def test_a_recommender_that_was_saved_without_its_prompts_tokenizes_them(
     fitted: MetaRecommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("metarec.recommender_files.write_prompts", lambda *_: None)
+    monkeypatch.setattr("metarec.recommending.recommender_files.write_prompts", lambda *_: None)
     fitted.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model" / "prompts.json").exists()
     loaded = MetaRecommender.from_pretrained(tmp_path / "model")
@@ -233,7 +233,7 @@ def test_a_recommender_refuses_another_backbone(
     fitted.save_pretrained(tmp_path / "model")
     facts = json.loads((tmp_path / "model" / "recommender.json").read_text())
     facts["config"]["backbone"] = str(model_dir("mistral"))
-    from metarec.artifacts import dump_json, replace_dir
+    from metarec.files.artifacts import dump_json, replace_dir
 
     copied = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir() if file.name != "manifest.json"}
     with replace_dir(tmp_path / "other", "recommender") as directory:

@@ -13,9 +13,9 @@ from small_recommenders import NO_MODEL, known_task
 
 from metarec.config import RunConfig, validated
 from metarec.errors import ConfigError
-from metarec.recommended_lists import diversity
+from metarec.evaluation.recommended_lists import diversity
 from metarec.recommender import MetaRecommender
-from metarec.reranking import ItemVectors, mmr, pool_size
+from metarec.recommending.reranking import ItemVectors, mmr, pool_size
 
 SCORES = np.array([1.0, 0.9, 0.8, 0.2, 0.0])
 # The first three are alike, the fourth is another thing, the fifth is half of each.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from metarec.metrics import bootstrap_interval
-from metarec.resampling import crossed_interval
+from metarec.evaluation.metrics import bootstrap_interval
+from metarec.evaluation.resampling import crossed_interval
 
 USERS, ITEMS = 40, 8
 

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from metarec.data.episodes import evaluation_episodes
 from metarec.data.interactions import Catalog, Interactions, Ratings, RatingScale
 from metarec.errors import DataError
-from metarec.evaluate import validation_auc
+from metarec.evaluation.evaluate import validation_auc
 from metarec.scorer import Request
 from metarec.scorers.collaborative.features import item_features
 from metarec.scorers.collaborative.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn, similarity

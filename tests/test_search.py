@@ -18,7 +18,7 @@ from metarec.data.templates import PromptTemplate
 from metarec.errors import BackboneError, ConfigError
 from metarec.lm.names import MINILM
 from metarec.recommender import MetaRecommender
-from metarec.search import TextSearch, WordIndex, fused, tokens
+from metarec.recommending.search import TextSearch, WordIndex, fused, tokens
 
 FILMS = Catalog(
     ("1", "2", "3", "4", "5", "6"),

@@ -77,7 +77,7 @@ def test_roberta_has_fewer_positions_than_embeddings(backbone: Backbones) -> Non
 def test_items_that_all_read_the_same_are_refused_before_anything_is_read(
     model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("metarec.fitting.catalog_answer_model", None)
+    monkeypatch.setattr("metarec.training.fitting.catalog_answer_model", None)
     with pytest.raises(ConfigError, match=r"all 40 items have the same prompt: .*Name a field in 'prompt\.text'"):
         recommender(model_dir).prepare(titled(("",) * 40))
 

@@ -36,7 +36,7 @@ from metarec.serve.records import Feedback, NewAdapter
 from metarec.serve.service import ServeSettings
 from metarec.serve.store import AdapterStore
 from metarec.serve.vllm import export_adapters
-from metarec.tensors import read_tensors
+from metarec.system.tensors import read_tensors
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,7 +20,7 @@ pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 from starlette.testclient import TestClient
 
 from metarec.data.interactions import Catalog, RatingScale
-from metarec.preferences import Preference
+from metarec.recommending.preferences import Preference
 from metarec.scorers.collaborative.side_readers import Categories, Numbers
 from metarec.serve import page as page_module
 from metarec.serve.app import create_app

@@ -23,8 +23,8 @@ from metarec.config import RunConfig, validated
 from metarec.data.source_options import SourceOptions
 from metarec.data.sources.store import store as store_tables
 from metarec.errors import MetarecError
+from metarec.files.run_directory import RUN_MODEL
 from metarec.recommender import MetaRecommender
-from metarec.run_directory import RUN_MODEL
 from metarec.serve.app import create_app
 from metarec.serve.bulk import adapt_users, read_feedback
 from metarec.serve.engine import Engine

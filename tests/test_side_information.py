@@ -47,9 +47,9 @@ from metarec.data.task_files import load_task
 from metarec.data.templates import PromptTemplate
 from metarec.data.transforms import keep_users, merge, with_negatives
 from metarec.errors import ConfigError, DataError, RatingError
-from metarec.evaluate import validation_auc
+from metarec.evaluation.evaluate import validation_auc
+from metarec.evaluation.recommended_lists import best_lists, catalog_facts
 from metarec.lm.backbone import load_backbone
-from metarec.recommended_lists import best_lists, catalog_facts
 from metarec.scorer import Request
 from metarec.scorers.collaborative.features import Features
 from metarec.scorers.collaborative.graph_network import fit_graph_network
@@ -63,7 +63,7 @@ from metarec.scorers.collaborative.terms import SideTerm
 from metarec.scorers.collaborative.two_towers import TowerText
 from metarec.scorers.language.encoded_text import EncodedText
 from metarec.scorers.language.in_context import History, InContext, Listwise
-from metarec.task_features import SIDE_TERM, side_note
+from metarec.training.task_features import SIDE_TERM, side_note
 
 NEW_USERS: dict[str, Any] = {"split": {"fractions": [0.6, 0.2, 0.2]}, "shots": [0, 5], "query": {"max": 10, "min": 3}}
 NEW_ITEMS: dict[str, Any] = {**NEW_USERS, "split": {"by": "item", "unseen": 0.2, "fractions": [0.6, 0.2, 0.2]}}

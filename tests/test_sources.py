@@ -332,7 +332,7 @@ def test_a_flipped_byte_of_the_cached_movielens_changes_nothing(
     columns |= {"genres": ["Drama|War", "Action", "(no genres listed)"], "userId": [1, 1, 2]}
     shipped = pd.DataFrame(columns | {"rating": [5.0, 0.5, 3.0], "timestamp": [7, 8, 9]})
     monkeypatch.setattr("metarec.data.sources.movielens._shipped_frame", lambda: shipped)
-    monkeypatch.setattr("metarec.artifacts._fsync", lambda _: None)
+    monkeypatch.setattr("metarec.files.artifacts._fsync", lambda _: None)
     monkeypatch.setenv("METAREC_CACHE", str(tmp_path))
     digest = read_source("embedded-movielens").digest
     (cached,) = (tmp_path / "data").iterdir()

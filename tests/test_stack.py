@@ -11,7 +11,7 @@ from known import CANDIDATES, GENRE, ITEMS, SUPPORT, TEST, THRESHOLD, TRAIN, VEC
 
 from metarec.config import CollaborativeConfig, validated
 from metarec.data.interactions import Interactions, Ratings
-from metarec.evaluate import evaluate
+from metarec.evaluation.evaluate import evaluate
 from metarec.scorers.collaborative.features import Features
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.stack import OutOfFold, Stacked, fit_stack

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from known import CANDIDATES, GENRE, SUPPORT, THRESHOLD, TRAIN, VECTORS, WORLD
 
-from metarec import stack_files
 from metarec.config import CollaborativeConfig, validated
 from metarec.scorers.collaborative.features import Features
 from metarec.scorers.collaborative.stack import FittedStack
-from metarec.stack_files import cached_stack
+from metarec.training import stack_files
+from metarec.training.stack_files import cached_stack
 
 SETTINGS = validated(
     CollaborativeConfig,

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metarec.artifacts import replace_dir
 from metarec.errors import ArtifactError, ConfigError, ConflictError, StoreError
+from metarec.files.artifacts import replace_dir
 from metarec.serve.database import Sqlite
 from metarec.serve.hot_adapters import HotAdapters
 from metarec.serve.records import Accepted, Feedback, NewAdapter, check_id

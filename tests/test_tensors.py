@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from metarec.tensors import pad_rows
+from metarec.system.tensors import pad_rows
 
 
 def test_rows_are_padded_with_zeros_to_the_longest_or_to_a_width() -> None:

@@ -19,7 +19,7 @@ from metarec.errors import ArtifactError, BackboneError, ConfigError
 from metarec.recommender import MetaRecommender
 from metarec.serve.engine import Engine
 from metarec.serve.store import AdapterStore
-from metarec.tensors import read_tensors
+from metarec.system.tensors import read_tensors
 
 TOY = '''
 """A score term from outside the package: items with an even code are good."""
@@ -136,7 +136,7 @@ WITHOUT_MODEL: dict[str, Any] = {
 def test_a_score_without_language_model_loads_none_anywhere(
     model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("metarec.fitting.load_backbone", NoModel())
+    monkeypatch.setattr("metarec.training.fitting.load_backbone", NoModel())
     recommender = small(model_dir, **WITHOUT_MODEL)
     assert recommender.fitted.answer_model is None
     rows = [scorer.name for scorer in recommender.scorers()]
@@ -190,7 +190,7 @@ def test_each_loss_trains_a_recommender(loss: str, model_dir: Callable[[str], Pa
 def test_a_recommender_of_another_format_is_refused_with_the_cure(
     model_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    from metarec.artifacts import dump_json, load_json, write_manifest
+    from metarec.files.artifacts import dump_json, load_json, write_manifest
 
     recommender = small(model_dir, score=["item mean", "prompt"])
     recommender.save_pretrained(tmp_path / "saved")

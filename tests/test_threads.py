@@ -18,7 +18,7 @@ import scipy.linalg  # noqa: F401  its BLAS is another one than NumPy's
 import torch
 from threadpoolctl import ThreadpoolController
 
-from metarec.threads import for_each, map_each, one_thread, use_threads
+from metarec.system.threads import for_each, map_each, one_thread, use_threads
 
 
 def blas() -> set[int]:
@@ -181,7 +181,7 @@ def test_what_serves_limits_numpy_without_loading_scipys_library_and_what_fits_l
     code = (
         "import sys, numpy as np, torch\n"
         "from threadpoolctl import ThreadpoolController\n"
-        "from metarec.threads import one_thread\n"
+        "from metarec.system.threads import one_thread\n"
         "ask = lambda: [one['num_threads'] for one in ThreadpoolController().select(user_api='blas').info()]\n"
         "with one_thread(scipy=False):\n"
         "    print('scipy' in sys.modules, set(ask()))\n"

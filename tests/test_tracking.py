@@ -16,10 +16,10 @@ from small_recommenders import NO_MODEL, known_task
 
 from metarec.config import RunConfig, validated
 from metarec.errors import ConfigError
+from metarec.meta.tracking import TrackedRun, check_trackers, track, tracked
 from metarec.recommender import MetaRecommender
 from metarec.registries import TRACKERS
-from metarec.tracking import TrackedRun, check_trackers, track, tracked
-from metarec.tuning import Parameter, tune
+from metarec.training.tuning import Parameter, tune
 
 OPENED: list[Fake] = []
 
@@ -127,7 +127,7 @@ def test_the_suite_covers_every_tracker() -> None:
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metarec.tracking.find_spec", lambda _: None)
+    monkeypatch.setattr("metarec.meta.tracking.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'metarec\[mlflow\]'"):
         check_trackers(["mlflow"])
     with pytest.raises(ConfigError, match=r"no tracker is called 'tensorbord'\. Did you mean 'tensorboard'"):

@@ -12,10 +12,10 @@ import pytest
 from conftest import Ran
 from small_recommenders import NO_MODEL, known_task
 
-from metarec import tuning
 from metarec.data.task_data import TaskData
 from metarec.errors import ConfigError
-from metarec.tuning import Parameter, tune, without_test_users
+from metarec.training import tuning
+from metarec.training.tuning import Parameter, tune, without_test_users
 
 pytest.importorskip("optuna")
 RATE = Parameter.read("train.score_lr=0.001..0.1")

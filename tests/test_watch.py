@@ -18,9 +18,9 @@ pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
-from metarec.calibration import Calibration
 from metarec.cli import app
 from metarec.data.interactions import RatingScale
+from metarec.evaluation.calibration import Calibration
 from metarec.recommender import MetaRecommender
 from metarec.serve import watch as watching
 from metarec.serve.app import create_app

@@ -18,20 +18,28 @@ from typing import Any
 
 import numpy as np
 
-from metarec.artifacts import SCHEMA_VERSION, content_hash, dump_json, load_json, parse_json, replace_dir, verify_dir
 from metarec.bench.methods import METHODS, MethodContext, MethodRow
 from metarec.bench.plan import Cell, Plan, cells, check_names
 from metarec.bench.results import CELL_FACTS, CELL_TABLES
 from metarec.data.episodes import Episode
 from metarec.data.task_data import TaskData, load_dataset, load_task_data
 from metarec.data.task_files import load_task
-from metarec.devices import check_device
-from metarec.doctor import environment
 from metarec.errors import ArtifactError, ConfigError, EvaluationError, MetarecError
-from metarec.evaluate import beside_pooled, evaluate_on
-from metarec.metrics import BASELINE
-from metarec.progress import QUIET, progress
+from metarec.evaluation.evaluate import beside_pooled, evaluate_on
+from metarec.evaluation.metrics import BASELINE
+from metarec.files.artifacts import (
+    SCHEMA_VERSION,
+    content_hash,
+    dump_json,
+    load_json,
+    parse_json,
+    replace_dir,
+    verify_dir,
+)
 from metarec.scorer import Request, request
+from metarec.system.devices import check_device
+from metarec.system.doctor import environment
+from metarec.system.progress import QUIET, progress
 
 _LOG = logging.getLogger(__name__)
 _SHOWN_USERS, _SHOWN_PROMPTS = 3, 2
@@ -140,7 +148,7 @@ def _start_worker(threads: int) -> None:
     # Limits hold for libraries that are loaded: scikit-learn brings a pool of threads too.
     import sklearn.utils  # noqa: F401
 
-    from metarec.threads import use_threads
+    from metarec.system.threads import use_threads
 
     os.environ[QUIET] = "1"
     use_threads(threads)

@@ -126,7 +126,7 @@ class MethodContext:
         """Vectors of items that the data bring, without those that explain nothing, each of shape (items, width)."""
         if not self.interactions.item_vectors:
             return {}
-        from metarec.task_features import significant_vectors
+        from metarec.training.task_features import significant_vectors
 
         return significant_vectors(self.task_data, {"text": self.vectors, **self.fields}, self.seed)
 
@@ -170,14 +170,14 @@ class MethodContext:
     @cached_property
     def backbone(self) -> Backbone:
         """The language model that the settings name, frozen."""
-        from metarec.fitting import open_backbone
+        from metarec.training.fitting import open_backbone
 
         return open_backbone(self.config)
 
     @cached_property
     def answer_model(self) -> AnswerModel:
         """The language model over the task's prompts, frozen."""
-        from metarec.fitting import catalog_answer_model
+        from metarec.training.fitting import catalog_answer_model
 
         template, catalog = self.data.task.template, self.interactions.catalog
         # It carries no adapter, so a model of fewer blocks than adapters take by default does as well.

@@ -11,15 +11,15 @@ from typing import Any
 
 from pydantic import Field
 
-from metarec.artifacts import content_hash, dump_json, parse_json
 from metarec.bench.methods import METHODS
 from metarec.bench.settings import canonical, label
 from metarec.config import Section, flattened, read_yaml, validated
 from metarec.data.task_files import load_task
-from metarec.devices import check_device_name
 from metarec.errors import ConfigError
+from metarec.evaluation.metrics import BASELINE
+from metarec.files.artifacts import content_hash, dump_json, parse_json
 from metarec.lm.hub import check_backbone
-from metarec.metrics import BASELINE
+from metarec.system.devices import check_device_name
 
 _SLUG_LENGTH = 40
 # Settings that name a model.

@@ -13,7 +13,7 @@ from metarec.bench.robustness import noisy
 from metarec.data.interactions import Catalog, Codes
 from metarec.data.item_fields import tokens_in
 from metarec.errors import DataError
-from metarec.metrics import bootstrap_interval
+from metarec.evaluation.metrics import bootstrap_interval
 
 # What is done to a title, or said instead of it.
 DROPPED, SHUFFLED, MISSPELT, DESCRIBED = "words dropped", "words shuffled", "misspelt", "categories and year"

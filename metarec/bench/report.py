@@ -11,8 +11,8 @@ from rich.table import Table
 
 from metarec.bench.summary import REFERENCE, Summary, ranked
 from metarec.data.user_groups import GROUPINGS
-from metarec.metric_names import BEYOND, CUTOFF, GROUPED, METRICS, POOLED, has_interval
-from metarec.report import Report, ShotSummary
+from metarec.evaluation.metric_names import BEYOND, CUTOFF, GROUPED, METRICS, POOLED, has_interval
+from metarec.evaluation.report import Report, ShotSummary
 from metarec.scorer import OwnLikeShare
 
 _SIGNIFICANT = 0.05

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from metarec.artifacts import load_json, recover_dir, verify_dir
 from metarec.bench.settings import label
 from metarec.bench.summary import MethodFacts, Summary, holm
 from metarec.data.sources.arrow import parquet_table
 from metarec.errors import ArtifactError
-from metarec.exchange import belongs_at, is_temporary
-from metarec.metric_names import METRICS
-from metarec.metrics import BASELINE, bootstrap_interval, paired_p_value
-from metarec.report import Report
+from metarec.evaluation.metric_names import METRICS
+from metarec.evaluation.metrics import BASELINE, bootstrap_interval, paired_p_value
+from metarec.evaluation.report import Report
+from metarec.files.artifacts import load_json, recover_dir, verify_dir
+from metarec.files.exchange import belongs_at, is_temporary
 
 CELL_FACTS = "cell.json"
 CELL_TABLES = ("per_user", "costs", "predictions")

@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from metarec.artifacts import SCHEMA_VERSION
 from metarec.config import RunConfig
 from metarec.data.episodes import Episode
 from metarec.data.interactions import Catalog, Codes, Interactions, Ratings, RatingScale
 from metarec.data.task_data import TaskData
 from metarec.data.templates import PromptTemplate
 from metarec.errors import ConfigError, suggest
-from metarec.evaluate import evaluate_on
+from metarec.evaluation.evaluate import evaluate_on
+from metarec.evaluation.metrics import bootstrap_interval
+from metarec.files.artifacts import SCHEMA_VERSION
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import tokenize_catalog
-from metarec.metrics import bootstrap_interval
 from metarec.recommender import MetaRecommender
 from metarec.scorer import Scorer, request
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from metarec.metric_names import has_interval
-from metarec.metrics import calibrated, calibration_error, paired_p_value
-from metarec.progress import progress
-from metarec.report import Report
+from metarec.evaluation.metric_names import has_interval
+from metarec.evaluation.metrics import calibrated, calibration_error, paired_p_value
+from metarec.evaluation.report import Report
+from metarec.system.progress import progress
 
 # The method that every other is compared with, beside the baseline.
 REFERENCE = "metarec"
@@ -76,7 +76,7 @@ class Summary:
 
         Args:
             reference: The method that every other is compared with beside it; None for no such comparison.
-            crossed: Intervals are over people and items, see `metarec.resampling`; otherwise over people.
+            crossed: Intervals are over people and items, see `metarec.evaluation.resampling`; otherwise over people.
 
         Returns:
             One row per method and K. P-values are corrected by Holm's method (1979) over all comparisons with the

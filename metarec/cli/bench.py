@@ -167,9 +167,9 @@ def report(
     json: JsonOption = False,
 ) -> None:
     """Pool the cells of a benchmark into a table: printed, as JSON, or as a page with charts."""
-    from metarec.artifacts import replace_file, write_json
     from metarec.bench.results import as_json, read_cells
     from metarec.bench.summary import REFERENCE
+    from metarec.files.artifacts import replace_file, write_json
 
     summaries = read_cells(out)
     rows = list(dict.fromkeys(name for group in summaries for name in group.methods))
@@ -241,9 +241,9 @@ def robustness(
     from metarec.cli.runs import load_run, provenance
 
     recommender = load_run(run, device=device)
-    from metarec.artifacts import write_json
     from metarec.bench.robustness import PARTS, most_rated
     from metarec.bench.robustness import robustness as measured
+    from metarec.files.artifacts import write_json
 
     data = recommender.task_data()
     data = data if items is None else most_rated(data, items)

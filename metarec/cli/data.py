@@ -87,7 +87,7 @@ def check(
     from metarec.data.checks.findings import read_for_checks
     from metarec.data.checks.side import check_side
     from metarec.data.sources import write_tables
-    from metarec.progress import progress
+    from metarec.system.progress import progress
 
     thresholds = [verdict.read_threshold(text) for text in fail_on or []]
     options = source_options(

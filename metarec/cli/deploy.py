@@ -46,8 +46,8 @@ def task(
     """Write the task of the current run over what its service has collected, to train on."""
     import yaml
 
-    from metarec.artifacts import load_json, replace_file
-    from metarec.run_directory import FACTS, recommender_dir
+    from metarec.files.artifacts import load_json, replace_file
+    from metarec.files.run_directory import FACTS, recommender_dir
     from metarec.serve.deployment import read_deployment
     from metarec.serve.index import is_remote
 

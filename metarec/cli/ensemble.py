@@ -30,9 +30,9 @@ def ensemble(
     from dataclasses import replace
 
     from metarec.bench.report import table
-    from metarec.fitting import unadapted_rows
-    from metarec.metrics import BASELINE
+    from metarec.evaluation.metrics import BASELINE
     from metarec.scorers.ensemble import Ensemble
+    from metarec.training.fitting import unadapted_rows
 
     loaded = [load_run(run, device=device) for run in runs]
     first = loaded[0]

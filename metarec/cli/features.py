@@ -36,8 +36,8 @@ def images(
         raise ConfigError(f"--out '{out}' is no .safetensors", "Write --out covers.safetensors")
     if not model.is_dir():
         raise ConfigError(f"the model directory '{model}' does not exist", "Check the path")
-    from metarec.devices import check_device
     from metarec.lm.image_encoder import read_images
+    from metarec.system.devices import check_device
 
     vectors = read_images(folder, model, out, batch=batch, device=check_device(device), fresh=fresh)
     show({"vectors": vectors, "file": str(out)}, json)

@@ -70,7 +70,7 @@ def finetune(
     run = run_dir(runs, name)
     refuse_overwriting(run, resume, fresh)
     from metarec.config import RunConfig, flattened, override, read_yaml, validated
-    from metarec.tracking import TrackedRun, check_trackers, tracked
+    from metarec.meta.tracking import TrackedRun, check_trackers, tracked
 
     check_trackers(tracker or [])
     named = {"task": what or task, "backbone": backbone, "device": device, "seed": seed}
@@ -84,11 +84,11 @@ def finetune(
         kept_folders(run)
     import yaml
 
-    from metarec.artifacts import replace_file
     from metarec.data.given_task import load_given
-    from metarec.finetuning import fine_tune_settings, fine_tuned_recommender
+    from metarec.files.artifacts import replace_file
+    from metarec.files.run_directory import RUN_MODEL, TUNED_MODEL
     from metarec.meta.outer_loop import clear_checkpoint
-    from metarec.run_directory import RUN_MODEL, TUNED_MODEL
+    from metarec.recommending.finetuning import fine_tune_settings, fine_tuned_recommender
 
     tuning = fine_tune_settings(chosen, str(config) if config else "--set")
     data = load_given(chosen_task(settings), {}, settings.seed)

@@ -19,7 +19,7 @@ def hub(
     json: JsonOption = False,
 ) -> None:
     """Write a run as a folder for a model hub, with a card that states data, licences and measured gains."""
-    from metarec.model_card import write_hub_folder
+    from metarec.recommending.model_card import write_hub_folder
 
     write_hub_folder(run, out)
     show({"folder": str(out), "card": str(out / "README.md")}, json)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def show_one_user(recommender: MetaRecommender, run: Path, quiet: bool) -> dict[str, Any]:
     """Adapts to five ratings of the first test user, and shows the ranking before and after."""
-    from metarec.artifacts import write_json
+    from metarec.files.artifacts import write_json
 
     catalog = recommender.fitted.catalog
     episode = recommender.task_data().episodes("test")[0][0]

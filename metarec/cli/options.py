@@ -185,7 +185,7 @@ def show(facts: dict[str, Any], json: bool) -> None:
 
 def print_json(value: Any) -> None:
     """Prints JSON and nothing else."""
-    from metarec.artifacts import dump_json
+    from metarec.files.artifacts import dump_json
 
     typer.echo(dump_json(value), nl=False)
 

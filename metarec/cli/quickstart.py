@@ -56,7 +56,7 @@ def quickstart(
     named = {"task": task, "backbone": backbone, "device": device, "seed": seed}
     settings = run_settings(config, preset or "quick", named, overrides, engine)
     check_names(settings)
-    from metarec.devices import check_device
+    from metarec.system.devices import check_device
 
     check_device(settings.device)
     stages = _Stages(quiet=json)

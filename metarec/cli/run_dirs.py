@@ -8,9 +8,9 @@ from pathlib import Path
 
 import typer
 
-from metarec.artifacts import MANIFEST, recover_dir
 from metarec.errors import ConfigError, shown
-from metarec.run_directory import TUNED_MODEL
+from metarec.files.artifacts import MANIFEST, recover_dir
+from metarec.files.run_directory import TUNED_MODEL
 
 
 def run_dir(runs: Path, name: str) -> Path:

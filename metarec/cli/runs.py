@@ -62,8 +62,8 @@ app.add_typer(model_app, name="model")
 @app.command(epilog="Example: metarec doctor --backbone path/to/model")
 def doctor(backbone: BackboneOption = None, json: JsonOption = False) -> None:
     """Say what this machine has and lacks, and how it runs a backbone; status 1 if something needed is missing."""
-    from metarec.doctor import Diagnosis, examine
     from metarec.lm.hub import check_backbone
+    from metarec.system.doctor import Diagnosis, examine
 
     if backbone is not None:
         check_backbone(backbone)
@@ -181,14 +181,14 @@ def train(
     task = what or task
     run = run_dir(runs, name)
     refuse_overwriting(run, resume, fresh)
-    from metarec.tracking import check_trackers
+    from metarec.meta.tracking import check_trackers
 
     check_trackers(tracker or [])
     go_on = "with --resume instead of --fresh" if fresh else "with --resume"
     named = {"task": task, "backbone": backbone, "device": device, "seed": seed}
     if old is not None:
         check_run(old, device)
-        from metarec.run_directory import deployed_run
+        from metarec.files.run_directory import deployed_run
 
         old = deployed_run(old)
     guards = [f"train.{key}={value}" for key, value in (("replay", replay), ("anchor", anchor)) if value is not None]
@@ -243,7 +243,7 @@ def evaluate(
     json: JsonOption = False,
 ) -> None:
     """Score the test users of the run's task and print the table; per-user results go into the run."""
-    from metarec.metric_names import BEYOND, check_metrics
+    from metarec.evaluation.metric_names import BEYOND, check_metrics
 
     metrics = [*(metric or []), *(BEYOND if beyond_accuracy else ())]
     check_metrics(metrics)
@@ -381,8 +381,8 @@ def evaluate_run(
     recommender: MetaRecommender, run: Path, json: bool, quiet: bool = False, metrics: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Scores the test users of a run's task, keeps the results in the run, and prints the table."""
-    from metarec.artifacts import replace_file, write_json
     from metarec.bench.report import findings, table
+    from metarec.files.artifacts import replace_file, write_json
 
     report = recommender.evaluate(metrics=metrics)
     result = {**report.to_json(), **side_facts(recommender), **provenance(recommender)}
@@ -401,7 +401,7 @@ def evaluate_run(
 
 def side_facts(recommender: MetaRecommender) -> dict[str, str]:
     """Returns which terms of a recommender read what its task brings of users and moments, if it brings anything."""
-    from metarec.task_features import for_task, side_note
+    from metarec.training.task_features import for_task, side_note
 
     task = recommender.fitted.task
     note = side_note(task, for_task(recommender.config, task).score)
@@ -410,7 +410,7 @@ def side_facts(recommender: MetaRecommender) -> dict[str, str]:
 
 def provenance(recommender: MetaRecommender) -> dict[str, Any]:
     """Returns what a result is a function of: task, settings, weights, versions, hardware."""
-    from metarec.doctor import environment
+    from metarec.system.doctor import environment
 
     task, model = recommender.fitted.task, recommender.fitted.answer_model
     return {
@@ -439,8 +439,8 @@ def check_run(run: Path, device: str | None = None) -> None:
     Raises:
         ConfigError: There is none, or there are no such devices.
     """
-    from metarec.devices import check_device_name
-    from metarec.run_directory import recommender_dir
+    from metarec.files.run_directory import recommender_dir
+    from metarec.system.devices import check_device_name
 
     if recommender_dir(run) is None:
         raise ConfigError(f"'{run}' holds no trained recommender", f"Run: metarec train --name {run.name}")

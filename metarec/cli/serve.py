@@ -9,7 +9,7 @@ import typer
 
 from metarec.cli.options import DeviceOption, JsonOption, show
 from metarec.errors import ConfigError
-from metarec.run_directory import DEPLOYMENT
+from metarec.files.run_directory import DEPLOYMENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable

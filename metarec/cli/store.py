@@ -82,7 +82,7 @@ def ls(
 @store_app.command(epilog="Example: metarec store verify runs/mine/store")
 def verify(store: StoreArgument, adapters: AdaptersOption = None, json: JsonOption = False) -> None:
     """Check every byte of every adapter; exit with status 1 if one is damaged. A server computes it again."""
-    from metarec.progress import progress
+    from metarec.system.progress import progress
 
     opened = _open(store, adapters)
     damaged = []
@@ -162,7 +162,7 @@ def export_user(
     """Print everything that a store holds about a user, as JSON."""
     import shutil
 
-    from metarec.artifacts import MANIFEST, replace_dir
+    from metarec.files.artifacts import MANIFEST, replace_dir
 
     opened = _open(store, adapters)
     held = opened.export(user)

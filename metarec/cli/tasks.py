@@ -92,7 +92,7 @@ def validate(
 ) -> None:
     """Load, label, split and render tasks for real, and look for leaks; status 1 if one is not sound."""
     from metarec.data.task_files import load_group, load_task, task_names
-    from metarec.progress import progress
+    from metarec.system.progress import progress
 
     if backbone is not None:
         from metarec.lm.hub import check_backbone

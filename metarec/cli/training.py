@@ -53,8 +53,8 @@ def check_names(settings: RunConfig) -> None:
         ConfigError: There is no such task, or no such kind of device.
         BackboneError: There is no such model.
     """
-    from metarec.devices import check_device_name
     from metarec.lm.hub import check_backbone
+    from metarec.system.devices import check_device_name
 
     check_device_name(settings.device)
     chosen_task(settings)
@@ -95,13 +95,13 @@ def train_run(
         own: Of a table: see `MetaRecommender.fit`.
         ranks: The processes that train together, of which the first writes and prints; None is this one alone.
         start: The run that it goes on from; None starts afresh.
-        trackers: Where its numbers go; see `metarec.tracking`.
+        trackers: Where its numbers go; see `metarec.meta.tracking`.
     """
     import yaml
 
-    from metarec.artifacts import replace_file
     from metarec.data.source_options import is_table
-    from metarec.run_directory import RUN_MODEL
+    from metarec.files.artifacts import replace_file
+    from metarec.files.run_directory import RUN_MODEL
 
     if fresh:
         refuse_deleting(run, start, settings.backbone, settings.collaborative.encoder)
@@ -122,7 +122,7 @@ def train_run(
             typer.echo(sentence, err=True)
     refuse_small_data(data, settings.train)
     from metarec.config import flattened
-    from metarec.tracking import TrackedRun, tracked
+    from metarec.meta.tracking import TrackedRun, tracked
 
     tracked_run = TrackedRun(run.name, run, flattened(settings.model_dump(mode="json")))
     # What cannot be trained must not cost what was: the run is cleared once the first gradient is there.

@@ -57,15 +57,15 @@ def tune(
     """Search for settings by validation users; the same command goes on where it stopped. No test user is seen."""
     import yaml
 
-    from metarec.artifacts import replace_file
+    from metarec.files.artifacts import replace_file
 
     named = {"task": task, "backbone": backbone, "device": device, "seed": seed}
     settings = run_settings(config, preset, named, overrides, None)
     check_names(settings)
-    from metarec.tracking import check_trackers
+    from metarec.meta.tracking import check_trackers
 
     check_trackers(tracker or [])
-    from metarec.tuning import Parameter, tune
+    from metarec.training.tuning import Parameter, tune
 
     parameters = [Parameter.read(text) for text in param or []]
     from metarec.config import override

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from metarec.artifacts import SCHEMA_VERSION
 from metarec.data.checks.findings import Checked
+from metarec.files.artifacts import SCHEMA_VERSION
 
 
 def describe(data: Checked) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def graph_vectors(edges: Edges, ids: Sequence[str]) -> Values:
     from scipy.sparse import csr_array
     from scipy.sparse.linalg import eigsh
 
-    from metarec.threads import one_thread  # loads torch
+    from metarec.system.threads import one_thread  # loads torch
 
     place: dict[tuple[str, str], int] = {("", item): code for code, item in enumerate(ids)}
     items = len(place)

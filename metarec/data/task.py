@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from metarec.artifacts import content_hash
 from metarec.config import Section
 from metarec.data.episodes import Candidates, Order
 from metarec.data.interactions import PART_NAMES, Catalog, SplitPart
@@ -16,7 +15,8 @@ from metarec.data.item_fields import FieldChoice, FieldKind, choose_fields
 from metarec.data.labels import LabelRule, read_rule
 from metarec.data.source_options import SourceOptions
 from metarec.data.templates import MAX_FIELD_CHARACTERS, PromptTemplate, item_text, review_sentence
-from metarec.metric_names import METRICS, check_metric
+from metarec.evaluation.metric_names import METRICS, check_metric
+from metarec.files.artifacts import content_hash
 
 
 class DatasetConfig(Section):

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from metarec.artifacts import content_hash
 from metarec.data.episodes import (
     Episode,
     evaluation_episodes,
@@ -26,6 +25,7 @@ from metarec.data.task import DatasetConfig, QueryConfig, SplitConfig, Task, Uns
 from metarec.data.templates import derive_fields
 from metarec.data.transforms import DOMAIN, as_domains, keep_users, log_ratings, merge, with_negatives
 from metarec.errors import DataError, shown, suggest
+from metarec.files.artifacts import content_hash
 
 
 @dataclass(frozen=True)

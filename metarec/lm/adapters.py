@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from metarec.lm.adapter_kinds import Adapters, AdapterSpec
-from metarec.tensors import AdapterState
+from metarec.system.tensors import AdapterState
 
 
 def init_adapter(spec: AdapterSpec, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> AdapterState:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarec.artifacts import content_hash
 from metarec.config import Precision
+from metarec.files.artifacts import content_hash
 from metarec.lm.adapter_kinds import Adapters, AdapterSpec
 from metarec.lm.backbone import Backbone
 from metarec.lm.cached_forward import CachedForward

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from metarec.artifacts import content_hash, load_json, replace_dir
-from metarec.devices import check_device
 from metarec.errors import BackboneError
+from metarec.files.artifacts import content_hash, load_json, replace_dir
 from metarec.lm.embedded import unpack_smollm2, unpacked_smollm2
 from metarec.lm.families import BlockModel, TakenApart, take_apart
 from metarec.lm.fingerprint import weights_fingerprint
@@ -32,6 +31,7 @@ from metarec.lm.plain_llama import open_llama
 from metarec.lm.rating_classes import RatingClasses
 from metarec.lm.whole_model import Kind as Kind
 from metarec.lm.whole_model import open_model, open_tokenizer, transformers_package
+from metarec.system.devices import check_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarec.artifacts import cache_dir, content_hash
 from metarec.config import Precision
+from metarec.files.artifacts import cache_dir, content_hash
 from metarec.lm.adapter_kinds import Adapters, Placement
 from metarec.lm.backbone import Backbone
 from metarec.lm.blocks import KeyValues, Places, pick, within
@@ -28,7 +28,7 @@ from metarec.lm.packing import PADDING, PREFIX, Packed, pack
 from metarec.lm.precision import to_int8
 from metarec.lm.prefix_files import PrefixRun, kept_prefix
 from metarec.lm.tokenized import CatalogPrompts
-from metarec.tensors import to_device
+from metarec.system.tensors import to_device
 
 _KIND = "forward"
 

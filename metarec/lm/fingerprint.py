@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from metarec.artifacts import MANIFEST, content_hash, load_json, sha256_file
+from metarec.files.artifacts import MANIFEST, content_hash, load_json, sha256_file
 
 # Settings that leave the states of a frozen model as they are: versions, loading, training, generation and labels.
 _BOOKKEEPING = re.compile(

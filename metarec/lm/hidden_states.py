@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarec.artifacts import cache_dir, content_hash
 from metarec.errors import BackboneError
+from metarec.files.artifacts import cache_dir, content_hash
 from metarec.lm.backbone import Backbone
 from metarec.lm.item_cache import ItemCache, Rows, read_missing
 

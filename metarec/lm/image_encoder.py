@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarec.artifacts import content_hash, load_json, replace_file
 from metarec.data.interactions import Values
 from metarec.errors import BackboneError, DataError
+from metarec.files.artifacts import content_hash, load_json, replace_file
 from metarec.lm.model_files import check_model_dir, refuse_missing_weights
-from metarec.progress import progress
+from metarec.system.progress import progress
 
 _LOG = logging.getLogger(__name__)
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")

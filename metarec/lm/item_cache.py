@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from metarec.exchange import room_for
-from metarec.progress import progress
-from metarec.threads import for_each
+from metarec.files.exchange import room_for
+from metarec.system.progress import progress
+from metarec.system.threads import for_each
 
 BLOCK_ITEMS = 64
 _INDEX, _LOCK = "index.bin", "lock"
@@ -173,7 +173,7 @@ def read_missing(
         items: Item codes.
         lengths: Tokens of every item of the catalog, shape (catalog,); items of like length are read together.
         read: Returns the rows of a block of items, see `ItemCache.add`.
-        workers: How many blocks are read side by side, see `metarec.threads.for_each`.
+        workers: How many blocks are read side by side, see `metarec.system.threads.for_each`.
 
     Raises:
         ArtifactError: The disk has no room.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from metarec.artifacts import MANIFEST, load_json, verify_dir
 from metarec.errors import BackboneError
+from metarec.files.artifacts import MANIFEST, load_json, verify_dir
 
 _CURE = "Fetch the model again, or convert its weights to safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metarec.lm.adapter_kinds.lora import LORA_A, LORA_B, PEFT_PREFIX
 from metarec.lm.answer_model import AnswerModel
-from metarec.tensors import AdapterState
+from metarec.system.tensors import AdapterState
 
 NO_PLACE = (
     "PEFT has no place for the user's head: that takes LoRA adapters, and a model that answers by the logits of two "

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
 from metarec.errors import ArtifactError
+from metarec.files.artifacts import dump_json, load_json, replace_dir, verify_dir
 from metarec.lm.adapter_kinds import AdapterSpec
 from metarec.lm.output_layer import OutputLayer, without_output_layer
-from metarec.tensors import AdapterState, read_tensors, write_tensors
+from metarec.system.tensors import AdapterState, read_tensors, write_tensors
 
 _PEFT_WEIGHTS = "adapter_model.safetensors"
 _PEFT_CONFIG = "adapter_config.json"

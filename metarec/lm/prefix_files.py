@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from metarec.artifacts import is_whole, replace_dir
-from metarec.tensors import read_tensors, write_tensors
+from metarec.files.artifacts import is_whole, replace_dir
+from metarec.system.tensors import read_tensors, write_tensors
 
 _KIND, _FILE = "prefix", "prefix.safetensors"
 _ENTERING = "entering"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from metarec.artifacts import dump_json, load_json
 from metarec.data.interactions import Catalog
 from metarec.data.templates import PromptTemplate
 from metarec.errors import ArtifactError
+from metarec.files.artifacts import dump_json, load_json
 from metarec.lm.backbone import Backbone
 from metarec.lm.tokenized import CatalogPrompts, ItemTexts, TokenRows
-from metarec.tensors import read_tensors, write_tensors
+from metarec.system.tensors import read_tensors, write_tensors
 
 _TOKENS, _FACTS = "prompts.safetensors", "prompts.json"
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metarec.artifacts import content_hash
 from metarec.errors import ConfigError
+from metarec.files.artifacts import content_hash
 from metarec.lm.backbone import Backbone
 
 Bits = Literal[8, 4]

@@ -14,10 +14,10 @@ from typing import overload
 
 import numpy as np
 
-from metarec.artifacts import dump_json
 from metarec.data.interactions import Catalog
 from metarec.data.templates import PromptTemplate
 from metarec.errors import ConfigError
+from metarec.files.artifacts import dump_json
 from metarec.lm.backbone import Backbone
 
 _LOG = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from metarec.meta.inner_loop import Adapted, Loss, MetaState, Solve, adapt, finite_users, per_user
-from metarec.tensors import AdapterState, expand_users
+from metarec.system.tensors import AdapterState, expand_users
 
 
 @dataclass(frozen=True)

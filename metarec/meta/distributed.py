@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from metarec.devices import check_device
 from metarec.errors import ConfigError, MetarecError, RankError, TrainingError
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import MetaState
-from metarec.progress import quiet
+from metarec.system.devices import check_device
+from metarec.system.progress import quiet
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from metarec.config import Start
 from metarec.registries import ALGORITHMS
-from metarec.tensors import AdapterState
-from metarec.threads import one_thread
+from metarec.system.tensors import AdapterState
+from metarec.system.threads import one_thread
 
 
 @dataclass(frozen=True)

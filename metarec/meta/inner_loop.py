@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metarec.tensors import AdapterState, expand_users
+from metarec.system.tensors import AdapterState, expand_users
 
 Loss = Callable[[AdapterState], Tensor]
 Solve = Callable[[AdapterState], AdapterState]

@@ -9,8 +9,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from metarec.artifacts import cache_dir, content_hash, is_whole, replace_dir
-from metarec.tensors import AdapterState, read_tensors, write_tensors
+from metarec.files.artifacts import cache_dir, content_hash, is_whole, replace_dir
+from metarec.system.tensors import AdapterState, read_tensors, write_tensors
 
 _FILE = "tuned.safetensors"
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarec.doctor import LEARN2LEARN
 from metarec.errors import ConfigError
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import Loss, MetaState
-from metarec.tensors import AdapterState
+from metarec.system.doctor import LEARN2LEARN
+from metarec.system.tensors import AdapterState
 
 
 def meta_gradient(

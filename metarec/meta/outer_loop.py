@@ -21,15 +21,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from metarec.artifacts import MANIFEST, dump_json, load_json, recover_dir, replace_dir, verify_dir
 from metarec.config import TrainConfig
 from metarec.errors import ArtifactError, TrainingError, shown
+from metarec.files.artifacts import MANIFEST, dump_json, load_json, recover_dir, replace_dir, verify_dir
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.distributed import ALONE, Ranks
 from metarec.meta.inner_loop import MetaState
-from metarec.progress import progress
-from metarec.tensors import read_tensors, write_tensors
-from metarec.tracking import track
+from metarec.meta.tracking import track
+from metarec.system.progress import progress
+from metarec.system.tensors import read_tensors, write_tensors
 
 MetaGradientAt = Callable[[MetaState, int], MetaGradient]
 Validate = Callable[[MetaState], float]

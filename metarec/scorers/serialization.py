@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
 from metarec.data.interactions import Catalog
 from metarec.data.templates import PromptTemplate
 from metarec.errors import ArtifactError
+from metarec.files.artifacts import dump_json, load_json, replace_dir, verify_dir
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
 from metarec.meta.inner_loop import MetaState
@@ -52,7 +52,7 @@ from metarec.scorers.language.trainable_copy import Recipe
 from metarec.scorers.language.weight_prior import KernelMean
 from metarec.scorers.language.zero_shot import ZeroShot
 from metarec.scorers.term import ItemValues
-from metarec.tensors import read_tensors, write_tensors
+from metarec.system.tensors import read_tensors, write_tensors
 
 KIND = "scorer"
 # Version of the files' layout and names; scorers of another version are refused.

@@ -24,7 +24,7 @@ from metarec.recommender import MetaRecommender
 from metarec.scorers.language.linearized import Linearized, linearize
 from metarec.scorers.language.score import score_adapted
 from metarec.serve.items import longest, prompt_lengths
-from metarec.threads import use_threads
+from metarec.system.threads import use_threads
 
 # Users per batch: alone in the service, fifteen (and a padding row) in bulk. Larger batches serve more users a second
 # and make a single one wait longer. The number of ratings is padded to a multiple of four, eight at least.

@@ -19,10 +19,10 @@ from metarec.data.side_files import friends_of_users, side_folder, users_table
 from metarec.data.source_options import SourceOptions
 from metarec.data.sources.rated import rated_rows
 from metarec.errors import ConfigError, DataError, MetarecError
-from metarec.given_side import is_review, known_names, read_review
-from metarec.progress import progress
 from metarec.serve.engine import Engine
 from metarec.serve.records import Beside, Feedback, NewAdapter, check_id
+from metarec.system.progress import progress
+from metarec.training.given_side import is_review, known_names, read_review
 
 _LOG = logging.getLogger(__name__)
 USERS_AT_ONCE = 256

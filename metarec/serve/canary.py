@@ -24,7 +24,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from metarec.errors import ConfigError
-from metarec.run_directory import DEPLOYMENT
+from metarec.files.run_directory import DEPLOYMENT
 from metarec.serve.deployment import DeployedRun, Deployment, models_name, read_deployment
 from metarec.serve.service import Service
 

@@ -17,9 +17,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from metarec.artifacts import MANIFEST, content_hash, load_json, sha256_file, verify_dir, write_json
 from metarec.errors import ArtifactError, ConfigError
-from metarec.run_directory import DEPLOYMENT, FACTS, recommender_dir
+from metarec.files.artifacts import MANIFEST, content_hash, load_json, sha256_file, verify_dir, write_json
+from metarec.files.run_directory import DEPLOYMENT, FACTS, recommender_dir
 
 if TYPE_CHECKING:
     from metarec.serve.prequential import Sums

@@ -1,7 +1,7 @@
 """Serves a recommender over a store: adapters from ratings, rankings from adapters, explanations, added items.
 
 One thread calls it; it divides the work of a call among several. `batching` adapts and scores, `retrieval` chooses the
-items worth an exact score, `metarec.search` finds items by text.
+items worth an exact score, `metarec.recommending.search` finds items by text.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from metarec.adapted_user import AdaptedUser, Recommendation
 from metarec.data.filters import ItemFilter
 from metarec.data.interactions import Catalog, Codes, Flags, Ratings
 from metarec.errors import ArtifactError, ConfigError, ConflictError, MetarecError, UnknownItemError
-from metarec.explanations import Reason, explain
-from metarec.given_side import kept_side, read_review, reads_reviews, unknown_values, with_side
-from metarec.metrics import rank_order
-from metarec.preferences import Informative, Knowledge, PreferenceModel
+from metarec.evaluation.metrics import rank_order
 from metarec.recommender import MetaRecommender
-from metarec.reranking import ItemVectors, check_diversity, mmr, pool_size
+from metarec.recommending.explanations import Reason, explain
+from metarec.recommending.preferences import Informative, Knowledge, PreferenceModel
+from metarec.recommending.reranking import ItemVectors, check_diversity, mmr, pool_size
+from metarec.recommending.search import Found, TextSearch
 from metarec.scorers.language.left_out import scores_without_each
-from metarec.search import Found, TextSearch
 from metarec.serve.batching import BLOCK, USERS_AT_ONCE, BatchedModel, linearize_most_rated
 from metarec.serve.hot_adapters import HotAdapters
 from metarec.serve.items import check_fields, extend
@@ -36,7 +35,8 @@ from metarec.serve.records import Feedback, FeedbackEvent, NewAdapter, Profile, 
 from metarec.serve.retrieval import CandidateRetrieval, Effects, is_small, reads_all
 from metarec.serve.store import AdapterStore
 from metarec.serve.warm import Warm, read_warm, warm_key, write_warm
-from metarec.tensors import AdapterState
+from metarec.system.tensors import AdapterState
+from metarec.training.given_side import kept_side, read_review, reads_reviews, unknown_values, with_side
 
 _LOG = logging.getLogger(__name__)
 
@@ -523,7 +523,7 @@ class Engine:
         return self._retrieval.choose(person.adapted, codes, max(self._candidates, 2 * k))
 
     def explain(self, person: Person, codes: Codes, most: int = 3) -> list[list[Reason]]:
-        """Returns the ratings that changed some items' scores most; see `metarec.explanations.explain`.
+        """Returns the ratings that changed some items' scores most; see `metarec.recommending.explanations.explain`.
 
         Users who take gradient steps are adapted without each rating in one pass, see `scores_without_each`.
         """

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from metarec.artifacts import load_json, write_json
 from metarec.errors import StoreError
+from metarec.files.artifacts import load_json, write_json
 
 _OWNER, _UNKNOWN = "store.json", "unknown.json"
 # How many of a directory's keys are looked up in an index before it is said to know none.

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, unquote_to_bytes
 
-from metarec.artifacts import parse_json
+from metarec.files.artifacts import parse_json
 from metarec.serve.fair_queue import CLIENT
 from metarec.serve.keys import ApiKey, scope_of
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from metarec.data.interactions import Catalog
 from metarec.errors import ConfigError, suggest
-from metarec.fitting import Fitted
 from metarec.lm.answer_model import AnswerModel, open_answer_model
 from metarec.lm.cached_forward import CachedForward
 from metarec.lm.forward import ItemBatch
@@ -25,6 +24,7 @@ from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
 from metarec.recommender import MetaRecommender
 from metarec.scorers.collaborative.item_mean import extend_by_text
 from metarec.scorers.term import AddedItems
+from metarec.training.fitting import Fitted
 
 
 @dataclass(frozen=True)

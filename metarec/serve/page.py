@@ -25,15 +25,15 @@ from metarec.data.interactions import Catalog, RatingScale
 from metarec.data.side import ABOUT
 from metarec.data.titles import read_title
 from metarec.errors import ConfigError, MetarecError, StoreError
-from metarec.explanations import Reason
-from metarec.given_side import about_readers
-from metarec.preferences import Preference
+from metarec.recommending.explanations import Reason
+from metarec.recommending.preferences import Preference
 from metarec.scorers.collaborative.side_readers import Categories, Numbers
 from metarec.serve.batching import BLOCK
 from metarec.serve.person import Person
 from metarec.serve.records import MAX_ID_CHARACTERS, Feedback
 from metarec.serve.service import Service
 from metarec.serve.worker import BusyError
+from metarec.training.given_side import about_readers
 
 _HERE = Path(__file__).parent
 _COOKIE = "metarec_visitor"

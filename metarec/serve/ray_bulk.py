@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from metarec.errors import ConfigError, MetarecError, StoreError, shown
-from metarec.progress import progress, quiet
 from metarec.registry import allow, allowed
 from metarec.serve.batching import BULK_USERS_AT_ONCE, use_one_thread_per_batch
 from metarec.serve.bulk import Bulk, adapt_stored, blocks, write_ratings
@@ -27,6 +26,7 @@ from metarec.serve.engine import Engine
 from metarec.serve.index import is_remote
 from metarec.serve.records import Feedback
 from metarec.serve.store import AdapterStore
+from metarec.system.progress import progress, quiet
 
 LOCAL = "local"
 _ADDRESSES = "Give --ray local, --ray auto, or HOST:PORT of a cluster's head"

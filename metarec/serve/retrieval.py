@@ -19,17 +19,17 @@ from torch import Tensor
 
 from metarec.adapted_user import CANDIDATES, AdaptedUser
 from metarec.data.interactions import Codes
+from metarec.evaluation.metrics import leaders
 from metarec.lm.answer_model import AnswerModel
 from metarec.meta.inner_loop import MetaState
-from metarec.metrics import leaders
-from metarec.progress import progress
 from metarec.recommender import MetaRecommender
 from metarec.scorers.language.adapted import InnerLoop, MetaScorer
 from metarec.scorers.language.left_out import ItemSlopes, rates, slopes_of
 from metarec.scorers.language.linearized import Linearized, linearize
 from metarec.scorers.language.score import ADAPTER_WEIGHT, HEAD, adapter_tensors
 from metarec.scorers.term import ADAPTER_TERM, weighted_sum
-from metarec.tensors import expand_users
+from metarec.system.progress import progress
+from metarec.system.tensors import expand_users
 
 _DIRECTIONS = 128
 _SAMPLE = 1024

@@ -19,8 +19,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from metarec.artifacts import MANIFEST, sha256_file, verify_dir
 from metarec.errors import ArtifactError, ConfigError, StoreError
+from metarec.files.artifacts import MANIFEST, sha256_file, verify_dir
 from metarec.serve.feedback_log import FeedbackLog
 from metarec.serve.folder import AdapterFolder
 from metarec.serve.index import INDEX_FILE, Index, is_remote

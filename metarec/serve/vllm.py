@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor, uint8
 
-from metarec.artifacts import content_hash, dump_json, load_json, recover_dir, replace_dir
 from metarec.errors import ArtifactError, StoreError
+from metarec.files.artifacts import content_hash, dump_json, load_json, recover_dir, replace_dir
 from metarec.lm.output_layer import NO_PLACE, OutputLayer
-from metarec.recommender_files import OUTPUT_LAYER
+from metarec.recommending.recommender_files import OUTPUT_LAYER
 from metarec.scorers.language.score import HEAD
 from metarec.serve.store import AdapterStore
-from metarec.tensors import read_tensors, write_tensors
+from metarec.system.tensors import read_tensors, write_tensors
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"

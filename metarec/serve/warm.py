@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metarec.artifacts import cache_dir, content_hash, dump_json, is_whole, load_json, replace_dir
 from metarec.errors import MetarecError
+from metarec.files.artifacts import cache_dir, content_hash, dump_json, is_whole, load_json, replace_dir
 from metarec.recommender import MetaRecommender
 from metarec.scorers.language.linearized import Linearized
 from metarec.serve.retrieval import Effects
-from metarec.tensors import read_tensors, write_tensors
+from metarec.system.tensors import read_tensors, write_tensors
 
 _LOG = logging.getLogger(__name__)
 _KIND, _TENSORS, _FACTS = "warm", "warm.safetensors", "warm.json"

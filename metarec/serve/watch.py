@@ -23,12 +23,12 @@ from prometheus_client.registry import Collector
 
 from metarec.data.interactions import RatingScale, Values
 from metarec.errors import MetarecError, UnknownItemError
-from metarec.fitting import Fitted
 from metarec.serve.engine import Engine
 from metarec.serve.person import Person
 from metarec.serve.prequential import BINS, GROUPS, RANGES, Floats, Sums, ordered, range_of, stability_index
 from metarec.serve.records import Accepted, Feedback
 from metarec.serve.store import AdapterStore
+from metarec.training.fitting import Fitted
 
 _LOG = logging.getLogger(__name__)
 # Of so many users the latest scores are kept, so many of each.

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from metarec.artifacts import recover_dir
 from metarec.bench.context import ENCODER, LANGUAGE_MODEL, Method, MethodContext, MethodRow
 from metarec.bench.methods.prompts import prompted
 from metarec.bench.methods.recommenders import NO_STACK, answer_model_of, item_prompt, tokens_read
+from metarec.files.artifacts import recover_dir
 
 if TYPE_CHECKING:
     from metarec.config import FineTuneConfig

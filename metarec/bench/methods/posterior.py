@@ -47,7 +47,7 @@ def _with_steps(context: MethodContext, *, start: Start, **options: Any) -> Sequ
 
 
 def _best_rate(recommender: MetaRecommender, context: MethodContext, steps: int) -> MetaScorer:
-    from metarec.evaluate import validation_auc
+    from metarec.evaluation.evaluate import validation_auc
 
     shots = [count for count in context.data.task.shots if count > 0]
     users = context.validation[:_TUNING_USERS]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from metarec.artifacts import recover_dir
 from metarec.bench.context import Method, MethodContext, MethodRow
 from metarec.errors import ConfigError
+from metarec.files.artifacts import recover_dir
 from metarec.presets import PRESETS
 
 if TYPE_CHECKING:

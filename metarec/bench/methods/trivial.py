@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from metarec.bench.context import ENCODER, NO_SETTINGS, Method, MethodContext, one_row
-from metarec.metrics import BASELINE
+from metarec.evaluation.metrics import BASELINE
 
 if TYPE_CHECKING:
     from metarec.scorer import Scorer

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metarec.artifacts import SCHEMA_VERSION
 from metarec.data.checks import CODES
 from metarec.data.checks.findings import DataFinding
 from metarec.errors import ConfigError, shown, suggest
+from metarec.files.artifacts import SCHEMA_VERSION
 
 
 def read_threshold(text: str) -> tuple[str, float, bool]:

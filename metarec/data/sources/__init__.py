@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from metarec.artifacts import load_json, recover_dir, replace_dir, verify_dir, write_json
 from metarec.data.interactions import Interactions, RatingScale, SplitPart
 from metarec.data.source_options import CONVERTED, SourceOptions, options_scale
 from metarec.data.sources.assembly import PART, Note, Tables, assemble, assemble_tables
 from metarec.data.sources.split_files import split_tables
 from metarec.errors import DataError
+from metarec.files.artifacts import load_json, recover_dir, replace_dir, verify_dir, write_json
 from metarec.registry import Registry
 
 __all__ = ["SOURCES", "Note", "SourceOptions", "Tables", "assemble", "read_source", "read_tables", "write_tables"]

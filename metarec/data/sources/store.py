@@ -15,12 +15,12 @@ from typing import Any
 
 import pandas as pd
 
-from metarec.artifacts import load_json
 from metarec.data.interactions import RatingScale
 from metarec.data.source_options import SourceOptions, options_scale
 from metarec.data.sources.assembly import Tables
 from metarec.errors import ArtifactError, DataError
-from metarec.run_directory import FACTS, recommender_dir
+from metarec.files.artifacts import load_json
+from metarec.files.run_directory import FACTS, recommender_dir
 
 _INDEX = "index.sqlite"
 # What came with ratings is joined where a store has the tables: older ones have not.

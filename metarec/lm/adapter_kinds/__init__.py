@@ -102,7 +102,7 @@ class AdapterSpec:
 class AdapterKind(Protocol):
     """One kind of adapter. A class that inherits from this one needs to define only the first four members.
 
-    States are dicts of tensors by name, see `metarec.tensors`. All computation must be differentiable twice.
+    States are dicts of tensors by name, see `metarec.system.tensors`. All computation must be differentiable twice.
 
     Attributes:
         inner_rate: Where inner learning rates start when the settings name none.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metarec.lm.adapter_kinds import AdapterKind, AdapterSpec
 from metarec.lm.adapter_kinds.lora import LORA_A, LORA_B, PEFT_PREFIX, lora_config
-from metarec.tensors import AdapterState
+from metarec.system.tensors import AdapterState
 
 BIAS_DELTA = ".bias_delta"
 

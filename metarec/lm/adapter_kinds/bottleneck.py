@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from metarec.lm.adapter_kinds import AdapterKind, AdapterSpec, BlockShape, Placement
 from metarec.lm.adapter_kinds.lora import uniform
-from metarec.tensors import AdapterState
+from metarec.system.tensors import AdapterState
 
 _DOWN, _DOWN_BIAS, _UP, _UP_BIAS = ".down", ".down_bias", ".up", ".up_bias"
 # The last layers of attention and of the MLP, as architectures call them, by names that a block then has.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metarec.lm.adapter_kinds import AdapterKind, AdapterSpec, BlockShape, Placement
-from metarec.tensors import AdapterState
+from metarec.system.tensors import AdapterState
 
 LORA_A = ".lora_A"
 LORA_B = ".lora_B"

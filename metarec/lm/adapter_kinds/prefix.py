@@ -14,7 +14,7 @@ from torch import Tensor
 from metarec.errors import ConfigError
 from metarec.lm.adapter_kinds import AdapterKind, AdapterSpec, BlockShape, Placement
 from metarec.lm.adapter_kinds.lora import uniform
-from metarec.tensors import AdapterState
+from metarec.system.tensors import AdapterState
 
 _KEYS = ".prefix_keys"
 _VALUES = ".prefix_values"

@@ -19,7 +19,7 @@ from metarec.errors import ConfigError
 from metarec.lm.adapter_kinds import Adapters, AdapterSpec, BlockShape, Placement
 from metarec.lm.adapter_kinds.lora import uniform
 from metarec.lm.adapter_kinds.prefix import Prefix
-from metarec.tensors import AdapterState
+from metarec.system.tensors import AdapterState
 
 _NAME = "soft_prompt"
 _KEYS, _VALUES = ".soft_keys", ".soft_values"

@@ -16,7 +16,7 @@ from metarec.data.interactions import Codes, Interactions
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.residuals import Floats, training_residuals
 from metarec.scorers.collaborative.text import unit_vectors
-from metarec.threads import one_thread
+from metarec.system.threads import one_thread
 
 # Groups of users, or of items, that the jackknife leaves out in turn.
 _GROUPS = 20

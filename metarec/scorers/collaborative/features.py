@@ -16,7 +16,7 @@ from metarec.data.item_fields import MIN_ITEMS, FieldKind, choose_fields, number
 from metarec.scorers.collaborative.item_mean import ItemPrior, predict_unrated, smooth_by_text
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.text import unit_vectors
-from metarec.threads import one_thread
+from metarec.system.threads import one_thread
 
 _COMPONENTS = 128
 _WORD_COMPONENTS = 256

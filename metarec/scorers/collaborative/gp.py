@@ -22,7 +22,7 @@ from metarec.scorer import Request, score_each
 from metarec.scorers.collaborative.features import Features, all_components
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean, smooth_by_text, taken
 from metarec.scorers.collaborative.residuals import Floats, Residuals, solved_without_each
-from metarec.threads import one_thread
+from metarec.system.threads import one_thread
 
 _MEAN_DAMPING = 4.0
 _BIAS_SWEEPS = 6

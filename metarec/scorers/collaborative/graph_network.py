@@ -21,12 +21,12 @@ from torch import Tensor
 from metarec.data.episodes import Episode, training_batch
 from metarec.data.interactions import Codes, Interactions, Ratings
 from metarec.errors import ConfigError
-from metarec.evaluate import validation_auc
-from metarec.progress import progress
+from metarec.evaluation.evaluate import validation_auc
 from metarec.scorer import Request, ScoreArray, score_each
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.side_readers import Friends, friends_of
+from metarec.system.progress import progress
 
 _BATCH = 64
 _VALIDATE_EVERY = 25

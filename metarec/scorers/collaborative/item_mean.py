@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from metarec.data.interactions import Codes, Interactions, Ratings, Values
 from metarec.errors import DataError
-from metarec.threads import one_thread
+from metarec.system.threads import one_thread
 
 # Imported where it fits something: a saved recommender serves without it.
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from metarec.data.interactions import Codes, Interactions
 from metarec.meta.losses import pairwise_logistic
 from metarec.scorers.collaborative.gp import GaussianProcess
 from metarec.scorers.collaborative.residuals import Floats
-from metarec.tensors import pad_rows
-from metarec.threads import one_thread
+from metarec.system.tensors import pad_rows
+from metarec.system.threads import one_thread
 
 _SHOTS = (0, 2, 5, 10, 20)
 _MAX_QUERY, _MIN_QUERY = 40, 6

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from metarec.data.interactions import Codes, Flags
-from metarec.evaluate import validation_auc
+from metarec.evaluation.evaluate import validation_auc
 from metarec.meta.losses import info_nce
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.text import fit_two_tower

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from metarec.data.interactions import Codes, Flags, Interactions, Ratings, Values
-from metarec.progress import progress
 from metarec.scorers.collaborative.gp import GaussianProcess
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.shrinkage import Directions, HeldOutUser, Shrinkage, best_shrinkage
-from metarec.threads import map_each, one_thread
+from metarec.system.progress import progress
+from metarec.system.threads import map_each, one_thread
 
 # Expectation maximization comes down to small variances in a few sweeps, and takes many to come up to large ones.
 _FIRST_VARIANCE = 0.3

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metarec.tensors import AdapterState
+from metarec.system.tensors import AdapterState
 
 Form = Literal["melu", "neural process", "set transformer", "hypernetwork"]
 # Pseudo-ratings that shrink the encoding of a support to 0.

@@ -23,7 +23,7 @@ from torch import Tensor
 from metarec.config import TrainConfig
 from metarec.data.episodes import Episode, training_batch
 from metarec.data.interactions import Codes, Interactions, Ratings
-from metarec.evaluate import validation_auc
+from metarec.evaluation.evaluate import validation_auc
 from metarec.meta.algorithms import MetaGradient, fomaml
 from metarec.meta.inner_loop import Loss, MetaState, adapt, initial_meta_state
 from metarec.meta.losses import pairwise_logistic
@@ -33,7 +33,7 @@ from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.network_forms import FORMS, Form, ItemRows
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.side_inputs import SideInputs
-from metarec.tensors import AdapterState, pad_rows
+from metarec.system.tensors import AdapterState, pad_rows
 
 _USERS_AT_ONCE = 64
 _TRAINING_USERS = 32

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metarec.artifacts import content_hash
 from metarec.config import ProjectionConfig, TrainConfig
 from metarec.errors import DataError
+from metarec.files.artifacts import content_hash
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import MetaState
 from metarec.meta.kept import kept_tensors

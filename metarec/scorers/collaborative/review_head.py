@@ -18,7 +18,7 @@ from metarec.data.interactions import Codes, Interactions, Values
 from metarec.data.side import Texts
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.residuals import Floats, training_residuals
-from metarec.threads import one_thread
+from metarec.system.threads import one_thread
 
 _LOG = logging.getLogger(__name__)
 _WIDTH = 2**16

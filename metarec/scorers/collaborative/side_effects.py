@@ -21,7 +21,6 @@ import numpy as np
 
 from metarec.data.interactions import Codes, Interactions, Ratings, Values
 from metarec.data.side import Side, Texts
-from metarec.progress import progress
 from metarec.scorers.collaborative.features import Features, principal_components
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.residuals import Floats, Residuals, training_residuals
@@ -29,7 +28,8 @@ from metarec.scorers.collaborative.review_head import ReviewHead, with_reviews
 from metarec.scorers.collaborative.side_readers import Friends, Reader, friends_of, reader_of, side_kind
 from metarec.scorers.collaborative.stack import fold_order
 from metarec.scorers.collaborative.two_towers import TowerData, Towers, TowerText, fit_towers
-from metarec.threads import one_thread
+from metarec.system.progress import progress
+from metarec.system.threads import one_thread
 
 _LOG = logging.getLogger(__name__)
 _FACTORS = 16

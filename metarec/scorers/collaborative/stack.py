@@ -17,7 +17,6 @@ from torch import Tensor
 
 from metarec.config import CollaborativeConfig
 from metarec.data.interactions import Codes, Flags, Interactions, Ratings, Values
-from metarec.progress import progress
 from metarec.scorer import Request, score_each
 from metarec.scorers.collaborative.features import Features
 from metarec.scorers.collaborative.gp import GaussianProcess, fit_processes
@@ -27,7 +26,8 @@ from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.stack_weights import Fit, Member, fit_weights
 from metarec.scorers.collaborative.text import fit_text_ridge
-from metarec.threads import map_each
+from metarec.system.progress import progress
+from metarec.system.threads import map_each
 
 
 @dataclass(frozen=True)

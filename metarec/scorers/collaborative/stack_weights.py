@@ -15,7 +15,7 @@ from metarec.scorers.collaborative.gp import GaussianProcess
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.text import TextRidge
-from metarec.threads import one_thread
+from metarec.system.threads import one_thread
 
 Member = GaussianProcess | TextRidge
 _SHOTS = (0, 5, 10, 20)

@@ -13,7 +13,7 @@ from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.collaborative.side_effects import SideEffects, no_effects
 from metarec.scorers.collaborative.stack import Stacked
 from metarec.scorers.term import AddedItems, CrossFitted, ScoreTerm, TermContext, same_without_each
-from metarec.threads import one_thread
+from metarec.system.threads import one_thread
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from metarec.scorers.language.score import (
     with_head,
 )
 from metarec.scorers.term import Term
-from metarec.tensors import expand_users
-from metarec.threads import one_thread
+from metarec.system.tensors import expand_users
+from metarec.system.threads import one_thread
 
 # Larger batches need more memory and are not faster per user.
 USERS_AT_ONCE = 16

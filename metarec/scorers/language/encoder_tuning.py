@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarec.artifacts import content_hash
 from metarec.config import EncoderTuningConfig, LinearConfig, PosteriorTuningConfig, TrainConfig
 from metarec.data.episodes import Episode
 from metarec.data.interactions import Codes
 from metarec.errors import ConfigError, DataError
+from metarec.files.artifacts import content_hash
 from metarec.lm.adapters import init_adapter
 from metarec.lm.answer_model import open_answer_model
 from metarec.lm.backbone import Backbone, load_backbone
@@ -41,7 +41,7 @@ from metarec.scorers.collaborative.liked_pairs import LikedPairs, cosine_auc, li
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.language.posterior_tuning import FeatureBlocks, PosteriorTuning, two_halves
 from metarec.scorers.language.trainable_copy import Recipe, TrainableCopy, trainable_copy
-from metarec.tensors import AdapterState, read_by_length
+from metarec.system.tensors import AdapterState, read_by_length
 
 if TYPE_CHECKING:
     from metarec.data.task_data import TaskData

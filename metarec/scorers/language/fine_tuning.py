@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarec.artifacts import content_hash
 from metarec.config import FineTuneConfig, flattened
 from metarec.data.augmentation import check_augmentation, varied
 from metarec.data.episodes import Episode, training_batch
 from metarec.data.interactions import Codes, Interactions
 from metarec.data.templates import PromptTemplate
 from metarec.errors import ConfigError
-from metarec.evaluate import validation_auc
+from metarec.evaluation.evaluate import validation_auc
+from metarec.files.artifacts import content_hash
 from metarec.lm.backbone import Backbone
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import MetaState

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarec.artifacts import content_hash
+from metarec.files.artifacts import content_hash
 from metarec.lm.answer_model import open_answer_model
 from metarec.lm.backbone import Backbone
 from metarec.lm.placement import default_placement

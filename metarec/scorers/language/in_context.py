@@ -25,8 +25,8 @@ from metarec.errors import ConfigError, UnknownItemError
 from metarec.lm.backbone import Backbone
 from metarec.lm.tokenized import common_start
 from metarec.lm.whole_texts import read_texts, text_log_odds
-from metarec.progress import progress
 from metarec.scorer import Request, check_codes
+from metarec.system.progress import progress
 
 _BETWEEN = "\n\n"
 _PERSON = "About the person:"

@@ -21,7 +21,7 @@ from metarec.scorers.language.adapted import MetaScorer
 from metarec.scorers.language.linearized import Linearized, linearize
 from metarec.scorers.language.score import adapter_tensors, squared_error
 from metarec.scorers.term import ADAPTER_TERM, LeavesOut, Term, weighted_sum
-from metarec.tensors import AdapterState, expand_users
+from metarec.system.tensors import AdapterState, expand_users
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 from metarec.data.interactions import Codes
 from metarec.lm.answer_model import AnswerModel
 from metarec.meta.inner_loop import MetaState
-from metarec.progress import progress
-from metarec.tensors import AdapterState, expand_users
+from metarec.system.progress import progress
+from metarec.system.tensors import AdapterState, expand_users
 
 _ITEMS_AT_ONCE = 64
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from metarec.config import LinearConfig, PosteriorTuningConfig
 from metarec.data.episodes import Episode, training_batch
 from metarec.data.interactions import Codes, Flags, Ratings, Values
-from metarec.evaluate import validation_auc
+from metarec.evaluation.evaluate import validation_auc
 from metarec.lm.answer_model import AnswerModel
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.heads import WeightPrior, posterior_head, posterior_parameters
@@ -40,7 +40,7 @@ from metarec.scorers.collaborative.linear_kernel import (
     with_bias,
 )
 from metarec.scorers.collaborative.residuals import Floats
-from metarec.tensors import AdapterState, expand_users, pad_rows, read_by_length
+from metarec.system.tensors import AdapterState, expand_users, pad_rows, read_by_length
 
 if TYPE_CHECKING:
     from metarec.data.task_data import TaskData

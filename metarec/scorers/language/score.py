@@ -31,7 +31,7 @@ from metarec.meta.losses import Labels, QueryLoss
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.language.linearized import Linearized
 from metarec.scorers.term import ADAPTER_TERM, ScoreTerm, Term, weight_name, weighted_sum
-from metarec.tensors import AdapterState, pad_rows, to_device
+from metarec.system.tensors import AdapterState, pad_rows, to_device
 
 ADAPTER = ScoreTerm(None, needs_model=True)
 ADAPTER_WEIGHT = weight_name(ADAPTER_TERM)

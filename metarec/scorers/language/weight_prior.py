@@ -16,12 +16,12 @@ from metarec.config import LinearConfig
 from metarec.data.interactions import Codes, Ratings, Values
 from metarec.lm.answer_model import AnswerModel
 from metarec.meta.heads import ClosedFormHead, WeightPrior
-from metarec.progress import progress
 from metarec.scorers.collaborative.linear_kernel import LearnedWeights, RatedRows, learn_weights, rated_rows
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.term import AddedItems, CrossFitted, ScoreTerm, TermContext, same_without_each
-from metarec.tensors import AdapterState
-from metarec.threads import map_each
+from metarec.system.progress import progress
+from metarec.system.tensors import AdapterState
+from metarec.system.threads import map_each
 
 # It is fitted together with the prior: see `fit_weight_prior`.
 KERNEL_MEAN = ScoreTerm(None, needs_model=True)

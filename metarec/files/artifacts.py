@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from metarec.errors import ArtifactError
-from metarec.exchange import beside, exchange, put_back, room_for
+from metarec.files.exchange import beside, exchange, put_back, room_for
 
 _LOG = logging.getLogger(__name__)
 SCHEMA_VERSION = 1

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from metarec.artifacts import load_json
 from metarec.config import FineTuneConfig, RunConfig, merged, validated
-from metarec.fitting import Fitted, calibrated, open_backbone, prepare
+from metarec.files.artifacts import load_json
 from metarec.lm.backbone import Backbone, load_backbone, load_classifier, save_backbone
 from metarec.lm.rating_classes import RatingClasses
 from metarec.meta.inner_loop import MetaState
@@ -23,6 +22,7 @@ from metarec.recommender import MetaRecommender
 from metarec.scorers.language.fine_tuning import FINE_TUNING, fine_tune
 from metarec.scorers.language.trainable_copy import Recipe
 from metarec.scorers.term import weight_name
+from metarec.training.fitting import Fitted, calibrated, open_backbone, prepare
 
 if TYPE_CHECKING:
     from metarec.data.task_data import TaskData

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from metarec.calibration import Calibration, fit_calibration
 from metarec.data.episodes import Episode
 from metarec.data.interactions import Catalog, Flags
 from metarec.data.task import Task
 from metarec.data.user_groups import UserGroups, user_groups
 from metarec.errors import EvaluationError
-from metarec.meta.distributed import ALONE, Ranks
-from metarec.metric_names import (
+from metarec.evaluation.calibration import Calibration, fit_calibration
+from metarec.evaluation.metric_names import (
     CALIBRATED,
     ERRORS,
     GROUPED,
@@ -32,9 +31,10 @@ from metarec.metric_names import (
     needs_calibration,
     of_the_query,
 )
-from metarec.metrics import at_cutoff, auc, check_scores, log_loss, recbole_ndcg
-from metarec.recommended_lists import CatalogFacts, catalog_facts, measure_lists
-from metarec.report import Report
+from metarec.evaluation.metrics import at_cutoff, auc, check_scores, log_loss, recbole_ndcg
+from metarec.evaluation.recommended_lists import CatalogFacts, catalog_facts, measure_lists
+from metarec.evaluation.report import Report
+from metarec.meta.distributed import ALONE, Ranks
 from metarec.scorer import OwnLikeShare, Scorer, request
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def evaluate(
             rating's units; they, ``recbole-*``, metrics of a table, of probabilities and of recommended lists are
             defined for users of one class too.
         calibration: Validation users, on whom the line from score to rating, or to the probability of a like, is
-            fitted that the metrics `metarec.metric_names.CALIBRATED` need.
+            fitted that the metrics `metarec.evaluation.metric_names.CALIBRATED` need.
         calibrated: Lines that are there already, by method and K.
         short_supports: Users with fewer than K ratings are evaluated with all of theirs.
         hashes: Content hashes that the report carries.

@@ -23,8 +23,8 @@ from metarec.errors import ConfigError
 
 if TYPE_CHECKING:
     from metarec.adapted_user import AdaptedUser
-    from metarec.fitting import Fitted
     from metarec.lm.backbone import Backbone
+    from metarec.training.fitting import Fitted
 
 _MOST = 3
 _LEAST_RATED = 2

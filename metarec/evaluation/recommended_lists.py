@@ -16,8 +16,8 @@ from metarec.data.episodes import Episode
 from metarec.data.interactions import Catalog, Codes
 from metarec.data.item_fields import choose_fields, tokens_in
 from metarec.data.titles import words
-from metarec.metric_names import LIST_OF_A_USER
-from metarec.metrics import check_scores, rank_order
+from metarec.evaluation.metric_names import LIST_OF_A_USER
+from metarec.evaluation.metrics import check_scores, rank_order
 from metarec.scorer import Scorer, request
 
 if TYPE_CHECKING:

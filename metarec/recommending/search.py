@@ -25,7 +25,7 @@ from metarec.errors import BackboneError, ConfigError
 if TYPE_CHECKING:
     from metarec.adapted_user import AdaptedUser
     from metarec.config import RunConfig
-    from metarec.fitting import Fitted
+    from metarec.training.fitting import Fitted
 
 _LOG = logging.getLogger(__name__)
 Floats = NDArray[np.float32]

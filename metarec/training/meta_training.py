@@ -11,12 +11,10 @@ import numpy as np
 import torch
 
 from metarec.config import RunConfig, flattened
-from metarec.continual import OldRun, pulled, start_from, with_replay
 from metarec.data.episodes import Episode, items_in, training_batch
 from metarec.data.training_users import episode_sizes, summary, users_by_shots
 from metarec.errors import DataError
-from metarec.evaluate import validation_auc
-from metarec.fitting import Fitted, Prepared, adapted_model, half_life_of, head_of, meta_scorer
+from metarec.evaluation.evaluate import validation_auc
 from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
 from metarec.meta.algorithms import MetaGradient, closed_form
@@ -36,8 +34,10 @@ from metarec.scorers.language.score import (
     support_loss,
     with_shifted_head,
 )
-from metarec.tensors import AdapterState
-from metarec.threads import one_thread
+from metarec.system.tensors import AdapterState
+from metarec.system.threads import one_thread
+from metarec.training.continual import OldRun, pulled, start_from, with_replay
+from metarec.training.fitting import Fitted, Prepared, adapted_model, half_life_of, head_of, meta_scorer
 
 if TYPE_CHECKING:
     from metarec.data.task_data import TaskData

@@ -1,4 +1,4 @@
-"""The trackers that metarec knows; each imports its package when a run begins. See `metarec.tracking.Tracker`."""
+"""The trackers that metarec knows; each imports its package when a run begins. See `metarec.meta.tracking.Tracker`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from metarec.tracking import PROJECT, TrackedRun
+from metarec.meta.tracking import PROJECT, TrackedRun
 
 # MLflow takes shorter values alone.
 _MOST_CHARACTERS = 500

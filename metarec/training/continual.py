@@ -18,14 +18,14 @@ from torch import Tensor
 
 from metarec.config import RunConfig
 from metarec.errors import ConfigError
-from metarec.evaluate import evaluate
-from metarec.fitting import Fitted, Prepared, meta_scorer, read_items
+from metarec.evaluation.evaluate import evaluate
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import MetaState
+from metarec.training.fitting import Fitted, Prepared, meta_scorer, read_items
 
 if TYPE_CHECKING:
     from metarec.data.task_data import TaskData
-    from metarec.report import Report
+    from metarec.evaluation.report import Report
 
 _BEFORE, _AFTER = "before", "after"
 

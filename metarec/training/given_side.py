@@ -13,11 +13,11 @@ from metarec.data.given_ratings import GivenRatings, rating_pairs
 from metarec.data.interactions import Ratings, read_ratings
 from metarec.data.side import ABOUT, Side, Texts
 from metarec.errors import ConfigError, shown, suggest
-from metarec.fitting import Fitted
 from metarec.scorers.collaborative.review_head import ReviewHead
 from metarec.scorers.collaborative.side_effects import FRIENDS, SideEffects
 from metarec.scorers.collaborative.side_readers import Categories, Reader
 from metarec.scorers.collaborative.terms import SideTerm
+from metarec.training.fitting import Fitted
 
 _LOG = logging.getLogger(__name__)
 About: TypeAlias = "str | Mapping[str, str | float] | None"

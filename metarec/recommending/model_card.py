@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from metarec.artifacts import load_json, verify_dir
 from metarec.config import RunConfig, validated
 from metarec.errors import ConfigError
-from metarec.fitting import needs_model
-from metarec.run_directory import FACTS, RUN_MODEL, TUNED_MODEL, recommender_dir, tuned_model
+from metarec.files.artifacts import load_json, verify_dir
+from metarec.files.run_directory import FACTS, RUN_MODEL, TUNED_MODEL, recommender_dir, tuned_model
+from metarec.training.fitting import needs_model
 
 _ADAPTED = "metarec, adapted"
 _KINDS = (".safetensors", ".json")

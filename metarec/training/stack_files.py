@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from metarec.artifacts import cache_dir, dump_json, is_whole, replace_dir
 from metarec.config import CollaborativeConfig
 from metarec.data.interactions import Codes, Flags, Interactions
+from metarec.files.artifacts import cache_dir, dump_json, is_whole, replace_dir
 from metarec.scorers.collaborative.features import Features
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.stack import FittedStack, Fold, OutOfFold, Stacked, fit_stack
@@ -26,9 +26,9 @@ from metarec.scorers.collaborative.text import TextRidge, unit_vectors
 from metarec.scorers.serialization import read_scorer, write_scorer
 
 _KIND = "stack"
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 # What a fit calls besides its own folder.
-_CODE = ("data/episodes.py", "data/interactions.py", "meta/losses.py", "tensors.py")
+_CODE = ("data/episodes.py", "data/interactions.py", "meta/losses.py", "system/tensors.py")
 _LIBRARIES = ("numpy", "scipy", "scikit-learn", "torch")
 
 

@@ -21,10 +21,10 @@ import yaml
 
 from metarec.config import RunConfig, override, validated
 from metarec.errors import ConfigError, shown
-from metarec.fitting import needs_model, open_backbone, prepare
-from metarec.task_features import for_task
-from metarec.tracking import TrackedRun, tracked
-from metarec.training import meta_train, training_identity
+from metarec.meta.tracking import TrackedRun, tracked
+from metarec.training.fitting import needs_model, open_backbone, prepare
+from metarec.training.meta_training import meta_train, training_identity
+from metarec.training.task_features import for_task
 
 if TYPE_CHECKING:
     from metarec.data.task_data import TaskData
@@ -167,7 +167,7 @@ def tune(
         trials: How many trials there are in the end, those of before among them.
         storage: SQLite file of the trials; where it is there, the search goes on.
         prune: Ends a trial whose validation is below the median of those before at the same step.
-        trackers: Where the numbers of every trial go, as a run of its own; see `metarec.tracking`.
+        trackers: Where the numbers of every trial go, as a run of its own; see `metarec.meta.tracking`.
 
     Raises:
         ConfigError: Optuna is not installed, a setting is unknown, a value does not fit, the file holds the trials of

@@ -11,25 +11,25 @@ from typing import Any
 
 import torch
 
-from metarec.artifacts import dump_json, load_json, replace_dir, verify_dir
-from metarec.calibration import Calibration
 from metarec.config import RunConfig, validated
 from metarec.data.interactions import Catalog, RatingScale
 from metarec.data.split_record import SplitRecord
 from metarec.data.task import Task
-from metarec.devices import check_device
 from metarec.errors import ArtifactError
-from metarec.fitting import Fitted, adapted_model, catalog_answer_model, open_backbone, score_terms
+from metarec.evaluation.calibration import Calibration
+from metarec.files.artifacts import dump_json, load_json, replace_dir, verify_dir
+from metarec.files.run_directory import FACTS, tuned_model
 from metarec.lm.backbone import Backbone
 from metarec.lm.output_layer import NO_PLACE, output_layer
 from metarec.lm.peft_files import load_adapter, save_adapter
 from metarec.lm.prompt_files import read_prompts, write_prompts
 from metarec.meta.inner_loop import MetaState
 from metarec.registries import ADAPTER_KINDS, ALGORITHMS, LOSSES
-from metarec.run_directory import FACTS, tuned_model
 from metarec.scorers.language.score import HEAD, HEAD_PARAMETER
 from metarec.scorers.serialization import read_scorer, write_scorer
-from metarec.tensors import AdapterState, read_tensors, write_tensors
+from metarec.system.devices import check_device
+from metarec.system.tensors import AdapterState, read_tensors, write_tensors
+from metarec.training.fitting import Fitted, adapted_model, catalog_answer_model, open_backbone, score_terms
 
 _LOG = logging.getLogger(__name__)
 # The fact that says how a head becomes an update of the output layer.

@@ -19,7 +19,7 @@ ERRORS = ("mae", "rmse")
 OF_CHANCES = ("log_loss", "accuracy")
 # Need validation users, on whom scores become ratings and probabilities.
 CALIBRATED = (*ERRORS, *OF_CHANCES, "f1")
-# Of what is recommended out of the whole catalog, see `metarec.recommended_lists`.
+# Of what is recommended out of the whole catalog, see `metarec.evaluation.recommended_lists`.
 LIST_OF_A_USER = ("diversity", "novelty", "popularity")
 OF_ALL_LISTS = ("coverage", "gini")
 LISTS = (*OF_ALL_LISTS, *LIST_OF_A_USER)
@@ -46,7 +46,7 @@ def of_the_query(metrics: Sequence[str]) -> list[str]:
 
 
 def has_interval(metric: str) -> bool:
-    """Says whether a table shows a metric with an interval of its own, see `metarec.report.Report.of_table`."""
+    """Says whether a table shows a metric with its own interval, see `metarec.evaluation.report.Report.of_table`."""
     return metric in OF_CHANCES or metric not in of_the_query([metric])
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from metarec.calibration import Calibration, fit_calibration
 from metarec.config import RunConfig
 from metarec.data.episodes import Episode, items_in
 from metarec.data.interactions import Catalog, RatingScale
@@ -19,6 +18,7 @@ from metarec.data.split_record import SplitRecord
 from metarec.data.task import Task
 from metarec.data.templates import PromptTemplate
 from metarec.errors import ConfigError
+from metarec.evaluation.calibration import Calibration, fit_calibration
 from metarec.lm.answer_model import AnswerModel, open_answer_model
 from metarec.lm.backbone import Backbone, load_backbone
 from metarec.lm.placement import default_placement
@@ -40,9 +40,9 @@ from metarec.scorers.language.score import initial_state
 from metarec.scorers.language.weight_prior import fit_head_start
 from metarec.scorers.language.zero_shot import ZeroShot
 from metarec.scorers.term import ADAPTER_TERM, CrossFitted, ScoreTerm, Term, TermContext, weight_name
-from metarec.stack_files import cached_stack
-from metarec.task_features import SIDE_TERM, collaborative_features, for_task, side_note
-from metarec.tensors import AdapterState
+from metarec.system.tensors import AdapterState
+from metarec.training.stack_files import cached_stack
+from metarec.training.task_features import SIDE_TERM, collaborative_features, for_task, side_note
 
 if TYPE_CHECKING:
     from metarec.data.task_data import TaskData

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
-from metarec.artifacts import cache_dir
-from metarec.devices import devices, refused_accelerator
+from metarec.files.artifacts import cache_dir
+from metarec.system.devices import devices, refused_accelerator
 
 # No extra can name it: its set-up imports Cython without asking for it, and the C files in it are of an old one.
 LEARN2LEARN = (

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metarec.artifacts import SCHEMA_VERSION
-from metarec.metric_names import GROUPED, METRICS, OF_A_TABLE, OF_ALL_LISTS, has_interval
-from metarec.metrics import bootstrap_interval, table_interval, table_metric
-from metarec.resampling import crossed_interval
+from metarec.evaluation.metric_names import GROUPED, METRICS, OF_A_TABLE, OF_ALL_LISTS, has_interval
+from metarec.evaluation.metrics import bootstrap_interval, table_interval, table_metric
+from metarec.evaluation.resampling import crossed_interval
+from metarec.files.artifacts import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +30,7 @@ class ShotSummary:
         interval: 95% paired bootstrap interval of `gain`.
         seconds_per_user: Wall-clock time of scoring, adaptation included.
         bytes_per_user: Bytes that are kept for a user between two requests.
-        intervals: 95% intervals over people of the metrics that `metarec.metric_names.has_interval`.
+        intervals: 95% intervals over people of the metrics that `metarec.evaluation.metric_names.has_interval`.
     """
 
     method: str

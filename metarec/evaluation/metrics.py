@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metarec.errors import EvaluationError
-from metarec.metric_names import POOLED, RANKING
+from metarec.evaluation.metric_names import POOLED, RANKING
 
 # The row that gains are measured from, in every table.
 BASELINE = "item mean"
@@ -71,7 +71,7 @@ def at_cutoff(
     """A ranking measure of one user over the first ranks, binary gains.
 
     Args:
-        measure: A key of `metarec.metric_names.RANKING`.
+        measure: A key of `metarec.evaluation.metric_names.RANKING`.
         scores: Finite scores, shape (candidates,).
         labels: True where the user liked the item, shape (candidates,).
         items: Item ids, for breaking ties.
@@ -277,7 +277,7 @@ def table_metric(
     interest network", arXiv 1706.06978, weight it by impressions. ``f1`` is that of likes, of all items together.
 
     Args:
-        metric: One of `metarec.metric_names.OF_A_TABLE`.
+        metric: One of `metarec.evaluation.metric_names.OF_A_TABLE`.
         scores: Finite scores, shape (predictions,); of ``f1`` probabilities of a like.
         liked: What happened, shape (predictions,).
         users: Whose prediction each is.
@@ -334,7 +334,7 @@ def table_interval(
     """95% percentile bootstrap interval of `table_metric`: whole users are drawn, with all of their items.
 
     Args:
-        metric: One of `metarec.metric_names.OF_A_TABLE`.
+        metric: One of `metarec.evaluation.metric_names.OF_A_TABLE`.
         scores: Finite scores, shape (predictions,).
         liked: What happened, shape (predictions,).
         users: Whose prediction each is.

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from metarec.data.interactions import Codes
 from metarec.errors import ConfigError
-from metarec.fitting import Fitted
-from metarec.recommended_lists import token_vectors
+from metarec.evaluation.recommended_lists import token_vectors
 from metarec.scorers.collaborative.terms import CollaborativeTerm
 from metarec.scorers.collaborative.text import TextRidge
+from metarec.training.fitting import Fitted
 
 Floats = NDArray[np.float64]
 # How many of the best items take part: so many, and at least so many for each that is asked for.

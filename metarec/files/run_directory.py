@@ -6,7 +6,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from metarec.artifacts import recover_dir
+from metarec.files.artifacts import recover_dir
 
 FACTS = "recommender.json"
 # Where a run's directory keeps its recommender.

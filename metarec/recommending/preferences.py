@@ -19,7 +19,7 @@ from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.terms import CollaborativeTerm
 
 if TYPE_CHECKING:
-    from metarec.fitting import Fitted
+    from metarec.training.fitting import Fitted
 
 # Categories that are described, items that they are described by, and items whose ratings are considered: the most
 # rated ones of each, so that a large catalog takes no longer.

@@ -1,0 +1,1 @@
+"""Scorers on episodes become reports: metrics, intervals, calibration, recommended lists."""

@@ -1,0 +1,1 @@
+"""Files that are complete or not there: manifests, exchanges of directories, directories of runs."""

@@ -1,0 +1,1 @@
+"""What a recommender does beside ranking: search, preferences, profiles, explanations, its files."""

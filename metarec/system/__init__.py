@@ -1,0 +1,1 @@
+"""What every part may use of the machine: devices, threads, tensors, progress, what is installed."""
