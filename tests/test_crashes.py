@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,7 @@ CHANGES = {
 }
 ALL_TESTS = 14
 left: int | None = None
+dying: int | None = None
 tried = 0
 
 
@@ -55,8 +57,9 @@ class CrashError(BaseException):
 
 
 def call() -> None:
+    """Counts a call of the thread that saves; what other threads do is no part of the save."""
     global left
-    if left is None:
+    if left is None or threading.get_ident() != dying:
         return
     if left == 0:
         raise CrashError
@@ -86,9 +89,9 @@ def _calls_that_no_hook_tells_of(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def dies_at(moment: int) -> Iterator[list[bool]]:
     """Runs a block that dies at a call; says whether it did."""
-    global left
+    global left, dying
     died = [False]
-    left = moment
+    left, dying = moment, threading.get_ident()
     try:
         yield died
     except CrashError:
