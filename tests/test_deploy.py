@@ -334,6 +334,24 @@ def test_a_candidate_that_cannot_be_loaded_changes_nothing(
     assert "metarec_deployment_failed 0.0" in client.get("/metrics").text
 
 
+def test_alerts_and_dashboard_watch_metrics_that_there_are_and_every_failure_has_an_alert(
+    serve: Callable[[], tuple[TestClient, Canary]],
+) -> None:
+    client, _ = serve()
+    client.get("/healthz")  # so that there is an answer to count
+    text = client.get("/metrics").text
+    folder = Path(__file__).parents[1] / "deploy"
+    alerts, dashboard = ((folder / name).read_text() for name in ("prometheus/alerts.yml", "grafana/metarec.json"))
+    watched, alerted = (set(re.findall(r"metarec_\w+", said)) for said in (alerts + dashboard, alerts))
+    assert len(watched) > 10
+    assert watched <= set(re.findall(r"^(metarec_\w+)", text, re.M))
+    told = re.findall(r"^# HELP (metarec_\w+) (.*)", text, re.M)
+    bad = re.compile("fail|damaged|diverged|could not|unsaved")
+    failures = {name for name, what in told if bad.search(f"{name} {what}") and not name.endswith("_created")}
+    assert {"metarec_deployment_failed", "metarec_unsaved_adapters_total"} < failures
+    assert failures <= alerted
+
+
 def test_a_server_does_not_start_with_a_run_that_is_not_the_deployed_one(
     serve: Callable[[], tuple[TestClient, Canary]], live: Path
 ) -> None:
