@@ -22,7 +22,7 @@ from metarec.data.task_files import load_task
 from metarec.evaluation.evaluate import evaluate
 from metarec.evaluation.metrics import BASELINE, bootstrap_interval
 from metarec.files.artifacts import load_json, write_json
-from metarec.scorers.collaborative.gp import fit_process
+from metarec.scorers.collaborative.gp_fitting import fit_process
 from metarec.scorers.collaborative.stack import fit_stack
 from metarec.scorers.collaborative.trivial import ItemMean
 from metarec.system.progress import progress

@@ -122,7 +122,7 @@ class MetaConfig(Section):
 
 
 class GPConfig(Section):
-    """The Gaussian process over items; see `metarec.scorers.collaborative.gp.fit_gp`."""
+    """The Gaussian process over items; see `metarec.scorers.collaborative.gp_fitting.fit_gp`."""
 
     factors: int = Field(16, ge=0, description="factors learned beside the features")
     noise: float = Field(0.6, gt=0, description="variance of a rating around the user's taste")

@@ -48,7 +48,7 @@ from metarec.lm.backbone import Backbone, load_backbone
 from metarec.recommender import MetaRecommender
 from metarec.scorer import Request, Scorer
 from metarec.scorers.collaborative.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn
-from metarec.scorers.collaborative.gp import fit_gp
+from metarec.scorers.collaborative.gp_fitting import fit_gp
 from metarec.scorers.collaborative.graph_network import fit_graph_network
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
 from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel

@@ -13,7 +13,8 @@ from sklearn.gaussian_process.kernels import RBF
 from metarec.config import CollaborativeConfig
 from metarec.data.interactions import Interactions
 from metarec.scorers.collaborative.features import Features, kernel_features, principal_components, unrated_features
-from metarec.scorers.collaborative.gp import GaussianProcess, fit_process
+from metarec.scorers.collaborative.gp import GaussianProcess
+from metarec.scorers.collaborative.gp_fitting import fit_process
 from metarec.scorers.collaborative.item_mean import fit_item_mean, predict_unrated, smooth_by_text
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.stack import fit_members

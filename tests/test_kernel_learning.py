@@ -13,7 +13,8 @@ from known import CANDIDATES, GENRE, SUPPORT, TEST, THRESHOLD, TRAIN, VECTORS, W
 from metarec.config import KernelConfig
 from metarec.data.interactions import Ratings
 from metarec.evaluation.evaluate import evaluate
-from metarec.scorers.collaborative.gp import GaussianProcess, fit_gp
+from metarec.scorers.collaborative.gp import GaussianProcess
+from metarec.scorers.collaborative.gp_fitting import fit_gp
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.kernel_learning import (
     KernelUpdate,

@@ -13,7 +13,8 @@ from known import GENRE, ITEMS, THRESHOLD, TRAIN, VECTORS, WORLD
 
 from metarec.data.interactions import Interactions, Ratings
 from metarec.scorers.collaborative import kernel_learning
-from metarec.scorers.collaborative.gp import GaussianProcess, fit_gp
+from metarec.scorers.collaborative.gp import GaussianProcess
+from metarec.scorers.collaborative.gp_fitting import fit_gp
 from metarec.scorers.collaborative.item_mean import ItemPrior, taken
 from metarec.scorers.collaborative.kernel_learning import StepSchedule, aligned, learn_kernel_update
 

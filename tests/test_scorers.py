@@ -18,7 +18,8 @@ from metarec.evaluation.evaluate import validation_auc
 from metarec.scorer import Request
 from metarec.scorers.collaborative.features import item_features
 from metarec.scorers.collaborative.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn, similarity
-from metarec.scorers.collaborative.gp import GaussianProcess, fit_gp
+from metarec.scorers.collaborative.gp import GaussianProcess
+from metarec.scorers.collaborative.gp_fitting import fit_gp
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.residuals import training_residuals
 from metarec.scorers.collaborative.text import fit_text_logistic, fit_text_ridge, fit_two_tower, logistic_dual

@@ -56,7 +56,8 @@ from metarec.scorers.collaborative.graph_network import fit_graph_network
 from metarec.scorers.collaborative.item_mean import fit_item_mean
 from metarec.scorers.collaborative.network_forms import Form
 from metarec.scorers.collaborative.networks import fit_network
-from metarec.scorers.collaborative.side_effects import SideEffects, fit_effects, fit_side
+from metarec.scorers.collaborative.side_effects import SideEffects
+from metarec.scorers.collaborative.side_fitting import fit_effects, fit_side
 from metarec.scorers.collaborative.side_inputs import SideInputs, side_inputs
 from metarec.scorers.collaborative.side_readers import friends_of, reader_of
 from metarec.scorers.collaborative.terms import SideTerm

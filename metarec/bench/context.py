@@ -157,7 +157,7 @@ class MethodContext:
         """What reads side information that helps meta-training users held out; None where the data bring none."""
         if not self.interactions.side:
             return None
-        from metarec.scorers.collaborative.side_effects import fit_effects
+        from metarec.scorers.collaborative.side_fitting import fit_effects
         from metarec.scorers.collaborative.side_inputs import side_inputs
         from metarec.scorers.language.encoded_text import encoded_reader
 

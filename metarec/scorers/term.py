@@ -18,7 +18,7 @@ from torch import Tensor
 from metarec.data.interactions import Catalog, Codes, Flags, Interactions, Ratings, Values
 from metarec.data.templates import PromptTemplate
 from metarec.scorers.collaborative.item_mean import ItemPrior
-from metarec.scorers.collaborative.side_effects import FittedSide
+from metarec.scorers.collaborative.side_fitting import FittedSide
 from metarec.scorers.collaborative.stack import FittedStack
 
 # The term whose values depend on a user's adapter; see `metarec.scorers.language.score`.

@@ -29,7 +29,7 @@ from metarec.registries import ADAPTER_KINDS, TERMS
 from metarec.scorer import Scorer
 from metarec.scorers.collaborative.features import Features
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
-from metarec.scorers.collaborative.side_effects import FittedSide, fit_side
+from metarec.scorers.collaborative.side_fitting import FittedSide, fit_side
 from metarec.scorers.collaborative.side_readers import reader_of
 from metarec.scorers.collaborative.terms import CollaborativeTerm
 from metarec.scorers.collaborative.trivial import ItemMean

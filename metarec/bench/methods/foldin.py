@@ -66,7 +66,7 @@ def _llm_two_tower(context: MethodContext) -> Sequence[MethodRow]:
 
 
 def _process(context: MethodContext, **options: Any) -> Scorer:
-    from metarec.scorers.collaborative.gp import fit_process
+    from metarec.scorers.collaborative.gp_fitting import fit_process
 
     return fit_process(context.interactions, context.users, context.known, seed=context.seed, **options)
 

@@ -1,9 +1,9 @@
 """A Gaussian process that is linear in items' features, with mean and covariance of users' weights learned from many.
 
-`metarec.scorers.collaborative.gp` learns the scale of a block of features, and factors beside it. This learns how the
-weights of all features vary together, so that a support says something about features that it does not have. Of items
-that nobody rated, features are all there is; how far the learned covariance is believed of them is chosen by held-out
-users and items (`metarec.scorers.collaborative.shrinkage`).
+`metarec.scorers.collaborative.gp_fitting` learns the scale of a block of features, and factors beside it. This learns
+how the weights of all features vary together, so that a support says something about features that it does not have. Of
+items that nobody rated, features are all there is; how far the learned covariance is believed of them is chosen by
+held-out users and items (`metarec.scorers.collaborative.shrinkage`).
 """
 
 from __future__ import annotations

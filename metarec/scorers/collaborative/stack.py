@@ -19,7 +19,8 @@ from metarec.config import CollaborativeConfig
 from metarec.data.interactions import Codes, Flags, Interactions, Ratings, Values
 from metarec.scorer import Request, score_each
 from metarec.scorers.collaborative.features import Features
-from metarec.scorers.collaborative.gp import GaussianProcess, fit_processes
+from metarec.scorers.collaborative.gp import GaussianProcess
+from metarec.scorers.collaborative.gp_fitting import fit_processes
 from metarec.scorers.collaborative.item_mean import ItemPrior, fit_item_mean
 from metarec.scorers.collaborative.kernel_learning import aligned, learn_kernel_update, step_schedule
 from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
