@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from made_shop import PLAIN, by_group, reviewed, shop, write_friends
 
@@ -322,16 +323,102 @@ def test_many_users_are_adapted_with_what_is_known_of_each(
     options = SourceOptions(users="people.csv", friends="friends.csv", context=("device",), review="text")
     engine = Engine(known, AdapterStore(tmp_path / "store"))
     users = read_feedback(tmp_path / "feedback.csv", engine, options)
-    assert (adapt_users(engine, users).adapted, adapt_users(engine, users).ratings) == (2, 0)
-    found = engine.people(["ann", "bob"])
+    assert (adapt_users(engine, users).adapted, adapt_users(engine, users).ratings) == (3, 0)
+    found = engine.people(["ann", "bob", "eve"])
     me = known.adapt([("i0", 5), ("i1", 1, "awful,\nI hated it"), ("i9", "I hated it")], about={"group": "b"})
     support = found["ann"].adapted.support
     assert (support.side.about, list(support.side.rated["device"])) == ({"group": "b"}, ["phone", "", ""])  # type: ignore[union-attr]
     np.testing.assert_allclose(support.values, me.support.values)
     bob = known.adapt({"i0": "I loved it"}, friends=["u3"])
     np.testing.assert_allclose(found["bob"].adapted.score(ASKED), bob.score(ASKED), atol=1e-5)
+    eve = known.adapt([], about={"group": "c"}, friends=["u4"])
+    np.testing.assert_allclose(found["eve"].adapted.score(ASKED), eve.score(ASKED), atol=1e-5)
     assert "feedback.csv' that nothing reads: 'shop'" in caplog.text
     assert "people.csv' that nothing reads: 'shoe'" in caplog.text
+
+
+def test_people_without_a_rating_are_adapted_to_what_else_is_known_of_them(
+    known: MetaRecommender, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "feedback.csv").write_text("user,item,rating\n")
+    (tmp_path / "people.csv").write_text("user,group,about\nann,b,\nbob,,\nu0,a,\n")
+    (tmp_path / "friends.csv").write_text("user,friend\nu3,cat\ndan,cat\nu3,u9\n")
+    options = SourceOptions(users="people.csv", friends="friends.csv")
+    engine = Engine(known, AdapterStore(tmp_path / "store"))
+    users = read_feedback(tmp_path / "feedback.csv", engine, options)
+    # Of bob nothing is known, dan's friend is nobody that meta-training saw, u0, u3 and u9 have ratings of their own.
+    assert {user: (said.ratings, said.about, said.friends) for user, said in users.items()} == {
+        "ann": ((), {"group": "b"}, None),
+        "cat": ((), None, ("u3", "dan")),
+    }
+    assert "2 users without ratings are adapted to what else is known of them" in caplog.text
+    assert "3 users without ratings here are left out: it was fitted on theirs" in caplog.text
+    assert adapt_users(engine, users).adapted == 2
+    me = known.adapt([], friends=["u3", "dan"])
+    np.testing.assert_allclose(engine.people(["cat"])["cat"].adapted.score(ASKED), me.score(ASKED), atol=1e-5)
+    (tmp_path / "people.csv").write_text("user,group\nu0,a\n")
+    with pytest.raises(MetarecError, match="tell nothing of anybody"):
+        read_feedback(tmp_path / "feedback.csv", engine, SourceOptions(users="people.csv"))
+
+
+@pytest.fixture(scope="module")
+def weekly() -> MetaRecommender:
+    """Fitted to a shop where the weekday, read off timestamps, turns everybody's taste around."""
+    world = shop(np.tile(np.resize([1.0, -1.0], 4), (240, 1)))
+    weekday = pd.to_datetime(world.orders["timestamp"], unit="s").dt.day_of_week
+    sign = np.where(weekday < 3, 1.0, -1.0)
+    orders = world.orders.assign(rating=3 + sign * (world.orders["rating"] - 3)).drop(columns="device")
+    found = MetaRecommender.from_pretrained("smollm2-135m-instruct", validated(RunConfig, PLAIN, "test"))
+    return found.fit(orders, items=world.items, label="rating >= 4", context=["weekday"], **TASK)
+
+
+def test_moments_are_read_off_timestamps_of_many_users_as_off_those_of_training(
+    weekly: MetaRecommender, tmp_path: Path
+) -> None:
+    engine = Engine(weekly, AdapterStore(tmp_path / "store"))
+    written = {
+        "named": "user,item,rating,weekday\nann,i0,5,Monday\nann,i1,1,\nann,i2,5,Friday\n",
+        "dates": "user,item,rating,Date\nann,i0,5,2024-01-01 20:00\nann,i1,1,\nann,i2,5,2024-01-05\n",
+        "seconds": "user;item;rating;timestamp\nann;i0;5;1704139200\nann;i1;1;\nann;i2;5;1704412800\n",
+        "none": "user,item,rating,weekday\nann,i0,5,\nann,i1,1,\nann,i2,5,\n",
+    }
+    read = {}
+    for name, text in written.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+        read[name] = read_feedback(tmp_path / f"{name}.csv", engine, SourceOptions(context=("weekday",)))["ann"]
+    assert read["named"] == read["dates"] == read["seconds"]
+    assert [beside.context for beside in read["named"].beside] == [{"weekday": "Monday"}, {}, {"weekday": "Friday"}]
+    scores = {}
+    for name in ("dates", "none"):
+        users = {name: replace(read[name], user=name)}
+        adapt_users(engine, users)
+        scores[name] = engine.people([name])[name].adapted.at(weekday="Monday").score(ASKED)
+    assert np.abs(np.subtract(scores["dates"], scores["none"])).max() > 0.01
+
+
+def test_a_file_of_many_users_without_moments_or_with_false_timestamps_is_refused(
+    weekly: MetaRecommender, tmp_path: Path
+) -> None:
+    engine, file = Engine(weekly, AdapterStore(tmp_path / "store")), tmp_path / "feedback.csv"
+    options = SourceOptions(context=("weekday",))
+    file.write_text("user,item,rating\nann,i0,5\n")
+    with pytest.raises(MetarecError, match="no column 'weekday'") as refused:
+        read_feedback(file, engine, options)
+    assert "'weekday' may be read off a column 'timestamp'" in str(refused.value)
+    file.write_text("user,item,rating,timestamp\nann,i0,5,soon\n")
+    with pytest.raises(MetarecError, match="row 2: timestamp 'soon' is neither a number nor a date"):
+        read_feedback(file, engine, options)
+
+
+def test_a_store_reads_moments_off_the_time_of_ratings_that_came_without_one(
+    weekly: MetaRecommender, tmp_path: Path
+) -> None:
+    store = AdapterStore(tmp_path / "store")
+    store.append([Feedback("ann", (("i0", 5.0), ("i1", 1.0)), beside=(Beside({"weekday": "Noday"}), Beside()))])
+    weekly.save_pretrained(tmp_path / "run" / RUN_MODEL)
+    options = SourceOptions(items=str(tmp_path / "run"), context=("weekday",))
+    today = pd.to_datetime(store.events("ann")[1].at, unit="s").day_name()
+    assert store_tables(tmp_path / "store", options).ratings["weekday"].tolist() == ["Noday", today]
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,8 @@ def adapt(
         Path | None, typer.Option(help="Where to write the adapter, as a PEFT directory.", show_default=False)
     ] = None,
     users: Annotated[
-        Path | None, typer.Option(help="CSV file with the columns user,item,rating.", show_default=False)
+        Path | None,
+        typer.Option(help="CSV file with the columns user,item,rating, and any that --side names.", show_default=False),
     ] = None,
     side: Annotated[
         list[str] | None,

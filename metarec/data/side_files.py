@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from metarec.data.interactions import Interactions
 from metarec.data.item_graph import graph_digest, graph_vectors, read_item_graph
 from metarec.data.item_vectors import read_item_vectors
+from metarec.data.moments import moments_of
 from metarec.data.side import SideColumns, Texts
-from metarec.data.side_table import side_table
+from metarec.data.side_table import read_side_table, side_table
 from metarec.data.source_options import OF_TIME, SourceOptions
 from metarec.data.sources.names import recognise
 from metarec.errors import DataError, suggest
@@ -24,8 +24,6 @@ _LOG = logging.getLogger(__name__)
 GRAPH = "graph"
 # Name of the block that edges between users become.
 FRIENDS = "friends"
-# How pandas calls what timestamps say of a moment.
-_OF_TIME = dict(zip(OF_TIME, ("hour", "day_name", "month_name"), strict=True))
 
 
 def with_side(data: Interactions, path: Path | None, options: SourceOptions) -> Interactions:
@@ -72,27 +70,28 @@ def side_folder(path: Path | None) -> Path:
 
 def _of_time(data: Interactions, name: str, columns: Sequence[str] | dict[str, Texts]) -> Texts:
     """Returns what the timestamps say of each row's moment."""
-    if name not in _OF_TIME:
-        cure = suggest(name, [*columns, *_OF_TIME])
+    if name not in OF_TIME:
+        cure = suggest(name, [*columns, *OF_TIME])
         raise DataError(f"the ratings have no column '{name}', which 'context' names", cure)
     if data.timestamp is None:
         raise DataError(f"'{name}' is read off timestamps, and the ratings have none", "Name a column of that name")
-    times = pd.to_datetime(pd.Series(data.timestamp), unit="s", utc=True).dt
-    found = getattr(times, _OF_TIME[name])
-    texts: Texts = np.array([str(value) for value in (found() if callable(found) else found)], object)
-    return texts
+    return moments_of(data.timestamp, name)
 
 
-def users_table(path: Path, users: Sequence[str], encoding: str) -> dict[str, Texts]:
-    """Reads the fields of users, each of shape (users,); those that the file does not name have none.
+def users_table(path: Path, users: Sequence[str], encoding: str, others: Sequence[str] = ()) -> dict[str, Texts]:
+    """Reads the fields of users, each of shape (users + others,); those that the file does not name have none.
+
+    Args:
+        path: The file.
+        users: Users who have rated.
+        encoding: The file's encoding where it is not UTF-8.
+        others: Further users, who need no row.
 
     Raises:
         DataError: The file is missing or malformed, or names none of the users.
     """
     frame, file = side_table(path, encoding=encoding, ids=frozenset(users)), f"'{path}'"
-    key = recognise(list(map(str, frame.columns)), ["user"]).get("user")
-    if key is None:
-        raise DataError(f"{file} has no column 'user'", "Name the column of the users' ids 'user'")
+    key = _user_column(frame.columns, file)
     if len(frame.columns) == 1:
         raise DataError(f"{file} has no column beside '{key}'", "Add columns of what is known of users")
     ids = frame[key]
@@ -100,11 +99,12 @@ def users_table(path: Path, users: Sequence[str], encoding: str) -> dict[str, Te
         twice = ids[ids.duplicated()]
         raise DataError(f"{file} row {twice.index[0]} names user '{twice.iloc[0]}' twice", "Give every user one row")
     place = {name: row for row, name in enumerate(ids)}
-    rows = np.array([place.get(user, -1) for user in users], np.int64)
-    if (rows < 0).all():
+    rows = np.array([place.get(user, -1) for user in [*users, *others]], np.int64)
+    missing = int((rows[: len(users)] < 0).sum())
+    if users and missing == len(users):
         raise DataError(f"{file} names no user of the ratings, e.g. '{users[0]}'", "Name users by their ids")
-    if (rows < 0).any():
-        _LOG.warning("%s: %d of %d users have no row", file, int((rows < 0).sum()), len(users))
+    if missing:
+        _LOG.warning("%s: %d of %d users have no row", file, missing, len(users))
     found: dict[str, Texts] = {}
     for name in frame.columns.drop(key):
         column = np.array([*frame[name], ""], object)
@@ -112,19 +112,51 @@ def users_table(path: Path, users: Sequence[str], encoding: str) -> dict[str, Te
     return found
 
 
-def friends_of_users(path: Path, users: Sequence[str], encoding: str) -> list[tuple[str, ...]]:
+def _user_column(names: Iterable[str], file: str) -> str:
+    key = recognise(list(map(str, names)), ["user"]).get("user")
+    if key is None:
+        raise DataError(f"{file} has no column 'user'", "Name the column of the users' ids 'user'")
+    return key
+
+
+def people_named(folder: Path, options: SourceOptions) -> list[str]:
+    """Returns the ids of everyone whom the files of users and of friends name, each once.
+
+    Raises:
+        DataError: A file is missing or malformed.
+    """
+    found: dict[str, None] = {}
+    if options.users:
+        path = folder / options.users
+        frame, _ = read_side_table(path, encoding=options.encoding)
+        found |= dict.fromkeys(frame[_user_column(frame.columns, f"'{path}'")])
+    if options.friends:
+        frame, _ = read_side_table(folder / options.friends, ("user", "friend"), encoding=options.encoding)
+        found |= dict.fromkeys([*frame["user"], *frame["friend"]])
+    return [name for name in found if name]
+
+
+def friends_of_users(
+    path: Path, users: Sequence[str], encoding: str, others: Sequence[str] = ()
+) -> list[tuple[str, ...]]:
     """Reads the friends of some users, whoever they are, from a file of edges, which go both ways.
+
+    Args:
+        path: The file.
+        users: Users who have rated.
+        encoding: The file's encoding where it is not UTF-8.
+        others: Further users, whose friends come behind theirs.
 
     Raises:
         DataError: The file is missing or malformed, or names none of the users.
     """
     frame, file = side_table(path, ("user", "friend"), encoding=encoding, ids=frozenset(users)), f"'{path}'"
-    found: dict[str, dict[str, None]] = {user: {} for user in users}
+    found: dict[str, dict[str, None]] = {user: {} for user in [*users, *others]}
     one, other = (frame[name].to_numpy(object) for name in ("user", "friend"))
     for first, second in zip([*one, *other], [*other, *one], strict=True):
         if first in found and second and first != second:
             found[first][second] = None
-    if not any(found.values()):
+    if users and not any(found[user] for user in users):
         raise DataError(f"no edge of {file} names a user of the ratings, e.g. '{users[0]}'", "Name users by their ids")
     return [tuple(friends) for friends in found.values()]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from metarec.data.interactions import Catalog, Codes, SplitPart
+from metarec.data.interactions import Catalog, Codes, Flags, SplitPart
 from metarec.errors import ConfigError, DataError, shown
 
 if TYPE_CHECKING:
@@ -46,6 +46,12 @@ class SplitRecord:
             return np.sort(_digests(hashes["data"], (users[code] for code in data.parts[part])))
 
         return cls(hashes, digests("train"), digests("validation"))
+
+    def saw(self, users: Iterable[str]) -> Flags:
+        """Says of each of some users whether meta-training or validation saw them, shape (users,)."""
+        digests = _digests(self.hashes["data"], users)
+        found: Flags = np.isin(digests, self.validation) | np.isin(digests, self.train)
+        return found
 
     def without_seen(self, data: TaskData) -> TaskData:
         """Returns a task's data with test users that neither meta-training nor validation saw.

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import cast
 
 from metarec.data.interactions import Catalog, RatingScale
-from metarec.data.side_files import friends_of_users, side_folder, users_table
+from metarec.data.side_files import friends_of_users, people_named, side_folder, users_table
 from metarec.data.source_options import SourceOptions
 from metarec.data.sources.rated import rated_rows
 from metarec.errors import ConfigError, DataError, MetarecError
 from metarec.serve.engine import Engine
 from metarec.serve.records import Beside, Feedback, NewAdapter, check_id
 from metarec.system.progress import progress
-from metarec.training.given_side import is_review, known_names, read_review
+from metarec.training.given_side import is_review, known_names, knows_a_friend, read_review
 
 _LOG = logging.getLogger(__name__)
 USERS_AT_ONCE = 256
@@ -72,10 +72,12 @@ def read_feedback(path: Path, engine: Engine, options: SourceOptions | None = No
         path: The file.
         engine: Over the recommender that is to read it.
         options: What else is known: ``context`` and ``review`` name columns of the file, ``users`` and ``friends``
-            files beside it. Where reviews are read, a rating may be left out, or be the review itself.
+            files beside it. Hour, weekday and month are read off timestamps where there are no such columns. Where
+            reviews are read, a rating may be left out, or be the review itself.
 
     Returns:
-        What each user's rows say, ratings in the file's order.
+        What each user's rows say, ratings in the file's order. Whom the files beside it tell something of, and the
+        recommender was not fitted on, is there without ratings too.
 
     Raises:
         DataError: A file or a row is not of that form; the message names the row.
@@ -86,7 +88,12 @@ def read_feedback(path: Path, engine: Engine, options: SourceOptions | None = No
     columns = ("user", "item", *options.of_rows, "rating")
     catalog, scale = engine.catalog, engine.trained.fitted.scale
     users: dict[str, _Row] = {}
-    rows = rated_rows(path, columns, line_breaks=options.review is not None)
+    rows = rated_rows(
+        path,
+        columns,
+        line_breaks=options.review is not None,
+        may_be_empty=bool(options.users or options.friends),
+    )
     for number, (user, item, *said, rating) in enumerate(rows, start=2):
         named = dict(zip(options.of_rows, said, strict=True))
         review, where = named.pop(options.review or "", ""), f"'{path}' row {number}"
@@ -99,6 +106,10 @@ def read_feedback(path: Path, engine: Engine, options: SourceOptions | None = No
         row.ratings.append((found, value))
         row.beside.append(Beside({name: text for name, text in named.items() if text.strip()}, review.strip(), alone))
     about, friends = _known(path, list(users), engine, options)
+    unrated = [user for user in dict.fromkeys([*about, *friends]) if user not in users]
+    users |= {check_id(user, "user id"): _Row() for user in unrated}
+    if not users:
+        raise DataError(f"'{path}' and the files beside it tell nothing of anybody", "Write one row for each rating")
     return {
         user: bulk_feedback(user, row.ratings, row.beside, about.get(user), friends.get(user))
         for user, row in users.items()
@@ -133,12 +144,21 @@ def _check_options(engine: Engine, options: SourceOptions) -> None:
 def _known(
     path: Path, users: Sequence[str], engine: Engine, options: SourceOptions
 ) -> tuple[dict[str, dict[str, str]], dict[str, tuple[str, ...]]]:
-    """Returns what files beside the ratings say of users: their fields, and their friends."""
+    """Returns what files beside the ratings say of users: their fields, and their friends.
+
+    Of people without ratings here those are left out whom the recommender was fitted on, and those of whom it reads
+    nothing.
+    """
     folder = side_folder(path)
+    rated = frozenset(users)
+    unrated = [user for user in people_named(folder, options) if user not in rated]
+    seen = engine.trained.fitted.split.saw(unrated)
+    others = [user for user, left_out in zip(unrated, seen, strict=True) if not left_out]
+    everybody = [*users, *others]
     about: dict[str, dict[str, str]] = {}
     if options.users:
         file = folder / options.users
-        found = users_table(file, users, options.encoding)
+        found = users_table(file, users, options.encoding, others)
         fields, _ = known_names(engine.trained.fitted)
         unread = [name for name in found if name not in fields]
         if len(unread) == len(found):
@@ -148,13 +168,20 @@ def _known(
         read = {name: column for name, column in found.items() if name not in unread}
         about = {
             user: said
-            for place, user in enumerate(users)
+            for place, user in enumerate(everybody)
             if (said := {name: column[place] for name, column in read.items() if column[place]})
         }
     friends: dict[str, tuple[str, ...]] = {}
     if options.friends:
-        listed = friends_of_users(folder / options.friends, users, options.encoding)
-        friends = {user: some for user, some in zip(users, listed, strict=True) if some}
+        listed = friends_of_users(folder / options.friends, users, options.encoding, others)
+        friends = {user: some for user, some in zip(everybody, listed, strict=True) if some}
+        for user in others:
+            if user not in about and not knows_a_friend(engine.trained.fitted, friends.get(user, ())):
+                friends.pop(user, None)
+    if told := sum(user in about or user in friends for user in others):
+        _LOG.warning("%d users without ratings are adapted to what else is known of them", told)
+    if seen.any():
+        _LOG.warning("%d users without ratings here are left out: it was fitted on theirs", int(seen.sum()))
     return about, friends
 
 

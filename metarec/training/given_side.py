@@ -82,6 +82,12 @@ def known_names(fitted: Fitted) -> tuple[list[str], list[str]]:
     return [name for name in of_users if name != FRIENDS], list(of_moments)
 
 
+def knows_a_friend(fitted: Fitted, friends: Sequence[str]) -> bool:
+    """Says whether one of some friends is among the users that a recommender was fitted on, and it reads friends."""
+    known = _effects(fitted).friends
+    return known is not None and known.known(Side(friends=tuple(friends))).size > 0
+
+
 def unknown_values(fitted: Fitted, side: Side | None) -> list[str]:
     """Names categories and friends that meta-training did not see, so that nothing follows from them."""
     if side is None or not (side.about or side.friends or side.asked):

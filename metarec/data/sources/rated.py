@@ -9,41 +9,76 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from metarec.data.interactions import Catalog, RatingScale
-from metarec.data.sources.columns import numbers
+from metarec.data.moments import moments_of
+from metarec.data.source_options import OF_TIME
+from metarec.data.sources.columns import numbers, times
 from metarec.data.sources.delimited import delimited, header, header_cure
 from metarec.data.sources.files import File
 from metarec.data.sources.names import recognise
-from metarec.errors import DataError
+from metarec.errors import DataError, shown
 
 _LOG = logging.getLogger(__name__)
+_TIME = "timestamp"
 _SEPARATORS = (",", ";", "\t", "|")
 
 
-def rated_rows(path: Path, columns: Sequence[str], *, line_breaks: bool = False) -> list[tuple[str, ...]]:
+def rated_rows(
+    path: Path, columns: Sequence[str], *, line_breaks: bool = False, may_be_empty: bool = False
+) -> list[tuple[str, ...]]:
     """Reads some columns of a delimited file: UTF-8 or UTF-16, separated by commas, semicolons, tabs or bars.
+
+    Hour, weekday and month are read off the file's timestamps where it has no such columns.
 
     Args:
         path: The file; its first row names the columns, by these or other usual names.
         columns: What is wanted, ``rating`` last; the others are text. Further columns are named in the log.
         line_breaks: Whether quoted fields may hold them.
+        may_be_empty: Whether the file may hold no row.
 
     Returns:
-        The rows, at least one; a rating that is no number stays as it was written.
+        The rows, in the file's order; a rating that is no number stays as it was written.
 
     Raises:
-        DataError: The file cannot be read, has no such column, or holds no rating.
+        DataError: The file cannot be read, has no such column, holds no rating, or a timestamp that is none.
     """
     file = File(path)
     start = f"Start the file with: {','.join(columns)}"
-    separator, found = _layout(file, columns)
-    if len(found) < len(columns):
-        names = header(file, ",", "utf-8")
+    of_time = [name for name in columns if name in OF_TIME]
+    separator, found = _layout(file, [*columns, *([_TIME] if of_time else [])])
+    names = header(file, separator, "utf-8")
+    derived = [name for name in of_time if name not in found] if _TIME in found else []
+    missing = next((name for name in columns if name not in found and name not in derived), None)
+    if missing is not None:
         if not any(names):
             raise DataError(f"{file} is empty", f"{start}, then one row for each rating")
-        missing = next(name for name in columns if name not in recognise(names, columns))
-        raise DataError(f"{file} has no column '{missing}'", f"{header_cure(missing, names, ',').rstrip('.')}. {start}")
-    return _rows(file, separator, found, columns, line_breaks=line_breaks)
+        also = f". '{missing}' may be read off a column '{_TIME}'" if missing in OF_TIME else ""
+        cure = f"{header_cure(missing, names, separator).rstrip('.')}. {start}{also}"
+        raise DataError(f"{file} has no column '{missing}'", cure)
+    read = [*(name for name in columns if name not in derived and name != "rating"), *([_TIME] if derived else [])]
+    rows = _rows(file, separator, found, [*read, "rating"], line_breaks=line_breaks, may_be_empty=may_be_empty)
+    if not derived:
+        return rows
+    *told, rating = zip(*rows, strict=True) if rows else [()] * (len(read) + 1)
+    by_name = dict(zip(read, told, strict=True))
+    times = _times(file, by_name[_TIME])
+    by_name |= {name: tuple(moments_of(times, name)) for name in derived}
+    return list(zip(*(by_name[name] for name in columns if name != "rating"), rating, strict=True))
+
+
+def _times(file: File, written: Sequence[str]) -> np.ndarray:
+    """Returns timestamps as seconds since 1970, NaN where none is written."""
+    found = times(pd.Series(written, dtype=object))
+    for row, (text, time) in enumerate(zip(written, found, strict=True), start=2):
+        if text.strip() and not np.isfinite(time):
+            raise DataError(
+                f"{file} row {row}: timestamp {shown(text)} is neither a number nor a date",
+                "Write dates as 2024-08-07, or leave it empty",
+            )
+    return found
 
 
 def own_ratings(path: Path, catalog: Catalog, scale: RatingScale) -> list[tuple[str, Any]]:
@@ -113,7 +148,13 @@ def _layout(file: File, columns: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 
 def _rows(
-    file: File, separator: str, found: dict[str, str], columns: Sequence[str], *, line_breaks: bool = False
+    file: File,
+    separator: str,
+    found: dict[str, str],
+    columns: Sequence[str],
+    *,
+    line_breaks: bool = False,
+    may_be_empty: bool = False,
 ) -> list[tuple[str, ...]]:
     """Returns some columns, ``rating`` last, as rows; a rating that is no number stays as it was written."""
     wanted = {theirs: ours for ours, theirs in found.items() if ours in columns}
@@ -121,7 +162,7 @@ def _rows(
     unread = [name for name in header(file, separator, "utf-8") if name not in wanted]
     if unread:
         _LOG.warning("columns of %s that nothing reads: %s", file, ", ".join(map(repr, unread)))
-    if frame.empty:
+    if frame.empty and not may_be_empty:
         raise DataError(f"{file} holds no rating", "Write one row for each rating, or leave the file out")
     *texts, rating = (frame[name] for name in columns)
     read: list[Any] = [

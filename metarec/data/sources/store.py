@@ -16,7 +16,8 @@ from typing import Any
 import pandas as pd
 
 from metarec.data.interactions import RatingScale
-from metarec.data.source_options import SourceOptions, options_scale
+from metarec.data.moments import moments_of
+from metarec.data.source_options import OF_TIME, SourceOptions, options_scale
 from metarec.data.sources.assembly import Tables
 from metarec.errors import ArtifactError, DataError
 from metarec.files.artifacts import load_json
@@ -56,7 +57,7 @@ def store(path: Path | None, options: SourceOptions) -> Tables:
     frame = frame[frame["read"] == 0].reset_index(drop=True)
     moments = [json.loads(moment) for moment in frame["moment"]]
     said = {name: [str(moment.get(name, "")) for moment in moments] for name in options.context}
-    said = {name: column for name, column in said.items() if any(column)}
+    said = {name: _filled(name, column, frame["timestamp"]) for name, column in said.items() if any(column)}
     if options.review == "review":
         said["review"] = [json.loads(text) for text in frame["review"]]
     frame = frame[["user", "item", "rating", "timestamp"]].assign(**said)
@@ -70,6 +71,13 @@ def store(path: Path | None, options: SourceOptions) -> Tables:
         )
     table = pd.DataFrame([{"item": item, **fields} for item, fields in items.items()]).fillna("")
     return Tables(frame, table, f"store '{path}'", options_scale(options) or scale)
+
+
+def _filled(name: str, column: list[str], received: pd.Series) -> list[str]:
+    """Returns a column of moments; hour, weekday and month are when a rating was received, where none came with it."""
+    if name not in OF_TIME:
+        return column
+    return [told or read for told, read in zip(column, moments_of(received.to_numpy(), name), strict=True)]
 
 
 def _read(file: Path) -> tuple[list[tuple[Any, ...]], dict[str, Mapping[str, str]]]:
