@@ -48,7 +48,7 @@ REFERENCE: Mapping[str, tuple[str, tuple[str, ...]]] = {
             "metarec.errors",
         ),
     ),
-    "client": ("Client of the service", ("metarec.client",)),
+    "client": ("Client of the service", ("metarec.client.service_client", "metarec.client.answers")),
     "settings": ("Settings and tasks", ("metarec.config", "metarec.data.task")),
     "parts": (
         "Parts to swap",

@@ -22,7 +22,7 @@ from serving import LOVES_DRAMA, listening, small_recommender
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
 from metarec import client as clients
-from metarec.client import Client, Rating, ServiceError
+from metarec.client import Client, Rating, ServiceError, service_client
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def sent_by(ask: Callable[[Client], Any], monkeypatch: pytest.MonkeyPatch) -> An
     def refuse(request: Any, timeout: float) -> None:
         raise SentError(request)
 
-    monkeypatch.setattr(clients, "urlopen", refuse)
+    monkeypatch.setattr(service_client, "urlopen", refuse)
     with pytest.raises(SentError) as found:
         ask(Client("http://service"))
     return found.value.args[0]
@@ -202,8 +202,8 @@ def test_ratings_that_met_a_busy_service_are_sent_again_with_the_same_key(monkey
             raise URLError("reset")
         return io.BytesIO(json.dumps({**answer, "adapter": adapter}).encode())
 
-    monkeypatch.setattr(clients, "urlopen", service)
-    monkeypatch.setattr(clients.time, "sleep", waited.append)
+    monkeypatch.setattr(service_client, "urlopen", service)
+    monkeypatch.setattr(service_client.time, "sleep", waited.append)
     assert Client("http://service").rate("ann", {"m0": 5}).accepted == 1
     assert len(keys) == 3
     assert len(set(keys)) == 1
@@ -217,8 +217,8 @@ def test_what_counts_twice_when_sent_twice_is_sent_once(monkeypatch: pytest.Monk
         tried.append(request)
         raise URLError("reset")
 
-    monkeypatch.setattr(clients, "urlopen", broken)
-    monkeypatch.setattr(clients.time, "sleep", lambda _: None)
+    monkeypatch.setattr(service_client, "urlopen", broken)
+    monkeypatch.setattr(service_client.time, "sleep", lambda _: None)
     with pytest.raises(ServiceError, match=r"does not answer: reset. Is 'metarec serve' running there\?"):
         Client("http://service").erase("ann")
     assert len(tried) == 1

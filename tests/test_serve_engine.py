@@ -23,9 +23,10 @@ from metarec.lm.forward import ItemBatch
 from metarec.recommender import MetaRecommender
 from metarec.scorers.language.adapted import MetaScorer
 from metarec.serve import batching, retrieval
-from metarec.serve.engine import Engine, Ranking
+from metarec.serve.engine import Engine
 from metarec.serve.items import ExtendedAnswerModel
 from metarec.serve.person import Person
+from metarec.serve.rankings import Ranking
 from metarec.serve.records import Feedback
 from metarec.serve.store import AdapterStore
 

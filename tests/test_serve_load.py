@@ -21,9 +21,10 @@ from metarec.errors import ConfigError
 from metarec.recommender import MetaRecommender
 from metarec.serve import service, slow_clients
 from metarec.serve.app import create_app
-from metarec.serve.engine import Engine, Ranking
+from metarec.serve.engine import Engine
 from metarec.serve.guard import Guard, RequestLimits
 from metarec.serve.person import Person
+from metarec.serve.rankings import Ranking
 from metarec.serve.records import Feedback
 from metarec.serve.service import ServeSettings
 from metarec.serve.store import AdapterStore

@@ -25,7 +25,7 @@ from metarec.scorers.collaborative.side_readers import Categories, Numbers
 from metarec.serve import page as page_module
 from metarec.serve.app import create_app
 from metarec.serve.engine import Engine
-from metarec.serve.page import Named, about_fields, bars, choices
+from metarec.serve.page_facts import Named, about_fields, bars, choices
 from metarec.serve.service import ServeSettings
 from metarec.serve.store import AdapterStore
 

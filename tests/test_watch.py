@@ -24,6 +24,7 @@ from metarec.evaluation.calibration import Calibration
 from metarec.recommender import MetaRecommender
 from metarec.serve import watch as watching
 from metarec.serve.app import create_app
+from metarec.serve.drift import Reference, popularity_bins, recent_drift
 from metarec.serve.engine import Engine
 from metarec.serve.prequential import (
     GROUPS,
@@ -36,7 +37,7 @@ from metarec.serve.prequential import (
 )
 from metarec.serve.service import ServeSettings
 from metarec.serve.store import AdapterStore
-from metarec.serve.watch import Reference, popularity_bins, recent_drift, report, sums_name
+from metarec.serve.watch import report, sums_name
 
 
 @pytest.fixture(scope="session")

@@ -21,9 +21,11 @@ from starlette.routing import Route
 from metarec.data.filters import MAX_CHARACTERS
 from metarec.errors import ConfigError, ConflictError, MetarecError, StoreError
 from metarec.serve.batching import BLOCK
-from metarec.serve.engine import Engine, Ranked, Ranking
+from metarec.serve.engine import Engine
 from metarec.serve.guard import Guard, error_body
 from metarec.serve.person import Person
+from metarec.serve.problems import PROBLEMS, faults
+from metarec.serve.rankings import Ranked, Ranking
 from metarec.serve.records import MAX_ID_CHARACTERS, Beside, Feedback, check_id
 from metarec.serve.reference import add_reference
 from metarec.serve.schema import (
@@ -31,7 +33,6 @@ from metarec.serve.schema import (
     MOST_EXPORTED,
     MOST_INFORMATIVE,
     MOST_RECOMMENDED,
-    PROBLEMS,
     Added,
     Asked,
     Erased,
@@ -58,7 +59,6 @@ from metarec.serve.schema import (
     UserAnswer,
     UserId,
     asked,
-    faults,
 )
 from metarec.serve.service import RefusedError, ServeSettings, Service, adapter_facts
 from metarec.serve.worker import BusyError, Job, Wanted

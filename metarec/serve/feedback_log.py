@@ -7,7 +7,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from metarec.errors import ConflictError
 from metarec.serve.index import Index
@@ -281,6 +281,37 @@ class FeedbackLog:
     def count_removed(self) -> int:
         """Returns how many items were removed."""
         return int(self._index.execute("SELECT COUNT(*) FROM removed_items")[0][0])
+
+    def change_fact(self, name: str, change: Callable[[str | None], str]) -> None:
+        """Puts a fact about the store in the place of another one; servers that do the same wait for each other.
+
+        Args:
+            name: The fact's name.
+            change: Returns the new text for the old one, which is None where there is none.
+        """
+        with self._index.transaction():
+            self._index.alone("metarec facts")
+            self._index.state(name, change(self._index.fact(name)))
+
+    def set_fact(self, name: str, text: str) -> None:
+        """Writes a fact about the store."""
+        self._index.state(name, text)
+
+    def fact(self, name: str) -> str | None:
+        """Returns a fact about the store, or None."""
+        return self._index.fact(name)
+
+    def facts_named(self, beginning: str) -> dict[str, str]:
+        """Returns facts about the store whose names begin so, by name."""
+        return self._index.facts_named(beginning)
+
+    def test_write(self) -> None:
+        """Checks that feedback can be stored, by a write that survives a crash.
+
+        Raises:
+            StoreError: It cannot.
+        """
+        self._index.state("tested", f"{time.time()}")
 
 
 def _digest(feedback: Feedback) -> str:

@@ -6,10 +6,8 @@ loads nothing from elsewhere. A visitor is a user like any other, named by a ran
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import parse_qs
@@ -21,14 +19,21 @@ from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Resp
 from starlette.exceptions import HTTPException
 
 from metarec.adapted_user import Recommendation
-from metarec.data.interactions import Catalog, RatingScale
-from metarec.data.side import ABOUT
-from metarec.data.titles import read_title
 from metarec.errors import ConfigError, MetarecError, StoreError
 from metarec.recommending.explanations import Reason
-from metarec.recommending.preferences import Preference
-from metarec.scorers.collaborative.side_readers import Categories, Numbers
 from metarec.serve.batching import BLOCK
+from metarec.serve.page_facts import (
+    Because,
+    Moved,
+    Named,
+    RankedItem,
+    RatedItem,
+    about_fields,
+    bars,
+    choices,
+    moves,
+    ranking_said,
+)
 from metarec.serve.person import Person
 from metarec.serve.records import MAX_ID_CHARACTERS, Feedback
 from metarec.serve.service import Service
@@ -39,7 +44,6 @@ _HERE = Path(__file__).parent
 _COOKIE = "metarec_visitor"
 _SHOWN = 10
 _FOUND = 6
-_MOST_CHOICES, _FEW_CHOICES = 10, 5
 _MOST_SKIPPED = 120
 # Places before the last rating are known among so many items, which are scored anyway, for so many visitors.
 _COMPARED = BLOCK // 2
@@ -48,95 +52,12 @@ _FILES = {
     "page.css": "text/css",
     **dict.fromkeys(("page.js", "parts.js", "toolbar.js", "glide.js"), "text/javascript"),
 }
-# Width of the picture of a preference, where 0 is in it, and the share of each half that the first band takes.
-_WIDTH, _ZERO, _BAND = 200.0, 100.0, 0.7
 
 Visitor = Annotated[str | None, Cookie(alias=_COOKIE, pattern="^page-[A-Za-z0-9_-]{16,64}$", include_in_schema=False)]
 Text = Annotated[str, Query(max_length=200)]
 Skipped = Annotated[list[Annotated[str, Query(max_length=MAX_ID_CHARACTERS)]] | None, Query(max_length=_MOST_SKIPPED)]
 
 Ranked = list[tuple[Recommendation, list[Reason]]]
-
-
-@dataclass(frozen=True)
-class Named:
-    """An item as people name it: its title with the article in front, or its id where it has none."""
-
-    item: str
-    title: str
-    year: str
-
-    @classmethod
-    def of(cls, catalog: Catalog, item: str, code: int) -> Named:
-        """Returns an item of a catalog."""
-        title, year = read_title(catalog.fields["title"][code])
-        return cls(item, title or f"item {item}", year or catalog.fields.get("year", [""] * len(catalog))[code])
-
-
-@dataclass(frozen=True)
-class RankedItem(Named):
-    """A line of the ranking; `was` is the item's place before the last rating, None where it was not near the top."""
-
-    score: float
-    rating: float | None
-    was: int | None
-    because: Sequence[Because]
-
-
-@dataclass(frozen=True)
-class RatedItem(Named):
-    """A line of what the visitor rated."""
-
-    value: float
-
-
-@dataclass(frozen=True)
-class Because:
-    """A rating that moved an item, by how much."""
-
-    title: str
-    rating: float
-    moved: float
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What a ranking is compared with.
-
-    Args:
-        version: The ranking's version of the adapter.
-        places: Its items' places.
-        before: Those of the ranking that was shown before.
-        since: The rating that came between the two; None where it is not known, or they are several.
-    """
-
-    version: int
-    places: Mapping[str, int]
-    before: Mapping[str, int]
-    since: RatedItem | None
-
-
-@dataclass(frozen=True)
-class Bar:
-    """The picture of a preference: left end and width of each of its parts, of `_WIDTH`."""
-
-    category: str
-    mean: float
-    width: float
-    before: tuple[float, float]
-    bar: tuple[float, float]
-    whisker: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Field:
-    """Something to say about oneself; `choices` are its values, where it has few."""
-
-    name: str
-    label: str
-    value: str
-    choices: Sequence[str]
-    number: bool
 
 
 class PageContent:
@@ -309,7 +230,7 @@ def add_page(app: FastAPI, service: Service) -> None:
         if not scripted:
             return RedirectResponse("/", 303)
         facts = await content.shown(user, last=said.get("last"))
-        return render("changed.html", {**facts, "said": f"{said['said']} {_ranking_said(facts)}"})
+        return render("changed.html", {**facts, "said": f"{said['said']} {ranking_said(facts)}"})
 
     @app.get("/", include_in_schema=False)
     async def page(visitor: Visitor = None, q: Text = "", skip: Skipped = None, why: bool = False) -> HTMLResponse:
@@ -364,71 +285,6 @@ def add_page(app: FastAPI, service: Service) -> None:
 
 async def _text(request: Request) -> str:
     return (await request.body()).decode("utf-8", "replace")
-
-
-def choices(scale: RatingScale) -> list[int]:
-    """Returns the ratings to choose from: the whole numbers of a scale, or a few of many."""
-    low, high = math.ceil(scale.low), math.floor(scale.high)
-    if high - low < _MOST_CHOICES:
-        return list(range(low, high + 1))
-    return [round(low + (high - low) * step / (_FEW_CHOICES - 1)) for step in range(_FEW_CHOICES)]
-
-
-def moves(rows: Sequence[RankedItem]) -> str:
-    """Says how many items of a ranking are new, went up and went down."""
-    new = sum(row.was is None for row in rows)
-    up = sum(row.was is not None and row.was > place for place, row in enumerate(rows, start=1))
-    down = sum(row.was is not None and row.was < place for place, row in enumerate(rows, start=1))
-    parts = [f"{count} {what}" for count, what in ((new, "new"), (up, "up"), (down, "down")) if count]
-    return ", ".join(parts) or "nothing moved"
-
-
-def _ranking_said(facts: Mapping[str, Any]) -> str:
-    """Says a ranking in a sentence, for those who hear it."""
-    first = facts["rows"][0].title if facts["rows"] else "nothing"
-    return f"Your ranking: {facts['moves']}; first is {first}."
-
-
-def bars(preferences: Sequence[Preference]) -> list[Bar]:
-    """Returns the pictures of preferences, on one scale that no rating changes."""
-    widest = max((one.spread for one in preferences), default=0.0) or 1.0
-
-    def at(value: float) -> float:
-        return min(max(_ZERO + value / widest * _ZERO * _BAND, 0.0), _WIDTH)
-
-    def between(low: float, high: float) -> tuple[float, float]:
-        return round(at(low), 1), round(at(high) - at(low), 1)
-
-    return [
-        Bar(
-            one.category,
-            round(one.mean, 2) + 0.0,  # no negative zero
-            (one.high - one.low) / 2,
-            between(-one.spread, one.spread),
-            between(min(one.mean, 0.0), max(one.mean, 0.0)),
-            between(one.low, one.high),
-        )
-        for one in preferences
-    ]
-
-
-def about_fields(readers: Mapping[str, Any], about: Mapping[str, str]) -> list[Field]:
-    """Returns what visitors may say about themselves, with what they have said.
-
-    Args:
-        readers: Field of users to what reads it.
-        about: Field to what is known.
-    """
-    return [
-        Field(
-            name,
-            "In a sentence" if name == ABOUT else name.replace("_", " ").capitalize(),
-            about.get(name, ""),
-            reader.tokens if isinstance(reader, Categories) and not reader.words else (),
-            isinstance(reader, Numbers),
-        )
-        for name, reader in readers.items()
-    ]
 
 
 def _places(ranked: Ranked) -> dict[str, int]:

@@ -12,7 +12,7 @@ import hmac
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -379,37 +379,6 @@ class AdapterStore(FeedbackLog):
     def pseudonym(self, user: str) -> str:
         """Returns what stands for a user in audit logs: a digest that is keyed by a secret of the store."""
         return hmac.new(self._index.secret.encode(), user.encode("utf-8", "replace"), "sha256").hexdigest()[:32]
-
-    def change_fact(self, name: str, change: Callable[[str | None], str]) -> None:
-        """Puts a fact about the store in the place of another one; servers that do the same wait for each other.
-
-        Args:
-            name: The fact's name.
-            change: Returns the new text for the old one, which is None where there is none.
-        """
-        with self._index.transaction():
-            self._index.alone("metarec facts")
-            self._index.state(name, change(self._index.fact(name)))
-
-    def set_fact(self, name: str, text: str) -> None:
-        """Writes a fact about the store."""
-        self._index.state(name, text)
-
-    def fact(self, name: str) -> str | None:
-        """Returns a fact about the store, or None."""
-        return self._index.fact(name)
-
-    def facts_named(self, beginning: str) -> dict[str, str]:
-        """Returns facts about the store whose names begin so, by name."""
-        return self._index.facts_named(beginning)
-
-    def test_write(self) -> None:
-        """Checks that feedback can be stored, by a write that survives a crash.
-
-        Raises:
-            StoreError: It cannot.
-        """
-        self._index.state("tested", f"{time.time()}")
 
     def close(self) -> None:
         """Closes the index."""

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metarec.errors import ConflictError, MetarecError
-from metarec.serve.engine import Engine, Ranked, Ranking
+from metarec.serve.engine import Engine
 from metarec.serve.fair_queue import CLIENT, FairQueue, FullError
 from metarec.serve.person import Person
+from metarec.serve.rankings import Ranked, Ranking
 from metarec.serve.records import Accepted, Feedback, NewAdapter
 from metarec.serve.watch import Watch
 
