@@ -116,7 +116,8 @@ def test_a_head_that_peft_cannot_hold_is_kept_beside_and_a_warning_says_so(
 
 
 def test_the_store_keeps_a_short_adapter_that_vllm_gets_whole(model_dir: ModelDir, tmp_path: Path) -> None:
-    one = recommender(model_dir("llama"), adapter={"layers": 2, "rank": 2, "storage": "float32"})
+    adapter = {"layers": 2, "rank": 2, "storage": "float32", "active_tokens": None}
+    one = recommender(model_dir("llama"), adapter=adapter)
     store = AdapterStore(tmp_path / "store")
     engine = Engine(one, store)
     store.append([Feedback("ann", tuple(LOVED))])

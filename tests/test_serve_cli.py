@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -14,17 +15,20 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from serving import LOVES_DRAMA, LOVES_HORROR, listening, small_recommender
+from small_recommenders import SETTINGS, known_task
 from typer.testing import CliRunner
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 from metarec.cli import app
+from metarec.config import RunConfig, validated
 from metarec.data.interactions import Ratings
-from metarec.errors import ConfigError, DataError, MetarecError, StoreError
+from metarec.errors import ArtifactError, ConfigError, DataError, MetarecError, StoreError
 from metarec.meta.inner_loop import Adapted
 from metarec.recommender import MetaRecommender
 from metarec.scorers.language.adapted import MetaScorer
@@ -186,6 +190,23 @@ def full_store(recommender: MetaRecommender, feedback: Path, tmp_path: Path) -> 
     return store
 
 
+@pytest.fixture(scope="session")
+def whole(model_dir: Callable[[str], Path]) -> MetaRecommender:
+    """A recommender whose adapters act on all tokens of a prompt, as vLLM's do."""
+    adapter = {"adapter": {**SETTINGS["adapter"], "active_tokens": None}}
+    brief = {"train": {**SETTINGS["train"], "steps": 2, "validate_every": 2}}
+    config = validated(RunConfig, SETTINGS | adapter | brief, "test")
+    return MetaRecommender.from_pretrained(model_dir("llama"), config).fit(known_task())
+
+
+@pytest.fixture
+def whole_store(whole: MetaRecommender, feedback: Path, tmp_path: Path) -> AdapterStore:
+    store = AdapterStore(tmp_path / "whole")
+    engine = Engine(whole, store)
+    adapt_users(engine, read_feedback(feedback, engine))
+    return store
+
+
 def test_the_store_verbs_list_verify_collect_export_and_erase(
     full_store: AdapterStore, recommender: MetaRecommender, tmp_path: Path
 ) -> None:
@@ -217,9 +238,9 @@ def test_the_store_verbs_list_verify_collect_export_and_erase(
         invoke("store", "ls", tmp_path / "nothing")
 
 
-def test_the_vllm_export_is_what_its_resolver_reads(full_store: AdapterStore, tmp_path: Path) -> None:
+def test_the_vllm_export_is_what_its_resolver_reads(whole_store: AdapterStore, tmp_path: Path) -> None:
     out = tmp_path / "lora"
-    names = facts("export", full_store.location, "--vllm", "--out", out, "--base-model", "/models/base")
+    names = facts("export", whole_store.location, "--vllm", "--out", out, "--base-model", "/models/base")
     assert len(names) == 7
     for user, name in names.items():
         assert user not in name
@@ -229,20 +250,26 @@ def test_the_vllm_export_is_what_its_resolver_reads(full_store: AdapterStore, tm
         assert (out / name / "adapter_model.safetensors").exists()
         assert not (out / name / "user.json").exists()
         passes_vllms_checks(out / name)
-    again = facts("export", full_store.location, "--vllm", "--out", out, "--base-model", "/models/base")
+    again = facts("export", whole_store.location, "--vllm", "--out", out, "--base-model", "/models/base")
     assert again == names
     with pytest.raises(StoreError, match="unknown"):
-        invoke("export", full_store.location, "--vllm", "--out", out, "--user", "nobody")
+        invoke("export", whole_store.location, "--vllm", "--out", out, "--user", "nobody")
     with pytest.raises(ConfigError, match="--vllm"):
-        invoke("export", full_store.location, "--out", out)
+        invoke("export", whole_store.location, "--out", out)
 
 
 def passes_vllms_checks(adapter: Path) -> None:
-    """The rules of vLLM's `PEFTHelper.validate_legal` and `LoRAModel.from_local_checkpoint`, written again here."""
+    """The rules of vLLM 0.33.0, written again here; where vLLM is installed, its own as well.
+
+    Those of a configuration are in ``vllm/lora/peft_helper.py``, those of weights in ``vllm/lora/lora_model.py``.
+    """
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert {"r", "lora_alpha", "target_modules"} <= set(config)
     assert config["r"] <= 16, "--max-lora-rank is 16 unless it is set"
-    assert (config.get("modules_to_save"), config.get("use_dora", False), config["bias"]) == (None, False, "none")
+    assert (config.get("modules_to_save"), config["bias"]) == (None, "none")
+    unknown = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
+    assert not [name for name in unknown if config.get(name)]
+    assert not isinstance(config.get("init_lora_weights", True), str)
     weights = read_tensors(adapter / "adapter_model.safetensors")
     shape = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
     parts = [match.groups() if (match := shape.fullmatch(name)) else (name, "?") for name in weights]
@@ -257,26 +284,43 @@ def passes_vllms_checks(adapter: Path) -> None:
     assert (known.r, known.lora_alpha) == (config["r"], config["lora_alpha"])
     assert not known.use_dora
     assert not known.lora_bias
+    if find_spec("vllm") is not None:
+        from vllm.config.lora import LoRAConfig
+        from vllm.lora.peft_helper import PEFTHelper
+        from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
+
+        helper = PEFTHelper.from_local_dir(str(adapter), None)
+        helper.validate_legal(LoRAConfig())
+        assert (helper.r, helper.lora_alpha) == (known.r, known.lora_alpha)
+        resolver = FilesystemResolver(str(adapter.parent))
+        asked = asyncio.run(resolver.resolve_lora(config["base_model_name_or_path"], adapter.name))
+        assert Path(asked.lora_path) == adapter
+        assert asked.lora_name == adapter.name
+
+
+def test_an_adapter_of_some_tokens_alone_is_not_exported_for_vllm(full_store: AdapterStore, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"activated LoRA.*adapter\.active_tokens=null"):
+        invoke("export", full_store.location, "--vllm", "--out", tmp_path / "lora")
 
 
 def test_a_name_for_vllm_changes_with_the_adapter_and_with_nothing_else(
-    full_store: AdapterStore, recommender: MetaRecommender, tmp_path: Path
+    whole_store: AdapterStore, whole: MetaRecommender, tmp_path: Path
 ) -> None:
-    before = export_adapters(full_store, tmp_path / "one")
-    assert export_adapters(full_store, tmp_path / "two") == before
-    full_store.append([Feedback("bob", (("m9", 5.0),))])
-    Engine(recommender, full_store).people(["bob"])
-    after = export_adapters(full_store, tmp_path / "one")
+    before = export_adapters(whole_store, tmp_path / "one")
+    assert export_adapters(whole_store, tmp_path / "two") == before
+    whole_store.append([Feedback("bob", (("m9", 5.0),))])
+    Engine(whole, whole_store).people(["bob"])
+    after = export_adapters(whole_store, tmp_path / "one")
     assert {user for user in before if before[user] != after[user]} == {"bob"}
     assert before["bob"].partition("-")[0] == after["bob"].partition("-")[0]
     # The same version of a user, of a recommender that was trained again.
-    profile = full_store.profile("bob")
+    profile = whole_store.profile("bob")
     assert profile is not None
-    changed = recommender.adapt([("m9", 5.0)])
-    record = full_store.records(profile.key)[0]
-    shutil.rmtree(full_store.path(record))
-    full_store.put([NewAdapter(profile.key, record.version, "another", partial(changed.save, whole=False))])
-    assert export_adapters(full_store, tmp_path / "one")["bob"] != after["bob"]
+    changed = whole.adapt([("m9", 5.0)])
+    record = whole_store.records(profile.key)[0]
+    shutil.rmtree(whole_store.path(record))
+    whole_store.put([NewAdapter(profile.key, record.version, "another", partial(changed.save, whole=False))])
+    assert export_adapters(whole_store, tmp_path / "one")["bob"] != after["bob"]
 
 
 def test_other_addresses_need_keys_and_keys_are_shown_once(checkpoint: Path, tmp_path: Path) -> None:

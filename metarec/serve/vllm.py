@@ -44,7 +44,7 @@ def export_adapters(
 
     Raises:
         StoreError: A user is unknown or has no adapter.
-        ArtifactError: An adapter is damaged, or not a LoRA.
+        ArtifactError: An adapter is damaged, or not one that vLLM takes.
     """
     names = {}
     found = set()
@@ -61,6 +61,9 @@ def export_adapters(
         if config["peft_type"] != "LORA" or config.get("lora_bias"):
             kind = "LoRA with biases" if config["peft_type"] == "LORA" else config["peft_type"]
             raise ArtifactError(f"the adapter is a {kind}", "vLLM takes LoRA: train with --set adapter.kind=lora")
+        if config.get("alora_invocation_tokens"):
+            problem = "the adapter is an activated LoRA, which vLLM does not serve"
+            raise ArtifactError(problem, "Train with --set adapter.active_tokens=null")
         head = read_tensors(source / _SCORE).get(HEAD)
         if head is not None:
             layer = load_json(source / _USER).get(OUTPUT_LAYER)
