@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEMPLATES
+from conftest import TEMPLATES, Ran
 from safetensors.torch import load_file, save_file
 from small_adapters import placement_of
 
@@ -141,6 +141,38 @@ def test_truncated_files_of_a_model_are_refused(
     (path / file).write_bytes(content[: int(len(content) * share)])
     with pytest.raises(BackboneError):
         load_backbone(str(path))
+
+
+TOKENIZERS: list[tuple[str, str | None]] = [
+    ("tokenizer.json", None),
+    ("tokenizer.json", "{}"),
+    ("tokenizer.json", "[]"),
+    ("tokenizer.json", "\0\0\0\0"),
+    ("tokenizer.json", '{"version": "1.0", "model": {"type": "nothing", "vocab": {}}}'),
+    ("tokenizer.json", '{"version": "1.0", "added_tokens": [5], "model": {"type": "WordLevel", "vocab": {"a": 0}}}'),
+    ("tokenizer.json", '{"version": "1.0", "model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 0}}}'),
+    ("tokenizer.json", '{"version": "1.0", "model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 999999}}}'),
+    ("tokenizer_config.json", "{"),
+    ("tokenizer_config.json", "[]"),
+    ("tokenizer_config.json", '{"tokenizer_class": 5}'),
+    ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": 5}'),
+    ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {"x": 1}}'),
+    ("special_tokens_map.json", "["),
+    ("special_tokens_map.json", '{"unk_token": {"content": 5}}'),
+]
+
+
+@pytest.mark.parametrize(("file", "content"), TOKENIZERS, ids=str)
+def test_a_broken_tokenizer_is_an_error_that_names_the_model(
+    file: str, content: str | None, model_dir: Callable[[str], Path], tmp_path: Path, metarec: Callable[..., Ran]
+) -> None:
+    path = tmp_path / "broken"
+    shutil.copytree(model_dir("llama"), path)
+    (path / file).unlink(missing_ok=True)
+    if content is not None:
+        (path / file).write_text(content)
+    ran = metarec("model", "prepare", path)
+    assert (ran.status, "broken" in ran.err, "Traceback" in ran.err) == (2, True, False), ran.err
 
 
 @pytest.mark.parametrize("name", ["nothing-of-this-name", "/nowhere/at/all", "./nowhere", "nobody/nothing"])
