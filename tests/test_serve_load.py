@@ -7,6 +7,7 @@ import http.client
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ def engine(recommender: MetaRecommender, tmp_path: Path) -> Engine:
 def client(engine: Engine) -> Iterator[TestClient]:
     with TestClient(create_app(engine, ServeSettings()), "http://localhost", False) as opened:
         yield opened
+
+
+BODY = {"type": "http.request", "body": b"", "more_body": False}
 
 
 def gate(worker: Worker) -> threading.Event:
@@ -206,7 +210,68 @@ def answered(application: Any, *events: Any, path: str = "/healthz") -> list[Any
     return sent
 
 
-BODY = {"type": "http.request", "body": b"", "more_body": False}
+async def status_of(application: Any, path: str) -> int:
+    """Sends a request without a server and its sockets, and returns its answer's status."""
+    inbox: asyncio.Queue[Any] = asyncio.Queue()
+    await inbox.put(BODY)
+    statuses: list[int] = []
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    place, _, query = path.partition("?")
+    scope = {"type": "http", "method": "GET", "path": place, "raw_path": place.encode(), "query_string": query.encode()}
+    await application(scope | {"headers": [(b"host", b"localhost")], "client": ("127.0.0.1", 1)}, inbox.get, send)
+    return statuses[0]
+
+
+def test_two_hundred_flooders_do_not_starve_a_polite_client(engine: Engine) -> None:
+    """All come without a key, so that nothing but what they have asked for tells them apart."""
+    application = create_app(engine, ServeSettings(waiting=8))
+    refused = Counter(dict.fromkeys(range(200), 0))
+    statuses: set[int] = set()
+
+    async def run() -> list[int]:
+        done = asyncio.Event()
+        polite = []
+
+        async def flood(number: int) -> None:
+            while not done.is_set():
+                status = await status_of(application, f"/v1/users/flooder{number}/recommendations?k=5")
+                statuses.add(status)
+                refused[number] += status == 429
+
+        async with application.router.lifespan_context(application):
+            flooding = [asyncio.ensure_future(flood(number)) for number in range(200)]
+            for times in (6, 9):  # six refusals cost a flooder what a ranking costs
+                while min(refused.values()) < times:
+                    await asyncio.sleep(0.01)
+                polite.append(await status_of(application, "/v1/users/polite/recommendations?k=5"))
+            done.set()
+            await asyncio.gather(*flooding)
+        return polite
+
+    assert asyncio.run(run()) == [200, 200]
+    assert statuses == {200, 429}
+
+
+def test_eight_explained_rankings_of_many_ratings_refuse_nobody_a_plain_one(client: TestClient, engine: Engine) -> None:
+    ids = engine.catalog.ids[:30]
+    engine.store.append([Feedback("heavy", tuple((item, 1.0 + place % 5) for place, item in enumerate(ids)))])
+    heavy: list[int] = []
+
+    def explain() -> None:
+        address = "/v1/users/heavy/recommendations?k=50&explain=true"
+        heavy.extend(client.get(address).status_code for _ in range(3))
+
+    threads = [threading.Thread(target=explain) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    light = [client.get(path).status_code for _ in range(5) for path in ("/v1/users/light/recommendations", "/readyz")]
+    for thread in threads:
+        thread.join()
+    assert (set(heavy), len(heavy), set(light)) == ({200}, 24, {200})
 
 
 def test_a_client_that_goes_ends_its_request() -> None:
