@@ -9,6 +9,7 @@ kills      8 clients writing while the server is killed 20 times
 memory     resident memory over 100,000 adapters; use a tiny model and --users 100000
 retrieval  what the two-stage ranking misses of the exhaustive one
 ratios     explained to plain rankings, eight clients to one, a long history to a short one, in one run
+judging    feedback that judges the model to feedback that does not, in one run
 restart    processor seconds until the service is ready, from nothing and again
 million    a ranking of a million made items that are scored without a language model, and the server's peak memory
 stream     warm start against the meta-initialization, for quality and for forgetting
@@ -23,6 +24,7 @@ import http.client
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -260,6 +262,42 @@ def ratios(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"items": len(ids), **found}
 
 
+def judging(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Ratings one after another, each judged before it is used and not: two servers, in turn."""
+    ids = item_ids(arguments.checkpoint)
+    options = ("--threads", str(arguments.threads), "--watch")
+    with (
+        serving(arguments.checkpoint, *options, "1") as judged,
+        serving(arguments.checkpoint, *options, "0") as plain,
+    ):
+        servers = {"judged": judged, "not judged": plain}
+        seconds: dict[str, list[float]] = {name: [] for name in servers}
+        processor: dict[str, list[float]] = {name: [] for name in servers}
+        for turn in range(6):  # the first one is no part of the result
+            for name, server in servers.items():
+                items = np.random.default_rng(turn).choice(len(ids), arguments.rounds, replace=False)
+                before, began = cpu_seconds(server), time.perf_counter()
+                for place, item in enumerate(items):
+                    said = {"item": ids[item], "rating": float(1 + item % 5)}
+                    status, _ = server.ask("POST", f"/v1/users/j{turn}-{place // 20}/feedback", said)
+                    assert status == 200
+                server.ask("GET", "/v1/search?q=a")  # what is done after an answer is done when the next one comes
+                seconds[name].append((time.perf_counter() - began) / arguments.rounds)
+                processor[name].append((cpu_seconds(server) - before) / arguments.rounds)
+        metrics = judged.ask("GET", "/metrics")[1]
+    pairs = zip(seconds["judged"][1:], seconds["not judged"][1:], strict=True)
+    each_time = [one / other for one, other in pairs]
+    counted = re.findall(r"^metarec_judged_ratings_total\{.*\} ([\d.]+)", metrics, re.M)
+    return {
+        "items": len(ids),
+        "ratings": 6 * arguments.rounds,
+        "ratings_judged": round(sum(map(float, counted))),
+        "judged_to_not": round(statistics.median(each_time), 2),
+        "judged_to_not_each_time": [round(value, 2) for value in each_time],
+        "cpu_ms_a_rating": {name: round(1000 * statistics.median(values[1:]), 1) for name, values in processor.items()},
+    }
+
+
 def restart(arguments: argparse.Namespace) -> dict[str, Any]:
     """Processor seconds of a server from its start until it is ready; the second start reads what the first kept."""
     found = []
@@ -363,13 +401,14 @@ def bulk(arguments: argparse.Namespace) -> dict[str, Any]:
         workers = use_one_thread_per_batch(arguments.threads)
         engine = Engine(recommender, store, hot_bytes=0, users_at_once=BULK_USERS_AT_ONCE, workers=workers)
         adapt_users(engine, dict(list(users.items())[:8]))
-        began = time.perf_counter()
+        began, before = time.perf_counter(), time.process_time()
         done = adapt_users(engine, users)
-        seconds = time.perf_counter() - began
+        seconds, spent = time.perf_counter() - began, time.process_time() - before
     return {
         "users": len(users),
         "ratings_each": arguments.ratings,
         "users_per_second": round(done.adapted / seconds, 1),
+        "cpu_ms_a_user": round(1000 * spent / done.adapted, 1),
         "bar": ">= 50 a second",
     }
 
@@ -597,10 +636,10 @@ def stream(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-OVER_FEWER_ITEMS = ("latency", "ratios", "restart", "overload", "kills")
+OVER_FEWER_ITEMS = ("latency", "ratios", "judging", "restart", "overload", "kills")
 PARTS = {
     part.__name__: part
-    for part in (latency, ratios, restart, million, bulk, overload, kills, memory, retrieval, stream)
+    for part in (latency, ratios, judging, restart, million, bulk, overload, kills, memory, retrieval, stream)
 }
 
 
@@ -617,6 +656,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--name", help="of the result in the file; the part's, unless it is measured in several ways")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     from metarec.files.artifacts import write_json
@@ -634,13 +674,14 @@ def main() -> None:
             arguments.checkpoint = smaller(arguments.checkpoint, arguments.items, Path(scratch) / "model")
         result = {**PARTS[arguments.part](arguments), **facts}
     kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    earlier = kept.get(arguments.part, {})
+    name = arguments.name or arguments.part
+    earlier = kept.get(name, {})
     if earlier and earlier.get("commit") != result["commit"]:
         result["before"] = {name: value for name, value in earlier.items() if name != "before"}
     elif "before" in earlier:
         result["before"] = earlier["before"]
     print(json.dumps(result, indent=2))
-    write_json(arguments.out, {**kept, arguments.part: result})
+    write_json(arguments.out, {**kept, name: result})
 
 
 if __name__ == "__main__":
