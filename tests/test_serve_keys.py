@@ -71,6 +71,20 @@ def test_a_key_does_what_it_is_for_and_nothing_else(method: str, path: str, scop
         assert answer(limits, method, path, secret) == (200 if given == scope else 403)
 
 
+def test_a_key_is_compared_with_all_keys_in_constant_time_whichever_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+    (first, one), (last, two) = new_key("one"), new_key("two")
+    compared: list[int] = []
+
+    def compare(left: str, right: str) -> bool:
+        compared.append(len(left))
+        return left == right
+
+    monkeypatch.setattr("metarec.serve.guard.hmac.compare_digest", compare)
+    limits = RequestLimits(keys=lambda: (one, two))
+    assert [answer(limits, "GET", "/version", key) for key in (first, last, "nobody's")] == [200, 200, 401]
+    assert compared == [64] * 6
+
+
 def test_a_key_that_has_expired_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     secret, key = new_key("shop", days=1)
     limits = RequestLimits(keys=lambda: (key,))
