@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from made_pictures import covers_read
 from made_shop import (
     ITEMS,
     KINDS,
+    MANY_SUBJECTS,
     PLAIN,
     USERS,
     Shop,
@@ -101,6 +103,10 @@ def noise(seed: int) -> np.ndarray:
     return np.random.default_rng([seed, 10]).normal(size=(ITEMS, 16))
 
 
+def other_kinds(seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, 16]).integers(0, KINDS, ITEMS)
+
+
 def shuffled(seed: int) -> np.ndarray:
     return np.random.default_rng([seed, 11]).permutation(by_group(seed)[0])
 
@@ -109,8 +115,16 @@ def books(seed: int) -> Shop:
     return bookshop(seed)[0]
 
 
+def many_books(seed: int) -> tuple[Shop, np.ndarray]:
+    return bookshop(seed, MANY_SUBJECTS, items=576, users=480)
+
+
 def sentences(seed: int, world: Shop, folder: Path) -> dict[str, Any]:
     return {"users": write_sentences(folder / "u.csv", bookshop(seed)[1])}
+
+
+def many_sentences(seed: int, world: Shop, folder: Path) -> dict[str, Any]:
+    return {"users": write_sentences(folder / "u.csv", many_books(seed)[1], MANY_SUBJECTS)}
 
 
 def shuffled_sentences(seed: int, world: Shop, folder: Path) -> dict[str, Any]:
@@ -130,6 +144,16 @@ BLOCKS: dict[str, Block] = {
         lambda seed, world, folder: {"vectors": {"v": write_vectors(folder / "v.npz", noise(seed))}},
         NEW_ITEMS,
     ),
+    "pictures of items": Block(
+        of_kinds,
+        lambda seed, world, folder: {"vectors": {"cover": covers_read(folder, world.kind, seed)}},
+        NEW_ITEMS,
+    ),
+    "pictures that are noise": Block(
+        of_kinds,
+        lambda seed, world, folder: {"vectors": {"cover": covers_read(folder, other_kinds(seed), seed)}},
+        NEW_ITEMS,
+    ),
     "a graph of items": Block(
         of_kinds, lambda seed, world, folder: {"item_graph": write_graph(folder / "g.csv", world.kind)}, NEW_ITEMS
     ),
@@ -142,6 +166,10 @@ BLOCKS: dict[str, Block] = {
     "sentences of users": Block(books, sentences, SPLIT, TEXT),
     "sentences of users, two towers alone": Block(books, sentences, SPLIT, TEXT, off="towers"),
     "sentences of users that are noise": Block(books, shuffled_sentences, SPLIT, TEXT),
+    "sentences about 144 subjects": Block(lambda seed: many_books(seed)[0], many_sentences, SPLIT, TEXT),
+    "sentences about 144 subjects, two towers alone": Block(
+        lambda seed: many_books(seed)[0], many_sentences, SPLIT, TEXT, off="towers"
+    ),
     "friends": Block(
         of_groups,
         lambda seed, world, folder: {"friends": write_friends(folder / "f.csv", by_group(seed)[0], seed)},

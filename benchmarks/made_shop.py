@@ -10,6 +10,18 @@ import numpy as np
 import pandas as pd
 
 KINDS = 4
+# More than features of items that the regression on a text reads: what somebody of somewhere does.
+MANY_SUBJECTS = tuple(
+    f"{people} {what}"
+    for people in (
+        *("Norwegian", "Chinese", "Egyptian", "Mexican", "Greek", "Indian"),
+        *("Irish", "Japanese", "Kenyan", "Polish", "Turkish", "Peruvian"),
+    )
+    for what in (
+        *("cooking", "history", "music", "architecture", "poetry", "gardens"),
+        *("cinema", "football", "festivals", "castles", "railways", "painting"),
+    )
+)
 # What people say of a rating.
 SAID = {1: "I hated it", 2: "not good at all", 3: "it was fine", 4: "quite good", 5: "I loved it"}
 # What items of a bookshop are about, and what its people write that they like.
@@ -130,10 +142,19 @@ def pictures(kind: np.ndarray, seed: int) -> np.ndarray:
     return np.eye(KINDS)[kind] @ generator.normal(size=(KINDS, 16)) + 0.3 * generator.normal(size=(len(kind), 16))
 
 
-def bookshop(seed: int = 0) -> tuple[Shop, np.ndarray]:
-    """Returns a shop of books about `SUBJECTS`, named by their titles, and the one subject that each user likes."""
+def bookshop(
+    seed: int = 0, subjects: tuple[str, ...] = SUBJECTS, *, items: int = ITEMS, users: int = USERS
+) -> tuple[Shop, np.ndarray]:
+    """Returns a shop of books about subjects, named by their titles, and the one subject that each user likes.
+
+    Args:
+        seed: Seed of the draws.
+        subjects: The subjects.
+        items: How many books.
+        users: How many users.
+    """
     generator = np.random.default_rng([seed, 12])
-    subject, liked = generator.integers(0, len(SUBJECTS), ITEMS), generator.integers(0, len(SUBJECTS), USERS)
+    subject, liked = generator.integers(0, len(subjects), items), generator.integers(0, len(subjects), users)
     rows = []
     for user, mine in enumerate(liked):
         near, far = np.flatnonzero(subject == mine), np.flatnonzero(subject != mine)
@@ -141,14 +162,14 @@ def bookshop(seed: int = 0) -> tuple[Shop, np.ndarray]:
             value = 3 + (1.2 if subject[item] == mine else -1.2) + generator.normal(0, 0.6)
             rows.append((f"u{user}", f"i{item}", float(np.clip(np.round(value), 1, 5))))
     orders = pd.DataFrame(rows, columns=["user", "item", "rating"])
-    titles = [f"All about {SUBJECTS[one]}, volume {code}" for code, one in enumerate(subject)]
-    items = pd.DataFrame({"item": [f"i{code}" for code in range(ITEMS)], "title": titles})
-    return Shop(orders, items, subject, np.eye(len(SUBJECTS))[liked]), liked
+    titles = [f"All about {subjects[one]}, volume {code}" for code, one in enumerate(subject)]
+    table = pd.DataFrame({"item": [f"i{code}" for code in range(items)], "title": titles})
+    return Shop(orders, table, subject, np.eye(len(subjects))[liked]), liked
 
 
-def write_sentences(path: Path, liked: np.ndarray) -> str:
+def write_sentences(path: Path, liked: np.ndarray, subjects: tuple[str, ...] = SUBJECTS) -> str:
     """Writes a sentence of each user that names a subject, and returns the file's name."""
-    rows = [f"u{user},I like {SUBJECTS[code]} since {1990 + user % 9}" for user, code in enumerate(liked)]
+    rows = [f"u{user},I like {subjects[code]} since {1990 + user % 9}" for user, code in enumerate(liked)]
     path.write_text("\n".join(["user,about", *rows]) + "\n")
     return path.name
 

@@ -6,51 +6,21 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import Ran
+from made_pictures import covers_read, tiny_encoder
+from made_shop import PLAIN, own_tastes, shop
 from PIL import Image
 
+from metarec import MetaRecommender
+from metarec.config import RunConfig, validated
 from metarec.data.item_vectors import read_item_vectors
 from metarec.errors import BackboneError, DataError
 from metarec.lm import image_encoder
 from metarec.lm.image_encoder import read_images
-
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-PREPARED = {
-    "do_center_crop": False,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "rescale_factor": 1 / 255,
-    "size": {"height": 16, "width": 16},
-}
-
-
-def encoder(folder: Path, kind: str) -> Path:
-    """Writes a tiny random encoder, with what prepares pictures for it."""
-    import transformers as hf
-
-    torch.manual_seed(0)
-    pixels = {"image_size": 16, "patch_size": 8}
-    if kind == "clip":
-        text = hf.CLIPTextConfig(**SMALL, vocab_size=32, max_position_embeddings=8)
-        vision = hf.CLIPVisionConfig(**SMALL, **pixels)
-        model = hf.CLIPModel(
-            hf.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12)
-        )
-    elif kind == "siglip":
-        model = hf.SiglipVisionModel(hf.SiglipVisionConfig(**SMALL, **pixels))
-    else:
-        model = hf.ViTModel(hf.ViTConfig(**SMALL, **pixels))
-    model.save_pretrained(folder)
-    name = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor", "vit": "ViTImageProcessor"}[kind]
-    (folder / "preprocessor_config.json").write_text(json.dumps({**PREPARED, "image_processor_type": name}))
-    return folder
 
 
 @pytest.fixture
@@ -68,7 +38,7 @@ def test_pictures_that_look_alike_get_vectors_that_are_alike(
     pictures: Path, tmp_path: Path, kind: str, width: int
 ) -> None:
     out = tmp_path / "covers.safetensors"
-    assert read_images(pictures, encoder(tmp_path / "model", kind), out, batch=2) == 3
+    assert read_images(pictures, tiny_encoder(tmp_path / "model", kind), out, batch=2) == 3
     vectors = read_item_vectors(out, ["i0", "i1", "i2", "i3"])
     assert vectors.shape == (4, width)
     assert np.isnan(vectors[3]).all()
@@ -76,8 +46,27 @@ def test_pictures_that_look_alike_get_vectors_that_are_alike(
     assert np.linalg.norm(red - other) < np.linalg.norm(red - blue) / 2
 
 
+def test_colours_of_covers_tell_taste_for_items_that_nobody_rated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    world = shop(own_tastes())
+    read = covers_read(tmp_path, world.kind, 0)
+
+    def gain(**files: Any) -> float:
+        features = ["fields", *(["vectors"] if files else [])]
+        settings = {**PLAIN, "collaborative": {**PLAIN["collaborative"], "features": features}}
+        recommender = MetaRecommender.from_pretrained("smollm2-135m-instruct", validated(RunConfig, settings, "test"))
+        split = {"by": "item", "unseen": 0.2, "fractions": [0.6, 0.2, 0.2]}
+        asked = {"split": split, "shots": [5], "query": {"max": 10, "min": 3}, "label": "rating >= 4"}
+        frame = recommender.fit(world.orders, items=world.items, **asked, **files).evaluate().to_frame()
+        return float(frame[frame["method"] == "metarec, adapted"]["auc_gain"].iloc[0])
+
+    assert gain(vectors={"cover": read}) > gain() + 0.05
+
+
 def test_a_reading_goes_on_where_it_stopped(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, out = encoder(tmp_path / "model", "vit"), tmp_path / "covers.safetensors"
+    model, out = tiny_encoder(tmp_path / "model", "vit"), tmp_path / "covers.safetensors"
     whole = tmp_path / "whole.safetensors"
     read_images(pictures, model, whole)
     read, seen = image_encoder._read, []
@@ -104,18 +93,18 @@ def test_a_damaged_picture_is_named_and_left_out(
     Image.new("RGB", (64, 64)).save(pictures / "i8.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # i8 is a bomb then
     with caplog.at_level(logging.WARNING):
-        assert read_images(pictures, encoder(tmp_path / "model", "vit"), tmp_path / "v.safetensors") == 3
+        assert read_images(pictures, tiny_encoder(tmp_path / "model", "vit"), tmp_path / "v.safetensors") == 3
     assert "i7.jpg' cannot be read" in caplog.text
     assert "i8.png' cannot be read" in caplog.text
 
 
 def test_what_is_no_folder_of_pictures_or_no_encoder_is_refused(pictures: Path, tmp_path: Path) -> None:
-    model, out = encoder(tmp_path / "model", "vit"), tmp_path / "v.safetensors"
+    model, out = tiny_encoder(tmp_path / "model", "vit"), tmp_path / "v.safetensors"
     with pytest.raises(DataError, match="holds no picture"):
         read_images(tmp_path / "nowhere", model, out)
     read_images(pictures, model, out)
     with pytest.raises(DataError, match="of another model"):
-        read_images(pictures, encoder(tmp_path / "other", "siglip"), out)
+        read_images(pictures, tiny_encoder(tmp_path / "other", "siglip"), out)
     (tmp_path / "empty").mkdir()
     with pytest.raises(BackboneError, match="is no image encoder"):
         read_images(pictures, tmp_path / "empty", tmp_path / "w.safetensors")
@@ -126,7 +115,7 @@ def test_what_is_no_folder_of_pictures_or_no_encoder_is_refused(pictures: Path, 
 
 
 def test_the_command_reads_a_folder(metarec: Callable[..., Ran], pictures: Path, tmp_path: Path) -> None:
-    model, out = encoder(tmp_path / "model", "vit"), tmp_path / "covers.safetensors"
+    model, out = tiny_encoder(tmp_path / "model", "vit"), tmp_path / "covers.safetensors"
     ran = metarec("features", "images", pictures, "--model", model, "--out", out, "--json")
     assert json.loads(ran.out) == {"vectors": 3, "file": str(out)}
     assert metarec("features", "images", pictures, "--model", model, "--out", "v.npz").status == 2

@@ -16,6 +16,7 @@ from conftest import Ran
 from made_shop import (
     ITEMS,
     KINDS,
+    MANY_SUBJECTS,
     PLAIN,
     SAID,
     SUBJECTS,
@@ -145,6 +146,17 @@ def test_vectors_and_graphs_of_items_tell_taste_for_items_that_nobody_rated(
     assert found[1] > plain[1] + 0.1
 
 
+def test_vectors_say_the_same_wherever_their_origin_is(
+    kinds: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = pictures(kinds.kind, 0) + 50.0  # as of encoders of images, whose vectors point one way
+    write_vectors(tmp_path / "moved.npz", moved)
+    here, there = (
+        fitted(kinds, tmp_path, monkeypatch, NEW_ITEMS, vectors={"cover": name}) for name in ("covers.npz", "moved.npz")
+    )
+    np.testing.assert_allclose(scores(here), scores(there), atol=1e-3)
+
+
 def test_vectors_that_say_nothing_are_left_out_and_named(
     kinds: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -173,14 +185,21 @@ def test_a_sentence_about_a_user_ranks_before_any_rating(tmp_path: Path, monkeyp
     assert liked[best].mean() > liked.mean() + 0.3
 
 
-def subjects(folder: Path, own: np.ndarray | None = None) -> tuple[TaskData, Features]:
+def subjects(
+    folder: Path,
+    own: np.ndarray | None = None,
+    shop_of: tuple[Shop, np.ndarray] | None = None,
+    names: tuple[str, ...] = SUBJECTS,
+    width: int = 32,
+) -> tuple[TaskData, Features]:
     """A shop of many subjects, each user's own named by what they write; items' vectors tell theirs, with noise."""
     generator = np.random.default_rng(0)
-    world, liked = bookshop()
-    users = write_sentences(folder / "users.csv", liked if own is None else own)
+    world, liked = shop_of or bookshop()
+    users = write_sentences(folder / "users.csv", liked if own is None else own, names)
     data = load_own(world.orders, {"items": world.items, "label": "rating >= 4", **NEW_USERS, "users": users}, 0)
     codes = [int(item[1:]) for item in data.interactions.catalog.ids]
-    vectors = generator.normal(size=(len(SUBJECTS), 32))[world.kind[codes]] + 0.3 * generator.normal(size=(ITEMS, 32))
+    centres, noise = generator.normal(size=(len(names), width)), generator.normal(size=(len(codes), width))
+    vectors = centres[world.kind[codes]] + 0.3 * noise
     return data, Features({"text": vectors}, vectors)
 
 
@@ -207,6 +226,28 @@ def test_two_towers_explain_what_a_text_about_a_user_and_items_texts_have_in_com
     assert not side.whole.asked(Side({"about": "nothing known"}), np.arange(5)).any()
     added = side.whole.extended(ITEMS + 2).asked(Side({"about": "I like dogs"}), np.arange(ITEMS, ITEMS + 2))
     assert not added.any()
+
+
+def test_two_towers_tell_more_subjects_apart_than_the_regression(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    world = bookshop(9, MANY_SUBJECTS, items=576, users=480)
+    data, features = subjects(tmp_path, None, world, MANY_SUBJECTS, 64)
+    train = data.parts["train"]
+
+    def auc(towers: bool) -> np.ndarray:
+        side = fit_side(data.interactions, train, features, threshold=4.0, folds=2, seed=0, towers=towers)
+        found = []
+        for episode in data.episodes("test")[0]:
+            value, likes = side.whole.asked(episode.query.side, episode.query.items), episode.query.likes(4.0)
+            if 0 < likes.sum() < len(likes):
+                more, less = value[likes][:, None], value[~likes][None]
+                found.append(((more > less) + (more == less) / 2).mean())
+        return np.array(found)
+
+    gain = auc(True) - auc(False)
+    assert gain.mean() > 3 * gain.std() / np.sqrt(len(gain)) > 0
 
 
 def test_a_setting_leaves_the_towers_out_and_the_regression_reads_the_text(

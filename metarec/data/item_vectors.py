@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from metarec.data.interactions import Values
 from metarec.errors import DataError
@@ -68,10 +69,14 @@ def named_vectors(path: Path) -> tuple[list[str], Values]:
         return named, vectors.astype(np.float32)
 
 
-def without_unknown(vectors: Values) -> Values:
-    """Returns vectors whose unknown rows (NaN) are the mean of the known ones."""
+def centred_vectors(vectors: Values) -> NDArray[np.float64]:
+    """Returns vectors around the mean of the known ones; unknown rows (NaN) are 0.
+
+    Those of encoders of images point one way for the most part, which says nothing of any item.
+    """
     unknown = np.asarray(np.isnan(vectors).any(axis=1), bool)
-    found: Values = np.where(unknown[:, None], vectors[~unknown].mean(0), vectors)
+    found: NDArray[np.float64] = vectors.astype(np.float64) - vectors[~unknown].mean(0, dtype=np.float64)
+    found[unknown] = 0.0
     return found
 
 

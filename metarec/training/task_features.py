@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from metarec.config import RunConfig
-from metarec.data.item_vectors import without_unknown
+from metarec.data.item_vectors import centred_vectors
 from metarec.data.task import Task
 from metarec.errors import ConfigError
 from metarec.registries import TERMS
@@ -138,7 +138,7 @@ def collaborative_features(answer_model: AnswerModel | None, data: TaskData, con
 def significant_vectors(data: TaskData, others: Mapping[str, Floats], seed: int) -> dict[str, Floats]:
     """Returns the vectors that the data bring of items, without those that explain nothing beside what else is read."""
     brought = data.interactions.item_vectors
-    found = {name: without_unknown(vectors).astype(np.float64) for name, vectors in brought.items()}
+    found = {name: centred_vectors(vectors) for name, vectors in brought.items()}
     if not found:
         return {}
     worth = block_worth(data.interactions, data.parts["train"], {**others, **found}, seed)
