@@ -214,6 +214,11 @@ class EncoderTuningConfig(Section):
 class ProjectionConfig(Section):
     """How the projection of items' features is learned; see `metarec.scorers.collaborative.projection`."""
 
+    keep: Literal["always", "better"] = Field(
+        "always",
+        description="better: only where a linear kernel that reads it orders validation users' items better than one "
+        "that reads what it was learned from",
+    )
     steps: int = Field(600, ge=1, description="steps at most; the best by validation users is kept")
     pairs: int = Field(512, ge=2, description="users per step, each with a pair of liked items")
     width: int = Field(256, ge=1, description="numbers of an item's vector")

@@ -22,7 +22,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "text": {
         "score": ["item mean", "collaborative"],
         "collaborative.members": "linear",
-        "collaborative.features": ["words", "text", "tuned text", "fields", "vectors"],
+        "collaborative.features": ["words", "text", "tuned text", "fields", "vectors", "projection"],
+        "collaborative.projection.keep": "better",
     },
     "standard": {},
     # For an accelerator: every kind of feature, a larger adapter, and longer training of all that is learned.

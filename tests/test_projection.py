@@ -25,6 +25,7 @@ from metarec.scorers.collaborative.projection import (
     projected_features,
 )
 from metarec.scorers.collaborative.residuals import Floats
+from metarec.training import task_features
 
 SETTINGS = ProjectionConfig(steps=120, pairs=32, width=8, hidden=64, validate_every=120, lr=3e-2, dropout=0.1)
 
@@ -182,3 +183,28 @@ def test_a_recommender_with_a_projection_saves_loads_and_adapts(tmp_path: Path) 
     recommender.save_pretrained(tmp_path / "saved")
     loaded = MetaRecommender.from_pretrained(tmp_path / "saved")
     assert loaded.adapt(rated).recommend(5) == recommender.adapt(rated).recommend(5)
+
+
+@pytest.mark.parametrize(("taste", "kept"), [(True, True), (False, False)])
+def test_a_projection_that_orders_validation_users_items_no_better_is_left_out(
+    taste: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = known_task()
+    items = len(data.interactions.catalog)
+    noise = np.random.default_rng(3).normal(size=(items, 2))
+    oracle = np.where(np.arange(items)[:, None] % 4 < 2, [1.0, 0.0], [0.0, 1.0])
+    made = oracle if taste else noise
+    monkeypatch.setattr(task_features, "projected_features", lambda *_: made)
+    # What the projection is said to be learned from: of the two tastes, something when it is noise, nothing otherwise.
+    text = noise if taste else oracle
+    monkeypatch.setattr(task_features, "text_vectors", lambda *_: text)
+    settings = {
+        "score": ["item mean", "collaborative"],
+        "collaborative": {"members": "linear", "features": ["text", "projection"], "projection": {"keep": "better"}},
+    }
+    read = task_features.collaborative_features(None, data, validated(RunConfig, settings, "test"))
+    assert ("projection" in read.blocks) is kept
+    settings["collaborative"]["projection"] = {"keep": "always"}  # type: ignore[index]
+    read = task_features.collaborative_features(None, data, validated(RunConfig, settings, "test"))
+    assert "projection" in read.blocks
+

@@ -12,6 +12,7 @@ from metarec.config import RunConfig
 from metarec.data.item_vectors import centred_vectors
 from metarec.data.task import Task
 from metarec.errors import ConfigError
+from metarec.evaluation.evaluate import validation_auc
 from metarec.registries import TERMS
 from metarec.scorers.collaborative.block_worth import block_worth
 from metarec.scorers.collaborative.features import (
@@ -23,6 +24,7 @@ from metarec.scorers.collaborative.features import (
     unrated_features,
     word_vectors,
 )
+from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
 from metarec.scorers.collaborative.projection import projected_features
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.text import unit_vectors
@@ -125,14 +127,52 @@ def collaborative_features(answer_model: AnswerModel | None, data: TaskData, con
             raise ConfigError(
                 "collaborative.features names nothing that a projection could read", "Name 'words' or 'text' beside it"
             )
+        settings = config.collaborative.projection
         beside = side_by_side([*read.values(), *fields.values()])
-        read[PROJECTION] = projected_features(data, beside, config.collaborative.projection, config.seed)
+        projected = {**read, PROJECTION: projected_features(data, beside, settings, config.seed)}
+        if settings.keep == "always" or _orders_better(data, config, projected, read, fields):
+            read = projected
     if not read and not fields:
         read["nothing"] = np.zeros((len(catalog), 1))
+    return _features(task, read, fields)
+
+
+def _features(task: Task, read: Mapping[str, Floats], fields: Mapping[str, Floats]) -> Features:
+    """Returns blocks of items' features as a task reads them, with what predicts the means of unrated items."""
     if task.split.asks_unrated:
         return unrated_features(read, fields)
     unit = [unit_vectors(vectors) for vectors in (read or fields).values()]
     return Features({**read, **fields}, np.concatenate(unit, 1))
+
+
+def _orders_better(
+    data: TaskData,
+    config: RunConfig,
+    projected: Mapping[str, Floats],
+    read: Mapping[str, Floats],
+    fields: Mapping[str, Floats],
+) -> bool:
+    """Says whether a linear kernel orders validation users' items better with a projection than without it."""
+    episodes, _ = data.evaluated("validation")
+    threshold = data.task.like_threshold
+    shots = [count for count in data.task.shots if count] or [0]
+    found = {}
+    for name, blocks in {"with": projected, "without": read}.items():
+        kernel = fit_linear_kernel(
+            data.interactions,
+            data.parts["train"],
+            _features(data.task, blocks, fields).linear,
+            name=f"linear kernel {name} a projection",
+            unrated=data.task.split.asks_unrated,
+            **config.collaborative.linear.model_dump(),
+        )
+        found[name] = validation_auc(kernel, episodes, shots, threshold)
+    better = found["with"] > found["without"]
+    _LOG.info(
+        "a kernel orders validation users' items with AUC %.4f with a projection and %.4f without: it is %s",
+        *(found["with"], found["without"], "kept" if better else "left out"),
+    )
+    return better
 
 
 def significant_vectors(data: TaskData, others: Mapping[str, Floats], seed: int) -> dict[str, Floats]:

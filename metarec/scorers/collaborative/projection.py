@@ -73,7 +73,7 @@ def projected_features(data: TaskData, features: Floats, settings: ProjectionCon
         "users": content_hash(data.parts["train"].tolist()),
         "seed": seed,
         "format": _FORMAT,
-        **settings.model_dump(mode="json"),
+        **settings.model_dump(mode="json", exclude={"keep"}),
     }
     learning = ProjectionLearning(
         read, LikedPairs(likes, len(read), settings.temperature, settings.frequency), data, settings, seed
