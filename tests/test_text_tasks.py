@@ -79,7 +79,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Tas
 
 def test_each_family_is_cold_in_users_items_and_both() -> None:
     assert {name.split("/")[1] for name in TASKS if name.startswith("games/")} == {
-        *("user-cold", "item-cold", "both-cold", "time", "brief")
+        *("user-cold", "item-cold", "both-cold", "time", "brief", "short")
     }
     for family in ("news", "questionnaire", "jokes"):
         assert {f"{family}/{kind}" for kind in ("user-cold", "item-cold", "both-cold")} <= set(TASKS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from metarec.bench.context import ENCODER, LANGUAGE_MODEL, Method, MethodContext, MethodRow
 from metarec.bench.methods.prompts import prompted
@@ -26,7 +26,7 @@ def _fine_tuned(
     lr: float | None = None,
     longer: int = 1,
     name: str | None = None,
-    blocks: int | None = None,
+    blocks: int | Literal["all"] | None = None,
     draw: int = 0,
     **settings: Any,
 ) -> Sequence[MethodRow]:
@@ -38,7 +38,7 @@ def _fine_tuned(
         lr: Its rate; None takes the usual one.
         longer: Factor on the number of steps.
         name: How the row is called; None names what is trained.
-        blocks: Fine-tunes the sentence encoder's lowest so many blocks in place of the language model.
+        blocks: Fine-tunes the sentence encoder in place of the language model: its lowest so many blocks, or all.
         draw: Changes what training draws, and a new head.
         **settings: More settings of `metarec.config.FineTuneConfig`. With `classes`, the sentence encoder becomes a
             classifier of ratings, and is fine-tuned in place of the language model.
@@ -80,8 +80,8 @@ def _mean_of_two(context: MethodContext, *, name: str, **options: Any) -> Sequen
     return [MethodRow(Ensemble(members, name), parameters, lambda request: sum(count(request) for count in tokens))]
 
 
-def _encoder(context: MethodContext, classes: int | None, blocks: int, seed: int) -> Backbone:
-    """Returns the lowest blocks of the sentence encoder, with a new layer of so many classes; None: without one."""
+def _encoder(context: MethodContext, classes: int | None, blocks: int | Literal["all"], seed: int) -> Backbone:
+    """Returns the sentence encoder, or its lowest blocks, with a new layer of so many classes; None: without one."""
     import torch
 
     from metarec.lm.backbone import load_backbone, load_classifier
@@ -95,7 +95,7 @@ def _encoder(context: MethodContext, classes: int | None, blocks: int, seed: int
     else:
         named = RatingClasses.even(classes, scale.low, scale.high, context.threshold)
         whole = load_classifier(name, named, device=config.device, seed=seed)
-    return with_blocks(whole, range(blocks))
+    return whole if blocks == "all" else with_blocks(whole, range(blocks))
 
 
 def _settings(trainable: Trainable, lr: float | None, longer: int, more: Mapping[str, Any]) -> FineTuneConfig:
@@ -160,6 +160,19 @@ _SHORT: dict[str, Any] = {
     "min_query": 4,
     "history": 4,
 }
+# The whole sentence encoder, until the loss of validation users turns: minutes of one core.
+_WHOLE: dict[str, Any] = {
+    "blocks": "all",
+    "adapter_weight": 1.0,
+    "users": 4,
+    "shots": [0, 4, 8],
+    "max_query": 6,
+    "min_query": 4,
+    "steps": 64,
+    "warmup": 8,
+    "validate_every": 8,
+    "patience": 2,
+}
 _AIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear schedule": ("the rate falls along a line", {"schedule": "linear"}),
     "label smoothing": ("a tenth of the loss at the opposite labels", {"label_smoothing": 0.1}),
@@ -209,6 +222,20 @@ FINE_TUNED = {
         "every parameter of the model, history in the prompt; then a LoRA per user",
         {"trainable": "all"},
         (*LANGUAGE_MODEL, *ENCODER),
+    ),
+    "encoder, joint LoRA": Method(
+        _fine_tuned,
+        "fine-tuning",
+        "the sentence encoder with one LoRA for all users, history in the prompt",
+        {**_WHOLE, "trainable": "lora", "lr": 5e-4, "name": "encoder, joint LoRA"},
+        ("device", *ENCODER),
+    ),
+    "encoder, full fine-tuning": Method(
+        _fine_tuned,
+        "fine-tuning",
+        "every parameter of the sentence encoder, history in the prompt",
+        {**_WHOLE, "trainable": "all", "lr": 5e-5, "name": "encoder, full fine-tuning"},
+        ("device", *ENCODER),
     ),
     "per-user LoRA": Method(
         _per_user_lora,
