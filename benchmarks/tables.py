@@ -214,7 +214,8 @@ def curves(results: Mapping[str, Any], options: Mapping[str, str]) -> dict[str, 
         shown[name] = {
             str(count): [round(one[key], 6) for key in ("difference", "low", "high")] for count, one in versus.items()
         }
-    return {"baseline": baseline, "task": whole["task"], "rows": shown}
+    intervals = results.get("intervals", "over people")
+    return {"baseline": baseline, "task": whole["task"], "intervals": intervals, "rows": shown}
 
 
 def alternative(shown: Mapping[str, Any]) -> str:
@@ -242,7 +243,7 @@ def picture(shown: Mapping[str, Any]) -> str:
         axes.set_xticks(places)
         axes.set_xlabel("ratings of the user (K)")
         axes.set_ylabel(f"AUC minus that of the {shown['baseline']}")
-        axes.set_title(f"{shown['task']}, 95% intervals over people", fontsize=10, loc="left")
+        axes.set_title(f"{shown['task']}, 95% intervals {shown['intervals']}", fontsize=10, loc="left")
         axes.legend(frameon=False, fontsize=9)
         stream = StringIO()
         metadata = {"Date": None, "Creator": "benchmarks/tables.py", "Description": f"numbers {digest(shown)}"}
