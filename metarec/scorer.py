@@ -40,7 +40,7 @@ class Request:
 
 
 class Scorer(Protocol):
-    """ScoreArray candidates; higher is better. ScoreArray of different users need not be comparable."""
+    """Scores candidates; higher is better. Scores of different users need not be comparable."""
 
     @property
     def name(self) -> str:
@@ -93,7 +93,7 @@ def score_each(requests: Sequence[Request], items: int, values: Callable[[Reques
     Args:
         requests: The requests.
         items: How many items the method knows.
-        values: ScoreArray of one request's candidates.
+        values: Scores of one request's candidates.
 
     Raises:
         UnknownItemError: See `check_codes`.
