@@ -31,13 +31,13 @@ from metarec.files.run_directory import recommender_dir
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.backbone import Backbone
 from metarec.meta import learn2learn
-from metarec.meta.distributed import ALONE, Ranks
-from metarec.meta.outer_loop import (
+from metarec.meta.checkpoints import (
     check_checkpoint,
     clear_checkpoint,
     refuse_overwriting,
     refuse_what_is_no_checkpoint,
 )
+from metarec.meta.distributed import ALONE, Ranks
 from metarec.recommending.profiles import WritesProfiles
 from metarec.recommending.recommender_files import digest_of, read_recommender, read_user, write_recommender
 from metarec.recommending.search import SearchesItems

@@ -25,7 +25,7 @@ from metarec.config import TrainConfig
 from metarec.files import exchange
 from metarec.files.artifacts import is_whole, load_json, replace_dir, replace_file, verify_dir
 from metarec.lm.item_cache import ItemCache, Rows
-from metarec.meta import outer_loop
+from metarec.meta import checkpoints, outer_loop
 from metarec.recommender import MetaRecommender
 from metarec.serve.database import Sqlite
 from metarec.serve.records import Feedback, NewAdapter
@@ -127,8 +127,8 @@ def checkpoint(step: int) -> Callable[[Path], None]:
     def save(place: Path) -> None:
         tensors = {"init/a": torch.full((3,), float(step)), "init/b": torch.tensor(1.0)}
         optimizer, _ = outer_loop._optimizer(tensors, TrainConfig())
-        at = outer_loop._Progress(step=step)
-        outer_loop._save(place / "run", tensors, tensors, optimizer, at, {"seed": 1})
+        at = checkpoints.Progress(step=step)
+        checkpoints.save_checkpoint(place / "run", tensors, tensors, optimizer, at, {"seed": 1})
 
     return save
 
@@ -139,7 +139,7 @@ def test_a_checkpoint_resumes_at_the_old_step_or_the_new(way: str, tmp_path: Pat
     for place, died in crashes(tmp_path, checkpoint(1), checkpoint(2)):
         tensors = {"init/a": torch.zeros(3), "init/b": torch.tensor(0.0)}
         optimizer, _ = outer_loop._optimizer(tensors, TrainConfig())
-        at, _ = outer_loop._load(place / "run", tensors, optimizer, {"seed": 1}, steps=5)
+        at, _ = checkpoints.load_checkpoint(place / "run", tensors, optimizer, {"seed": 1}, steps=5)
         assert tensors["init/a"].tolist() == [float(at.step)] * 3
         found.add((died, at.step))
         checkpoint(3)(place)
@@ -151,7 +151,7 @@ def test_a_checkpoint_resumes_at_the_old_step_or_the_new(way: str, tmp_path: Pat
 
 def test_a_first_checkpoint_is_whole_or_not_there(way: str, tmp_path: Path) -> None:
     for place, died in crashes(tmp_path, lambda _: None, checkpoint(1)):
-        there = outer_loop.recover_dir(place / "run")
+        there = checkpoints.recover_dir(place / "run")
         assert there or died
         if there:
             verify_dir(place / "run", "checkpoint")

@@ -207,4 +207,3 @@ def test_a_projection_that_orders_validation_users_items_no_better_is_left_out(
     settings["collaborative"]["projection"] = {"keep": "always"}  # type: ignore[index]
     read = task_features.collaborative_features(None, data, validated(RunConfig, settings, "test"))
     assert "projection" in read.blocks
-

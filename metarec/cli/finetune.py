@@ -87,7 +87,7 @@ def finetune(
     from metarec.data.given_task import load_given
     from metarec.files.artifacts import replace_file
     from metarec.files.run_directory import RUN_MODEL, TUNED_MODEL
-    from metarec.meta.outer_loop import clear_checkpoint
+    from metarec.meta.checkpoints import clear_checkpoint
     from metarec.recommending.finetuning import fine_tune_settings, fine_tuned_recommender
 
     tuning = fine_tune_settings(chosen, str(config) if config else "--set")
