@@ -59,7 +59,8 @@ from metarec.scorers.language.adapted import MetaScorer
 from metarec.scorers.language.expected_rating import expected_rating
 from metarec.scorers.language.fine_tuning import FULL, fine_tune
 from metarec.scorers.language.finetuned import FineTuned, then_per_user_lora
-from metarec.scorers.language.in_context import History, InContext, Listwise
+from metarec.scorers.language.in_context import History, InContext
+from metarec.scorers.language.listwise import Listwise
 from metarec.scorers.language.trainable_copy import Recipe, Trainable
 from metarec.scorers.language.zero_shot import ZeroShot, calibrated_zero_shot
 from metarec.scorers.serialization import CLASSES, load_scorer, save_scorer

@@ -21,7 +21,8 @@ from metarec.lm.backbone import Backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.tokenized import CatalogPrompts
 from metarec.scorer import Request, Scorer
-from metarec.scorers.language.in_context import History, InContext, Listwise
+from metarec.scorers.language.in_context import History, InContext
+from metarec.scorers.language.listwise import Listwise
 from metarec.scorers.language.zero_shot import ZeroShot, calibrated_zero_shot
 
 Backbones = Callable[..., Backbone]

@@ -64,7 +64,8 @@ from metarec.scorers.collaborative.side_readers import friends_of, reader_of
 from metarec.scorers.collaborative.terms import SideTerm
 from metarec.scorers.collaborative.two_towers import TowerText
 from metarec.scorers.language.encoded_text import EncodedText
-from metarec.scorers.language.in_context import History, InContext, Listwise
+from metarec.scorers.language.in_context import History, InContext
+from metarec.scorers.language.listwise import Listwise
 from metarec.training.task_features import SIDE_TERM, side_note
 
 NEW_USERS: dict[str, Any] = {"split": {"fractions": [0.6, 0.2, 0.2]}, "shots": [0, 5], "query": {"max": 10, "min": 3}}

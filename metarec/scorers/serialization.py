@@ -46,7 +46,8 @@ from metarec.scorers.language.adapted import InnerLoop, MetaScorer
 from metarec.scorers.language.encoded_text import EncodedText
 from metarec.scorers.language.expected_rating import ExpectedRating
 from metarec.scorers.language.finetuned import FineTuned
-from metarec.scorers.language.in_context import History, InContext, Listwise
+from metarec.scorers.language.in_context import History, InContext
+from metarec.scorers.language.listwise import Listwise
 from metarec.scorers.language.prompt_term import PromptTerm
 from metarec.scorers.language.trainable_copy import Recipe
 from metarec.scorers.language.weight_prior import KernelMean

@@ -9,7 +9,8 @@ from metarec.bench.context import LANGUAGE_MODEL, Method, MethodContext, MethodR
 
 if TYPE_CHECKING:
     from metarec.scorers.language.finetuned import FineTuned
-    from metarec.scorers.language.in_context import InContext, Listwise
+    from metarec.scorers.language.in_context import InContext
+    from metarec.scorers.language.listwise import Listwise
     from metarec.scorers.language.zero_shot import ZeroShot
 
 
@@ -38,7 +39,7 @@ def _in_context(context: MethodContext, *, limit: int) -> Sequence[MethodRow]:
 
 
 def _listwise(context: MethodContext, *, limit: int, rounds: int) -> Sequence[MethodRow]:
-    from metarec.scorers.language.in_context import Listwise
+    from metarec.scorers.language.listwise import Listwise
 
     return [prompted(Listwise(context.backbone, context.history(limit), rounds=rounds))]
 

@@ -3,8 +3,9 @@
 What is known of the user, of the moments of ratings and of the moment of the question is said in words; of a user of
 whom nothing is known the prompt says nothing.
 
-`InContext` has one prompt per candidate, `Listwise` one per list of candidates. The common start of a user's prompts,
-which includes the history, goes through a causal LM once; models that see in both directions read every prompt whole.
+There is one prompt per candidate; `metarec.scorers.language.listwise` has one per list of them. The common start of a
+user's prompts, which includes the history, goes through a causal LM once; models that see in both directions read every
+prompt whole.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from metarec.data.interactions import Catalog, Codes, Ratings
 from metarec.data.side import ABOUT, Side, Texts
 from metarec.data.templates import PromptTemplate, clean_field, content_free
-from metarec.errors import ConfigError, UnknownItemError
+from metarec.errors import ConfigError
 from metarec.lm.backbone import Backbone
 from metarec.lm.tokenized import common_start
 from metarec.lm.whole_texts import read_texts, text_log_odds
@@ -31,8 +32,6 @@ from metarec.system.progress import progress
 _BETWEEN = "\n\n"
 _PERSON = "About the person:"
 _NOW = "Now:"
-_QUESTION = "Which one of these does the same person like best?"
-_ANSWER = "Answer:"
 
 
 @dataclass(frozen=True)
@@ -193,13 +192,13 @@ class InContext:
     def states(self, items: Codes) -> Tensor:
         """Returns the states behind the answers about some items without a history, shape (items, hidden)."""
         texts = [self._question(int(code)) for code in items]
-        return _states(self.backbone, texts) if self.backbone.kind == "causal" else read_texts(self.backbone, texts)
+        return last_states(self.backbone, texts) if self.backbone.kind == "causal" else read_texts(self.backbone, texts)
 
     def _odds(self, texts: Sequence[str]) -> Tensor:
         if self.backbone.kind != "causal":
             template = self.history.template
             return text_log_odds(self.backbone, texts, template.positive, template.negative)
-        logits = self.backbone.word_logits(_states(self.backbone, texts), self._answers)
+        logits = self.backbone.word_logits(last_states(self.backbone, texts), self._answers)
         return logits[:, 0] - logits[:, 1]
 
     def prompt_text(self, request: Request, candidate: int) -> str:
@@ -209,7 +208,9 @@ class InContext:
 
     def tokens_read(self, request: Request) -> int:
         """Returns the number of tokens that scoring a request reads; tokens that its prompts share count once."""
-        return _count(self.backbone, self._texts(request.support, *np.unique(request.candidates, return_index=True)))
+        return count_tokens(
+            self.backbone, self._texts(request.support, *np.unique(request.candidates, return_index=True))
+        )
 
     def _texts(self, support: Ratings, items: Codes, rows: Codes) -> list[str]:
         """Returns the prompt of every item; if calibrated, the last one is a prompt without content.
@@ -262,125 +263,6 @@ class InContext:
         )
 
 
-@dataclass(frozen=True)
-class Listwise:
-    """Scores candidates by prompts that list some of them by letter and ask which one the user likes best.
-
-    A score is the log-probability of the candidate's letter among the letters of its list, relative to chance, averaged
-    over several shuffles into lists, because a model prefers some letters and some positions (Zheng et al. 2024). A
-    candidate's score depends on the other candidates in its lists. Candidates of one title are one line and have one
-    score.
-
-    Args:
-        backbone: A causal LM.
-        history: Writes a user's ratings into the prompt.
-        rounds: Shuffles to average over; a shuffle is a function of the seed and of the candidates' ids.
-        labels: Letters of a list's lines; their number is the greatest length of a list.
-        name: How the method is called in tables.
-        bytes_per_user: See `Scorer`.
-
-    Raises:
-        ConfigError: The model is not a causal LM, or there are no rounds or fewer than two labels.
-
-    Source: Hou et al. 2024, "Large Language Models are Zero-Shot Rankers for Recommender Systems", for shuffling and
-    averaging.
-    """
-
-    backbone: Backbone
-    history: History
-    rounds: int = 4
-    labels: tuple[str, ...] = tuple("ABCDEFGHIJ")
-    name: str = "in-context, listwise"
-    bytes_per_user: int = 0
-
-    def __post_init__(self) -> None:
-        _need_causal(self.backbone)
-        if self.rounds < 1 or len(self.labels) < 2:
-            raise ConfigError(f"{self.rounds} rounds over lists of {len(self.labels)}", "Choose 1 and 2 or more")
-
-    def score(self, requests: Sequence[Request]) -> list[Tensor]:
-        """See `Scorer.score`."""
-        return score_one_by_one(self.name, requests, len(self.history.catalog), self._score)
-
-    def prompt_text(self, request: Request, candidate: int) -> str:
-        """Returns the text of the first list that contains a candidate.
-
-        Raises:
-            UnknownItemError: The item is not one of the request's candidates.
-        """
-        if candidate not in request.candidates:
-            raise UnknownItemError(
-                f"item code {candidate} is not one of the request's candidates", "A list shows these alone"
-            )
-        items, place = self._lines(request.candidates)
-        line = items[place[request.candidates == candidate][0]]
-        shown = next(shown for shown in self._lists(items) if line in shown)
-        return self._text(self._history(request.support), shown)
-
-    def tokens_read(self, request: Request) -> int:
-        """Returns the number of tokens that scoring a request reads; tokens that its prompts share count once."""
-        history = self._history(request.support)
-        lists = self._lists(self._lines(request.candidates)[0])
-        return _count(self.backbone, [self._text(history, shown) for shown in lists])
-
-    def _score(self, request: Request) -> Tensor:
-        items, place = self._lines(request.candidates)
-        history = self._history(request.support)
-        lists = self._lists(items)
-        states = _states(self.backbone, [self._text(history, shown) for shown in lists])
-        total = torch.zeros(len(items))
-        for shown, logits in zip(lists, self.backbone.word_logits(states, self._answers).cpu(), strict=True):
-            relative = logits[: len(shown)].log_softmax(0) + np.log(len(shown))
-            total[torch.from_numpy(np.searchsorted(items, shown))] += relative.float() / self.rounds
-        return total[torch.from_numpy(place)]
-
-    def _history(self, support: Ratings) -> str:
-        """Returns the text before the lists; a moment is said if it is the same for all candidates."""
-        special, side = self.backbone.special_tokens, support.side
-        same = (
-            {} if side is None else {name: one[:1] for name, one in side.asked.items() if len(set(one.tolist())) == 1}
-        )
-        now = "" if side is None else self.history.moment(side.asking(same), 0, special)
-        return self.history.text(support, special) + now
-
-    def _lines(self, candidates: Codes) -> tuple[Codes, Codes]:
-        """Returns the first item of every title, in the order of codes, and the index of each candidate's title."""
-        first: dict[str, int] = {}
-        for code in np.unique(candidates):
-            first.setdefault(self._title(code), int(code))
-        items = np.array([*first.values()], np.int64)
-        return items, np.searchsorted(items, [first[self._title(code)] for code in candidates])
-
-    def _title(self, code: int) -> str:
-        return clean_field(self.history.catalog.title(int(code)), self.backbone.special_tokens)
-
-    def _lists(self, items: Codes) -> list[Codes]:
-        """Returns the lists of all rounds; lengths within a round differ by one at most."""
-        count = -(-len(items) // len(self.labels))
-        lists: list[Codes] = []
-        for number in range(self.rounds if count else 0):
-            order = sorted(range(len(items)), key=lambda row: self.history.rank(int(items[row]), str(number)))
-            lists += np.array_split(items[order], count)
-        return lists
-
-    def _text(self, history: str, shown: Codes) -> str:
-        lines = [f"{label}. {self._title(code)}" for label, code in zip(self.labels, shown, strict=False)]
-        return history + "\n".join([_QUESTION, *lines, _ANSWER])
-
-    @cached_property
-    def _answers(self) -> tuple[int, ...]:
-        prompt = self._text("", np.zeros(1, np.int64))
-        return tuple(self.backbone.answer_token(prompt, f" {label}") for label in self.labels)
-
-
-def _need_causal(backbone: Backbone) -> None:
-    if backbone.kind != "causal":
-        raise ConfigError(
-            f"'{backbone.name}' is of kind '{backbone.kind}', which does not read a history left to right",
-            "Choose a causal LM",
-        )
-
-
 def _tokens(backbone: Backbone, texts: Sequence[str]) -> tuple[list[list[int]], int]:
     """Returns texts' tokens and how many leading ones a causal LM reads once, less than the shortest text has."""
     tokens = backbone.tokenize(texts) if texts else []
@@ -389,11 +271,13 @@ def _tokens(backbone: Backbone, texts: Sequence[str]) -> tuple[list[list[int]], 
     return tokens, min(common_start([*map(tuple, tokens)]), min(map(len, tokens)) - 1) if tokens else 0
 
 
-def _states(backbone: Backbone, texts: Sequence[str]) -> Tensor:
+def last_states(backbone: Backbone, texts: Sequence[str]) -> Tensor:
+    """Returns the state of each text's last token, shape (texts, hidden); a start that they share is read once."""
     return backbone.last_states(*_tokens(backbone, texts))
 
 
-def _count(backbone: Backbone, texts: Sequence[str]) -> int:
+def count_tokens(backbone: Backbone, texts: Sequence[str]) -> int:
+    """Returns the number of tokens that texts have; a start that they share counts once."""
     tokens, shared = _tokens(backbone, texts)
     return shared + sum(len(ids) - shared for ids in tokens)
 
