@@ -2,10 +2,12 @@
 
     python benchmarks/search.py                          # fits --preset fast first; benchmarks/results/search.json
     python benchmarks/search.py --run runs/fast          # with a recommender that is there
+    python benchmarks/search.py --unspaced               # benchmarks/results/search-unspaced.json; seconds
 
 Queries are made from the catalog: titles with words dropped, shuffled or misspelt, and categories with a year. For the
 taste, every test user asks for the genre that is most frequent among the movies they like in their query; what they
-like of it answers.
+like of it answers. Titles in Chinese, Japanese and Korean are made up (`made_titles`), and found by words as they are
+split and as they stand.
 """
 
 from __future__ import annotations
@@ -18,25 +20,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from made_titles import WORDS, titles_and_queries
 
 from metarec import MetaRecommender, preset
 from metarec.adapted_user import AdaptedUser
 from metarec.bench.query_items import KINDS, ItemQuery, make_queries, measure, ndcg
 from metarec.data.item_fields import tokens_in
+from metarec.data.titles import words
 from metarec.evaluation.metrics import bootstrap_interval
 from metarec.files.artifacts import write_json
-from metarec.recommending.search import TextSearch
+from metarec.recommending.search import TextSearch, WordIndex
 from metarec.system.doctor import environment
 
 RESULT = Path(__file__).parent / "results" / "search.json"
+UNSPACED = RESULT.with_name("search-unspaced.json")
 TASK = "movielens/user-cold"
+TITLES = 600
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a run of movielens/user-cold; without it one is fitted")
     parser.add_argument("--queries", type=int, default=300, help="how many of each kind")
+    parser.add_argument("--unspaced", action="store_true", help="made titles in Chinese, Japanese and Korean alone")
     arguments = parser.parse_args()
+    if arguments.unspaced:
+        results = {language: unspaced(language) for language in WORDS}
+        print(results)
+        write_json(UNSPACED, {"items": TITLES, **results, **environment()})
+        return
     if arguments.run:
         recommender = MetaRecommender.from_pretrained(arguments.run)
     else:
@@ -57,7 +69,7 @@ def main() -> None:
             return lambda text, k: np.argsort(-meanings.similarity(text), kind="stable")[:k]
         return lambda text, k: [code[entry.item] for entry in searches[name].find(text, k)]
 
-    results: dict[str, Any] = {}
+    results = {}
     for kind in KINDS:
         queries = make_queries(catalog, kind, arguments.queries, seed=0)
         results[kind] = {}
@@ -70,6 +82,23 @@ def main() -> None:
     results["by taste"] = by_taste(recommender, searches["words and meaning"])
     print(results["by taste"])
     write_json(RESULT, {"task": TASK, "items": len(catalog), **results, **environment()})
+
+
+def unspaced(language: str) -> dict[str, dict[str, Any]]:
+    """Returns what words find of made titles in a language, split and as they stand between spaces."""
+    catalog, asked = titles_and_queries(language, TITLES, seed=0)
+    titles = catalog.fields["title"]
+    indexes = {"words split": WordIndex(titles), "words as they stand": WordIndex(titles, words)}
+    return {
+        kind: {name: measure(partial(best_scored, index), queries, 10) for name, index in indexes.items()}
+        for kind, queries in asked.items()
+    }
+
+
+def best_scored(index: WordIndex, text: str, k: int) -> np.ndarray:
+    """Returns the items with the best scores that share a word with a text."""
+    scores = index.scores(text)
+    return np.argsort(-scores, kind="stable")[: min(k, int((scores > 0).sum()))]
 
 
 def scores_of(user: AdaptedUser, codes: np.ndarray) -> np.ndarray:

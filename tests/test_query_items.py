@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from made_titles import WORDS, titles_and_queries
+from search import best_scored
 
 from metarec.bench.query_items import (
     DESCRIBED,
@@ -19,8 +21,9 @@ from metarec.bench.query_items import (
 )
 from metarec.data.interactions import Catalog
 from metarec.data.templates import PromptTemplate
+from metarec.data.titles import words
 from metarec.errors import DataError
-from metarec.recommending.search import TextSearch
+from metarec.recommending.search import TextSearch, WordIndex
 
 CATALOG = Catalog(
     ("1", "2", "3", "4", "5"),
@@ -69,6 +72,18 @@ def test_a_search_that_knows_and_one_that_does_not() -> None:
     assert half["recall@2"] == 0.5
     assert half["recall@2_low"] == 0 < half["recall@2_high"] == 1
     assert measure(lambda *_: [4, 3], queries, 2)["ndcg@2"] == 0
+
+
+@pytest.mark.parametrize("language", WORDS)
+def test_words_of_unspaced_writing_are_found_split_alone(language: str) -> None:
+    catalog, asked = titles_and_queries(language, 600, 1)
+    for queries in asked.values():
+        split, whole = (
+            measure(lambda text, k, index=index: best_scored(index, text, k), queries, 10)["recall@10"]
+            for index in (WordIndex(catalog.fields["title"]), WordIndex(catalog.fields["title"], words))
+        )
+        assert split > 0.85
+        assert whole < 0.3
 
 
 @pytest.mark.parametrize("kind", KINDS)

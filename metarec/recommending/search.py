@@ -64,6 +64,7 @@ class WordIndex:
 
     Args:
         texts: One per item.
+        split: Splits texts and queries into words.
 
     Raises:
         ConfigError: The package bm25s is not installed.
@@ -72,27 +73,28 @@ class WordIndex:
     (Lu 2024, arXiv 2407.03618), with Lucene's weights.
     """
 
-    def __init__(self, texts: Iterable[str]) -> None:
+    def __init__(self, texts: Iterable[str], split: Callable[[str], list[str]] = tokens) -> None:
         try:
             import bm25s
         except ImportError:
             raise ConfigError("search needs the package bm25s", "Run: pip install 'metarec[search]'") from None
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # it says each step, whatever the root's level is
-        split = [tokens(text) for text in texts]
-        self._items = len(split)
-        self._known = {token for row in split for token in row}
+        self._split = split
+        rows = [split(text) for text in texts]
+        self._items = len(rows)
+        self._known = {token for row in rows for token in row}
         self._index: Any = None
-        if any(split):
+        if any(rows):
             self._index = bm25s.BM25(method="lucene")
-            self._index.index(split, show_progress=False)
+            self._index.index(rows, show_progress=False)
 
     def unknown(self, text: str) -> bool:
         """Says whether a query has a word that no text has."""
-        return not self._known.issuperset(tokens(text))
+        return not self._known.issuperset(self._split(text))
 
     def scores(self, text: str) -> Floats:
         """Returns how well each item's text answers a query, shape (items,); 0 where no word is shared."""
-        asked = tokens(text)
+        asked = self._split(text)
         if self._index is None or not asked:
             return np.zeros(self._items, np.float32)
         found: Floats = np.asarray(self._index.get_scores(asked), np.float32)
