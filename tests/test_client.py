@@ -178,6 +178,15 @@ def test_a_text_in_a_ratings_place_is_sent_as_a_review(monkeypatch: pytest.Monke
     assert json.loads(request.data)["ratings"] == [{"item": "m0", "review": "I loved it"}, {"item": "m1", "rating": 4}]
 
 
+def test_ratings_are_pairs_as_in_python_and_an_empty_id_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = sent_by(lambda client: client.rate("ann", [("m0", 4.5), Rating("m1", 2.0)]), monkeypatch)
+    ratings = [{"item": "m0", "rating": 4.5}, {"item": "m1", "rating": 2.0}]
+    assert json.loads(request.data) == {"ratings": ratings}
+    for ask in (lambda client: client.rate("", {"m0": 4}), lambda client: client.remove_item("")):
+        with pytest.raises(ServiceError, match=r"the id of the (user|item) is empty\. Give one"):
+            ask(Client("http://localhost"))
+
+
 def test_a_refusal_carries_the_services_words_and_status(client: Client) -> None:
     with pytest.raises(ServiceError, match="no such user") as refused:
         client.export("nobody")

@@ -64,6 +64,7 @@ def test_an_expression_is_true_of(where: str, items: str) -> None:
     ("where", "said"),
     [
         ("yaer >= 1990", r"names 'yaer', which is no field of an item. Did you mean 'year'"),
+        ("publisher == 1", r"Known: [^.]*\. Texts are written in quotes: 'publisher'"),
         ("year >=", r"not understood where it ends. Write e.g."),
         ("year >= 1990 1", r"not understood at '1'"),
         ("year >> 1990", r"not understood at '> 1990'"),

@@ -72,7 +72,7 @@ class Client:
     def rate(
         self,
         user: str,
-        ratings: Mapping[str, float | str] | Iterable[Rating] = (),
+        ratings: Mapping[str, float | str] | Iterable[Rating | tuple[str, float | str]] = (),
         *,
         about: str | Mapping[str, str | float] | None = None,
         friends: Sequence[str] | None = None,
@@ -82,7 +82,7 @@ class Client:
 
         Args:
             user: The user's id.
-            ratings: Ids of items to ratings, or to reviews without one; or `Rating`s with their moments and reviews; at
+            ratings: Ids of items and ratings, or reviews without one; or `Rating`s with their moments and reviews; at
                 most 100.
             about: A sentence about the user, or fields of users to their values.
             friends: Ids of friends.
@@ -91,8 +91,8 @@ class Client:
         Raises:
             ServiceError: An item is unknown, a rating is off the scale, or the service did not answer.
         """
-        pairs = [_rating(*pair) for pair in ratings.items()] if isinstance(ratings, Mapping) else ratings
-        sent = [_without_empty(asdict(rating)) for rating in pairs]
+        given = ratings.items() if isinstance(ratings, Mapping) else ratings
+        sent = [_without_empty(asdict(one if isinstance(one, Rating) else _rating(*one))) for one in given]
         body = _known(about, friends) | ({"ratings": sent} if sent else {})
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         path = "/v1/users/{user}/feedback"
@@ -246,6 +246,8 @@ class Client:
         headers: Mapping[str, str] | None = None,
     ) -> _Answer:
         """Sends a request, and returns its answer as a dataclass."""
+        if empty := [name for name, value in (names or {}).items() if not value]:
+            raise ServiceError(f"the id of the {empty[0]} is empty", "Give one of at least a character")
         filled = path.format(**{name: quote(value, safe="") for name, value in (names or {}).items()})
         given = {name: _in_address(value) for name, value in (query or {}).items() if value not in (None, [])}
         address = f"{filled}?{urlencode(given, doseq=True)}" if given else filled

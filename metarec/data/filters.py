@@ -235,9 +235,10 @@ class _Parser:
         name = token.text.strip("`")
         fields = self._items.catalog.fields
         if name not in fields:
+            known = suggest(name, fields)
             raise ConfigError(
                 f"'where' names '{name}', which is no field of an item",
-                f"{suggest(name, fields)} Texts are written in quotes: '{name}'",
+                f"{known}{'' if known.endswith(('.', '?')) else '.'} Texts are written in quotes: '{name}'",
             )
         return name
 
