@@ -104,8 +104,8 @@ class MetaConfig(Section):
     user_bias_damping: float = Field(1.0, gt=0, description="pseudo-ratings that shrink the user bias to 0")
     half_life: Annotated[float, Field(gt=0)] | Literal["learned"] | None = Field(
         None,
-        description="days after which a rating counts half in the inner loop; learned: by validation users; null: all "
-        "ratings count alike",
+        description="days after which a rating counts half in the inner loop; learned: a meta-parameter, kept where it "
+        "is better for validation users than a few fixed values; null: all ratings count alike",
         exclude_if=lambda days: days is None,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -25,15 +26,19 @@ from metarec.data.sources import read_source
 from metarec.data.task_data import TaskData
 from metarec.errors import ConfigError, DataError
 from metarec.meta.algorithms import MetaGradient
-from metarec.meta.inner_loop import MetaState
+from metarec.meta.inner_loop import Loss, MetaState, initial_meta_state
+from metarec.meta.losses import pairwise
 from metarec.recommender import MetaRecommender
+from metarec.registries import ALGORITHMS
 from metarec.scorer import Request
-from metarec.scorers.language.score import rated_batch, support_loss
+from metarec.scorers.language.score import LOG_HALF_LIFE, Batch, query_loss, rated_batch, support_loss
 from metarec.serve.records import Feedback
 from metarec.serve.store import AdapterStore
+from metarec.training import meta_training as training
 from metarec.training.continual import OldRun, forgetting, pulled, start_from, with_replay
 from metarec.training.fitting import Fitted, meta_scorer, open_backbone, prepare
-from metarec.training.meta_training import _with_half_life, meta_train
+from metarec.training.half_life import chosen, folded, learns_by_gradient, started
+from metarec.training.meta_training import meta_train
 
 Dirs = Callable[[str], Path]
 
@@ -168,19 +173,113 @@ def test_the_weighted_loss_is_that_of_the_recent_ratings_alone_where_the_others_
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_the_half_life_is_learned_by_validation_users_and_kept(
-    old_run: Fitted, model_dir: Dirs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from metarec.training import meta_training as training
+def test_the_half_life_is_learned_by_validation_users_and_kept(old_run: Fitted, model_dir: Dirs) -> None:
+    config = with_half_life(settings(model_dir("llama")), "learned")
+    worth = {None: 0.5, 1460.0: 0.6, 365.0: 0.7, 90.0: 0.7, 30.0: 0.4, 7.0: 0.3, 50.0: 0.7, 51.0: 0.8}
 
-    config = settings(model_dir("llama"))
-    config = config.model_copy(update={"meta": config.meta.model_copy(update={"half_life": "learned"})})
-    worth = {None: 0.5, 1460.0: 0.6, 365.0: 0.7, 90.0: 0.7, 30.0: 0.4, 7.0: 0.3}
-    monkeypatch.setattr(training, "_validation_auc", lambda _, fitted, *__: worth[fitted.training["half_life"]])
-    learned = _with_half_life(old_run, of_one_taste(False), config, training.ALONE)
+    def value(fitted: Fitted) -> float:
+        return worth[fitted.training["half_life"]]
+
+    learned = chosen(old_run, value)
     assert learned.training["half_life"] == 365.0, "the longest of the best"
     assert meta_scorer(learned, config).inner.half_life == 365.0
     assert meta_scorer(old_run, config).inner.half_life is None
+    begun = started(old_run, value)
+    assert folded(begun).training["half_life"] == pytest.approx(365), "the gradient starts at the best"
+    assert folded(begun).meta.tensors().keys() == old_run.meta.tensors().keys()
+    for days, kept in ((50.0, 365.0), (51.0, 51.0)):
+        by_gradient = replace(old_run, training={**old_run.training, "half_life": days})
+        found = chosen(by_gradient, value).training
+        assert found["half_life"] == kept, "it has to be better than every fixed value"
+        assert found["half_lives"][f"by gradient {days:.1f}"] == worth[days]
+
+
+def with_half_life(config: RunConfig, days: float | str | None) -> RunConfig:
+    return config.model_copy(update={"meta": config.meta.model_copy(update={"half_life": days})})
+
+
+def drifting(users: int, items: int = 24, days: float = 300.0) -> tuple[Batch, Batch]:
+    """Supports and queries of users who like one half of the items, or the other; what they rated long ago is noise.
+
+    Three quarters of a support were rated some three hundred days ago, the rest and the query in the last days.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(old: int) -> Batch:
+        shape = users, items
+        kind = torch.randn(shape, generator=generator).sign()
+        taste = torch.randn(users, 1, generator=generator).sign()
+        taste = taste if not tastes else tastes[0]
+        tastes.append(taste)
+        noise = torch.randn(shape, generator=generator).sign()
+        is_old = torch.arange(items).expand(shape) < old
+        target = torch.where(is_old, noise, taste * kind).double()
+        age = torch.where(is_old, days, 5.0) * torch.rand(shape, generator=generator).clamp(min=0.7)
+        real = torch.ones(shape, dtype=torch.bool)
+        return Batch(torch.zeros(shape), {"kind": kind.double()}, None, None, target, target > 0, real, age.double())
+
+    tastes: list[torch.Tensor] = []
+    return batch(items * 3 // 4), batch(0)
+
+
+def drift_losses(users: int = 16) -> tuple[MetaState, Loss, Loss]:
+    support, query = drifting(users)
+    meta = initial_meta_state({"score.kind": torch.zeros((), dtype=torch.float64)}, ["score.kind"], 0.3)
+    meta = MetaState({**meta.init, LOG_HALF_LIFE: torch.tensor(1460.0, dtype=torch.float64).log()}, meta.log_rate)
+    inner = support_loss(support, None, shrinkage=1.0, user_bias_damping=1.0)
+    return meta, inner, query_loss(query, None, pairwise, sharpness=2.0)
+
+
+@pytest.mark.parametrize("algorithm", ["fomaml", "maml", "maml++", "imaml", "reptile"])
+def test_a_half_life_is_learned_by_gradient_where_users_drift(algorithm: str) -> None:
+    """Ratings of three hundred days ago are noise: what is learned leaves little of them."""
+    meta, inner, outer = drift_losses()
+    tensors = {name: value.clone() for name, value in meta.tensors().items()}
+    optimizer = torch.optim.Adam([tensors[f"init/{LOG_HALF_LIFE}"]], lr=0.1)
+    before = ALGORITHMS.get(algorithm)(meta, inner, outer, 16, 3).loss.mean()
+    for _ in range(60):
+        found = ALGORITHMS.get(algorithm)(MetaState.from_tensors(tensors), inner, outer, 16, 3)
+        for name, value in tensors.items():
+            value.grad = found.gradients[name]
+        optimizer.step()
+    assert float(tensors[f"init/{LOG_HALF_LIFE}"].exp()) < 100, "an old rating counts an eighth"
+    assert found.loss.mean() < before
+
+
+@pytest.mark.parametrize(("algorithm", "steps"), [("maml", 3), ("maml++", 3), ("fomaml", 1)])
+def test_the_gradient_of_the_half_life_is_that_of_finite_differences(algorithm: str, steps: int) -> None:
+    """Of first-order MAML with one step, too: what it leaves out is how later steps see the first."""
+    meta, inner, outer = drift_losses(4)
+    meta = MetaState({**meta.init, LOG_HALF_LIFE: torch.tensor(200.0, dtype=torch.float64).log()}, meta.log_rate)
+
+    def value(log_days: torch.Tensor) -> torch.Tensor:
+        moved = MetaState({**meta.init, LOG_HALF_LIFE: log_days}, meta.log_rate)
+        return ALGORITHMS.get(algorithm)(moved, inner, outer, 4, steps).loss.mean()
+
+    found = ALGORITHMS.get(algorithm)(meta, inner, outer, 4, steps).gradients[f"init/{LOG_HALF_LIFE}"]
+    log_days = meta.init[LOG_HALF_LIFE]
+    by_differences = (value(log_days + 1e-4) - value(log_days - 1e-4)) / 2e-4
+    assert float(found.abs()) > 1e-4
+    torch.testing.assert_close(found, by_differences, rtol=1e-5, atol=1e-9)
+
+
+def test_meta_training_moves_the_half_life_and_leaves_a_number(
+    model_dir: Dirs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_half_life(settings(model_dir("llama"), steps=4, validate_every=4), "learned")
+    monkeypatch.setattr(training, "chosen", lambda fitted, _: fitted)
+    counter = itertools.count()
+    monkeypatch.setattr(training, "_validation_auc", lambda *_: float(next(counter)))
+    found = trained(of_one_taste(False), config, tmp_path / "checkpoint")
+    assert LOG_HALF_LIFE not in found.meta.init, "nothing that reads a run knows of it"
+    assert found.training["best_step"] == 4
+    assert found.training["half_life"] != pytest.approx(7.0, rel=1e-5), "the last value was the best before it"
+    assert meta_scorer(found, config).inner.half_life == found.training["half_life"]
+    assert not learns_by_gradient(with_half_life(config, 90.0), found.meta)
+    without = config.model_copy(
+        update={"meta": config.meta.model_copy(update={"half_life": "learned", "inner_steps": 0})}
+    )
+    assert not learns_by_gradient(without, found.meta)
 
 
 def test_ratings_keep_their_times_in_every_order() -> None:

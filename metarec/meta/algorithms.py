@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metarec.meta.inner_loop import Adapted, Loss, MetaState, Solve, adapt, finite_users, per_user
+from metarec.meta.inner_loop import INNER, Adapted, Loss, MetaState, Solve, adapt, finite_users, per_user
 from metarec.system.tensors import AdapterState, expand_users
 
 
@@ -59,7 +59,8 @@ def maml(
         query_loss: What the outer loop minimizes.
         users: Number of users in the losses.
         steps: Inner steps.
-        second_order: False leaves the Hessian out (first-order MAML).
+        second_order: False leaves the Hessian out (first-order MAML); settings of the inner loop, `INNER`, keep their
+            gradient ``-a * d g_t / d setting * u``, as the inner rates keep theirs.
         step_weights: Weight of the query loss after 0, 1, ..., `steps` steps; None uses the last step alone.
 
     Source: Finn, Abbeel and Levine 2017, algorithm 1; the adjoint is reverse differentiation of their eq. 1 by hand.
@@ -89,6 +90,7 @@ def _backpropagate(
     adjoint = {name: torch.zeros_like(value) for name, value in last.items()}
     outer = {name: torch.zeros_like(value) for name, value in shared.items()}
     rates = {name: torch.zeros_like(value) for name, value in meta.log_rate.items()}
+    inner = {name for name in shared if name.startswith(INNER)}
     for step in range(steps, -1, -1):
         if step in queries:
             adjoint = _sum(adjoint, _mean_over(kept, queries[step].adapted), weights[step])
@@ -101,9 +103,12 @@ def _backpropagate(
             change = torch.where(per_user(kept, gradient), scaled[name] * gradient, 0.0)
             at = min(step - 1, len(rates[name]) - 1)
             rates[name][at] -= change.sum_to_size(1, *rates[name][at].shape).view(rates[name][at].shape)
-        if second_order:
+        if second_order or inner:
             product, product_shared = _hessian_product(support_loss, before, shared, scaled)
-            adjoint = _sum(adjoint, product, -1.0)
+            if second_order:
+                adjoint = _sum(adjoint, product, -1.0)
+            else:
+                product_shared = {name: value for name, value in product_shared.items() if name in inner}
             outer = _sum(outer, product_shared, -1.0)
     found = {f"init/{name}": value.sum(0) for name, value in {**outer, **adjoint}.items()}
     found |= {f"log_rate/{name}": value for name, value in rates.items()}

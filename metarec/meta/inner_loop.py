@@ -15,6 +15,9 @@ from torch import Tensor
 
 from metarec.system.tensors import AdapterState, expand_users
 
+# Tensors of the initialization that only the support loss reads are called so: they shape the inner loop, and their
+# gradient comes through its steps.
+INNER = "inner."
 Loss = Callable[[AdapterState], Tensor]
 Solve = Callable[[AdapterState], AdapterState]
 
@@ -28,7 +31,8 @@ class MetaState:
         log_rate: Natural logarithm of the inner learning rate of each tensor that the inner loop adapts. The first
             dimension is the step, of size one where all steps share a rate; the rest is empty (one rate per tensor)
             or the tensor's own shape (one rate per number, as in Meta-SGD). Tensors of `init` without a rate are
-            shared by all users and learned by the outer loop alone.
+            shared by all users and learned by the outer loop alone; those whose names begin with `INNER` are settings
+            of the inner loop, which are learned through its steps as the rates are.
     """
 
     init: AdapterState

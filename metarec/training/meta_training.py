@@ -38,13 +38,10 @@ from metarec.system.tensors import AdapterState
 from metarec.system.threads import one_thread
 from metarec.training.continual import OldRun, pulled, start_from, with_replay
 from metarec.training.fitting import Fitted, Prepared, adapted_model, half_life_of, head_of, meta_scorer
+from metarec.training.half_life import chosen, folded, learns_by_gradient, started
 
 if TYPE_CHECKING:
     from metarec.data.task_data import TaskData
-
-
-# In days, the longest first; None: all ratings count alike.
-_HALF_LIVES: tuple[float | None, ...] = (None, 1460.0, 365.0, 90.0, 30.0, 7.0)
 
 
 def training_identity(data: TaskData, config: RunConfig, backbone: Backbone | None) -> dict[str, Any]:
@@ -65,6 +62,8 @@ def training_identity(data: TaskData, config: RunConfig, backbone: Backbone | No
         "catalog": data.interactions.catalog.digest,
         "data": data.hashes["data"],
         "split": data.hashes["split"],
+        # As long as it was chosen from a few values alone, no checkpoint held it.
+        **({"half-life": "by gradient"} if config.meta.half_life == "learned" else {}),
     }
 
 
@@ -102,14 +101,24 @@ def meta_train(
         prepared = replace(
             prepared, fitted=replace(prepared.fitted, meta=start_from(prepared.fitted.meta, old.fitted.meta))
         )
-    fitted = prepared.fitted
-    anchor = fitted.meta.tensors()
 
     sizes = episode_sizes(data.task, config.train)
     enough = users_by_shots(data, sizes, prepared.context.hidden)
 
     def batch_at(step: int, users: int = config.train.users) -> list[Episode]:
         return _batch(data, prepared, config, step, users)
+
+    def worth(fitted: Fitted) -> float:
+        return _validation_auc(data, fitted, config, ranks)
+
+    model = adapted_model(config, prepared.fitted.answer_model)
+    if model is not None:
+        # What the steps before the second validation ask for is read at once, with one estimate of the time left.
+        early = range(min(config.train.validate_every, config.train.steps))
+        trained_on = [episode for step in early for episode in ranks.share(batch_at(step))]
+        model.read(items_in([*ranks.share(_validation_episodes(data, config)), *trained_on]))
+    fitted = started(prepared.fitted, worth) if learns_by_gradient(config, prepared.fitted.meta) else prepared.fitted
+    anchor = fitted.meta.tensors()
 
     def mean_gradient(prepared: Prepared, batch: list[Episode], meta: MetaState) -> MetaGradient:
         own = ranks.share(batch)
@@ -133,17 +142,11 @@ def meta_train(
         return gradient if old is None else pulled(gradient, meta, anchor, config.train.anchor)
 
     def validate(meta: MetaState) -> float:
-        value = _validation_auc(data, replace(fitted, meta=meta), config, ranks)
+        value = worth(folded(replace(fitted, meta=meta)))
         if watch is not None:
             watch(value)
         return value
 
-    model = adapted_model(config, fitted.answer_model)
-    if model is not None:
-        # What the steps before the second validation ask for is read at once, with one estimate of the time left.
-        early = range(min(config.train.validate_every, config.train.steps))
-        trained_on = [episode for step in early for episode in ranks.share(batch_at(step))]
-        model.read(items_in([*ranks.share(_validation_episodes(data, config)), *trained_on]))
     trained = train(
         fitted.meta,
         gradient_at,
@@ -161,7 +164,7 @@ def meta_train(
     if config.private.on:
         rate = _sample_rate(data, config)
         found = replace(found, training={**found.training, "privacy": statement(trained.steps, rate, config.private)})
-    return _with_half_life(found, data, config, ranks) if config.meta.half_life == "learned" else found
+    return chosen(folded(found), worth) if config.meta.half_life == "learned" else found
 
 
 def _batch(data: TaskData, prepared: Prepared, config: RunConfig, step: int, users: int) -> list[Episode]:
@@ -202,20 +205,6 @@ def _private_gradient(
         deltas = [_meta_gradient(prepared, config, meta, [episode]) for episode in batch]
     expected = _sample_rate(data, config) * len(data.parts["train"])
     return private_gradient(meta, deltas, config.private, expected, generator)
-
-
-def _with_half_life(fitted: Fitted, data: TaskData, config: RunConfig, ranks: Ranks) -> Fitted:
-    """Returns what was fitted with the half-life of ratings that orders validation users' items best.
-
-    Where several are equally good, the longest is taken, and before all of them none.
-    """
-    found: dict[float | None, float] = {}
-    for days in _HALF_LIVES:
-        with_days = replace(fitted, training={**fitted.training, "half_life": days})
-        found[days] = _validation_auc(data, with_days, config, ranks)
-    best = max(found, key=lambda days: found[days])
-    values = {"none" if days is None else f"{days:g}": value for days, value in found.items()}
-    return replace(fitted, training={**fitted.training, "half_life": best, "half_lives": values})
 
 
 def _meta_gradient(prepared: Prepared, config: RunConfig, meta: MetaState, batch: Sequence[Episode]) -> MetaGradient:

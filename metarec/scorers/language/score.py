@@ -26,7 +26,7 @@ from metarec.lm.adapters import init_adapter
 from metarec.lm.answer_model import AnswerModel
 from metarec.lm.forward import ItemBatch
 from metarec.meta.heads import ClosedFormHead, Support, leave_one_out_errors
-from metarec.meta.inner_loop import Loss, MetaState, Solve, initial_meta_state
+from metarec.meta.inner_loop import INNER, Loss, MetaState, Solve, initial_meta_state
 from metarec.meta.losses import Labels, QueryLoss
 from metarec.scorers.collaborative.item_mean import ItemPrior
 from metarec.scorers.language.linearized import Linearized
@@ -35,6 +35,8 @@ from metarec.system.tensors import AdapterState, pad_rows, to_device
 
 ADAPTER = ScoreTerm(None, needs_model=True)
 ADAPTER_WEIGHT = weight_name(ADAPTER_TERM)
+# Natural logarithm of the days after which a rating counts half, while it is learned; see `metarec.training.half_life`.
+LOG_HALF_LIFE = f"{INNER}log_half_life"
 HEAD = "score.head"
 # Names of what all users' heads share begin so.
 HEAD_PARAMETER = "score.head."
@@ -64,15 +66,15 @@ class Batch:
     real: Tensor
     age: Tensor
 
-    def weight(self, half_life: float | None) -> Tensor:
+    def weight(self, half_life: float | Tensor | None) -> Tensor:
         """Returns how much every rating counts: one, or half of it per half-life of its age; none at padding.
 
         Args:
-            half_life: In days; None where all ratings count alike.
+            half_life: In days, or every user's, shape (users,); None where all ratings count alike.
         """
         if half_life is None:
             return self.real
-        return self.real * torch.exp2(-self.age / half_life)
+        return self.real * torch.exp2(-self.age / (half_life[:, None] if isinstance(half_life, Tensor) else half_life))
 
     @property
     def labels(self) -> Labels:
@@ -335,14 +337,16 @@ def support_loss(
         shrinkage: Pseudo-count in the loss's denominator.
         user_bias_damping: Damping: pseudo-ratings that shrink the user bias to 0.
         linearized: Replaces the language model by its linearization; at the initialization loss and gradient are equal.
-        half_life: Days after which a rating counts half, in the loss and in the bias; None where all count alike.
+        half_life: Days after which a rating counts half, in the loss and in the bias; None where all count alike. A
+            state that holds a `LOG_HALF_LIFE` has its own.
 
     Returns:
         A loss with one number per user; zero for a user without ratings.
     """
-    weight = None if half_life is None else batch.weight(half_life)
+    fixed = None if half_life is None else batch.weight(half_life)
 
     def loss(state: AdapterState) -> Tensor:
+        weight = batch.weight(state[LOG_HALF_LIFE].exp()) if LOG_HALF_LIFE in state else fixed
         if linearized is None:
             scores = score(state, batch, adapted)
         else:
