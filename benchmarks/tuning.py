@@ -6,7 +6,10 @@
     python benchmarks/tuning.py --methods "joint LoRA, longer" "full fine-tuning, longer"         # hours
     python benchmarks/tuning.py --methods "in-context prompt" "in-context, listwise"
     python benchmarks/tuning.py --methods "zero-shot prompt"    # wordings; half an hour
-    python benchmarks/tuning.py --methods "metarec, no stack, Reptile" "metarec, no stack, prefix"    # an hour
+    python benchmarks/tuning.py --methods "metarec, no stack, Reptile" "metarec, no stack, prefix"    # hours
+
+A plan whose rows have other settings than the default has winners of its own: `--plan benchmarks/plans/finetune.yaml`
+tries a grid by the settings of the first part of the plan that names the method, on the part's tasks.
 
 What counts is the gain in AUC over the item mean, averaged over K > 0 and seeds. Where a language model reads every
 user's history, it is the gain at one K of a few users of the first split. A validation user of one split is a
@@ -26,12 +29,16 @@ import numpy as np
 import torch
 
 from metarec.bench.methods import METHODS, MethodContext
+from metarec.bench.plan import read_plan
+from metarec.bench.settings import canonical
+from metarec.config import flattened
 from metarec.data.task import PromptConfig
 from metarec.data.task_data import load_task_data
 from metarec.data.task_files import load_task
+from metarec.errors import ConfigError
 from metarec.evaluation.evaluate import evaluate
 from metarec.evaluation.metrics import BASELINE
-from metarec.files.artifacts import load_json, write_json
+from metarec.files.artifacts import content_hash, load_json, write_json
 from metarec.scorer import Scorer
 from metarec.system.progress import progress
 
@@ -85,12 +92,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2, help="how many split seeds, from 0")
     parser.add_argument("--methods", nargs="*", default=list(GRIDS), choices=list(ALL), help="only these")
+    parser.add_argument("--task", default=TASK)
+    parser.add_argument("--plan", type=Path, help="the settings of its first part that names a method and the task")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     contexts = [
-        MethodContext(load_task_data(load_task(TASK), seed), Path("runs") / "tuning" / str(seed))
+        MethodContext(load_task_data(load_task(arguments.task), seed), Path("runs") / "tuning" / str(seed))
         for seed in range(arguments.seeds)
     ]
+    settings = {method: settings_in(arguments.plan, method, arguments.task) for method in arguments.methods}
     grids = {method: ALL[method] for method in arguments.methods}
     tried = {
         method: [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
@@ -103,16 +113,28 @@ def main() -> None:
             gains = np.zeros((len(splits[method]), len(options)))
             for (row, context), (column, chosen) in itertools.product(enumerate(splits[method]), enumerate(options)):
                 # A training that was stopped goes on, and each has a place of its own.
-                own = (
-                    replace(context, workspace=context.workspace / f"{method} {column}")
-                    if method in READERS
-                    else context
-                )
+                where = context.workspace / content_hash([arguments.task, settings[method], method, chosen])[:16]
+                place = {"workspace": where} if method in READERS else {}
+                own = replace(context, settings=settings[method], **place)
                 scorer = fitted(method, own, **chosen)
-                gains[row, column] = gain(own, scorer, reads=method in READERS)
+                gains[row, column] = gain(own, scorer, few=method in READERS and not settings[method])
                 done += 1
                 advance(done, method)
-            keep(method, options, gains.mean(0), len(splits[method]))
+            facts = {"seeds": len(splits[method])}
+            if arguments.plan:
+                facts |= {"task": arguments.task, "settings": settings[method]}
+            keep(method, options, gains.mean(0), facts)
+
+
+def settings_in(plan: Path | None, method: str, task: str) -> Mapping[str, Any]:
+    """Returns the settings of the first part of a plan that names a method and a task; without a plan none."""
+    if plan is None:
+        return {}
+    read = read_plan(plan)
+    for part in read.parts:
+        if method in part.methods and task in part.tasks:
+            return canonical({**flattened(read.settings), **flattened(part.settings)}, str(plan))
+    raise ConfigError(f"no part of '{plan}' measures '{method}' on '{task}'", "Name another plan")
 
 
 def fitted(method: str, context: MethodContext, *, wording: str | None = None, **options: Any) -> Scorer:
@@ -127,15 +149,15 @@ def fitted(method: str, context: MethodContext, *, wording: str | None = None, *
     return asked.fit(context, **{**asked.options, **options})[0].scorer
 
 
-def gain(context: MethodContext, scorer: Scorer, *, reads: bool) -> float:
-    """Returns the gain over the item mean on validation users, averaged over K > 0."""
+def gain(context: MethodContext, scorer: Scorer, *, few: bool) -> float:
+    """Returns the gain over the item mean on validation users, averaged over K > 0; or of few users at one K."""
     baseline = METHODS.get(BASELINE).rows(context)[0].scorer
     liked = [episode.query.likes(context.threshold) for episode in context.validation]
     both = [episode for episode, likes in zip(context.validation, liked, strict=True) if 0 < likes.sum() < len(likes)]
-    shots = _READ_SHOTS if reads else [count for count in context.data.task.shots if count]
+    shots = _READ_SHOTS if few else [count for count in context.data.task.shots if count]
     report = evaluate(
         [baseline, scorer],
-        both[:_READ_USERS] if reads else context.validation,
+        both[:_READ_USERS] if few else context.validation,
         shots,
         context.interactions.catalog,
         threshold=context.threshold,
@@ -146,16 +168,17 @@ def gain(context: MethodContext, scorer: Scorer, *, reads: bool) -> float:
     return float(np.mean([report.paired(scorer.name, count, BASELINE, count).mean() for count in shots]))
 
 
-def keep(method: str, options: list[dict[str, Any]], gains: np.ndarray, seeds: int) -> None:
-    """Adds a method to the result file; what other methods got stays."""
+def keep(method: str, options: list[dict[str, Any]], gains: np.ndarray, facts: Mapping[str, Any]) -> None:
+    """Adds a method to the result file; what other methods got stays, and the same method's on another task."""
     before = load_json(RESULT)["methods"] if RESULT.exists() else {}
+    name = f"{method} on {facts['task']}" if "task" in facts else method
     found = {
         "best": options[int(gains.argmax())],
-        "seeds": seeds,
+        **facts,
         "tried": [{"options": option, "gain": float(value)} for option, value in zip(options, gains, strict=True)],
     }
     command = "python benchmarks/tuning.py --methods METHOD --seeds SEEDS"
-    write_json(RESULT, {"command": command, "task": TASK, "methods": {**before, method: found}})
+    write_json(RESULT, {"command": command, "task": TASK, "methods": {**before, name: found}})
     print(f"{method}: {found['best']}  {gains.max():+.4f}  (worst {gains.min():+.4f})", flush=True)
 
 

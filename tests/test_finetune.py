@@ -23,6 +23,7 @@ from metarec.data.augmentation import check_augmentation, varied
 from metarec.data.interactions import Ratings
 from metarec.errors import BackboneError, ConfigError
 from metarec.lm.backbone import Backbone, load_backbone, load_classifier, save_backbone
+from metarec.lm.masked_head import masked_from_encoder
 from metarec.lm.rating_classes import RatingClasses
 from metarec.lm.whole_texts import read_texts, text_log_odds
 from metarec.meta.algorithms import MetaGradient
@@ -256,6 +257,25 @@ def test_a_masked_model_fills_the_blank_of_its_prompt(backbone: Callable[..., Ba
     assert float(found) == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
     with pytest.raises(BackboneError, match="no blank"):
         text_log_odds(model, ["alien"], "Yes", "No")
+
+
+def test_an_encoder_becomes_a_masked_model_of_the_same_states_with_a_head_that_is_trained(
+    backbone: Callable[..., Backbone], tmp_path: Path
+) -> None:
+    encoder = backbone("encoder")
+    masked, other = masked_from_encoder(encoder), masked_from_encoder(encoder, seed=1)
+    tokens = torch.tensor(encoder.tokenize(["alien , drama answer : [MASK] ."]))
+    with torch.no_grad():
+        states = [model.model.base_model(tokens).last_hidden_state for model in (encoder, masked)]
+    assert torch.equal(*states)
+    head = masked.model.get_output_embeddings().weight
+    assert torch.equal(head, masked.model.get_input_embeddings().weight), "words' own embeddings"
+    assert (masked.kind, len({encoder.fingerprint, masked.fingerprint, other.fingerprint})) == ("masked", 3)
+    save_backbone(tmp_path / "masked", masked)
+    assert load_backbone(str(tmp_path / "masked")).kind == "masked"
+    assert any("transform" in name for name in trainable_copy(masked, Recipe("all")).parameters), "the head learns, too"
+    with pytest.raises(BackboneError, match="no encoder"):
+        masked_from_encoder(backbone("llama"))
 
 
 def test_classes_that_cannot_be_are_refused(model_dir: Dirs, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from metarec.files.artifacts import recover_dir
 
 if TYPE_CHECKING:
     from metarec.config import FineTuneConfig
+    from metarec.data.interactions import Catalog
     from metarec.lm.backbone import Backbone
     from metarec.scorers.language.finetuned import FineTuned
     from metarec.scorers.language.trainable_copy import Trainable
@@ -28,6 +30,7 @@ def _fine_tuned(
     name: str | None = None,
     blocks: int | Literal["all"] | None = None,
     draw: int = 0,
+    masked: bool = False,
     **settings: Any,
 ) -> Sequence[MethodRow]:
     """Returns one model for all users, after `longer` times the steps; a whole model also with a LoRA per user.
@@ -40,6 +43,7 @@ def _fine_tuned(
         name: How the row is called; None names what is trained.
         blocks: Fine-tunes the sentence encoder in place of the language model: its lowest so many blocks, or all.
         draw: Changes what training draws, and a new head.
+        masked: The sentence encoder becomes a masked model with a new head, and prompts end in a blank.
         **settings: More settings of `metarec.config.FineTuneConfig`. With `classes`, the sentence encoder becomes a
             classifier of ratings, and is fine-tuned in place of the language model.
     """
@@ -47,7 +51,9 @@ def _fine_tuned(
     from metarec.scorers.serialization import load_scorer, save_scorer
 
     seed = context.seed + _DRAWS * draw
-    base = context.backbone if blocks is None else _encoder(context, settings.get("classes"), blocks, seed)
+    base = context.backbone if blocks is None else _encoder(context, settings.get("classes"), blocks, seed, masked)
+    if masked:
+        context = _with_blank(context)
     path = context.workspace / "model"
     if recover_dir(path):
         tuned = cast("FineTuned", load_scorer(path, backbone=base))
@@ -80,7 +86,16 @@ def _mean_of_two(context: MethodContext, *, name: str, **options: Any) -> Sequen
     return [MethodRow(Ensemble(members, name), parameters, lambda request: sum(count(request) for count in tokens))]
 
 
-def _encoder(context: MethodContext, classes: int | None, blocks: int | Literal["all"], seed: int) -> Backbone:
+def _with_blank(context: MethodContext) -> MethodContext:
+    """Returns the context with a prompt that ends in a blank."""
+    task = context.data.task
+    prompt = task.prompt.model_copy(update={"text": f"{task.prompt.text} {{{{ mask }}}}."})
+    return replace(context, data=replace(context.data, task=task.model_copy(update={"prompt": prompt})))
+
+
+def _encoder(
+    context: MethodContext, classes: int | None, blocks: int | Literal["all"], seed: int, masked: bool
+) -> Backbone:
     """Returns the sentence encoder, or its lowest blocks, with a new layer of so many classes; None: without one."""
     import torch
 
@@ -90,7 +105,11 @@ def _encoder(context: MethodContext, classes: int | None, blocks: int | Literal[
 
     config, scale = context.config, context.interactions.scale
     name = config.collaborative.encoder
-    if classes is None:
+    if masked:
+        from metarec.lm.masked_head import masked_from_encoder
+
+        whole = masked_from_encoder(load_backbone(name, device=config.device, dtype=torch.float32), seed)
+    elif classes is None:
         whole = load_backbone(name, device=config.device, dtype=torch.float32)
     else:
         named = RatingClasses.even(classes, scale.low, scale.high, context.threshold)
@@ -115,10 +134,13 @@ def _train(context: MethodContext, base: Backbone, config: FineTuneConfig, seed:
     from metarec.scorers.language.fine_tuning import fine_tune
     from metarec.scorers.language.trainable_copy import Recipe
 
+    data = context.interactions
+    if config.augment.rewrites == _REWRITTEN and _REWRITTEN not in data.catalog.fields:
+        data = replace(data, catalog=with_rewrites(data.catalog))
     return fine_tune(
         base,
         context.data.task.template,
-        context.interactions,
+        data,
         context.users,
         context.prior,
         validation=context.validation,
@@ -144,6 +166,18 @@ def _per_user_lora(context: MethodContext, *, inner_lr: float, steps: int) -> Se
     return [MethodRow(scorer, 0, tokens_read(answer_model_of(recommender)), item_prompt(recommender))]
 
 
+def with_rewrites(catalog: Catalog) -> Catalog:
+    """Returns the catalog with a column of titles as somebody may write them: in lower case, no subtitles, brackets."""
+    from metarec.data.titles import article_first
+
+    def rewritten(title: str) -> str:
+        short = re.split(r": | - ", re.sub(r"[(\[].*?[)\]]", " ", title))[0]
+        return " ".join(article_first(short.strip()).lower().split())
+
+    return replace(catalog, fields={**catalog.fields, _REWRITTEN: tuple(map(rewritten, catalog.fields["title"]))})
+
+
+_REWRITTEN = "rewritten"
 # Between the seeds of a split's first and second draw.
 _DRAWS = 1000
 # A LoRA in two blocks of the sentence encoder: short enough to be measured with every aid.
@@ -184,10 +218,18 @@ _AIDS: dict[str, tuple[str, dict[str, Any]]] = {
         "the prompt in other words half the time",
         {"augment": {"prompts": ["{{ title }}: worth it? Answer:"]}},
     ),
+    "rewritten": (
+        "titles in other words half the time: a column that a rule wrote, in lower case without subtitles and brackets",
+        {"augment": {"rewrites": _REWRITTEN}},
+    ),
     "all parameters": ("all parameters in place of a LoRA", {"trainable": "all", "lr": 3e-4}),
     "DoRA": ("a DoRA in place of a LoRA", {"form": "dora"}),
     "AdaLoRA": ("an AdaLoRA in place of a LoRA", {"form": "adalora"}),
     "classes": ("a new layer of five ratings in place of the answers", {"classes": 5, "class_loss": 1.0}),
+    "masked": (
+        "as a masked model, whose new head is trained with all parameters: the encoder's weights bring none",
+        {"masked": True, "trainable": "all", "lr": 3e-4},
+    ),
 }
 
 

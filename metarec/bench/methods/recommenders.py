@@ -148,6 +148,12 @@ _VARIANTS: tuple[tuple[str, str, str, Mapping[str, Any]], ...] = (
         {"adapter.kind": "bottleneck", "adapter.rank": 8},
     ),
     ("prefix", "adapter", "virtual tokens in place of low-rank updates", {"adapter.kind": "prefix"}),
+    (
+        "soft prompt",
+        "adapter",
+        "vectors in front of the embeddings in place of low-rank updates; adapter.layers is the number of blocks",
+        {"adapter.kind": "soft-prompt", "adapter.active_tokens": None},
+    ),
     ("every token", "adapter", "adapters that every token of a prompt carries", {"adapter.active_tokens": None}),
 )
 NO_STACK = ["item mean", "prompt", "adapter"]
