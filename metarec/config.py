@@ -394,6 +394,12 @@ class RunConfig(Section):
     dtype: Dtype = Field(
         "float32", description="of frozen weights; mixed: caches by float32 weights, the adapted blocks bfloat16"
     )
+    backbone_precision: Literal["full", "int8", "int4"] = Field(
+        "full",
+        description="of the weights in the model's frozen blocks: int8 and int4 take a quarter and an eighth of their "
+        "memory, and more time, since products make them long again; full: as dtype says",
+        exclude_if=lambda name: name == "full",
+    )
     cache: Precision = Field(
         "float32",
         description="of the keys and values of items that the cache keeps: int8 takes a quarter of the room; float16",
@@ -415,6 +421,12 @@ class RunConfig(Section):
     meta: MetaConfig = MetaConfig()
     train: TrainConfig = TrainConfig()
     private: PrivateConfig = Field(PrivateConfig(), exclude_if=lambda private: not private.on)
+
+    @model_validator(mode="after")
+    def _rounded_weights_are_cast_by_nobody(self) -> RunConfig:
+        if self.backbone_precision != "full" and self.dtype == "mixed":
+            raise ValueError(f"backbone_precision is {self.backbone_precision}, and dtype mixed, which copies weights")
+        return self
 
     @field_validator("score")
     @classmethod

@@ -12,10 +12,19 @@ import pytest
 import smaller
 import torch
 from conftest import Ran
+from small_recommenders import SETTINGS, known_task
 
+from metarec.config import RunConfig, validated
 from metarec.errors import ConfigError
+from metarec.lm.answer_model import AnswerModel, open_answer_model
 from metarec.lm.backbone import Backbone, load_backbone
-from metarec.lm.smaller import RoundedLinear, influence, rounded, weight_bytes, with_blocks
+from metarec.lm.placement import default_placement
+from metarec.lm.reference_forward import ReferenceForward
+from metarec.lm.rounded import Bits, RoundedLinear, RoundedWeight
+from metarec.lm.smaller import influence, rounded, weight_bytes, with_blocks
+from metarec.lm.tokenized import CatalogPrompts
+from metarec.recommender import MetaRecommender
+from metarec.training.fitting import open_backbone
 
 Backbones = Callable[..., Backbone]
 TEXTS = ["is this a good movie ? alien , drama answer :", "is this a good movie ? heat , war answer :"]
@@ -128,3 +137,54 @@ def test_the_script_writes_a_row_of_every_model(
     assert (whole["difference"], whole["correlation"]) == (0.0, pytest.approx(1.0))
     assert four["bytes"] < eight["bytes"] < whole["bytes"]
     assert all(row["users"] > 0 and 0 <= row["auc"] <= 1 for row in rows.values())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt-neox", "bert"])
+def test_the_fast_path_reads_rounded_blocks_as_the_whole_model_does(
+    family: str, bits: Bits, backbone: Backbones, prompts: Callable[[str], CatalogPrompts]
+) -> None:
+    """Layers of their own, fused ones that are cut by rows, and those whose heads lie between each other."""
+    small, texts = rounded(backbone(family), bits), prompts(family)
+    assert small.weights is not None
+    placed = default_placement(
+        small, texts, layers=2, targets=None, rank=2, alpha=4.0, active_tokens="auto", kind="lora"
+    )
+    items = np.arange(12)
+    fast = open_answer_model(small, texts, placed).frozen_log_odds(items)
+    whole = AnswerModel(small, texts, placed, ReferenceForward(small, texts, placed)).frozen_log_odds(items)
+    torch.testing.assert_close(fast, whole, atol=1e-4, rtol=1e-4)
+    held = [linear.weight for block in small.weights.blocks for linear in (block.attention.q, block.mlp.down)]
+    assert all(isinstance(weight, RoundedWeight) for weight in held), "no long copy is kept"
+
+
+def test_a_run_trains_saves_and_loads_with_rounded_weights(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    brief = {
+        **SETTINGS,
+        "backbone": str(model_dir("llama")),
+        "collaborative": {"features": ["fields"]},
+        "train": {**SETTINGS["train"], "steps": 2, "validate_every": 2},
+    }
+    config = validated(RunConfig, {**brief, "backbone_precision": "int8"}, "test")
+    small = MetaRecommender.from_pretrained(config.backbone, config).fit(known_task())
+    full = open_backbone(validated(RunConfig, brief, "test"))
+    assert small.backbone.name.endswith("int8")
+    assert weight_bytes(small.backbone) < weight_bytes(full)
+    assert small.backbone.fingerprint != full.fingerprint, "no cache or checkpoint of the other is read"
+    small.save_pretrained(tmp_path / "small")
+    loaded = MetaRecommender.from_pretrained(tmp_path / "small")
+    told = [(small.fitted.catalog.ids[code], value) for code, value in enumerate((5.0, 1.0, 2.0))]
+    assert loaded.adapt(told).recommend(5) == small.adapt(told).recommend(5)
+    assert "backbone_precision" not in full_dump(brief), "identities are those of before there was a choice"
+
+
+def full_dump(settings: dict[str, object]) -> dict[str, object]:
+    return validated(RunConfig, settings, "test").model_dump(mode="json")
+
+
+def test_where_weights_cannot_be_rounded_it_says_what_to_do(model_dir: Callable[[str], Path]) -> None:
+    config = RunConfig(backbone=str(model_dir("gpt2")), backbone_precision="int4")
+    with pytest.raises(ConfigError, match="Set backbone_precision=full"):
+        open_backbone(config)
+    with pytest.raises(ConfigError, match="dtype mixed"):
+        validated(RunConfig, {"backbone_precision": "int8", "dtype": "mixed"}, "test")

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from metarec.lm.adapter_kinds import Adapters
 from metarec.lm.adapters import adapted_linear
+from metarec.lm.rounded import RoundedWeight
 
 AnyPart = TypeVar("AnyPart")
 # Cosines and sines of rotary positions, each broadcastable to (rows, heads, tokens, rotated width).
@@ -37,14 +38,14 @@ class Linear:
 
     Attributes:
         name: Its module path.
-        weight: Shape (out, in).
+        weight: Shape (out, in); rounded weights are made long where they are multiplied.
         bias: Shape (out,), or None.
         whole: The layer whose outputs these are some of; None where they are all.
         rows: Which outputs of the whole layer they are.
     """
 
     name: str
-    weight: Tensor
+    weight: Tensor | RoundedWeight
     bias: Tensor | None
     whole: Linear | None = None
     rows: slice | Tensor | None = None
@@ -372,4 +373,5 @@ def project(inputs: Tensor, linear: Linear, adapters: Adapters | None) -> Tensor
     if linear.whole is not None and adapters is not None and linear.name in adapters.spec.shapes:
         # An adapter belongs to the whole layer.
         return project(inputs, linear.whole, adapters)[..., linear.rows]
-    return adapted_linear(inputs, linear.weight, linear.bias, adapters, linear.name)
+    weight = linear.weight.to(inputs.dtype) if isinstance(linear.weight, RoundedWeight) else linear.weight
+    return adapted_linear(inputs, weight, linear.bias, adapters, linear.name)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from metarec.lm.blocks import Attention, Linear, Mlp, Norm, Norms, Places, TransformerBlock
 from metarec.lm.families import NotExactError
+from metarec.lm.rounded import RoundedLinear, RoundedWeight
 
 # Maps a model's configuration and a block's number to a setting of the block.
 Rule = Callable[[Any, int], Any]
@@ -271,7 +272,11 @@ class _Parts:
     def linear(self, name: str) -> Linear:
         """Returns a linear layer; GPT-2's Conv1D keeps its weight as (in, out)."""
         module = self._part(name)
-        weight = module.weight.detach() if isinstance(module, torch.nn.Linear) else module.weight.detach().t()
+        weight: Tensor | RoundedWeight
+        if isinstance(module, RoundedLinear):
+            weight = module.rounded
+        else:
+            weight = module.weight.detach() if isinstance(module, torch.nn.Linear) else module.weight.detach().t()
         return Linear(f"{self.path}.{name}", weight, None if module.bias is None else module.bias.detach())
 
     def norm(self, name: str | None, offset: float) -> Norm | None:

@@ -1,4 +1,4 @@
-"""A masked language model from an encoder's weights: many encoders were published without the head they were made with."""
+"""A masked language model from an encoder's weights, for encoders that were published without their first head."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from metarec.errors import ConfigError, suggest
 from metarec.lm.adapter_kinds import ADAPTER_KINDS, AdapterSpec, BlockShape, is_target
 from metarec.lm.adapter_kinds import Placement as Placement
 from metarec.lm.backbone import Backbone
+from metarec.lm.rounded import RoundedLinear
 from metarec.lm.tokenized import CatalogPrompts
 
 
@@ -40,6 +41,9 @@ def linear_shapes(backbone: Backbone, below: str) -> dict[str, tuple[int, int]]:
     """Returns (out, in) of every linear layer below a module path."""
     shapes = {}
     for name, module in backbone.modules.get_submodule(below).named_modules():
+        if isinstance(module, RoundedLinear):
+            shapes[f"{below}.{name}"] = module.rounded.shape
+            continue
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.ndim == 2:
             # GPT-2's Conv1D keeps its weight as (in, out).

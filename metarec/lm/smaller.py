@@ -1,10 +1,8 @@
 """Smaller copies of a frozen model: blocks' weights in 8 or 4 bits, or fewer blocks.
 
-Weights alone are rounded; products are computed in the type of what a layer reads. On a processor that saves memory and
-no time, since every product first makes its weights long again.
+Weights alone are rounded, see `metarec.lm.rounded`.
 
-Sources: Dettmers et al. 2022, "LLM.int8()", for weights by rows; Men et al. 2024, "ShortGPT", eq. 1, for the influence
-of a block.
+Source: Men et al. 2024, "ShortGPT", eq. 1, for the influence of a block.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,47 +19,7 @@ from torch.nn import functional
 from metarec.errors import ConfigError
 from metarec.files.artifacts import content_hash
 from metarec.lm.backbone import Backbone
-
-Bits = Literal[8, 4]
-# So many weights of a row share a scale where they have 4 bits.
-_GROUP = 32
-
-
-class RoundedLinear(torch.nn.Linear):
-    """A frozen linear layer whose weights are integers of 8 bits by row, or of 4 bits by groups of a row.
-
-    Args:
-        layer: The layer that is rounded.
-        bits: How many bits a weight takes.
-    """
-
-    def __init__(self, layer: torch.nn.Linear, bits: Bits) -> None:
-        torch.nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bits = layer.in_features, layer.out_features, bits
-        self.register_buffer("codes", torch.empty(0))
-        self.register_buffer("scales", torch.empty(0))
-        self.bias = layer.bias
-        group = layer.in_features if bits == 8 else _GROUP
-        rows = functional.pad(layer.weight.detach().float(), (0, -layer.in_features % group))
-        parts = rows.view(layer.out_features, -1, group)
-        largest = 2 ** (bits - 1) - 1
-        self.scales = (parts.abs().amax(-1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float16).tiny).half()
-        codes = (parts / self.scales.float()).round().clamp(-largest, largest).to(torch.int8)
-        self.codes = codes if bits == 8 else (codes[..., ::2] + 8) | ((codes[..., 1::2] + 8) << 4)
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The weights as numbers again, float32, shape (out, in)."""
-        codes = self.codes
-        if self.bits == 4:
-            unsigned = codes.to(torch.int16) & 0xFF
-            codes = torch.stack([(unsigned & 15) - 8, (unsigned >> 4) - 8], -1).flatten(-2)
-        found: Tensor = (codes.float() * self.scales.float()).flatten(1)[:, : self.in_features]
-        return found
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Applies the layer."""
-        return functional.linear(inputs, self.weight.to(inputs.dtype), self.bias)
+from metarec.lm.rounded import Bits, RoundedLinear
 
 
 def rounded(backbone: Backbone, bits: Bits) -> Backbone:
@@ -78,7 +36,10 @@ def rounded(backbone: Backbone, bits: Bits) -> Backbone:
     blocks = model.get_submodule(backbone.layer_path)
     found = [(name, module) for name, module in blocks.named_modules() if type(module) is torch.nn.Linear]
     if not found:
-        raise ConfigError(f"the blocks of '{backbone.name}' have no linear layers", "Choose another model")
+        raise ConfigError(
+            f"the blocks of '{backbone.name}' have no linear layers whose weights can be rounded",
+            "Set backbone_precision=full, or choose another model",
+        )
     for name, module in found:
         path, _, last = name.rpartition(".")
         setattr(blocks.get_submodule(path), last, RoundedLinear(module, bits))

@@ -22,6 +22,8 @@ from metarec.evaluation.calibration import Calibration, fit_calibration
 from metarec.lm.answer_model import AnswerModel, open_answer_model
 from metarec.lm.backbone import Backbone, load_backbone
 from metarec.lm.placement import default_placement
+from metarec.lm.rounded import Bits
+from metarec.lm.smaller import rounded
 from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
 from metarec.meta.heads import ClosedFormHead, closed_form_head, takes_steps
 from metarec.meta.inner_loop import MetaState
@@ -47,6 +49,8 @@ from metarec.training.task_features import SIDE_TERM, collaborative_features, fo
 if TYPE_CHECKING:
     from metarec.data.task_data import TaskData
 
+# Of a weight, by `RunConfig.backbone_precision`.
+_BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
 _LOG = logging.getLogger(__name__)
 
 
@@ -319,7 +323,9 @@ def head_of(config: RunConfig) -> ClosedFormHead | None:
 def open_backbone(config: RunConfig, *, blocks_alone: bool = False) -> Backbone:
     """Loads the backbone that the settings name; see `metarec.lm.backbone.load_backbone`."""
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    return load_backbone(config.backbone, device=config.device, dtype=dtype, blocks_alone=blocks_alone)
+    found = load_backbone(config.backbone, device=config.device, dtype=dtype, blocks_alone=blocks_alone)
+    bits = _BITS.get(config.backbone_precision)
+    return found if bits is None else rounded(found, bits)
 
 
 def catalog_answer_model(

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _RANGE = re.compile(r"(log:)?([-+.\deE]+)\.\.([-+.\deE]+)")
 # Trials before any is pruned: the median of fewer says little.
+# What a model is opened by.
+_OPENS = ("backbone", "backbone_precision", "dtype", "device")
 _UNPRUNED = 4
 
 
@@ -197,7 +199,8 @@ def tune(
 
     def objective(trial: Any) -> float:
         config = _settings(values, {one.key: one.draw(trial) for one in parameters})
-        model = backbone if config.backbone == first.backbone else open_backbone(config)
+        same = all(getattr(config, key) == getattr(first, key) for key in _OPENS)
+        model = backbone if same else open_backbone(config)
         count = 0
 
         def watch(value: float) -> None:
