@@ -1,11 +1,14 @@
 """Measures what going on from an old run does to its users, with and without what keeps from forgetting.
 
-    metarec train movielens/user-cold --preset fast --name old
-    METAREC_DATA=... python benchmarks/forgetting.py --run runs/old --task games/user-cold
+    metarec train movielens/brief --name old --backbone minilm-l6-v2 --set "score=[prompt, adapter]" \\
+        --set adapter.layers=2 --set train.steps=60 --set train.users=4 --set train.max_query=8 --set train.keep=last \\
+        --set train.validation_users=4 --set train.lr=0.01
+    METAREC_DATA=... python benchmarks/forgetting.py --run runs/old --task games/brief
 
 Three times meta-training goes on from the old run on the other task, by the old run's settings: plainly, with half of
 every step's users drawn from the old task, and pulled to the old meta-parameters. Of each: the AUC of test users of the
-old and of the new task before and after. Writes results/forgetting.json.
+old and of the new task before and after. With `train.keep=best` a step that validation users gain nothing from is not
+kept, and then nothing is learned or forgotten. Writes results/forgetting.json.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ def main() -> None:
             change = f"{row['difference']:+.4f} [{row['low']:+.4f} {row['high']:+.4f}]"
             print(f"{name:12s} {whose} users of {row['task']}: {row['before']:.4f} {row['after']:.4f} {change}")
     facts = {"old": old.fitted.task.name, "new": given.task, "score": list(old.config.score)}
+    facts["train"] = old.config.train.model_dump(mode="json")
     write_json(given.out, {**facts, "ways": found, **environment()})
 
 

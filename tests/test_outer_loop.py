@@ -52,6 +52,19 @@ def run(path: Path, *, resume: bool = False, at: Callable[[int], None] = lambda 
     return train(start(), gradient, validate, CONFIG, checkpoint=path, identity={"seed": 0}, resume=resume)
 
 
+def test_the_last_step_is_kept_where_settings_say_so_however_good_it_is(tmp_path: Path) -> None:
+    worth = iter([0.9, 0.8, 0.7, 0.6])
+    config = CONFIG.model_copy(update={"keep": "last", "patience": 1})
+    arguments = {"identity": {}, "resume": False}
+    last = train(start(), gradient_at, lambda _: next(worth), config, checkpoint=tmp_path / "last", **arguments)  # type: ignore[arg-type]
+    assert (last.steps, last.best_step, last.best_value) == (30, 30, 0.6), "nothing is stale"
+    assert any(not torch.equal(value, start().tensors()[name]) for name, value in last.best.tensors().items())
+    worth = iter([0.9, 0.8, 0.7, 0.6])
+    best = train(start(), gradient_at, lambda _: next(worth), CONFIG, checkpoint=tmp_path / "best", **arguments)  # type: ignore[arg-type]
+    assert all(torch.equal(value, start().tensors()[name]) for name, value in best.best.tensors().items())
+    assert "keep" not in CONFIG.model_dump(mode="json"), "identities are those of before there was a choice"
+
+
 def same(first: Trained, second: Trained) -> bool:
     tensors = first.best.tensors()
     return first.history == second.history and all(

@@ -33,6 +33,11 @@ class TrainConfig(Section):
     validate_every: int = Field(50, ge=1)
     validation_users: int = Field(200, ge=1, description="validate on the first so many validation users at most")
     patience: int = Field(4, ge=1, description="validations without a better one before stopping")
+    keep: Literal["best", "last"] = Field(
+        "best",
+        description="which step's meta-parameters are kept: the best by validation users, or the last, whatever they say",
+        exclude_if=lambda name: name == "best",
+    )
     # What is left at its default is left out of names and identities, which are those of before there was a choice.
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine",

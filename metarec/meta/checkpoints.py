@@ -80,12 +80,12 @@ class Progress:
                 _ADVICE,
             )
 
-    def record(self, value: float) -> bool:
-        """Records a validation value, and returns whether it is the best so far."""
+    def record(self, value: float, *, keep_last: bool = False) -> bool:
+        """Records a validation value, and returns whether what it is of is kept: the best so far, or the last."""
         loss = self.loss_sum / self.loss_count if self.loss_count else None
         self.history = (*self.history, (self.step, loss, value))
         self.loss_sum, self.loss_count = 0.0, 0
-        improved = value > self.best_value
+        improved = keep_last or value > self.best_value
         if improved:
             self.best_value, self.best_step = value, self.step
         return improved

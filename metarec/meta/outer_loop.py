@@ -57,7 +57,7 @@ class Trained:
     """The result of an outer loop.
 
     Args:
-        best: The meta-parameters with the best validation value.
+        best: The meta-parameters with the best validation value; the last where the settings keep those.
         best_step: The number of steps after which they were reached; 0 is the untrained state.
         best_value: Their validation value, higher is better.
         steps: Number of steps taken.
@@ -141,7 +141,7 @@ def train(
         nonlocal best
         value = torch.tensor(validate(meta), dtype=torch.float64)
         ranks.copy_first([value])
-        if at.record(float(value)):
+        if at.record(float(value), keep_last=config.keep == "last"):
             best = {name: tensor.clone() for name, tensor in tensors.items()}
         if ranks.leads:
             facts = {
