@@ -1,8 +1,6 @@
 """Measures what going on from an old run does to its users, with and without what keeps from forgetting.
 
-    metarec train movielens/brief --name old --backbone minilm-l6-v2 --set "score=[prompt, adapter]" \\
-        --set adapter.layers=2 --set train.steps=60 --set train.users=4 --set train.max_query=8 --set train.keep=last \\
-        --set train.validation_users=4 --set train.lr=0.01
+    metarec train movielens/brief --config old.yaml --name old      # old.yaml: what the result's "settings" say
     METAREC_DATA=... python benchmarks/forgetting.py --run runs/old --task games/brief
 
 Three times meta-training goes on from the old run on the other task, by the old run's settings: plainly, with half of
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from metarec import MetaRecommender
+from metarec.bench.settings import canonical
 from metarec.config import RunConfig, override, validated
 from metarec.files.artifacts import write_json
 from metarec.system.doctor import environment
@@ -39,7 +38,7 @@ def main() -> None:
             change = f"{row['difference']:+.4f} [{row['low']:+.4f} {row['high']:+.4f}]"
             print(f"{name:12s} {whose} users of {row['task']}: {row['before']:.4f} {row['after']:.4f} {change}")
     facts = {"old": old.fitted.task.name, "new": given.task, "score": list(old.config.score)}
-    facts["train"] = old.config.train.model_dump(mode="json")
+    facts["settings"] = canonical(old.config.model_dump(mode="json", exclude={"task", "seed"}), "--run")
     write_json(given.out, {**facts, "ways": found, **environment()})
 
 

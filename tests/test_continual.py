@@ -269,7 +269,7 @@ def test_meta_training_moves_the_half_life_and_leaves_a_number(
     config = with_half_life(settings(model_dir("llama"), steps=4, validate_every=4), "learned")
     monkeypatch.setattr(training, "chosen", lambda fitted, _: fitted)
     counter = itertools.count()
-    monkeypatch.setattr(training, "_validation_auc", lambda *_: float(next(counter)))
+    monkeypatch.setattr(training, "validation_auc_of", lambda *_: float(next(counter)))
     found = trained(of_one_taste(False), config, tmp_path / "checkpoint")
     assert LOG_HALF_LIFE not in found.meta.init, "nothing that reads a run knows of it"
     assert found.training["best_step"] == 4

@@ -29,7 +29,7 @@ META = MetaState({"a": torch.zeros(3)}, {})
 def last_step_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is looked at is what the steps learned, not which of them validation users would choose."""
     counter = itertools.count()
-    monkeypatch.setattr(training, "_validation_auc", lambda *_: float(next(counter)))
+    monkeypatch.setattr(training, "validation_auc_of", lambda *_: float(next(counter)))
 
 
 def config(**private: object) -> RunConfig:

@@ -35,7 +35,7 @@ class TrainConfig(Section):
     patience: int = Field(4, ge=1, description="validations without a better one before stopping")
     keep: Literal["best", "last"] = Field(
         "best",
-        description="which step's meta-parameters are kept: the best by validation users, or the last, whatever they say",
+        description="which meta-parameters are kept: those that are best for validation users, or the last step's",
         exclude_if=lambda name: name == "best",
     )
     # What is left at its default is left out of names and identities, which are those of before there was a choice.

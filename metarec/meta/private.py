@@ -6,7 +6,7 @@ divides by the expected number of users. Users take part in a step by independen
 (epsilon, delta)-private with respect to any one meta-training user.
 
 It is a simulation: one process sees all users, and whoever knows the seed can take the noise away. There is no secure
-sum, and a setting that asks for one is refused.
+sum, and a setting that asks for one is refused. `metarec.training.flower` computes the same with users at clients.
 
 Sources: McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models", algorithm 1; Nichol, Achiam
 and Schulman 2018, "On First-Order Meta-Learning Algorithms", for the deltas; Mironov, Talwar and Zhang 2019, "Renyi
@@ -26,6 +26,7 @@ from metarec.config import PrivateConfig
 from metarec.errors import ConfigError
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import MetaState
+from metarec.system.tensors import AdapterState
 
 _FIRST_ORDER = ("fomaml", "reptile")
 
@@ -96,12 +97,36 @@ def private_gradient(
         expected: How many users take part on average: dividing by how many did would tell.
         generator: Draws the noise.
     """
+    return noised(summed(meta, deltas, settings.clip), settings, expected, generator)
+
+
+def summed(meta: MetaState, deltas: Iterable[MetaGradient], bound: float | None) -> AdapterState:
+    """Returns the sum of users' clipped deltas, by name of the meta-parameter.
+
+    Args:
+        meta: The meta-parameters.
+        deltas: Each user's own meta-gradient; of a user who diverged nothing is taken.
+        bound: See `clipped`.
+    """
     total = {name: torch.zeros_like(value) for name, value in meta.tensors().items()}
     for delta in deltas:
         if bool(delta.diverged.any()):
             continue
-        for name, value in clipped(delta.gradients, settings.clip).items():
+        for name, value in clipped(delta.gradients, bound).items():
             total[name] = total[name] + value.to(total[name])
+    return total
+
+
+def noised(total: AdapterState, settings: PrivateConfig, expected: float, generator: torch.Generator) -> MetaGradient:
+    """Returns a sum of clipped deltas as the noised mean that the outer loop follows.
+
+    Args:
+        total: The sum.
+        settings: Bound and noise.
+        expected: See `private_gradient`.
+        generator: Draws the noise.
+    """
+    total = dict(total)
     spread = settings.noise * (settings.clip or 0.0)
     for name, value in total.items():
         if spread:

@@ -109,7 +109,7 @@ def meta_train(
         return _batch(data, prepared, config, step, users)
 
     def worth(fitted: Fitted) -> float:
-        return _validation_auc(data, fitted, config, ranks)
+        return validation_auc_of(data, fitted, config, ranks)
 
     model = adapted_model(config, prepared.fitted.answer_model)
     if model is not None:
@@ -159,7 +159,7 @@ def meta_train(
         clear=clear,
     )
     found = replace(
-        fitted, meta=trained.best, training={**_training_summary(trained), "users_by_shots": summary(enough)}
+        fitted, meta=trained.best, training={**training_summary(trained), "users_by_shots": summary(enough)}
     )
     if config.private.on:
         rate = _sample_rate(data, config)
@@ -193,18 +193,42 @@ def _private_gradient(
     data: TaskData, prepared: Prepared, config: RunConfig, meta: MetaState, step: int
 ) -> MetaGradient:
     """Returns the meta-gradient of a step that users take part in by independent draws; see `metarec.meta.private`."""
-    drawn = np.random.default_rng([config.seed, step, 1]).random(len(data.parts["train"]))
-    taking_part = data.parts["train"][drawn < _sample_rate(data, config)]
+    rate = _sample_rate(data, config)
+    deltas = user_deltas(data, prepared, config, meta, step, rate)
+    return private_gradient(
+        meta, deltas, config.private, rate * len(data.parts["train"]), noise_generator(config.seed, step)
+    )
+
+
+def noise_generator(seed: int, step: int) -> torch.Generator:
+    """Returns what draws the noise of a step of private meta-training."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step, 2]).generate_state(1)[0]))
+
+
+def user_deltas(
+    data: TaskData, prepared: Prepared, config: RunConfig, meta: MetaState, step: int, rate: float, place: int = 0
+) -> list[MetaGradient]:
+    """Returns each user's own meta-gradient at a step that users take part in by independent draws.
+
+    Args:
+        data: Its meta-training users may take part.
+        prepared: What was fitted before meta-training.
+        config: The settings.
+        meta: The meta-parameters.
+        step: Number of the step.
+        rate: The probability with which each takes part.
+        place: Which of several clients this is; each draws for its own users.
+    """
+    users = data.parts["train"]
+    drawn = np.random.default_rng([config.seed, step, 1, *([place] if place else [])]).random(len(users))
+    taking_part = users[drawn < rate]
     there = replace(data, parts={**data.parts, "train": taking_part})
     try:
         batch = _batch(there, prepared, config, step, max(1, len(taking_part)))
     except DataError:  # nobody who was drawn has ratings enough
-        batch = []
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([config.seed, step, 2]).generate_state(1)[0]))
+        return []
     with one_thread(adapted_model(config, prepared.fitted.answer_model) is None):
-        deltas = [_meta_gradient(prepared, config, meta, [episode]) for episode in batch]
-    expected = _sample_rate(data, config) * len(data.parts["train"])
-    return private_gradient(meta, deltas, config.private, expected, generator)
+        return [_meta_gradient(prepared, config, meta, [episode]) for episode in batch]
 
 
 def _meta_gradient(prepared: Prepared, config: RunConfig, meta: MetaState, batch: Sequence[Episode]) -> MetaGradient:
@@ -269,7 +293,8 @@ def _through_head(
     return found
 
 
-def _training_summary(trained: Trained) -> dict[str, Any]:
+def training_summary(trained: Trained) -> dict[str, Any]:
+    """Returns what is kept of an outer loop, as JSON values."""
     return {
         "best_step": trained.best_step,
         "best_validation_auc": trained.best_value,
@@ -311,7 +336,8 @@ def _validation_episodes(data: TaskData, config: RunConfig) -> Sequence[Episode]
     return data.evaluated("validation")[0][: config.train.validation_users]
 
 
-def _validation_auc(data: TaskData, fitted: Fitted, config: RunConfig, ranks: Ranks) -> float:
+def validation_auc_of(data: TaskData, fitted: Fitted, config: RunConfig, ranks: Ranks = ALONE) -> float:
+    """Returns the mean AUC of a task's first validation users over its K above 0."""
     episodes = _validation_episodes(data, config)
     shots = [count for count in data.task.shots if count > 0] or list(data.task.shots)
     return validation_auc(meta_scorer(fitted, config), episodes, shots, data.task.like_threshold, ranks)
