@@ -16,4 +16,4 @@ def test_rewrites_are_titles_in_lower_case_without_subtitles_and_brackets() -> N
     )
     found = with_rewrites(Catalog(tuple("abcde"), {"title": titles})).fields
     assert found["title"] == titles
-    assert found["rewritten"] == ("the mask", "seven samurai", "gears of war 4", "emblem", "up")
+    assert found["rewritten"] == ("the mask", "seven samurai", "gears of war 4", "fire emblem", "up")
