@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,8 @@ from metarec.data.task_data import TaskData
 from metarec.errors import ConfigError, DataError, TrainingError
 from metarec.meta.private import summed
 from metarec.recommender import MetaRecommender
-from metarec.training import flower
-from metarec.training.flower import Clients, client_app, federated, of_catalog, server_app, share_of
+from metarec.recommending import flower
+from metarec.recommending.flower import Clients, client_app, federated, of_catalog, server_app, share_of
 from metarec.training.meta_training import user_deltas
 
 CLIENTS = 3
@@ -166,9 +167,16 @@ def test_a_training_over_flower_learns_states_its_epsilon_and_goes_on(
         Clients(Grid(client_app(tmp_path / "start", own_data), fails=1), CLIENTS).sum(begun.fitted.meta, 0, 1.0)
 
 
-def test_flowers_own_simulation_runs_it(begun: MetaRecommender, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's and Flower's
+def test_flowers_own_simulation_runs_it(
+    begun: MetaRecommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In processes of their own, which Ray starts."""
     simulation = pytest.importorskip("flwr.simulation", reason=NO_FLOWER)
     pytest.importorskip("ray", reason="Flower's simulation runs on Ray")
     server = server_app(tmp_path / "start", tmp_path / "out", clients=CLIENTS, data=known_task())
-    simulation.run_simulation(server, client_app(tmp_path / "start", own_data), CLIENTS)
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    few = {"init_args": {"num_cpus": 1, "include_dashboard": False}, "client_resources": {"num_cpus": 1}}
+    simulation.run_simulation(server, client_app(tmp_path / "start", own_data), CLIENTS, backend_config=few)
     assert MetaRecommender.from_pretrained(tmp_path / "out").fitted.training["steps"] == 2

@@ -11,12 +11,16 @@ import typer
 from metarec.cli.options import (
     BackboneOption,
     DeviceOption,
+    FreshOption,
     JsonOption,
     NameOption,
+    ResumeOption,
     RunsOption,
     SeedOption,
+    TaskArgument,
     TaskOption,
     TrackerOption,
+    one_task,
     show,
 )
 from metarec.cli.run_dirs import (
@@ -28,7 +32,6 @@ from metarec.cli.run_dirs import (
     say_where_resuming_starts,
 )
 from metarec.cli.training import check_names, chosen_task
-from metarec.errors import ConfigError
 
 app = typer.Typer()
 
@@ -39,9 +42,7 @@ app = typer.Typer()
     "--set class_loss=1"
 )
 def finetune(
-    what: Annotated[
-        str | None, typer.Argument(metavar="TASK", help="A task, or a table, as of train.", show_default=False)
-    ] = None,
+    what: TaskArgument = None,
     name: NameOption = "tuned",
     config: Annotated[
         Path | None, typer.Option("--config", help="YAML file of fine-tuning settings.", show_default=False)
@@ -60,23 +61,23 @@ def finetune(
     ] = None,
     runs: RunsOption = Path("runs"),
     tracker: TrackerOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run holds, and train anew.")] = False,
+    resume: ResumeOption = False,
+    fresh: FreshOption = False,
     json: JsonOption = False,
 ) -> None:
     """Fine-tune a model for all users: a LoRA or all of it, by their histories; keep a recommender in RUNS/NAME."""
-    if what is not None and task is not None:
-        raise ConfigError(f"'{what}' and --task '{task}' are two tasks", "Give one")
+    task = one_task(what, task)
     run = run_dir(runs, name)
     refuse_overwriting(run, resume, fresh)
-    from metarec.config import RunConfig, flattened, override, read_yaml, validated
+    from metarec.config import FineTuneConfig, RunConfig, flattened, override, read_yaml, validated
     from metarec.meta.tracking import TrackedRun, check_trackers, tracked
 
     check_trackers(tracker or [])
-    named = {"task": what or task, "backbone": backbone, "device": device, "seed": seed}
+    named = {"task": task, "backbone": backbone, "device": device, "seed": seed}
     score = ["item mean", "history"]
     values = {**{key: value for key, value in named.items() if value is not None}, "score": score}
     chosen = override(read_yaml(config) if config else {}, overrides or [])
+    validated(FineTuneConfig, chosen, str(config) if config else "--set")  # before anything is imported or read
     settings = validated(RunConfig, values, "options")
     check_names(settings)
     if fresh:

@@ -67,6 +67,17 @@ TrackerOption = Annotated[
         show_default=False,
     ),
 ]
+TaskArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="TASK",
+        help="A task, by name or YAML file, as --task; or a table with user, item, rating, title: orders.csv, "
+        "or a folder that 'metarec data check --fix' or 'data convert' wrote.",
+        show_default=False,
+    ),
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Delete what the run holds, and train anew.")]
 NameOption = Annotated[str, typer.Option(help="Name of the run; its files go to RUNS/NAME.")]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Directory of all runs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -135,6 +146,13 @@ ContextOption = Annotated[
     list[str] | None,
     typer.Option(help="COLUMN=VALUE of the moment, e.g. device=phone; may be repeated.", show_default=False),
 ]
+
+
+def one_task(what: str | None, task: str | None) -> str | None:
+    """Returns the task that a command line names, as its argument or by ``--task``; None where it names none."""
+    if what is not None and task is not None:
+        raise ConfigError(f"'{what}' and --task '{task}' are two tasks", "Give one")
+    return what or task
 
 
 def side_files(entries: list[str] | None) -> dict[str, Any]:

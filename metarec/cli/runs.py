@@ -17,6 +17,7 @@ from metarec.cli.options import (
     DeviceOption,
     EncodingOption,
     EngineOption,
+    FreshOption,
     FriendOption,
     HeaderOption,
     ItemsFileOption,
@@ -27,15 +28,18 @@ from metarec.cli.options import (
     PresetOption,
     RatingOption,
     RatingsOption,
+    ResumeOption,
     RunsOption,
     ScaleOption,
     SeedOption,
     SeparatorOption,
     SetOption,
     SideOption,
+    TaskArgument,
     TaskOption,
     TrackerOption,
     console,
+    one_task,
     person_facts,
     print_json,
     show,
@@ -114,15 +118,7 @@ def model_prepare(
     "torchrun --nproc-per-node 2 -m metarec.cli train --name mine"
 )
 def train(
-    what: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="TASK",
-            help="A task, by name or YAML file, as --task; or a table with user, item, rating, title: orders.csv, "
-            "or a folder that 'metarec data check --fix' or 'data convert' wrote.",
-            show_default=False,
-        ),
-    ] = None,
+    what: TaskArgument = None,
     name: NameOption = "default",
     config: ConfigOption = None,
     preset: PresetOption = None,
@@ -163,8 +159,8 @@ def train(
         typer.Option(help="With --from: strength of a pull to the old meta-parameters.", show_default=False),
     ] = None,
     tracker: TrackerOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run holds, and train anew.")] = False,
+    resume: ResumeOption = False,
+    fresh: FreshOption = False,
     json: JsonOption = False,
 ) -> None:
     """Meta-train a recommender and keep it in RUNS/NAME."""
@@ -174,11 +170,9 @@ def train(
         raise ConfigError(
             f"--preset '{preset}' and --from '{old}' are both settings", "Leave --preset out, and use --set"
         )
-    if what is not None and task is not None:
-        raise ConfigError(f"'{what}' and --task '{task}' are two tasks", "Give one")
+    task = one_task(what, task)
     options = source_options(None, items_file, items_id, column, separator, encoding, scale, header, line_breaks, side)
     own = options.model_dump(exclude_defaults=True, exclude={"bad_rows"}) | ({"bad_rows": bad_rows} if bad_rows else {})
-    task = what or task
     run = run_dir(runs, name)
     refuse_overwriting(run, resume, fresh)
     from metarec.meta.tracking import check_trackers

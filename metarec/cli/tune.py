@@ -17,12 +17,15 @@ from metarec.cli.options import (
     RunsOption,
     SeedOption,
     SetOption,
+    TaskArgument,
     TaskOption,
     TrackerOption,
+    one_task,
     print_json,
 )
 from metarec.cli.run_dirs import run_dir
 from metarec.cli.training import check_names, chosen_task, run_settings
+from metarec.errors import ConfigError
 
 app = typer.Typer()
 _STUDY, _BEST = "study.db", "best.yaml"
@@ -33,6 +36,7 @@ _STUDY, _BEST = "study.db", "best.yaml"
     "--trials 20 --name search && metarec train --config runs/search/best.yaml --name mine"
 )
 def tune(
+    what: TaskArgument = None,
     param: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,11 +59,13 @@ def tune(
     json: JsonOption = False,
 ) -> None:
     """Search for settings by validation users; the same command goes on where it stopped. No test user is seen."""
+    if not param:
+        raise ConfigError("nothing is searched over", "Add --param train.lr=log:0.0001..0.01")
     import yaml
 
     from metarec.files.artifacts import replace_file
 
-    named = {"task": task, "backbone": backbone, "device": device, "seed": seed}
+    named = {"task": one_task(what, task), "backbone": backbone, "device": device, "seed": seed}
     settings = run_settings(config, preset, named, overrides, None)
     check_names(settings)
     from metarec.meta.tracking import check_trackers
@@ -67,7 +73,7 @@ def tune(
     check_trackers(tracker or [])
     from metarec.training.tuning import Parameter, tune
 
-    parameters = [Parameter.read(text) for text in param or []]
+    parameters = [Parameter.read(text) for text in param]
     from metarec.config import override
     from metarec.data.given_task import load_given
 

@@ -6,7 +6,7 @@ divides by the expected number of users. Users take part in a step by independen
 (epsilon, delta)-private with respect to any one meta-training user.
 
 It is a simulation: one process sees all users, and whoever knows the seed can take the noise away. There is no secure
-sum, and a setting that asks for one is refused. `metarec.training.flower` computes the same with users at clients.
+sum, and a setting that asks for one is refused. `metarec.recommending.flower` computes the same with users at clients.
 
 Sources: McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models", algorithm 1; Nichol, Achiam
 and Schulman 2018, "On First-Order Meta-Learning Algorithms", for the deltas; Mironov, Talwar and Zhang 2019, "Renyi

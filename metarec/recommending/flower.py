@@ -164,15 +164,12 @@ def client_app(start: str | Path, load: Load = partition) -> Any:
     from flwr.app import Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
 
-    @cache
-    def own(place: int, node: tuple[tuple[str, Any], ...]) -> Share:
-        recommender = MetaRecommender.from_pretrained(start)
-        return share_of(recommender, load(recommender, dict(node)), place)
+    where = str(Path(start).absolute())
 
     def share(context: Any) -> Share:
         node = dict(context.node_config)
         place = int(node.get("partition-id", context.node_id % 2**32))
-        return own(place, tuple(sorted(node.items())))
+        return _opened_share(where, load, place, tuple(sorted(node.items())))
 
     def count(message: Any, context: Any) -> Any:
         users = len(share(context).data.parts["train"])
@@ -188,6 +185,12 @@ def client_app(start: str | Path, load: Load = partition) -> Any:
     app.query("count")(count)
     app.train("deltas")(deltas)
     return app
+
+
+@cache  # of the process, for Flower sends an app's functions to those that run it
+def _opened_share(start: str, load: Load, place: int, node: tuple[tuple[str, Any], ...]) -> Share:
+    recommender = MetaRecommender.from_pretrained(start)
+    return share_of(recommender, load(recommender, dict(node)), place)
 
 
 def server_app(start: str | Path, out: str | Path, *, clients: int = 2, data: TaskData | None = None) -> Any:
