@@ -18,6 +18,7 @@ from torch import Tensor
 from metarec.config import RunConfig
 from metarec.data.filters import ItemFilter
 from metarec.data.interactions import Codes, Ratings, Values
+from metarec.data.side import Side
 from metarec.errors import ConfigError
 from metarec.evaluation.calibration import Calibration, at_count
 from metarec.evaluation.metrics import leaders, rank_order
@@ -127,7 +128,7 @@ class AdaptedUser:
             ConfigError: The recommender knows no such column.
         """
         asking = with_side(self.fitted, self.support, moment=moment)
-        warn_of_unknown_values(self.fitted, asking.side)
+        warn_of_unknown_values(self.fitted, Side(asked=asking.side.asked) if asking.side else None)
         return replace(self, support=asking)
 
     def _codes(self, items: Sequence[str]) -> Codes:

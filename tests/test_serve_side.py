@@ -427,6 +427,7 @@ def test_a_store_reads_moments_off_the_time_of_ratings_that_came_without_one(
         (["context=mood"], "'mood' is no field of a moment"),
         (["context=device"], "has no column 'device'"),
         (["vectors.cover=covers.npz"], "vectors and graphs are of items"),
+        (["vectors=covers.npz"], "does not name the vectors"),
         (["users=people.csv"], "has no field of users that the recommender knows"),
         (["users=nobody.csv"], "names no user of the ratings"),
         (["friends=edges.csv"], "does not exist"),

@@ -886,3 +886,14 @@ def test_a_value_that_meta_training_did_not_see_is_named(
     assert "nothing is known of group 'aa'. Known: 'a', 'b', 'c'" in caplog.text
     assert unknown != known
     assert unknown == informed.adapt({}).score(["i0", "i1"])
+
+
+def test_a_field_that_training_left_out_is_named_once_where_it_is_given(
+    informed: MetaRecommender, caplog: pytest.LogCaptureFixture
+) -> None:
+    me = informed.adapt({"i30": 5}, about={"shoe": 40, "group": "zz"})
+    assert caplog.messages == [
+        "nothing is known of group 'zz'. Known: 'a', 'b', 'c'",
+        "no effects follow from shoe: training left them out",
+    ]
+    assert me.support.side.about == {"shoe": "40", "group": "zz"}  # type: ignore[union-attr]

@@ -571,7 +571,7 @@ def test_what_excel_saves_is_read(encoding: str, kind: str, tmp_path: Path) -> N
         ("\n", {}, "is empty"),
         ("user,item,rating,rating,title\nu,a,4,5,A\n", {}, "has the column 'rating' 2 times"),
         ("user,item,rating,title\n", {}, "holds no ratings"),
-        ("user,item,rating\nu,a,4\n", {}, "no column 'title'.*--column title=THEIRS"),
+        ("user,item,rating\nu,a,4\n", {}, "no column 'title'.*--column title=THEIRS.*--items-file FILE"),
         ("user,item,rating,title\nu,a,4,A\n", {"columns": {"title": "item"}}, "is named for title and item"),
         ("user,item,rating,title\nu,a,4,A\n", {"columns": {"title": "titel"}}, "no column 'titel'.*'title'"),
         ("user,item,rating\nu,a,4\n", {"items": {"id": "x"}}, "no file 'items"),

@@ -162,6 +162,8 @@ def side_files(entries: list[str] | None) -> dict[str, Any]:
         name, equals, value = entry.partition("=")
         if not equals:
             raise ConfigError(f"--side {shown(entry)} has no '='", "Write --side users=users.csv")
+        if name == "vectors":
+            raise ConfigError(f"--side {shown(entry)} does not name the vectors", f"Write --side vectors.cover={value}")
         if name.startswith("vectors."):
             found.setdefault("vectors", {})[name.removeprefix("vectors.")] = value
         else:

@@ -12,6 +12,14 @@ from metarec.data.source_options import OF_TIME
 _OF_TIME = dict(zip(OF_TIME, ("hour", "day_name", "month_name"), strict=True))
 
 
+def without_times(name: str) -> tuple[str, str]:
+    """Returns what is wrong where there are no times to read a moment off, and the cure."""
+    return (
+        f"'{name}' is read off timestamps, and the ratings have none",
+        f"Name their column of times (--column timestamp=THEIRS), or one '{name}'",
+    )
+
+
 def moments_of(times: np.ndarray, name: str) -> Texts:
     """Returns what times say of each moment, "" where there is no time, shape (times,).
 

@@ -12,7 +12,7 @@ import numpy as np
 from metarec.data.interactions import Interactions
 from metarec.data.item_graph import graph_digest, graph_vectors, read_item_graph
 from metarec.data.item_vectors import read_item_vectors
-from metarec.data.moments import moments_of
+from metarec.data.moments import moments_of, without_times
 from metarec.data.side import SideColumns, Texts
 from metarec.data.side_table import read_side_table, side_table
 from metarec.data.source_options import OF_TIME, SourceOptions
@@ -74,7 +74,7 @@ def _of_time(data: Interactions, name: str, columns: Sequence[str] | dict[str, T
         cure = suggest(name, [*columns, *OF_TIME])
         raise DataError(f"the ratings have no column '{name}', which 'context' names", cure)
     if data.timestamp is None:
-        raise DataError(f"'{name}' is read off timestamps, and the ratings have none", "Name a column of that name")
+        raise DataError(*without_times(name))
     return moments_of(data.timestamp, name)
 
 

@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+
 from metarec.data.interactions import Catalog, RatingScale
+from metarec.data.side import Side
 from metarec.data.side_files import friends_of_users, people_named, side_folder, users_table
 from metarec.data.source_options import SourceOptions
 from metarec.data.sources.rated import rated_rows
@@ -22,7 +25,7 @@ from metarec.errors import ConfigError, DataError, MetarecError
 from metarec.serve.engine import Engine
 from metarec.serve.records import Beside, Feedback, NewAdapter, check_id
 from metarec.system.progress import progress
-from metarec.training.given_side import is_review, known_names, knows_a_friend, read_review
+from metarec.training.given_side import is_review, known_names, knows_a_friend, read_review, unread_fields
 
 _LOG = logging.getLogger(__name__)
 USERS_AT_ONCE = 256
@@ -106,6 +109,10 @@ def read_feedback(path: Path, engine: Engine, options: SourceOptions | None = No
         row.ratings.append((found, value))
         row.beside.append(Beside({name: text for name, text in named.items() if text.strip()}, review.strip(), alone))
     about, friends = _known(path, list(users), engine, options)
+    fields = dict.fromkeys((name for said in about.values() for name in said), "")
+    moments = {name: np.array([""], object) for name in options.context}
+    for sentence in unread_fields(engine.trained.fitted, Side(fields, ("",) if friends else (), asked=moments)):
+        _LOG.warning("%s", sentence)
     unrated = [user for user in dict.fromkeys([*about, *friends]) if user not in users]
     users |= {check_id(user, "user id"): _Row() for user in unrated}
     if not users:

@@ -89,7 +89,7 @@ def knows_a_friend(fitted: Fitted, friends: Sequence[str]) -> bool:
 
 
 def unknown_values(fitted: Fitted, side: Side | None) -> list[str]:
-    """Names categories and friends that meta-training did not see, so that nothing follows from them."""
+    """Names what is given and says nothing: categories and friends that meta-training did not see, fields left out."""
     if side is None or not (side.about or side.friends or side.asked):
         return []
     effects = _effects(fitted)
@@ -99,9 +99,21 @@ def unknown_values(fitted: Fitted, side: Side | None) -> list[str]:
     for name, (reader, value) in given.items():
         if isinstance(reader, Categories) and not reader.words and value.strip() and not reader.knows(value):
             found.append(f"nothing is known of {name} '{value[:80]}'. {suggest(value, reader.tokens)}")
+    found += unread_fields(fitted, side)
     if side.friends and effects.friends is not None and not effects.friends.known(side).size:
         found.append(f"none of {len(side.friends)} friends is among the users that it was fitted on")
     return found
+
+
+def unread_fields(fitted: Fitted, side: Side) -> list[str]:
+    """Names in a sentence the fields that are given and that training left out; nothing where there are none."""
+    if not (side.about or side.friends or side.asked):
+        return []
+    effects = _effects(fitted)
+    unread = [name for name in side.about if name in effects.unread]
+    unread += [name for name in side.asked if name in effects.unread_moments]
+    unread += [FRIENDS] if side.friends and FRIENDS in effects.unread else []
+    return [f"no effects follow from {', '.join(unread)}: training left them out"] if unread else []
 
 
 def warn_of_unknown_values(fitted: Fitted, side: Side | None) -> None:
@@ -192,7 +204,9 @@ def kept_side(
     rated: Sequence[Mapping[str, str]],
     reviews: Sequence[str],
 ) -> Side | None:
-    """Returns what was kept of a person, without what the recommender does not read; None where nothing is left.
+    """Returns what was kept of a person, without what the recommender does not know of; None where nothing is left.
+
+    Fields that it knows and that told nothing stay, as they do in Python: prompts say them.
 
     Args:
         fitted: The recommender; another one may have been there when these were kept.
@@ -204,10 +218,11 @@ def kept_side(
     effects = next((term.effects for term in fitted.terms.values() if isinstance(term, SideTerm)), None)
     if effects is None:
         return None
-    columns = {name: _texts([moment.get(name, "") for moment in rated]) for name in effects.moments}
+    of_users, of_moments = known_names(fitted)
+    columns = {name: _texts([moment.get(name, "") for moment in rated]) for name in of_moments}
     known = Side(
-        {name: value for name, value in about.items() if name in effects.about},
-        tuple(friends) if effects.friends is not None else (),
+        {name: value for name, value in about.items() if name in of_users},
+        tuple(friends) if effects.friends is not None or FRIENDS in effects.unread else (),
         rated={name: column for name, column in columns.items() if any(column)},
         reviews=_texts(reviews) if effects.reviews is not None and any(reviews) else None,
     )

@@ -15,6 +15,7 @@ import pandas as pd
 from metarec.data.checks.findings import SHOWN, Checked, DataFinding, Severity
 from metarec.data.item_fields import field_kind
 from metarec.data.item_vectors import named_vectors
+from metarec.data.moments import without_times
 from metarec.data.side import ABOUT
 from metarec.data.side_table import read_side_table
 from metarec.data.source_options import OF_TIME, SourceOptions
@@ -259,10 +260,8 @@ def _moments(data: Checked, options: SourceOptions) -> list[DataFinding]:
             columns = [str(column) for column in ratings.columns]
             found.append(_finding("side-file", "error", [f"'{name}'"], "columns", 1, message, suggest(name, columns)))
         elif data.time is None:
-            message = f"'{name}' is read off timestamps, and the ratings have none"
-            found.append(
-                _finding("side-file", "error", [f"'{name}'"], "columns", 1, message, "Name a column of that name")
-            )
+            message, cure = without_times(name)
+            found.append(_finding("side-file", "error", [f"'{name}'"], "columns", 1, message, cure))
     there = {name: text_column(ratings[name]).str.strip() for name in options.context if name in ratings}
     idle = _idle(there)
     cure = "Take them out of 'context'"

@@ -176,6 +176,8 @@ def _refuse_missing(file: object, ours: str, names: Sequence[str], options: Sour
     cure += f". Name yours in 'columns' (--column {ours}=THEIRS)"
     if ours == "user" and recognise(names, ["rating"]):
         cure += "; one person's own ratings are adapted to: metarec recommend RUN --ratings FILE"
+    if ours == "title" and recognise(names, ["item"]):
+        cure += "; where a file of items has it: --items-file FILE"
     raise DataError(f"{file} has no column '{ours}'", cure)
 
 
