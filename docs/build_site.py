@@ -32,7 +32,7 @@ SHOWN = (
     "benchmarks/results/*",
     "examples/*",
     "deploy/**/*",
-    "metarec/config.py",
+    "metarec/config/*.py",
 )
 # Pages of the reference: what a program imports, by what it is for.
 REFERENCE: Mapping[str, tuple[str, tuple[str, ...]]] = {

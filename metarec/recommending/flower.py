@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # Terms that nothing is learned for from users' ratings.
 _OF_NO_USERS = ("prompt", ADAPTER_TERM)
 _COUNT, _DELTAS = "query.count", "train.deltas"
-_META, _SUM, _STEP, _TOLD = "meta", "sum", "step", "told"
+_META, _SUM, _STEP, _FACTS = "meta", "sum", "step", "facts"
 # Seconds between two looks at how many clients there are.
 _WAIT = 0.5
 Load = Callable[[MetaRecommender, Mapping[str, Any]], "TaskData"]
@@ -173,7 +173,7 @@ def client_app(start: str | Path, load: Load = partition) -> Any:
 
     def count(message: Any, context: Any) -> Any:
         users = len(share(context).data.parts["train"])
-        return Message(RecordDict({_TOLD: MetricRecord({"users": users})}), reply_to=message)
+        return Message(RecordDict({_FACTS: MetricRecord({"users": users})}), reply_to=message)
 
     def deltas(message: Any, context: Any) -> Any:
         asked = message.content[_STEP]
@@ -236,7 +236,7 @@ class Clients:
 
     def users(self) -> int:
         """Returns how many users they have together."""
-        return sum(int(content[_TOLD]["users"]) for content in self._ask(_COUNT, {}))
+        return sum(int(content[_FACTS]["users"]) for content in self._ask(_COUNT, {}))
 
     def sum(self, meta: MetaState, step: int, rate: float) -> dict[str, Tensor]:
         """Returns the sum of all clients' sums at a step."""

@@ -185,8 +185,8 @@ def _known(
         for user in others:
             if user not in about and not knows_a_friend(engine.trained.fitted, friends.get(user, ())):
                 friends.pop(user, None)
-    if told := sum(user in about or user in friends for user in others):
-        _LOG.warning("%d users without ratings are adapted to what else is known of them", told)
+    if known := sum(user in about or user in friends for user in others):
+        _LOG.warning("%d users without ratings are adapted to what else is known of them", known)
     if seen.any():
         _LOG.warning("%d users without ratings here are left out: it was fitted on theirs", int(seen.sum()))
     return about, friends

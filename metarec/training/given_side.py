@@ -206,7 +206,7 @@ def kept_side(
 ) -> Side | None:
     """Returns what was kept of a person, without what the recommender does not know of; None where nothing is left.
 
-    Fields that it knows and that told nothing stay, as they do in Python: prompts say them.
+    Fields that it knows and that say nothing stay, as they do in Python: prompts say them.
 
     Args:
         fitted: The recommender; another one may have been there when these were kept.

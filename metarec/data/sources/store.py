@@ -77,7 +77,7 @@ def _filled(name: str, column: list[str], received: pd.Series) -> list[str]:
     """Returns a column of moments; hour, weekday and month are when a rating was received, where none came with it."""
     if name not in OF_TIME:
         return column
-    return [told or read for told, read in zip(column, moments_of(received.to_numpy(), name), strict=True)]
+    return [given or read for given, read in zip(column, moments_of(received.to_numpy(), name), strict=True)]
 
 
 def _read(file: Path) -> tuple[list[tuple[Any, ...]], dict[str, Mapping[str, str]]]:
