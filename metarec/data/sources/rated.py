@@ -62,8 +62,8 @@ def rated_rows(
     rows = _rows(file, separator, found, [*read, "rating"], line_breaks=line_breaks, may_be_empty=may_be_empty)
     if not derived:
         return rows
-    *columns, rating = zip(*rows, strict=True) if rows else [()] * (len(read) + 1)
-    by_name = dict(zip(read, columns, strict=True))
+    *texts, rating = zip(*rows, strict=True) if rows else [()] * (len(read) + 1)
+    by_name = dict(zip(read, texts, strict=True))
     times = _times(file, by_name[_TIME])
     by_name |= {name: tuple(moments_of(times, name)) for name in derived}
     return list(zip(*(by_name[name] for name in columns if name != "rating"), rating, strict=True))
