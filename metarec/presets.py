@@ -22,7 +22,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "text": {
         "score": ["item mean", "collaborative"],
         "collaborative.members": "linear",
-        "collaborative.features": ["words", "text", "tuned text", "fields", "vectors", "projection"],
+        "collaborative.features": ["words", "text", "tuned text", "fields", "projection", "vectors"],
         "collaborative.projection.keep": "better",
     },
     "standard": {},

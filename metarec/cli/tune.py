@@ -59,8 +59,6 @@ def tune(
     json: JsonOption = False,
 ) -> None:
     """Search for settings by validation users; the same command goes on where it stopped. No test user is seen."""
-    if not param:
-        raise ConfigError("nothing is searched over", "Add --param train.lr=log:0.0001..0.01")
     import yaml
 
     from metarec.files.artifacts import replace_file
@@ -71,6 +69,8 @@ def tune(
     from metarec.meta.tracking import check_trackers
 
     check_trackers(tracker or [])
+    if not param:
+        raise ConfigError("nothing is searched over", "Add --param train.lr=log:0.0001..0.01")
     from metarec.training.tuning import Parameter, tune
 
     parameters = [Parameter.read(text) for text in param]

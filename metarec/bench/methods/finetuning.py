@@ -219,7 +219,7 @@ _AIDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"augment": {"prompts": ["{{ title }}: worth it? Answer:"]}},
     ),
     "rewritten": (
-        "titles in other words half the time: a column that a rule wrote, in lower case without subtitles and brackets",
+        "half the time titles in lower case, without subtitles and brackets: a column by a rule",
         {"augment": {"rewrites": _REWRITTEN}},
     ),
     "all parameters": ("all parameters in place of a LoRA", {"trainable": "all", "lr": 3e-4}),
@@ -227,7 +227,7 @@ _AIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "AdaLoRA": ("an AdaLoRA in place of a LoRA", {"form": "adalora"}),
     "classes": ("a new layer of five ratings in place of the answers", {"classes": 5, "class_loss": 1.0}),
     "masked": (
-        "as a masked model, whose new head is trained with all parameters: the encoder's weights bring none",
+        "as a masked model, its new head and all parameters trained: the weights bring none",
         {"masked": True, "trainable": "all", "lr": 3e-4},
     ),
 }

@@ -26,10 +26,10 @@ _USUAL: dict[str, str] = {
     "score sterne bewertung wertung punkte note nota puntuacion liked like "
     "recommended recommend isrecommended votedup",
     "timestamp": "timestamp ts unixreviewtime unixtime time date datetime ratingtimestamp ratingtime ratingdate "
-    "ratedat reviewedat orderedat purchasedat boughtat watchedat readat playedat visitedat clickedat viewedat "
+    "ratedat reviewedat orderedat purchasedat boughtat watchedat playedat visitedat clickedat viewedat "
     "listenedat reviewtime reviewdate eventtime createdat created createdate purchasedate purchasetime "
     "orderdate ordertime updatedat dateadded datum zeit zeitpunkt zeitstempel uhrzeit kaufdatum bestelldatum "
-    "bewertungsdatum fecha when",
+    "bewertungsdatum fecha when readat",
     "title": "title titel itemtitle itemname producttitle productname movietitle moviename filmtitle filmtitel "
     "booktitle bookname buchtitel gametitle gamename appname songtitle trackname artistname artikelname "
     "artikelbezeichnung produktname produkttitel bezeichnung name titre titulo",
