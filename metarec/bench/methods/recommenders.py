@@ -151,7 +151,7 @@ _VARIANTS: tuple[tuple[str, str, str, Mapping[str, Any]], ...] = (
     (
         "soft prompt",
         "adapter",
-        "vectors in front of the embeddings in place of low-rank updates; adapter.layers is the number of blocks",
+        "vectors in front of the embeddings (adapter.layers: all blocks)",
         {"adapter.kind": "soft-prompt", "adapter.active_tokens": None},
     ),
     ("every token", "adapter", "adapters that every token of a prompt carries", {"adapter.active_tokens": None}),
