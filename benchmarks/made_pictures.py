@@ -35,7 +35,7 @@ def tiny_encoder(folder: Path, kind: str) -> Path:
     """
     import transformers as hf
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pixels = {"image_size": _SIZE, "patch_size": 8}
         if kind == "clip":
