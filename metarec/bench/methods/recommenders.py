@@ -185,7 +185,7 @@ RECOMMENDERS = {
     "metarec, text": Method(
         _metarec,
         "presets",
-        "preset text: item mean and a kernel over words, a sentence encoder and its LoRA",
+        "preset text: item mean, kernel of words, encoder, LoRA, and a projection where better",
         {"name": "metarec, text", **_measured("text")},
     ),
     "metarec, no stack": Method(
