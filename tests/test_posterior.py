@@ -26,6 +26,7 @@ from metarec.meta.inner_loop import MetaState, initial_meta_state
 from metarec.recommender import MetaRecommender
 from metarec.scorer import Request
 from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
+from metarec.scorers.language import weight_prior
 from metarec.scorers.language.weight_prior import KernelMean, fit_weight_prior
 from metarec.serve.items import extend
 from metarec.system.tensors import AdapterState, expand_users
@@ -258,6 +259,21 @@ def test_a_meta_training_users_prior_is_the_one_that_has_not_seen_them(model_dir
     torch.testing.assert_close(roots[0] @ roots[0].T, expected, atol=1e-3, rtol=1e-3)
     assert (roots[0] @ roots[0].T - start @ start.T).abs().max() > 0.01
     assert shift["root"][0].norm() < start.norm()  # turned, so that the two are near each other
+
+
+def test_a_prior_is_fitted_once_for_the_same_ratings_and_features(
+    model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("METAREC_CACHE", str(tmp_path))
+    data, fits = known_task(), []
+    learn = weight_prior.learn_weights
+    monkeypatch.setattr(weight_prior, "learn_weights", lambda *a, **k: fits.append(1) or learn(*a, **k))
+    first, again = (prepared(model_dir("llama"), data) for _ in range(2))
+    assert len(fits) == 1 + len(first.head_shifts)
+    for name, value in first.fitted.meta.init.items():
+        torch.testing.assert_close(again.fitted.meta.init[name], value, rtol=0, atol=0)
+    prepared(model_dir("llama"), replace(data, parts={**data.parts, "train": data.parts["train"][1:]}))
+    assert len(fits) == 2 * (1 + len(first.head_shifts))
 
 
 def test_training_uses_the_shifted_prior(model_dir: ModelDir) -> None:

@@ -21,7 +21,7 @@ def kept_tensors(kind: str, identity: Mapping[str, Any], make: Callable[[Path], 
     Args:
         kind: What is kept; a folder of the cache.
         identity: All that the tensors depend on, as JSON values.
-        make: Trains, with its checkpoint at a path.
+        make: Trains, with its checkpoint at a path; one that needs no checkpoint writes none.
 
     Raises:
         KeyboardInterrupt: After a checkpoint was written, from which the next call goes on.
@@ -35,5 +35,6 @@ def kept_tensors(kind: str, identity: Mapping[str, Any], make: Callable[[Path], 
             tensors = make(checkpoint)
             with replace_dir(path, kind) as directory:
                 write_tensors(directory / _FILE, tensors)
-            shutil.rmtree(checkpoint)
+            if checkpoint.exists():
+                shutil.rmtree(checkpoint)
         return read_tensors(path / _FILE, "cpu")

@@ -6,16 +6,19 @@ meta-training users' ratings, each by fits without that user; where there are no
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from metarec.config import LinearConfig
-from metarec.data.interactions import Codes, Ratings, Values
+from metarec.data.interactions import Codes, Flags, Ratings, Values
 from metarec.lm.answer_model import AnswerModel
 from metarec.meta.heads import ClosedFormHead, WeightPrior
+from metarec.meta.kept import kept_tensors
 from metarec.scorers.collaborative.linear_kernel import LearnedWeights, RatedRows, learn_weights, rated_rows
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.term import AddedItems, CrossFitted, ScoreTerm, TermContext, same_without_each
@@ -26,6 +29,9 @@ from metarec.system.threads import map_each
 # It is fitted together with the prior: see `fit_weight_prior`.
 KERNEL_MEAN = ScoreTerm(None, needs_model=True)
 KERNEL_MEAN_TERM = "kernel mean"
+_KIND = "weight-prior"
+# Raised whenever the same ratings and features lead to other weights.
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -157,19 +163,12 @@ def fit_weight_prior(
     rows = RatedRows(rows.bounds, rows.item, _left_by(rows, context, others, starts))
     design = _design(answer_model, rows.item, len(interactions.catalog))
 
-    def fit(kept: np.ndarray) -> LearnedWeights:
-        bounds = np.searchsorted(user[kept], np.arange(len(context.users) + 1))
-        present = np.unique(bounds)
-        part = RatedRows(present, rows.item[kept], rows.value[kept])
-        how = settings if mean_term else settings.model_copy(update={"item_damping": np.inf})
-        return learn_weights(part, design, name="prior of users' weights", **how.model_dump(exclude={"shrinkage"}))
-
+    how = settings if mean_term else settings.model_copy(update={"item_damping": np.inf})
     fold_of = np.array([folds.fold[interactions.users[code]] for code in context.users])
-    jobs = [np.ones(len(user), bool)]
+    parts = [np.ones(len(user), bool)]
     for number, fold in enumerate(folds.folds):
-        jobs.append((fold_of[user] != number) & ~fold.hidden.astype(bool)[rows.item])
-    with progress("fitting the prior of users' weights", len(jobs), after=2.0) as advance:
-        whole, *parts = map_each(fit, jobs, torch.get_num_threads(), advance)
+        parts.append((fold_of[user] != number) & ~fold.hidden.astype(bool)[rows.item])
+    whole, *rest = _learned(rows, design, parts, how)
     device = answer_model.backbone.device
 
     def prior(found: LearnedWeights, root: Floats) -> WeightPrior:
@@ -184,8 +183,59 @@ def fit_weight_prior(
     root = whole.root
     return FittedPrior(
         weights=prior(whole, root),
-        folds=tuple(prior(part, turned(part.root, root)) for part in parts),
-        mean=CrossFitted(term(whole), tuple(map(term, parts)), folds.fold) if mean_term else None,
+        folds=tuple(prior(part, turned(part.root, root)) for part in rest),
+        mean=CrossFitted(term(whole), tuple(map(term, rest)), folds.fold) if mean_term else None,
+    )
+
+
+def _learned(
+    rows: RatedRows, design: Values, parts: Sequence[Flags], settings: LinearConfig
+) -> tuple[LearnedWeights, ...]:
+    """Returns the weights that explain each part of the ratings, from the cache where they were learned before.
+
+    Args:
+        rows: The ratings.
+        design: See `learn_weights`.
+        parts: Which ratings each part has, each of shape (ratings,).
+        settings: Settings of the expectation maximization.
+    """
+    users = len(rows.bounds) - 1
+    user = np.repeat(np.arange(users), np.diff(rows.bounds))
+
+    def fit(kept: Flags) -> LearnedWeights:
+        bounds = np.unique(np.searchsorted(user[kept], np.arange(users + 1)))
+        part = RatedRows(bounds, rows.item[kept], rows.value[kept])
+        return learn_weights(part, design, name="prior of users' weights", **settings.model_dump(exclude={"shrinkage"}))
+
+    def make(_: Path) -> AdapterState:
+        with progress("fitting the prior of users' weights", len(parts), after=2.0) as advance:
+            found = map_each(fit, parts, torch.get_num_threads(), advance)
+        tensors: AdapterState = {}
+        for number, one in enumerate(found):
+            arrays = {
+                "weights": one.weights,
+                "covariance": one.covariance,
+                "items": one.items,
+                "noise": np.float64(one.noise),
+            }
+            tensors |= {f"{number} {name}": torch.as_tensor(value) for name, value in arrays.items()}
+        return tensors
+
+    arrays = (rows.bounds, rows.item, rows.value, design, *parts)
+    identity = {
+        "arrays": [hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays],
+        "settings": settings.model_dump_json(exclude={"shrinkage"}),
+        "format": _FORMAT,
+    }
+    kept = {name: value.numpy() for name, value in kept_tensors(_KIND, identity, make).items()}
+    return tuple(
+        LearnedWeights(
+            kept[f"{number} weights"],
+            kept[f"{number} covariance"],
+            kept[f"{number} items"],
+            float(kept[f"{number} noise"]),
+        )
+        for number in range(len(parts))
     )
 
 
