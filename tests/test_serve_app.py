@@ -324,6 +324,16 @@ def test_faults_outside_the_body_have_a_cure_too(client: TestClient) -> None:
     assert many["cure"] == "It should be a valid integer, unable to parse string as an integer"
 
 
+def test_a_misspelt_parameter_of_the_query_is_refused(client: TestClient) -> None:
+    misspelt = client.get("/v1/users/a/recommendations?diversty=0.5")
+    assert misspelt.status_code == 422
+    assert misspelt.json()["error"]["message"] == "'diversty' of the query is unknown"
+    assert "diversity" in misspelt.json()["error"]["cure"]
+    asked = client.post("/v1/users/a/score?k=3", json={"items": ["i0"]})
+    assert asked.json()["error"]["cure"] == "This route has no query"
+    assert [client.get(f"/{page}?from=here").status_code for page in ("docs", "healthz")] == [200, 200]
+
+
 METHODS = st.sampled_from(["GET", "POST", "DELETE", "PUT", "HEAD"])
 TEXT = st.text(max_size=20)
 VALUES = st.recursive(

@@ -24,7 +24,7 @@ from metarec.serve.batching import BLOCK
 from metarec.serve.engine import Engine
 from metarec.serve.guard import Guard, error_body
 from metarec.serve.person import Person
-from metarec.serve.problems import PROBLEMS, faults
+from metarec.serve.problems import PROBLEMS, faults, refuse_unknown_query
 from metarec.serve.rankings import Ranked, Ranking
 from metarec.serve.records import MAX_ID_CHARACTERS, Beside, Feedback, check_id
 from metarec.serve.reference import add_reference
@@ -91,6 +91,7 @@ def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI
         redoc_url=None,
         redirect_slashes=False,  # a route has one address, and a redirect would name the host that the client claims
         responses=PROBLEMS,
+        dependencies=[Depends(refuse_unknown_query)],
     )
     app.add_middleware(Guard, limits=settings.limits, observe=service.observe, pseudonym=engine.store.pseudonym)
     app.state.service = service

@@ -6,7 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from fastapi import Request
 from pydantic import BaseModel
+
+from metarec.errors import ConfigError, suggest
 
 
 class ErrorBody(BaseModel):
@@ -63,6 +66,24 @@ def _fault(error: Any) -> tuple[str, str, str]:
     else:
         problem = "is not taken"
     return field, problem, re.sub(r"^(Input|String|List|\w+) should", "It should", message)
+
+
+async def refuse_unknown_query(request: Request) -> None:
+    """Refuses a parameter of the query that its route does not have: a misspelt one would change nothing, unseen.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    paths, route = request.app.openapi()["paths"], request.scope["route"]
+    operation = paths.get(route.path, {}).get(request.method.lower())
+    # Pages may be linked to, and a process be asked how it is, with anything behind the address.
+    if operation is None or not route.path.startswith("/v1/"):
+        return
+    known = [entry["name"] for entry in operation.get("parameters", ()) if entry["in"] == "query"]
+    for name in request.query_params:
+        if name not in known:
+            cure = suggest(name, known) if known else "This route has no query"
+            raise ConfigError(f"'{name[:80]}' of the query is unknown", cure)
 
 
 _WHEN = {
