@@ -12,7 +12,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,12 @@ def of_moments(seed: int) -> Shop:
     return shop(np.tile(everybodys, (USERS, 1)), flipped=np.ones(1), seed=seed)
 
 
+def of_other_reviews(seed: int) -> Shop:
+    world = reviewed(of_kinds(seed), seed)
+    other = np.random.default_rng([seed, 17]).permutation(len(world.orders))
+    return replace(world, orders=world.orders.assign(text=world.orders["text"].to_numpy()[other]))
+
+
 def noise(seed: int) -> np.ndarray:
     return np.random.default_rng([seed, 10]).normal(size=(ITEMS, 16))
 
@@ -157,6 +163,11 @@ BLOCKS: dict[str, Block] = {
     "a graph of items": Block(
         of_kinds, lambda seed, world, folder: {"item_graph": write_graph(folder / "g.csv", world.kind)}, NEW_ITEMS
     ),
+    "a graph of items that is noise": Block(
+        of_kinds,
+        lambda seed, world, folder: {"item_graph": write_graph(folder / "g.csv", other_kinds(seed))},
+        NEW_ITEMS,
+    ),
     "fields of users": Block(
         of_groups, lambda seed, world, folder: {"users": write_users(folder / "u.csv", by_group(seed)[0], seed)}, SPLIT
     ),
@@ -175,11 +186,17 @@ BLOCKS: dict[str, Block] = {
         lambda seed, world, folder: {"friends": write_friends(folder / "f.csv", by_group(seed)[0], seed)},
         SPLIT,
     ),
+    "friends that are noise": Block(
+        of_groups,
+        lambda seed, world, folder: {"friends": write_friends(folder / "f.csv", shuffled(seed), seed)},
+        SPLIT,
+    ),
     "moments": Block(of_moments, lambda seed, world, folder: {"context": ["device"]}, SPLIT),
     "moments that are noise": Block(of_kinds, lambda seed, world, folder: {"context": ["device"]}, SPLIT),
     "reviews": Block(
         lambda seed: reviewed(of_kinds(seed), seed), lambda seed, world, folder: {"review": "text"}, SPLIT
     ),
+    "reviews that are noise": Block(of_other_reviews, lambda seed, world, folder: {"review": "text"}, SPLIT),
 }
 
 
