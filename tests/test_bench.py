@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -312,6 +313,7 @@ def test_processes_end_with_the_one_that_started_them() -> None:
     script = """
 import multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from metarec.bench.cells import _start_worker
 pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start_worker, (1,))
 print(pool.submit(abs, -1).result(), flush=True)
@@ -348,6 +350,16 @@ def test_limited_users_and_limited_training_are_cells_of_their_own(task: str, tm
     assert (small.train_users, whole.train_users) == (5, None)
     assert len(small.report.values("popularity", 0)) == len(whole.report.values("popularity", 0)) == 4
     assert small.report.values("popularity", 0).tolist() != whole.report.values("popularity", 0).tolist()
+
+
+def test_progress_names_the_cell_that_is_measured_now(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[float, str]] = []
+    monkeypatch.setattr(bench, "progress", lambda *_: nullcontext(lambda done, note: said.append((done, note))))
+    bench.run(plan(task, "popularity", seeds=2), tmp_path)
+    names = [f"{method} on {task}, seed {seed}" for seed in (0, 1) for method in (BASELINE, "popularity")]
+    assert said == list(enumerate([*names, ""]))
 
 
 @pytest.fixture(scope="module")

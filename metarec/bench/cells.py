@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -66,11 +66,14 @@ def run(plan: Plan, out: Path, *, jobs: int = 1, fresh: bool = False) -> None:
     for device in {cell.changed["device"] for cell in missing_cells if "device" in cell.changed}:
         check_device(device)
     failed: dict[Cell, str] = {}
+    waiting = dict.fromkeys(missing_cells, True)
     with progress("cells", len(missing_cells)) as advance:
+        advance(0, _in_work(waiting))
         for done, (cell, problem) in enumerate(_measured(missing_cells, out, jobs, fresh), start=1):
             if problem:
                 failed[cell] = problem
-            advance(done, f"{cell.method} on {cell.task}, seed {cell.seed}")
+            del waiting[cell]
+            advance(done, _in_work(waiting))
     if failed:
         cell, problem = next(iter(failed.items()))
         raise EvaluationError(
@@ -78,6 +81,11 @@ def run(plan: Plan, out: Path, *, jobs: int = 1, fresh: bool = False) -> None:
             f"{cell.seed}: {problem.strip().splitlines()[-1]}",
             f"The others are kept; the whole errors are in {out / 'failed.json'}",
         )
+
+
+def _in_work(waiting: Iterable[Cell]) -> str:
+    """Returns the name of the cell that is measured now, the first of those that are not done; "" if all are."""
+    return next((f"{cell.method} on {cell.task}, seed {cell.seed}" for cell in waiting), "")
 
 
 def missing(wanted: Sequence[Cell], out: Path) -> list[Cell]:
