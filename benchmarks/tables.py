@@ -8,10 +8,11 @@ A document holds a table between two comments; what is between them is replaced:
     <!-- table: headline.json rows="metarec; GP" columns="users; s/user" -->
     <!-- end -->
 
-``rows`` are names of rows (all without it); ``columns`` follow the AUC (names in `metarec.bench.report.COLUMNS`);
-``versus`` is the row that differences are to (without it the item mean; else that of ``metarec report --reference``);
-``task`` is needed where the JSON holds several tasks, and ``sizes="each"`` gives one table line per method and size of
-meta-training. Results of another form are shown line by line, each line a path in the JSON (``*`` stands for all keys):
+``rows`` are names of rows, with or without the settings behind them (all rows without it); ``columns`` follow the AUC
+(names in `metarec.bench.report.COLUMNS`); ``versus`` is the row that differences are to (without it the item mean; else
+that of ``metarec report --reference``); ``task`` is needed where the JSON holds several tasks, and ``sizes="each"``
+gives one table line per method and size of meta-training. Results of another form are shown line by line, each line a
+path in the JSON (``*`` stands for all keys):
 
     <!-- lines: robustness.json head="disturbance" rows="flipped ratings/*" columns="auc; difference" -->
     <!-- end -->
@@ -35,7 +36,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from metarec.bench.report import AHEAD, COLUMNS, markdown_table
+from metarec.bench.report import AHEAD, COLUMNS, RowNames, markdown_table
 from metarec.bench.summary import REFERENCE, ranked
 from metarec.files.artifacts import dump_json, load_json
 
@@ -131,19 +132,20 @@ def table(results: Mapping[str, Any], options: Mapping[str, str]) -> str:
     Raises:
         ValueError: A row, a column or the task is not there.
     """
-    baseline = options.get("versus", results["baseline"])
     columns = _names(options["columns"]) if "columns" in options else None
     for column in columns or ():
         if column not in COLUMNS:
             raise ValueError(f"there is no column '{column}', but {', '.join(COLUMNS)}")
     tables = _tables(results, options.get("task"))
+    (baseline,) = _full([options.get("versus", results["baseline"])], tables)
     if options.get("sizes") != "each":
         return markdown_table(_chosen(_whole(tables), options), baseline, REFERENCE, columns)
     # One table after another, the first one's head for all, each line with its size in front.
     lines: list[str] = []
     for one in sorted(tables, key=lambda one: one["train_users"] or math.inf):
         size = "all" if one["train_users"] is None else f"{one['train_users']:,}"
-        head, rule, *body = markdown_table(_chosen(one, options), baseline, REFERENCE, columns).splitlines()
+        text = markdown_table(_chosen(one, options), baseline, REFERENCE, columns)
+        head, rule, *body = [line for line in text.splitlines() if line.startswith("|")]
         lines = lines or [f"| meta-training users {head}", f"|---{rule}"]
         lines += [f"| {size} {line}" for line in body]
     return "\n".join(lines)
@@ -280,11 +282,17 @@ def _chosen(one: Mapping[str, Any], options: Mapping[str, str]) -> list[dict[str
     rows = [{**row, AHEAD: ahead[row["method"]]} if row["method"] in ahead else row for row in one["rows"]]
     if "rows" not in options:
         return rows
-    wanted, known = _names(options["rows"]), {row["method"] for row in rows}
+    wanted, known = _full(_names(options["rows"]), [one]), {row["method"] for row in rows}
     missing = [name for name in wanted if name not in known]
     if missing:
         raise ValueError(f"there is no row '{missing[0]}', but {', '.join(sorted(known))}")
     return [row for row in rows if row["method"] in wanted]
+
+
+def _full(names: Sequence[str], tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns names of rows with the settings behind them, where a table has one row of a name without them."""
+    found = RowNames.of(row for one in tables for row in one["rows"])
+    return [found.full(name) for name in names]
 
 
 def _names(text: str) -> list[str]:

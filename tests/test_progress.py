@@ -6,7 +6,9 @@ import threading
 import time
 
 import pytest
+from rich.table import Table
 
+from metarec.cli.options import console
 from metarec.system import progress as module
 from metarec.system.progress import QUIET, progress
 
@@ -28,6 +30,23 @@ def test_a_bar_says_what_is_done_and_how_much_of_it(
     assert written.out == ""
     assert "slow" in written.err
     assert "3/3" in written.err
+
+
+def test_brackets_are_printed_and_no_markup(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row's settings and a title may stand in brackets, which a terminal's library reads as styles."""
+    monkeypatch.delenv(QUIET, raising=False)
+    with progress("cells [a=1]", 3) as advance:
+        advance(3, "metarec [steps=5]")
+    table = Table(title="titles [b=2]")
+    table.add_row("metarec [meta.inner_steps=5]")
+    console().print(table)
+    written = capsys.readouterr()
+    assert "metarec [meta.inner_steps=5]" in written.out
+    assert "titles [b=2]" in written.out
+    assert "cells [a=1]" in written.err
+    assert "metarec [steps=5]" in written.err
 
 
 def test_without_a_terminal_lines_say_share_and_rest_however_long_a_unit_takes(

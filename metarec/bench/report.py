@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from rich.table import Table
 
+from metarec.bench.settings import label
 from metarec.bench.summary import REFERENCE, Summary, ranked
 from metarec.data.user_groups import GROUPINGS
 from metarec.evaluation.metric_names import BEYOND, CUTOFF, GROUPED, METRICS, POOLED, has_interval
@@ -83,6 +86,39 @@ _NAME_WIDTH, _SHOTS_WIDTH, _COSTS_WIDTH = 24, 18, 36
 _LEAST_METRICS = 3
 
 
+@dataclass(frozen=True)
+class RowNames:
+    """How rows are called where they are shown, and what their settings are.
+
+    Args:
+        shown: Name of a row to what stands in its line: without the settings, where no other is called the same then.
+        note: The settings that are left out of names, in words; "" where there are none.
+    """
+
+    shown: Mapping[str, str]
+    note: str
+
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, Any]]) -> RowNames:
+        """Returns the names of rows, as `Summary.rows` gives them."""
+        behind = {row["method"]: label(row.get("settings", {})) for row in rows}
+        plain = {name: name.removesuffix(text) for name, text in behind.items()}
+        count = Counter(plain.values())
+        shown = {name: short if count[short] == 1 else name for name, short in plain.items()}
+        left_out: dict[str, list[str]] = {}
+        for name, short in shown.items():
+            if short != name:
+                left_out.setdefault(behind[name].strip(" []"), []).append(short)
+        if len(left_out) == 1:
+            return cls(shown, f"Rows that read these settings have {next(iter(left_out))}")
+        parts = [f"{'; '.join(names)}: {text}" for text, names in left_out.items()]
+        return cls(shown, f"Settings of {'. Of '.join(parts)}" if parts else "")
+
+    def full(self, name: str) -> str:
+        """Returns the whole name of the row that is shown by a name; the name itself where none is."""
+        return next((whole for whole, short in self.shown.items() if short == name), name)
+
+
 def standings(summary: Summary, reference: str | None = None, width: int = 140, crossed: bool = False) -> Table:
     """Returns a benchmark's table: a line per method, most gained at the largest K first, a column per K.
 
@@ -102,6 +138,7 @@ def standings(summary: Summary, reference: str | None = None, width: int = 140, 
     further = [metric for metric in summary.report.metrics if metric not in METRICS]
     room = (width - _NAME_WIDTH) // _SHOTS_WIDTH - len(shots)
     more = further[: max(room, _LEAST_METRICS)]
+    names = RowNames.of(cells[shots[-1]] for cells in by_method.values())
     wide = width >= _NAME_WIDTH + _SHOTS_WIDTH * (len(shots) + len(more)) + _COSTS_WIDTH
     for column in (*more, *(("hurt\nECE", "fit s\ns/user", "users\nB/user") if wide else ())):
         result.add_column(column, justify="right", no_wrap=True)
@@ -117,7 +154,7 @@ def standings(summary: Summary, reference: str | None = None, width: int = 140, 
             f"{last['episodes']}\n{last['bytes_per_user']:,}",
         )
         shown = [_with_ends(last, metric) for metric in more]
-        result.add_row(last["method"], *texts, *shown, *(costs if wide else ()))
+        result.add_row(names.shown[last["method"]], *texts, *shown, *(costs if wide else ()))
     over = "people and items" if crossed else "people"
     caption = f"95% intervals over {over}; * differs after Holm's correction (signed ranks, 5%)"
     hidden = "costs need a wider terminal, or --json"
@@ -125,6 +162,7 @@ def standings(summary: Summary, reference: str | None = None, width: int = 140, 
     result.caption += f"; {', '.join(more)} at K = {shots[-1]}" if more else ""
     hidden_metrics = further[len(more) :]
     result.caption += f"; in --json: {', '.join(hidden_metrics)}" if hidden_metrics else ""
+    result.caption += f". {names.note}" if names.note else ""
     return result
 
 
@@ -171,14 +209,18 @@ def markdown_table(
     by_method = ranked(rows, baseline)
     shots = sorted({count for cells in by_method.values() for count in cells})
     chosen = USUAL_COLUMNS if columns is None else tuple(columns)
-    heads = [f"AUC (difference to {baseline})", *(f"K = {count}" for count in shots), *chosen]
+    names = RowNames.of(cells[shots[-1]] for cells in by_method.values())
+    first = f"AUC (difference to {names.shown.get(baseline, baseline)})"
+    heads = [first, *(f"K = {count}" for count in shots), *chosen]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for cells in by_method.values():
         last = cells[shots[-1]]
-        name = f"**{last['method']}**" if last["method"] == reference else last["method"]
+        name = names.shown[last["method"]]
+        name = f"**{name}**" if last["method"] == reference else name
         texts = [_markdown_cell(cells[count], f"versus {baseline}") for count in shots]
         lines.append(f"| {' | '.join([name, *texts, *(COLUMNS[column](last) for column in chosen)])} |")
-    return "\n".join(lines)
+    note = [f"\n{names.note}."] if names.note else []
+    return "\n".join([*lines, *note])
 
 
 def _markdown_cell(row: Mapping[str, Any], versus: str) -> str:
@@ -230,10 +272,10 @@ def findings(report: Report, adapted: str, unadapted: str) -> list[str]:
     if best != report.baseline:
         against.append((f"{best}, the best other row", best, most))
     lines = []
-    for label, other, shots in against:
+    for called, other, shots in against:
         gain, (low, high) = report.difference(adapted, most, other, shots)
         verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
-        lines.append(f"{adapted} at K = {most} against {label}: {gain:+.4f} AUC [{low:+.4f} {high:+.4f}], {verdict}")
+        lines.append(f"{adapted} at K = {most} against {called}: {gain:+.4f} AUC [{low:+.4f} {high:+.4f}], {verdict}")
     hurt = report.values(adapted, most) < report.values(adapted, 0)
     lines.append(f"adapting to {most} ratings lowered the AUC of {hurt.mean():.0%} of users")
     return [*lines, *_pooled(report, adapted, most), *_left_out(report)]

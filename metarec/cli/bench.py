@@ -167,12 +167,15 @@ def report(
     json: JsonOption = False,
 ) -> None:
     """Pool the cells of a benchmark into a table: printed, as JSON, or as a page with charts."""
+    from metarec.bench.report import RowNames
     from metarec.bench.results import as_json, read_cells
     from metarec.bench.summary import REFERENCE
     from metarec.files.artifacts import replace_file, write_json
 
     summaries = read_cells(out)
-    rows = list(dict.fromkeys(name for group in summaries for name in group.methods))
+    rows = {name: method.settings for group in summaries for name, method in group.methods.items()}
+    if reference is not None:
+        reference = RowNames.of({"method": name, "settings": changed} for name, changed in rows.items()).full(reference)
     if reference is not None and reference not in rows:
         raise ConfigError(f"'{out}' has no row '{reference}'", suggest(reference, rows))
     reference = reference or REFERENCE

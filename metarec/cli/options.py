@@ -211,10 +211,13 @@ def print_json(value: Any) -> None:
 
 
 def console() -> Console:
-    """Returns where tables are printed: as wide as the terminal or COLUMNS; 140 characters in a file or pipe."""
+    """Returns where tables are printed: as wide as the terminal or COLUMNS; 140 characters in a file or pipe.
+
+    Brackets are what they say: a row's settings and a title such as "[rec]" are no markup.
+    """
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140, markup=False)
 
 
 def source_options(

@@ -113,7 +113,7 @@ class _Shown:
             return
         console = self.show().console
         while not console.is_terminal and not over.wait(_SECONDS_BETWEEN_LINES):
-            console.print(self._line(), highlight=False)
+            console.print(self._line(), highlight=False, markup=False)
 
     def _line(self) -> str:
         done, passed = self._done, time.monotonic() - self._started
@@ -142,13 +142,13 @@ def _bars() -> Progress:
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     console = Console(file=sys.stderr, quiet=bool(os.environ.get(QUIET)))
     return Progress(*columns, console=console, refresh_per_second=4)
