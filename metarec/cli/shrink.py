@@ -17,7 +17,7 @@ _SAMPLE = 16
 
 @app.command(
     epilog="Example: metarec shrink smollm2-135m-instruct --blocks 24 --out small && "
-    "metarec train --backbone small --name mine && metarec serve runs/mine"
+    "metarec train --backbone small --name mine && metarec serve --checkpoint runs/mine"
 )
 def shrink(
     backbone: Annotated[str, typer.Argument(help="The model: an embedded name, a directory or a Hugging Face name.")],
