@@ -269,8 +269,8 @@ def _tables(results: Mapping[str, Any], task: str | None) -> list[dict[str, Any]
 
 
 def _whole(tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the table of all meta-training users."""
-    found = [one for one in tables if one["train_users"] is None]
+    """Returns the table of all meta-training users, or the only one there is."""
+    found = tables if len(tables) == 1 else [one for one in tables if one["train_users"] is None]
     if not found:
         raise ValueError('there is no table of all meta-training users; write sizes="each"')
     return found[0]
