@@ -65,8 +65,8 @@ class MetaConfig(Section):
     inner_lr: float | None = Field(
         None,
         gt=0,
-        description="where every inner rate starts; null takes the adapter kind's: lora and bottleneck 0.3, bias and "
-        "prefix 3",
+        description="where every inner rate starts; null takes the adapter kind's: lora and bottleneck 0.3, bias, "
+        "prefix and soft-prompt 3",
     )
     shrinkage: float = Field(5.0, ge=0, description="pseudo-count in the support loss's denominator")
     user_bias_damping: float = Field(1.0, gt=0, description="pseudo-ratings that shrink the user bias to 0")

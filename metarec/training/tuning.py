@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from metarec.lm.backbone import Backbone
 
 _RANGE = re.compile(r"(log:)?([-+.\deE]+)\.\.([-+.\deE]+)")
-# Trials before any is pruned: the median of fewer says little.
 # What a model is opened by.
 _OPENS = ("backbone", "backbone_precision", "dtype", "device")
+# Trials before any is pruned: the median of fewer says little.
 _UNPRUNED = 4
 
 
