@@ -76,7 +76,7 @@ def finetuned(path: Path, family: Path, kind: str, **settings: object) -> MetaRe
         collaborative={"features": ("fields",)},  # type: ignore[arg-type]
     )
     tuning = fine_tune_settings({**SHORT, **settings})
-    return fine_tuned_recommender(task_for(kind), tuning, config, path / "backbone")  # type: ignore[arg-type]
+    return fine_tuned_recommender(task_for(kind), tuning, config, str(path / "backbone"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,9 @@ def fine_tuned_recommender(
     data: TaskData,
     settings: FineTuneConfig,
     config: RunConfig,
-    directory: Path,
+    directory: Path | str,
     *,
-    checkpoint: Path | None = None,
+    checkpoint: Path | str | None = None,
     resume: bool = False,
     clear: Callable[[], None] | None = None,
 ) -> MetaRecommender:
@@ -81,6 +81,7 @@ def fine_tuned_recommender(
     Raises:
         MetarecError: The model, the task or the settings do not fit each other.
     """
+    directory, checkpoint = Path(directory), None if checkpoint is None else Path(checkpoint)
     backbone = open_to_train(data, settings, config)
     plain = prepare(data, config.model_copy(update={"score": ("item mean",)}), None).fitted
     tuned = fine_tune(
