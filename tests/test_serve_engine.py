@@ -14,6 +14,7 @@ import torch
 from serving import LOVES_DRAMA, LOVES_HORROR, small_recommender
 from small_recommenders import SETTINGS, known_task
 
+from metarec.adapted_user import AdaptedUser
 from metarec.config import RunConfig, validated
 from metarec.data.interactions import Ratings
 from metarec.errors import ConfigError, ConflictError, UnknownItemError
@@ -23,6 +24,7 @@ from metarec.lm.forward import ItemBatch
 from metarec.recommender import MetaRecommender
 from metarec.scorers.language.adapted import MetaScorer
 from metarec.serve import batching, retrieval
+from metarec.serve.bulk import adapt_users, bulk_feedback
 from metarec.serve.engine import Engine
 from metarec.serve.items import ExtendedAnswerModel
 from metarec.serve.person import Person
@@ -220,6 +222,22 @@ def test_of_a_large_catalog_the_service_reads_what_other_terms_put_in_front(
     scores = person.adapted.scores(front).numpy()
     assert found == [f"m{code}" for code in front[np.argsort(-scores)[:3]]]
     assert engine.search(engine.catalog.title(7), 1)[0].item == "m7"
+
+
+def test_adapting_users_scores_no_item_that_nobody_asked_to_rank(
+    recommender: MetaRecommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Users adapted in bulk would otherwise wait until the language model has read the whole catalog."""
+    read: list[int] = []
+    scores = AdaptedUser.scores
+    monkeypatch.setattr(AdaptedUser, "scores", lambda user, codes: read.append(len(codes)) or scores(user, codes))
+    engine = Engine(recommender, AdapterStore(tmp_path / "store"))
+    assert adapt_users(engine, {"a": bulk_feedback("a", list(LOVES_DRAMA))}).adapted == 1
+    assert read == []
+    engine.prepare()
+    assert read == [len(engine.catalog)]
+    engine.add_items([("new", {"title": "new"})])
+    assert read[1:] == [1], "once there are scores, an added item gets its own at once"
 
 
 def test_retrieval_finds_what_the_adapter_ranks_best(engine: Engine, recommender: MetaRecommender) -> None:

@@ -183,29 +183,49 @@ class CandidateRetrieval:
         self._linearized = linearized
         self._effects = effects
         self._metrics: tuple[Tensor, ...] = ()
-        self.new_user_scores = np.zeros(0, np.float32) if new_user_scores is None else new_user_scores
+        self._scores = np.zeros(0, np.float32) if new_user_scores is None else new_user_scores
+        self._terms: NDArray[np.float32] | None = None
 
     def update(self, new_user: AdaptedUser) -> None:
-        """Scores the items that were added to the catalog, for a user without ratings; other scores stay as they are.
+        """Takes a longer catalog; once somebody has ranked, what was added to it is scored at once.
 
         Args:
             new_user: A user without ratings, of the recommender over the current catalog.
         """
         self._new_user = new_user
+        if self._terms is not None:
+            self._terms = self._score_items()
+
+    @property
+    def new_user_scores(self) -> NDArray[np.float32]:
+        """Scores of every item for a user without ratings; the first call reads the catalog, if there is a model."""
+        self._terms_of_new_user()
+        return self._scores
+
+    def _terms_of_new_user(self) -> NDArray[np.float32]:
+        """Returns what the terms say of every item for a user without ratings."""
+        if self._terms is None:
+            self._terms = self._score_items()
+        return self._terms
+
+    def _score_items(self) -> NDArray[np.float32]:
+        """Scores the items that have no score yet for a user without ratings; returns what the terms say of all."""
+        new_user = self._new_user
         items = len(new_user.fitted.catalog)
         if not reads_all(self._trained):
-            self.new_user_scores = self._new_user_terms = new_user.term_scores(new_user.fitted.cheap_terms)
-            return
-        if len(self.new_user_scores) < items:
-            fresh = new_user.scores(np.arange(len(self.new_user_scores), items)).numpy()
-            self.new_user_scores = np.concatenate([self.new_user_scores, fresh])
-        self._new_user_terms = new_user.term_scores()
+            self._scores = new_user.term_scores(new_user.fitted.cheap_terms)
+            return self._scores
+        if len(self._scores) < items:
+            fresh = new_user.scores(np.arange(len(self._scores), items)).numpy()
+            self._scores = np.concatenate([self._scores, fresh])
+        return new_user.term_scores()
 
     def prepare(self) -> Effects:
-        """Returns the effect of an adapter on every item, computed for the items that do not have it yet.
+        """Returns the effect of an adapter on every item; computes it, and scores, for the items that lack them.
 
         Of a catalog that is too large to be read, no item has one.
         """
+        self._terms_of_new_user()
         if not reads_all(self._trained):
             return Effects((), None, np.zeros((len(self._new_user.fitted.catalog), 0), np.float32))
         meta = self._trained.fitted.meta
@@ -231,7 +251,7 @@ class CandidateRetrieval:
             along = effects.directions
             by_step = (rates(scorer.meta, step)[:, None] * along for step in range(scorer.inner.steps))
             self._metrics = tuple((along.T @ weighed).cpu() for weighed in by_step)
-        moved = self.new_user_scores[items] - self._new_user_terms[items]
+        moved = self.new_user_scores[items] - self._terms_of_new_user()[items]
         start = torch.from_numpy(moved) / self._new_user.state[ADAPTER_WEIGHT].cpu()
         return ItemSlopes(start, torch.from_numpy(effects.coordinates[items]), self._metrics)
 
@@ -250,7 +270,7 @@ class CandidateRetrieval:
             if len(codes) > count:
                 scores = np.nan_to_num(adapted.term_scores(adapted.fitted.cheap_terms, self._each))
         elif len(codes) > count and (state is not start or adapted.support.side is not None):
-            moved = adapted.term_scores(None, self._each) - self._new_user_terms + self.prepare()(state, start)
+            moved = adapted.term_scores(None, self._each) - self._terms_of_new_user() + self.prepare()(state, start)
             scores = scores + np.nan_to_num(moved)
         ours = scores[codes]
         front = leaders(ours, count)
