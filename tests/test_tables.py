@@ -123,18 +123,18 @@ def test_differences_are_to_the_row_that_a_comment_names(results: Path) -> None:
 
 def test_settings_stand_below_a_table_where_names_without_them_tell_rows_apart(results: Path) -> None:
     def with_settings(name: str, **settings: int) -> list[dict[str, Any]]:
-        behind = "".join(f" [{key}={value}]" for key, value in settings.items())
+        behind = f" [{', '.join(f'{key}={value}' for key, value in settings.items())}]"
         return [{**row(name + behind, count, 0.6, 0.0), "settings": settings} for count in (0, 5)]
 
-    rows = [*ROWS[:2], *with_settings("B", steps=3), *with_settings("C", steps=3), *with_settings("C", steps=4)]
+    rows = [*ROWS[:2], *with_settings("B", steps=3), *with_settings("C", steps=3), *with_settings("C", steps=3, rate=4)]
     made = {**RESULTS, "tables": [{**RESULTS["tables"][0], "rows": rows}]}
     (results / "set.json").write_text(json.dumps(made))
     text = tables.written(block(file="set.json"), results)[0]
     assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")][1:] == [
         "item mean",
         "B",
-        "C [steps=3]",
-        "C [steps=4]",
+        "C",
+        "C [rate=4]",
     ]
     assert "\nRows that read these settings have steps=3.\n" in text
     text = tables.written(block(file="set.json", options=' rows="B; item mean"'), results)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -91,7 +90,7 @@ class RowNames:
     """How rows are called where they are shown, and what their settings are.
 
     Args:
-        shown: Name of a row to what stands in its line: without the settings, where no other is called the same then.
+        shown: Name of a row to what stands in its line: without the settings that all rows of its method share.
         note: The settings that are left out of names, in words; "" where there are none.
     """
 
@@ -101,14 +100,19 @@ class RowNames:
     @classmethod
     def of(cls, rows: Iterable[Mapping[str, Any]]) -> RowNames:
         """Returns the names of rows, as `Summary.rows` gives them."""
-        behind = {row["method"]: label(row.get("settings", {})) for row in rows}
-        plain = {name: name.removesuffix(text) for name, text in behind.items()}
-        count = Counter(plain.values())
-        shown = {name: short if count[short] == 1 else name for name, short in plain.items()}
+        settings = {row["method"]: dict(row.get("settings", {})) for row in rows}
+        alike: dict[str, list[str]] = {}
+        for name, own in settings.items():
+            alike.setdefault(name.removesuffix(label(own)), []).append(name)
+        shown: dict[str, str] = {}
         left_out: dict[str, list[str]] = {}
-        for name, short in shown.items():
-            if short != name:
-                left_out.setdefault(behind[name].strip(" []"), []).append(short)
+        for plain, names in alike.items():
+            first = settings[names[0]].items()
+            shared = {key: value for key, value in first if all(settings[name].get(key) == value for name in names)}
+            for name in names:
+                shown[name] = plain + label({key: value for key, value in settings[name].items() if key not in shared})
+            if shared:
+                left_out.setdefault(label(shared).strip(" []"), []).append(plain)
         if len(left_out) == 1:
             return cls(shown, f"Rows that read these settings have {next(iter(left_out))}")
         parts = [f"{'; '.join(names)}: {text}" for text, names in left_out.items()]
