@@ -380,7 +380,7 @@ def test_the_smallest_tables_end_in_a_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("data", "check", "orders.csv"), "the table 'orders.csv' does not exist"),
+        (("data", "check", "no-such.csv"), "the table 'no-such.csv' does not exist"),
         (("data", "check", "movilens"), "no task is called 'movilens'"),
         (("data", "check", "movielens"), "Set 'path'"),
         (("data", "check", "movielens/user-cold", "x"), "Leave the path out"),
