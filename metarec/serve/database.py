@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ class Sqlite:
     def __init__(self, path: Path) -> None:
         path.touch(mode=0o600)  # the directory may be open to others; SQLite gives its log the same mode
         self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        # A store that nobody closes does not leave it to the collector, which Python 3.13 warns of.
+        weakref.finalize(self, self._connection.close)
         self._use_write_ahead_log()
         for pragma in ("synchronous=FULL", "secure_delete=ON", "foreign_keys=ON"):
             self._connection.execute(f"PRAGMA {pragma}")
