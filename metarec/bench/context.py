@@ -141,6 +141,13 @@ class MethodContext:
         return Features({**read, **self.fields}, self.vectors)
 
     @cached_property
+    def known_without_text(self) -> Features:
+        """Features of items from the catalog's fields alone."""
+        from metarec.training.task_features import features_of_blocks
+
+        return features_of_blocks(self.task_data, {}, self.fields)
+
+    @cached_property
     def features(self) -> Floats:
         """Principal components of text and of brought vectors, and fields, each block of mean length one."""
         import numpy as np

@@ -19,6 +19,7 @@ from metarec.lm.cached_forward import CachedForward
 from metarec.lm.forward import Forward, ItemBatch, pool
 from metarec.lm.logits import row_products
 from metarec.lm.placement import Placement, adapter_spec, check_placement
+from metarec.lm.pooling import pooled_tokens
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts
 
@@ -168,7 +169,7 @@ class AnswerModel:
 def _encode(backbone: Backbone, ids: tuple[int, ...]) -> Tensor:
     tokens = torch.tensor([ids], device=backbone.device)
     hidden: Tensor = backbone.model(input_ids=tokens).last_hidden_state
-    return pool(hidden, torch.ones_like(tokens)[:, None])[0, 0]
+    return pool(hidden, pooled_tokens(torch.ones_like(tokens)[:, None] > 0, backbone.pooling))[0, 0]
 
 
 def open_answer_model(

@@ -28,6 +28,7 @@ from metarec.lm.names import MINILM as MINILM
 from metarec.lm.names import SMOLLM2 as SMOLLM2
 from metarec.lm.names import minilm_dir, named_dir, smollm2_gguf
 from metarec.lm.plain_llama import open_llama
+from metarec.lm.pooling import Pooling, SentenceModules, write_pooling
 from metarec.lm.rating_classes import RatingClasses
 from metarec.lm.whole_model import Kind as Kind
 from metarec.lm.whole_model import open_model, open_tokenizer, transformers_package
@@ -54,6 +55,7 @@ class Backbone:
             `metarec.lm.plain_llama`, which have the same names.
         open_tokenizer: Returns its tokenizer.
         open_model: Returns the transformers model; None where `modules` are its own.
+        pooling: How an encoder makes one state of a text's tokens; see `metarec.lm.pooling`.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Backbone:
     modules: Any
     open_tokenizer: Callable[[], PreTrainedTokenizerBase]
     open_model: Callable[[], PreTrainedModel] | None = None
+    pooling: Pooling = "mean"
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -339,10 +342,14 @@ def load_backbone(
     _keep_freed_memory()
     if blocks_alone and (found := _blocks_alone(name, location, device, dtype)) is not None:
         return found
+    after = SentenceModules.of(location)
     model, kind, config = open_model(name, location, dtype)
     tokenizer = open_tokenizer(name, location)
     fingerprint = weights_fingerprint(location, config)
-    return Backbone(name, kind, fingerprint, location, model.to(device), lambda: tokenizer)
+    pooling = after.read_as(name) if kind == "encoder" else "mean"
+    if pooling != "mean":
+        fingerprint = content_hash([fingerprint, pooling])
+    return Backbone(name, kind, fingerprint, location, model.to(device), lambda: tokenizer, pooling=pooling)
 
 
 def load_classifier(name: str, classes: RatingClasses, *, device: str = "cpu", seed: int = 0) -> Backbone:
@@ -382,6 +389,8 @@ def save_backbone(path: Path, backbone: Backbone) -> None:
     with replace_dir(path, "model") as directory:
         backbone.model.save_pretrained(directory)
         backbone.tokenizer.save_pretrained(directory)
+        if backbone.kind == "encoder":
+            write_pooling(directory, backbone.pooling, backbone.hidden_size)
 
 
 def _blocks_alone(name: str, location: str, device: str, dtype: torch.dtype) -> Backbone | None:

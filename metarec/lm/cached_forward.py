@@ -25,6 +25,7 @@ from metarec.lm.families import Block, BlockModel
 from metarec.lm.forward import ItemBatch, pool
 from metarec.lm.item_cache import ItemCache, Rows, read_missing
 from metarec.lm.packing import PADDING, PREFIX, Packed, pack
+from metarec.lm.pooling import pooled_tokens
 from metarec.lm.precision import to_int8
 from metarec.lm.prefix_files import PrefixRun, kept_prefix
 from metarec.lm.tokenized import CatalogPrompts
@@ -351,7 +352,7 @@ class CachedForward:
         return hidden, places, [()] * self.placement.layers, masks, read
 
     def _places_read(self, items: Tensor, layout: Packed) -> Tensor:
-        """Returns where the answer is read: at the last or the mask token, or for encoders averaged over each item.
+        """Returns where the answer is read: at the last or the mask token, or for encoders pooled over each item.
 
         Returns:
             Positions, shape (rows, items per row), or which places belong to an item, shape (rows, items, places).
@@ -359,7 +360,8 @@ class CachedForward:
         if self.backbone.kind == "causal":
             return torch.from_numpy(layout.last)
         if self.backbone.kind == "encoder":
-            return torch.from_numpy(layout.owner[:, None, :] == np.arange(layout.last.shape[1])[:, None])
+            own = torch.from_numpy(layout.owner[:, None, :] == np.arange(layout.last.shape[1])[:, None])
+            return pooled_tokens(own, self.backbone.pooling)
         before = np.zeros(layout.last.size, np.int64).reshape(len(items), -1)
         before[:, : items.shape[1]] = self._after_blank[items.numpy()]
         return torch.from_numpy(layout.last - before.reshape(layout.last.shape)).clamp(min=0)

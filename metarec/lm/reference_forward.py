@@ -18,6 +18,7 @@ from metarec.lm.adapter_kinds import Adapters
 from metarec.lm.backbone import Backbone
 from metarec.lm.forward import ItemBatch, pool, read_frozen
 from metarec.lm.placement import Placement
+from metarec.lm.pooling import pooled_tokens
 from metarec.lm.tokenized import CatalogPrompts
 
 
@@ -65,7 +66,7 @@ class ReferenceForward:
                 hidden = self.backbone.model.base_model(**inputs, **self._no_cache()).last_hidden_state
         last = torch.arange(rows, device=lengths.device)
         if self.backbone.kind == "encoder":
-            read = pool(hidden, mask[:, None])[:, 0]
+            read = pool(hidden, pooled_tokens(mask[:, None], self.backbone.pooling))[:, 0]
         elif self.backbone.kind == "masked":
             blank = (tokens == self.prompts.mask_token).int().argmax(1)
             read = hidden[last, blank]

@@ -6,7 +6,7 @@ Weights are safetensors only and remote code is refused.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,29 +57,20 @@ def open_model(
         if getattr(config, "auto_map", None):
             raise _remote_code_error(name)
         kind = _kind(config) if classes is None else "classifier"
-        loader = {
-            "causal": transformers.AutoModelForCausalLM,
-            "masked": transformers.AutoModelForMaskedLM,
-            "encoder": transformers.AutoModel,
-            "classifier": transformers.AutoModelForSequenceClassification,
-        }[kind]
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {**here, "use_safetensors": True, "dtype": dtype}
+        # Eager attention is the only one of transformers' kernels with a second derivative on every device.
+        options |= {"attn_implementation": "eager", "output_loading_info": True}
         if classes is not None:
             config.num_labels = len(classes.ratings)
             config.update(classes.to_config())
-            options = {"config": config, "ignore_mismatched_sizes": True}
-        # Eager attention is the only one of transformers' kernels with a second derivative on every device.
-        model, loading = loader.from_pretrained(
-            location,
-            **here,
-            use_safetensors=True,
-            dtype=dtype,
-            attn_implementation="eager",
-            output_loading_info=True,
-            **options,
-        )
-        body = "" if classes is None else f"{model.base_model_prefix}."
-        refuse_missing_weights(name, [key for key in loading["missing_keys"] if key.startswith(body)])
+            options |= {"config": config, "ignore_mismatched_sizes": True}
+        model, loading = _loader(transformers, kind).from_pretrained(location, **options)
+        body = f"{model.base_model_prefix}."
+        if kind == "masked" and _headless(loading["missing_keys"], body):
+            kind = "encoder"
+            model, loading = _loader(transformers, kind).from_pretrained(location, **options)
+        missing = loading["missing_keys"]
+        refuse_missing_weights(name, missing if classes is None else [key for key in missing if key.startswith(body)])
     return model.requires_grad_(False).eval(), kind, config
 
 
@@ -95,6 +86,28 @@ def open_tokenizer(name: str, location: str) -> PreTrainedTokenizerBase:
 def _here(name: str, location: str) -> dict[str, bool]:
     """Returns options of a loader that asks the network for nothing that is here already."""
     return {"trust_remote_code": False, "local_files_only": Path(location).is_dir() or find_on_hub(name)}
+
+
+def _headless(missing: Collection[str], body: str) -> bool:
+    """Says whether a masked model lacks weights of its head alone.
+
+    Sentence encoders are published so: under the name of the masked model that they were trained from.
+
+    Args:
+        missing: Names of the missing weights.
+        body: What names of weights below the head start with.
+    """
+    return bool(missing) and not any(key.startswith(body) for key in missing)
+
+
+def _loader(transformers: Any, kind: Kind) -> Any:
+    """Returns what opens a kind of model."""
+    return {
+        "causal": transformers.AutoModelForCausalLM,
+        "masked": transformers.AutoModelForMaskedLM,
+        "encoder": transformers.AutoModel,
+        "classifier": transformers.AutoModelForSequenceClassification,
+    }[kind]
 
 
 @contextmanager

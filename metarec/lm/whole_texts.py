@@ -14,6 +14,7 @@ from metarec.errors import BackboneError
 from metarec.lm.answer_model import ENCODER_SHARPNESS
 from metarec.lm.backbone import Backbone
 from metarec.lm.forward import pool
+from metarec.lm.pooling import pooled_tokens
 
 _TEXTS_AT_ONCE = 16
 
@@ -53,7 +54,9 @@ def _read_block(backbone: Backbone, rows: Sequence[Sequence[int]]) -> Tensor:
     mask = torch.arange(width, device=backbone.device) < lengths[:, None]
     inputs = {"input_ids": tokens, "attention_mask": mask.long()}
     if backbone.kind == "encoder":
-        return pool(backbone.model.base_model(**inputs).last_hidden_state, mask[:, None])[:, 0]
+        return pool(
+            backbone.model.base_model(**inputs).last_hidden_state, pooled_tokens(mask[:, None], backbone.pooling)
+        )[:, 0]
     hidden = backbone.before_any_head(inputs)
     if hidden.ndim == 2:
         return hidden

@@ -132,14 +132,20 @@ def collaborative_features(answer_model: AnswerModel | None, data: TaskData, con
         projected = {**read, PROJECTION: projected_features(data, beside, settings, config.seed)}
         if settings.keep == "always" or _orders_better(data, config, projected, read, fields):
             read = projected
+    return features_of_blocks(data, read, fields)
+
+
+def features_of_blocks(data: TaskData, read: Mapping[str, Floats], fields: Mapping[str, Floats]) -> Features:
+    """Returns blocks of items' features as a task reads them, with what predicts the means of unrated items.
+
+    Args:
+        data: The task's data.
+        read: Vectors of the items' text by the name of the model that read it, each of shape (items, features).
+        fields: The blocks of `item_features`; where these are none either, a block that tells no items apart stands in.
+    """
     if not read and not fields:
-        read["nothing"] = np.zeros((len(catalog), 1))
-    return _features(task, read, fields)
-
-
-def _features(task: Task, read: Mapping[str, Floats], fields: Mapping[str, Floats]) -> Features:
-    """Returns blocks of items' features as a task reads them, with what predicts the means of unrated items."""
-    if task.split.asks_unrated:
+        read = {"nothing": np.zeros((len(data.interactions.catalog), 1))}
+    if data.task.split.asks_unrated:
         return unrated_features(read, fields)
     unit = [unit_vectors(vectors) for vectors in (read or fields).values()]
     return Features({**read, **fields}, np.concatenate(unit, 1))
@@ -161,7 +167,7 @@ def _orders_better(
         kernel = fit_linear_kernel(
             data.interactions,
             data.parts["train"],
-            _features(data.task, blocks, fields).linear,
+            features_of_blocks(data, blocks, fields).linear,
             name=f"linear kernel {name} a projection",
             unrated=data.task.split.asks_unrated,
             **config.collaborative.linear.model_dump(),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from metarec.bench.context import ENCODER, LANGUAGE_MODEL, Method, MethodContext, MethodRow, one_row
+from metarec.bench.context import ENCODER, LANGUAGE_MODEL, NO_SETTINGS, Method, MethodContext, MethodRow, one_row
 
 if TYPE_CHECKING:
     from metarec.scorer import Scorer
@@ -65,10 +66,12 @@ def _llm_two_tower(context: MethodContext) -> Sequence[MethodRow]:
     return [MethodRow(fit_two_tower(states, threshold=context.threshold, name="two-tower cosine, LLM"))]
 
 
-def _process(context: MethodContext, **options: Any) -> Scorer:
+def _process(context: MethodContext, *, text: bool = True, **options: Any) -> Scorer:
     from metarec.scorers.collaborative.gp_fitting import fit_process
 
-    return fit_process(context.interactions, context.users, context.known, seed=context.seed, **options)
+    known = context.known if text else context.known_without_text
+    process = fit_process(context.interactions, context.users, known, seed=context.seed, **options)
+    return process if text else replace(process, name="GP, no text")
 
 
 FOLD_IN = {
@@ -103,5 +106,12 @@ FOLD_IN = {
         "fold-in",
         "Gaussian process with learned item covariance, text and fields",
         settings=ENCODER,
+    ),
+    "GP, no text": Method(
+        one_row(_process, lambda gp: gp.loadings.size),
+        "fold-in",
+        "that process without the text: learned item covariance and fields",
+        {"text": False},
+        NO_SETTINGS,
     ),
 }

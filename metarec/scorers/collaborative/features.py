@@ -115,9 +115,14 @@ def kernel_features(vectors: Floats) -> Floats:
 
 @one_thread()
 def principal_components(features: Floats, components: int) -> Floats:
-    """Returns the first principal components of features, shape (items, components) or fewer."""
+    """Returns the first principal components of features, shape (items, components) or fewer.
+
+    Features that are the same for all items have one component, which is 0.
+    """
     from sklearn.decomposition import PCA
 
+    if np.ptp(features, axis=0).max() == 0:
+        return np.zeros((len(features), 1))
     narrow: Floats = PCA(min(components, *features.shape), random_state=0).fit_transform(features)
     return narrow
 
