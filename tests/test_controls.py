@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,13 +20,15 @@ from metarec.config import RunConfig, validated
 from metarec.data import task_data
 from metarec.data.interactions import Catalog, Interactions, Ratings, RatingScale
 from metarec.data.side import Side, SideColumns
-from metarec.data.task import Task
+from metarec.data.task import PromptConfig, Task
 from metarec.data.task_data import TaskData, load_task_data
 from metarec.errors import ConfigError
 from metarec.evaluation.metrics import BASELINE
 from metarec.scorer import Request, request
+from metarec.scorers.collaborative import projection
 from metarec.scorers.collaborative.features import word_vectors
 from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
+from metarec.training.task_features import language_model_vectors
 
 SERIES = ("fire emblem", "road racer", "farm story", "dark tower", "star fleet", "deep mine")
 USERS, ITEMS, EACH = 240, 300, 40
@@ -170,6 +173,34 @@ def test_the_process_without_text_reads_fields_and_no_title(cold: TaskData, tmp_
     assert not METHODS.get("GP, no text").reads("collaborative.encoder")
     bare = without_block(cold, "maker")
     assert abs(auc(bare, "GP, no text", 10, tmp_path) - 0.5) < 0.02
+
+
+def test_the_projection_reads_hidden_states_beside_the_encoder(
+    cold: TaskData, tmp_path: Path, model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METAREC_CACHE", str(tmp_path / "cache"))
+    prompt = PromptConfig(
+        text="{{ title }} answer :", positive=" Yes", negative=" No", hidden_states=("{{ title }} love",)
+    )
+    told = replace(cold, task=cold.task.model_copy(update={"prompt": prompt}))
+    settings = {"backbone": str(model_dir("llama")), "collaborative.encoder": str(model_dir("encoder"))}
+    settings |= {"collaborative.projection.steps": 2, "collaborative.projection.pairs": 16, "adapter.layers": 1}
+    read: dict[str, int] = {}
+    real = projection.projected_features
+
+    def noted(data: TaskData, features: Any, *rest: Any) -> Any:
+        read[name] = features.shape[1]
+        return real(data, features, *rest)
+
+    monkeypatch.setattr(projection, "projected_features", noted)
+    for name in ("projected text kernel", "projected text kernel, + hidden states"):
+        context = MethodContext(told, tmp_path, settings=settings)
+        (row,) = METHODS.get(name).rows(context)
+        assert row.scorer.name == name
+        assert METHODS.get(name).reads("backbone") == name.endswith("states")
+    states = language_model_vectors(context.answer_model, told)
+    without, beside = read.values()
+    assert beside == without + states.shape[1]
 
 
 def test_a_method_without_a_block_reads_nothing_of_it(cold: TaskData, tmp_path: Path) -> None:

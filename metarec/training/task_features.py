@@ -96,13 +96,7 @@ def collaborative_features(answer_model: AnswerModel | None, data: TaskData, con
     read: dict[str, Floats] = {}
     if "lm" in wanted:
         assert answer_model is not None
-        if task.hidden_states and answer_model.backbone.kind == "causal":
-            read["lm"] = hidden_state_vectors(
-                answer_model.backbone, catalog, task.hidden_states, task.prompt.characters
-            )
-        else:
-            # Where items are rated, the prompt's own states will do, which are read anyway.
-            read["lm"] = state_vectors(answer_model.states)
+        read["lm"] = language_model_vectors(answer_model, data)
     if "text" in wanted:
         read["text"] = text_vectors(catalog, task.item_text, config.collaborative.encoder)
     if "words" in wanted:
@@ -133,6 +127,22 @@ def collaborative_features(answer_model: AnswerModel | None, data: TaskData, con
         if settings.keep == "always" or _orders_better(data, config, projected, read, fields):
             read = projected
     return features_of_blocks(data, read, fields)
+
+
+def language_model_vectors(answer_model: AnswerModel, data: TaskData) -> Floats:
+    """Returns features of a language model's states of every item, shape (items, features).
+
+    They are hidden states of the task's sentences where a causal model reads any; else the prompt's own, which are read
+    anyway where items are rated.
+
+    Args:
+        answer_model: The language model over the catalog.
+        data: The task's data.
+    """
+    task, backbone = data.task, answer_model.backbone
+    if task.hidden_states and backbone.kind == "causal":
+        return hidden_state_vectors(backbone, data.interactions.catalog, task.hidden_states, task.prompt.characters)
+    return state_vectors(answer_model.states)
 
 
 def features_of_blocks(data: TaskData, read: Mapping[str, Floats], fields: Mapping[str, Floats]) -> Features:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from metarec.bench.context import ENCODER, NO_SETTINGS, Method, MethodContext, MethodRow, one_row
+from metarec.bench.context import ENCODER, LANGUAGE_MODEL, NO_SETTINGS, Method, MethodContext, MethodRow, one_row
 from metarec.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
@@ -86,11 +86,13 @@ def _text_kernel(
     *,
     tuned: Literal["pairs", "posteriors"] | None = None,
     projected: bool = False,
+    states: bool = False,
     **options: Any,
 ) -> GaussianProcess:
     from metarec.scorers.collaborative.features import side_by_side
     from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
     from metarec.scorers.language.encoder_tuning import tuned_text_vectors
+    from metarec.training.task_features import language_model_vectors
 
     settings = context.configured(_POSTERIOR if tuned == "posteriors" else {}).collaborative
     blocks = [_words(context), context.vectors]
@@ -99,12 +101,14 @@ def _text_kernel(
         blocks.append(
             tuned_text_vectors(context.task_data, settings.encoder, settings.tuning, context.seed, beside, linear)
         )
+    if states:
+        blocks.append(language_model_vectors(context.answer_model, context.data))
     blocks += context.fields.values()
     if projected:
         # The projection stands for the vectors that it reads.
         blocks = [blocks[0], *context.fields.values(), _projection(context, blocks)]
     name = {None: "text kernel", "pairs": "tuned text kernel", "posteriors": "posterior-tuned text kernel"}[tuned]
-    name = f"projected {name}" if projected else name
+    name = f"{'projected ' * projected}{name}{', + hidden states' * states}"
     return fit_linear_kernel(
         context.interactions, context.users, side_by_side(blocks), name=name, **_asked(context), **options
     )
@@ -295,6 +299,12 @@ KERNELS = {
         settings=(*ENCODER, "collaborative.tuning"),
     ),
     "projected text kernel": _PROJECTED_TEXT,
+    "projected text kernel, + hidden states": Method(
+        one_row(partial(_text_kernel, projected=True, states=True), lambda process: process.loadings.size),
+        "kernel",
+        "and a causal language model's hidden states among what the projection reads",
+        settings=(*ENCODER, *LANGUAGE_MODEL, "collaborative.projection"),
+    ),
     # It reads an encoder, so that it is no control in the sense of the group.
     f"projected text kernel{PERMUTED}": replace(permuted(_PROJECTED_TEXT), group="kernel"),
     "projected tuned text kernel": Method(
