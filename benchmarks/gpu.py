@@ -43,8 +43,9 @@ from metarec.files.artifacts import load_json, write_json
 from metarec.lm.adapter_kinds.lora import LORA_A
 from metarec.lm.adapters import init_adapter
 from metarec.lm.answer_model import AnswerModel
-from metarec.lm.backbone import Backbone, load_backbone
+from metarec.lm.backbone import Backbone
 from metarec.lm.cached_forward import CachedForward
+from metarec.lm.loading import load_backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog

@@ -26,7 +26,8 @@ from metarec.data.templates import PromptTemplate
 from metarec.evaluation.metrics import auc, bootstrap_interval
 from metarec.files.artifacts import write_json
 from metarec.lm.answer_model import AnswerModel
-from metarec.lm.backbone import Backbone, load_backbone
+from metarec.lm.backbone import Backbone
+from metarec.lm.loading import load_backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.smaller import influence, rounded, weight_bytes, with_blocks

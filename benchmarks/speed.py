@@ -44,8 +44,9 @@ from metarec.files.artifacts import dump_json, load_json, write_json
 from metarec.lm.adapter_kinds.lora import LORA_A
 from metarec.lm.adapters import init_adapter
 from metarec.lm.answer_model import AnswerModel, open_answer_model
-from metarec.lm.backbone import Backbone, load_backbone
+from metarec.lm.backbone import Backbone
 from metarec.lm.cached_forward import CachedForward
+from metarec.lm.loading import load_backbone
 from metarec.lm.peft_files import save_adapter
 from metarec.lm.placement import Placement, default_placement
 from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog

@@ -27,7 +27,8 @@ from small_models import CAUSAL, tiny_model
 
 from metarec.data.interactions import Catalog, Interactions, RatingScale
 from metarec.data.templates import PromptTemplate
-from metarec.lm.backbone import Backbone, load_backbone
+from metarec.lm.backbone import Backbone
+from metarec.lm.loading import load_backbone
 from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
 
 WORDS = """

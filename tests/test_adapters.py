@@ -16,8 +16,9 @@ from metarec.lm.adapter_kinds import Adapters, AdapterSpec
 from metarec.lm.adapter_kinds.lora import LORA, LORA_B
 from metarec.lm.adapters import adapted_linear, init_adapter, round_adapter
 from metarec.lm.answer_model import AnswerModel
-from metarec.lm.backbone import Backbone, load_backbone
+from metarec.lm.backbone import Backbone
 from metarec.lm.cached_forward import CachedForward
+from metarec.lm.loading import load_backbone
 from metarec.lm.peft_files import load_adapter, save_adapter
 from metarec.lm.placement import check_placement
 from metarec.lm.tokenized import CatalogPrompts

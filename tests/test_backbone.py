@@ -19,8 +19,9 @@ from metarec.data.templates import PromptTemplate
 from metarec.errors import BackboneError, ConfigError
 from metarec.files.artifacts import content_hash, write_manifest
 from metarec.lm.answer_model import open_answer_model
-from metarec.lm.backbone import Backbone, load_backbone, prepare_backbone
+from metarec.lm.backbone import Backbone
 from metarec.lm.embedded import llama_settings, llama_tensors
+from metarec.lm.loading import load_backbone, prepare_backbone
 from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog
 
 Backbones = Callable[..., Backbone]

@@ -44,7 +44,8 @@ from metarec.evaluation.evaluate import evaluate
 from metarec.evaluation.report import Report
 from metarec.files.artifacts import dump_json, load_json, write_manifest
 from metarec.lm.answer_model import AnswerModel
-from metarec.lm.backbone import Backbone, load_backbone
+from metarec.lm.backbone import Backbone
+from metarec.lm.loading import load_backbone
 from metarec.recommender import MetaRecommender
 from metarec.scorer import Request, Scorer
 from metarec.scorers.collaborative.foldin import fit_als, fit_ease, fit_item_knn, fit_user_knn

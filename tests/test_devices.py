@@ -14,7 +14,7 @@ from serving import LOVES_DRAMA, small_recommender
 
 from metarec.config import RunConfig
 from metarec.errors import ConfigError
-from metarec.lm.backbone import load_backbone
+from metarec.lm.loading import load_backbone
 from metarec.recommender import MetaRecommender
 from metarec.recommending.recommender_files import write_recommender
 from metarec.system.devices import check_device, devices

@@ -17,7 +17,7 @@ from metarec.data.interactions import Codes
 from metarec.data.task import FeaturesConfig, Task
 from metarec.data.task_data import TaskData
 from metarec.errors import ConfigError, DataError
-from metarec.lm.backbone import load_backbone
+from metarec.lm.loading import load_backbone
 from metarec.lm.tokenized import tokenize_catalog
 from metarec.meta.algorithms import MetaGradient
 from metarec.meta.inner_loop import MetaState

@@ -22,7 +22,8 @@ from metarec.config import AugmentConfig, FineTuneConfig, RunConfig
 from metarec.data.augmentation import check_augmentation, varied
 from metarec.data.interactions import Ratings
 from metarec.errors import BackboneError, ConfigError
-from metarec.lm.backbone import Backbone, load_backbone, load_classifier, save_backbone
+from metarec.lm.backbone import Backbone
+from metarec.lm.loading import load_backbone, load_classifier, save_backbone
 from metarec.lm.masked_head import masked_from_encoder
 from metarec.lm.rating_classes import RatingClasses
 from metarec.lm.whole_texts import read_texts, text_log_odds

@@ -106,7 +106,7 @@ def hub_at(address: str, home: Path) -> dict[str, str]:
 
 
 TWICE = """
-from metarec.lm.backbone import load_backbone
+from metarec.lm.loading import load_backbone
 first = load_backbone("tiny/llama")
 print(flush=True)
 input()

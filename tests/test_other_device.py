@@ -30,9 +30,10 @@ from metarec.config import Precision, RunConfig, validated
 from metarec.data.task import Task
 from metarec.data.task_data import TaskData
 from metarec.lm.answer_model import AnswerModel
-from metarec.lm.backbone import Backbone, load_backbone
+from metarec.lm.backbone import Backbone
 from metarec.lm.cached_forward import CachedForward
 from metarec.lm.forward import ItemBatch
+from metarec.lm.loading import load_backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts

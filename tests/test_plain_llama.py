@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from metarec.lm.backbone import load_backbone
+from metarec.lm.loading import load_backbone
 from metarec.lm.plain_llama import PlainLlama, open_llama
 
 

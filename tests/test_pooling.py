@@ -20,7 +20,7 @@ from metarec.data.interactions import Catalog
 from metarec.data.templates import PromptTemplate
 from metarec.errors import BackboneError
 from metarec.lm.answer_model import open_answer_model
-from metarec.lm.backbone import load_backbone, save_backbone
+from metarec.lm.loading import load_backbone, save_backbone
 from metarec.lm.pooling import pooled_tokens
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import tokenize_catalog

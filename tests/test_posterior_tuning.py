@@ -18,7 +18,7 @@ from metarec.data.task_data import TaskData
 from metarec.errors import ConfigError
 from metarec.lm.adapters import init_adapter
 from metarec.lm.answer_model import open_answer_model
-from metarec.lm.backbone import load_backbone
+from metarec.lm.loading import load_backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.tokenized import tokenize_catalog
 from metarec.meta.inner_loop import MetaState

@@ -50,7 +50,7 @@ from metarec.data.transforms import keep_users, merge, with_negatives
 from metarec.errors import ConfigError, DataError, RatingError
 from metarec.evaluation.evaluate import validation_auc
 from metarec.evaluation.recommended_lists import best_lists, catalog_facts
-from metarec.lm.backbone import load_backbone
+from metarec.lm.loading import load_backbone
 from metarec.scorer import Request
 from metarec.scorers.collaborative.features import Features
 from metarec.scorers.collaborative.graph_network import fit_graph_network

@@ -17,7 +17,8 @@ from small_recommenders import SETTINGS, known_task
 from metarec.config import RunConfig, validated
 from metarec.errors import ConfigError
 from metarec.lm.answer_model import AnswerModel, open_answer_model
-from metarec.lm.backbone import Backbone, load_backbone
+from metarec.lm.backbone import Backbone
+from metarec.lm.loading import load_backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.rounded import Bits, RoundedLinear, RoundedWeight

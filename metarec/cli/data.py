@@ -157,7 +157,7 @@ def _of_the_prompts(task: Task | None, file: Path, options: SourceOptions, name:
     from metarec.data.checks.findings import SHOWN, DataFinding
     from metarec.data.own_data import own_task
     from metarec.data.task_data import load_dataset
-    from metarec.lm.backbone import load_backbone
+    from metarec.lm.loading import load_backbone
     from metarec.lm.tokenized import count_tokens
 
     backbone = load_backbone(name)

@@ -73,7 +73,7 @@ def doctor(backbone: BackboneOption = None, json: JsonOption = False) -> None:
         check_backbone(backbone)
     findings = examine()
     if backbone is not None:
-        from metarec.lm.backbone import load_backbone
+        from metarec.lm.loading import load_backbone
 
         findings.append(Diagnosis(f"backbone {backbone}", "ok", load_backbone(backbone).summary))
     if json:
@@ -97,7 +97,7 @@ def model_prepare(
     from metarec.lm.hub import check_backbone
 
     check_backbone(name)
-    from metarec.lm.backbone import load_backbone
+    from metarec.lm.loading import load_backbone
 
     backbone = load_backbone(name)
     facts = {

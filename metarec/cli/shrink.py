@@ -34,7 +34,7 @@ def shrink(
     from metarec.lm.hub import check_backbone
 
     check_backbone(backbone)
-    from metarec.lm.backbone import load_backbone, save_backbone
+    from metarec.lm.loading import load_backbone, save_backbone
     from metarec.lm.smaller import influence, weight_bytes, with_blocks
 
     if out.resolve() == Path(backbone).resolve():

@@ -193,7 +193,7 @@ def _tokens(task: Task, data: TaskData, name: str) -> dict[str, Any]:
     Raises:
         MetarecError: The model cannot take the prompts, as `fit` would say.
     """
-    from metarec.lm.backbone import load_backbone
+    from metarec.lm.loading import load_backbone
     from metarec.lm.tokenized import count_tokens, tokenize_catalog
 
     backbone, catalog = load_backbone(name), data.interactions.catalog

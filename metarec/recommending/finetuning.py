@@ -15,7 +15,8 @@ import torch
 
 from metarec.config import FineTuneConfig, RunConfig, merged, validated
 from metarec.files.artifacts import load_json
-from metarec.lm.backbone import Backbone, load_backbone, load_classifier, save_backbone
+from metarec.lm.backbone import Backbone
+from metarec.lm.loading import load_backbone, load_classifier, save_backbone
 from metarec.lm.rating_classes import RatingClasses
 from metarec.meta.inner_loop import MetaState
 from metarec.recommender import MetaRecommender

@@ -135,7 +135,7 @@ class MeaningIndex:
 
     @cached_property
     def _backbone(self) -> Any:
-        from metarec.lm.backbone import load_backbone
+        from metarec.lm.loading import load_backbone
 
         return load_backbone(self._encoder)
 

@@ -20,7 +20,8 @@ from metarec.data.templates import PromptTemplate
 from metarec.errors import ConfigError
 from metarec.evaluation.calibration import Calibration, fit_calibration
 from metarec.lm.answer_model import AnswerModel, open_answer_model
-from metarec.lm.backbone import Backbone, load_backbone
+from metarec.lm.backbone import Backbone
+from metarec.lm.loading import load_backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.rounded import Bits
 from metarec.lm.smaller import rounded
@@ -321,7 +322,7 @@ def head_of(config: RunConfig) -> ClosedFormHead | None:
 
 
 def open_backbone(config: RunConfig, *, blocks_alone: bool = False) -> Backbone:
-    """Loads the backbone that the settings name; see `metarec.lm.backbone.load_backbone`."""
+    """Loads the backbone that the settings name; see `metarec.lm.loading.load_backbone`."""
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     found = load_backbone(config.backbone, device=config.device, dtype=dtype, blocks_alone=blocks_alone)
     bits = _BITS.get(config.backbone_precision)

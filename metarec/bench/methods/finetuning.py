@@ -99,7 +99,7 @@ def _encoder(
     """Returns the sentence encoder, or its lowest blocks, with a new layer of so many classes; None: without one."""
     import torch
 
-    from metarec.lm.backbone import load_backbone, load_classifier
+    from metarec.lm.loading import load_backbone, load_classifier
     from metarec.lm.rating_classes import RatingClasses
     from metarec.lm.smaller import with_blocks
 

@@ -13,7 +13,8 @@ from functools import cache, partial
 import numpy as np
 
 from metarec.data.side import Texts
-from metarec.lm.backbone import Backbone, load_backbone
+from metarec.lm.backbone import Backbone
+from metarec.lm.loading import load_backbone
 from metarec.scorers.collaborative.residuals import Floats
 from metarec.scorers.collaborative.side_readers import Reader, by_value, reader_of, side_kind
 from metarec.scorers.language.item_vectors import unkept_text_vectors

@@ -28,7 +28,8 @@ from metarec.errors import ConfigError, DataError
 from metarec.files.artifacts import content_hash
 from metarec.lm.adapters import init_adapter
 from metarec.lm.answer_model import open_answer_model
-from metarec.lm.backbone import Backbone, load_backbone
+from metarec.lm.backbone import Backbone
+from metarec.lm.loading import load_backbone
 from metarec.lm.placement import default_placement
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import CatalogPrompts, tokenize_catalog

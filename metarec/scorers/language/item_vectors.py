@@ -9,8 +9,10 @@ import numpy as np
 from metarec.data.interactions import Catalog
 from metarec.data.templates import MAX_FIELD_CHARACTERS, PromptTemplate, hidden_state_texts
 from metarec.lm.answer_model import open_answer_model
-from metarec.lm.backbone import MINILM, Backbone, load_backbone
+from metarec.lm.backbone import Backbone
 from metarec.lm.hidden_states import mean_hidden_states
+from metarec.lm.loading import load_backbone
+from metarec.lm.names import MINILM
 from metarec.lm.placement import default_placement
 from metarec.lm.reference_forward import ReferenceForward
 from metarec.lm.tokenized import tokenize_catalog
