@@ -461,6 +461,16 @@ def test_an_unknown_method_is_named_with_the_nearest_one(task: str) -> None:
         cells(plan(task, "populrity"))
 
 
+def test_parts_without_methods_measure_the_plans(task: str) -> None:
+    parts = [{"tasks": [task], "seeds": 2}, {"tasks": [task], "methods": ["popularity"], "first_seed": 5, "seeds": 1}]
+    given = Plan.model_validate({"name": "t", "methods": ["random"], "parts": parts})
+    found = {(cell.method, cell.seed) for cell in cells(given) if cell.method != BASELINE}
+    assert found == {("random", 0), ("random", 1), ("popularity", 5)}
+    bare = Plan.model_validate({"name": "t", "parts": parts})
+    with pytest.raises(ConfigError, match=r"plan 't' names no methods for .* Name them in the part or the plan"):
+        cells(bare)
+
+
 def test_a_group_stands_for_its_methods(task: str) -> None:
     names = {cell.method for cell in cells(plan(task, "trivial"))}
     assert names == {name for name in METHODS.names() if METHODS.get(name).group == "trivial"}

@@ -160,17 +160,21 @@ def test_controls_read_no_language_model() -> None:
         assert not METHODS.get(name).reads("collaborative.encoder")
 
 
-def test_the_process_without_text_reads_fields_and_no_title(cold: TaskData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["GP, no text", "item-kNN, no text"])
+def test_rows_without_text_read_no_title(method: str, cold: TaskData, tmp_path: Path) -> None:
     catalog = cold.interactions.catalog
     shuffled = {**catalog.fields, "title": catalog.fields["title"][::-1]}
     retitled = replace(cold, interactions=replace(cold.interactions, catalog=replace(catalog, fields=shuffled)))
-    (one,), (other,) = (METHODS.get("GP, no text").rows(MethodContext(data, tmp_path)) for data in (cold, retitled))
-    assert one.scorer.name == "GP, no text"
+    (one,), (other,) = (METHODS.get(method).rows(MethodContext(data, tmp_path)) for data in (cold, retitled))
+    assert one.scorer.name == method
+    assert not METHODS.get(method).reads("collaborative.encoder")
     requests = [request(episode, 10) for episode in cold.evaluated("test")[0]]
     for first, second in zip(one.scorer.score(requests), other.scorer.score(requests), strict=True):
         assert first.equal(second)
+
+
+def test_the_process_without_text_reads_fields(cold: TaskData, tmp_path: Path) -> None:
     assert auc(cold, "GP, no text", 10, tmp_path) > 0.7
-    assert not METHODS.get("GP, no text").reads("collaborative.encoder")
     bare = without_block(cold, "maker")
     assert abs(auc(bare, "GP, no text", 10, tmp_path) - 0.5) < 0.02
 

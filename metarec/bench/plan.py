@@ -26,12 +26,14 @@ _SLUG_LENGTH = 40
 _MODELS = ("backbone", "collaborative.encoder")
 _SETTINGS = "settings of runs by dotted key, such as backbone or train.steps, for the methods that read them"
 
+_METHODS = "names, groups such as fold-in, or module:attribute"
+
 
 class PlanPart(Section):
     """A block of cells: every method on every task and seed of the block."""
 
     tasks: tuple[str, ...] = Field(min_length=1)
-    methods: tuple[str, ...] = Field(min_length=1, description="names, groups such as fold-in, or module:attribute")
+    methods: tuple[str, ...] | None = Field(None, min_length=1, description=f"{_METHODS}; null: the plan's")
     seeds: int = Field(10, ge=1, description="number of split seeds")
     first_seed: int = Field(0, ge=0, description="the first of them: to keep splits that choices were made on apart")
     users: int | None = Field(None, ge=2, description="test users of each split at most, the same for all methods")
@@ -46,6 +48,7 @@ class Plan(Section):
 
     name: str
     description: str = ""
+    methods: tuple[str, ...] = Field((), description=f"{_METHODS}, of the parts that name none")
     settings: dict[str, Any] = Field(default_factory=dict, description=_SETTINGS)
     parts: tuple[PlanPart, ...] = Field(min_length=1)
 
@@ -129,13 +132,18 @@ def cells(plan: Plan) -> list[Cell]:
     """Returns a plan's cells, those of one split side by side.
 
     Raises:
-        ConfigError: A method's name is not known; a setting is not, or none of the methods reads it; or two cells would
-            share a folder.
+        ConfigError: A part has no methods; a method's name is not known; a setting is not, or none of the methods reads
+            it; or two cells would share a folder.
     """
     found: dict[Cell, None] = {}
     unread: dict[str, None] = {}
     for part in plan.parts:
-        methods = [name for given in part.methods for name in METHODS.members(given)]
+        named = plan.methods if part.methods is None else part.methods
+        if not named:
+            raise ConfigError(
+                f"plan '{plan.name}' names no methods for {', '.join(part.tasks)}", "Name them in the part or the plan"
+            )
+        methods = [name for given in named for name in METHODS.members(given)]
         if BASELINE not in methods:
             methods = [BASELINE, *methods]
         given = {**flattened(plan.settings), **flattened(part.settings)}

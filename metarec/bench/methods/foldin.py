@@ -24,10 +24,11 @@ def _ease(context: MethodContext, **options: Any) -> Scorer:
     return fit_ease(context.interactions, context.users, context.prior, **options)
 
 
-def _item_knn(context: MethodContext, **options: Any) -> Scorer:
+def _item_knn(context: MethodContext, *, text: bool = True, **options: Any) -> Scorer:
     from metarec.scorers.collaborative.foldin import fit_item_knn
 
-    return fit_item_knn(context.interactions, context.users, context.prior, **options)
+    neighbours = fit_item_knn(context.interactions, context.users, context.prior if text else context.mean, **options)
+    return neighbours if text else replace(neighbours, name="item-kNN, no text")
 
 
 def _user_knn(context: MethodContext, **options: Any) -> Scorer:
@@ -82,6 +83,13 @@ FOLD_IN = {
         one_row(_ease, lambda ease: ease.weights.size), "fold-in", "a linear autoencoder of residuals", settings=ENCODER
     ),
     "item-kNN": Method(one_row(_item_knn), "fold-in", "similar items", settings=ENCODER),
+    "item-kNN, no text": Method(
+        one_row(_item_knn),
+        "fold-in",
+        "similar items, item means from ratings alone: rarely rated ones not smoothed by text",
+        {"text": False},
+        NO_SETTINGS,
+    ),
     "user-kNN": Method(one_row(_user_knn), "fold-in", "similar users", settings=ENCODER),
     "text ridge": Method(one_row(_text_ridge), "fold-in", "ridge on text, prior as offset", settings=ENCODER),
     "text ridge, no prior": Method(
