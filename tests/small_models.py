@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -152,3 +154,16 @@ def tiny_model(name: str, vocabulary: int) -> Any:
                 if parameter.ndim == 1:
                     parameter += 0.2 * torch.randn_like(parameter)
     return model
+
+
+def without_head(masked: Path, directory: Path) -> Path:
+    """Returns a masked model as sentence encoders are published: its configuration, without its head's weights."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(masked, directory)
+    weights = load_file(masked / "model.safetensors")
+    head = [name for name in weights if name.startswith(("lm_head", "cls"))]
+    assert head
+    bare = {name.partition(".")[2]: value.clone() for name, value in weights.items() if name not in head}
+    save_file(bare, directory / "model.safetensors", {"format": "pt"})
+    return directory

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from small_models import without_head
 from test_bench import task as task  # the known world as files
 
 from metarec.bench import cells as engine
@@ -16,7 +17,7 @@ from metarec.bench.results import read_cells
 
 PLAN = Path(__file__).parents[1] / "benchmarks" / "plans" / "larger-models.yaml"
 # What each named model is, in `small_models`.
-CLASSES = {"SmolLM2": "llama", "Qwen3": "qwen3", "gemma-3": "gemma3", "mpnet": "mpnet-encoder", "": "llama"}
+CLASSES = {"SmolLM2": "llama", "Qwen3": "qwen3", "gemma-3": "gemma3", "mpnet": "mpnet", "": "llama"}
 BRIEF: dict[str, Any] = {
     "adapter.layers": 2,
     "train.steps": 2,
@@ -42,7 +43,11 @@ def small(part: dict[str, Any], task: str, model_dir: Callable[[str], Path]) -> 
     settings = dict(part["settings"])
     for key, other in (("backbone", "llama"), ("collaborative.encoder", "encoder")):
         name = settings.get(key, "")
-        settings[key] = str(model_dir(next(CLASSES[word] for word in CLASSES if word in name) if name else other))
+        found = model_dir(next(CLASSES[word] for word in CLASSES if word in name) if name else other)
+        if "mpnet" in name:  # published without the head that its configuration names
+            published = found.with_name("published-mpnet")
+            found = published if published.exists() else without_head(found, published)
+        settings[key] = str(found)
     return {**part, "tasks": [task], "seeds": 1, "first_seed": 0, "users": 4, "settings": {**settings, **BRIEF}}
 
 

@@ -15,6 +15,7 @@ import torch
 from conftest import Ran
 from safetensors.torch import load_file, save_file
 from small_adapters import placement_of
+from small_models import without_head
 
 from metarec.data.interactions import Catalog
 from metarec.data.templates import PromptTemplate
@@ -124,14 +125,7 @@ def test_a_masked_model_without_its_head_is_an_encoder(
     family: str, model_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """all-mpnet-base-v2 is published so: its configuration still says MPNetForMaskedLM."""
-    path = tmp_path / "headless"
-    shutil.copytree(model_dir(family), path)
-    weights = load_file(path / "model.safetensors")
-    head = [name for name in weights if name.startswith(("lm_head", "cls"))]
-    assert head
-    bare = {name.partition(".")[2]: value.clone() for name, value in weights.items() if name not in head}
-    save_file(bare, path / "model.safetensors", {"format": "pt"})
-    encoder = load_backbone(str(path))
+    encoder = load_backbone(str(without_head(model_dir(family), tmp_path / "headless")))
     assert encoder.kind == "encoder"
     assert encoder.taken_apart.family is not None
     whole = load_backbone(str(model_dir(family)))
