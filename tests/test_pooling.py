@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Ran
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from small_adapters import placement_of
 from small_models import without_head
@@ -99,6 +100,26 @@ def test_what_follows_the_pooling_and_is_not_read_is_named(
     with caplog.at_level(logging.WARNING):
         load_backbone(str(path))
     assert "has modules that are not read: Dense" in caplog.text
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_model_that_was_fetched_without_its_modules_is_averaged_with_a_warning(
+    listed: bool,
+    model_dir: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    entry = tmp_path / "models--tiny--encoder"
+    snapshot = published(entry / "snapshots" / "c", model_dir("encoder"), CLS)
+    (entry / "refs").mkdir()
+    (entry / "refs" / "main").write_text("c")
+    if not listed:
+        (snapshot / "modules.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert load_backbone("tiny/encoder").pooling == ("first" if listed else "mean")
+    assert ("does not say how the encoder 'tiny/encoder' pools" in caplog.text) != listed
 
 
 def test_a_causal_model_with_a_pooling_is_a_causal_model(model_dir: Callable[[str], Path], tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ class Report:
     @cached_property
     def _predictions_of(self) -> Mapping[tuple[str, int], NDArray[np.intp]]:
         """Where the predictions of every method at every K are; comparing names row by row takes longer each time."""
-        places: Mapping[tuple[str, int], NDArray[np.intp]] = self.predictions.groupby(["method", "shots"]).indices
+        places: Mapping[Any, Any] = self.predictions.groupby(["method", "shots"]).indices
         return places
 
     def _predicted(self, method: str, shots: int, column: str = "score") -> pd.DataFrame:

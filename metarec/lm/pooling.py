@@ -43,10 +43,12 @@ class SentenceModules:
     Args:
         pooling: Names of the ways in which it pools; there should be one.
         others: Kinds of modules that are not read here.
+        known: False where the hub's cache has the model, and not the list of its modules.
     """
 
     pooling: tuple[str, ...] = ("mean",)
     others: tuple[str, ...] = ()
+    known: bool = True
 
     @staticmethod
     def of(location: str) -> SentenceModules:
@@ -59,6 +61,8 @@ class SentenceModules:
         Raises:
             ArtifactError: One of the files is not JSON.
         """
+        if _fetched_without_modules(location):
+            return SentenceModules(known=False)
         listed = _file(location, _MODULES)
         modules = load_json(listed) if listed is not None else []
         kinds = {str(module.get("type", "")).rpartition(".")[2]: str(module.get("path", "")) for module in modules}
@@ -67,7 +71,7 @@ class SentenceModules:
         return SentenceModules(others=others) if found is None else SentenceModules(_modes(load_json(found)), others)
 
     def read_as(self, name: str) -> Pooling:
-        """Returns how an encoder pools, and warns of modules that are not read.
+        """Returns how an encoder pools; warns of modules that are not read, and where nothing says how it pools.
 
         Args:
             name: How the encoder was asked for.
@@ -75,6 +79,12 @@ class SentenceModules:
         Raises:
             BackboneError: It pools in a way that is not known here.
         """
+        if not self.known:
+            _LOG.warning(
+                "the hub's cache does not say how the encoder '%s' pools, so that all tokens are averaged; "
+                "hf download %s fetches it",
+                *(name, name),
+            )
         if self.others:
             _LOG.warning("the encoder '%s' has modules that are not read: %s", name, ", ".join(self.others))
         known = {_MEANS.get(mode) for mode in self.pooling}
@@ -124,6 +134,15 @@ def pooled_tokens(own: Tensor, pooling: Pooling) -> Tensor:
         pooling: How the encoder pools.
     """
     return own & (own.to(torch.int32).cumsum(-1) == 1) if pooling == "first" else own
+
+
+def _fetched_without_modules(location: str) -> bool:
+    """Says whether the hub's cache has a model's weights, and does not know whether it has a list of modules."""
+    if Path(location).is_dir() or not find_on_hub(location):
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    return try_to_load_from_cache(location, _MODULES) is None
 
 
 def _file(location: str, name: str) -> Path | None:
