@@ -79,6 +79,16 @@ def test_words_find_the_series_of_games_that_nobody_rated(cold: TaskData, tmp_pa
     assert after > 0.8
 
 
+def test_the_text_kernel_without_its_encoder_reads_words_and_fields(cold: TaskData, tmp_path: Path) -> None:
+    catalog = cold.interactions.catalog
+    titles = tuple(np.random.default_rng(0).choice(["red game", "blue game", "green game"], ITEMS).tolist())
+    blind_catalog = replace(catalog, fields={**catalog.fields, "title": titles})
+    blind = replace(cold, interactions=replace(cold.interactions, catalog=blind_catalog))
+    assert abs(auc(blind, "TF-IDF kernel", 10, tmp_path) - 0.5) < 0.1
+    assert auc(blind, "TF-IDF kernel, + fields", 10, tmp_path) > 0.8
+    assert auc(without_block(cold, "maker"), "TF-IDF kernel, + fields", 10, tmp_path) > 0.8
+
+
 def test_fields_find_it_without_reading_a_title(cold: TaskData, tmp_path: Path) -> None:
     assert auc(cold, "fields kernel", 10, tmp_path) > 0.8
 

@@ -49,17 +49,21 @@ def _projection(context: MethodContext, blocks: Sequence[Floats]) -> Floats:
     return projected_features(context.task_data, side_by_side(blocks), settings, context.seed)
 
 
-def _words_kernel(context: MethodContext, *, projected: bool = False, **options: Any) -> GaussianProcess:
+def _words_kernel(
+    context: MethodContext, *, fields: bool = False, projected: bool = False, **options: Any
+) -> GaussianProcess:
     from metarec.scorers.collaborative.features import side_by_side
     from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
 
     words = _words(context)
     vectors = side_by_side([words, _projection(context, [words])]) if projected else words
+    if fields:
+        vectors = side_by_side([words, *context.fields.values()])
     return fit_linear_kernel(
         context.interactions,
         context.users,
         vectors,
-        name="projected TF-IDF kernel" if projected else "TF-IDF kernel",
+        name=f"{'projected ' * projected}TF-IDF kernel{', + fields' * fields}",
         **_asked(context),
         **options,
     )
@@ -316,6 +320,12 @@ KERNELS = {
 }
 CONTROLS = {
     "TF-IDF kernel": _WORDS,
+    "TF-IDF kernel, + fields": Method(
+        one_row(partial(_words_kernel, fields=True), lambda process: process.loadings.size),
+        "control",
+        "the same of words and fields side by side: the text kernel without its encoder",
+        settings=NO_SETTINGS,
+    ),
     "projected TF-IDF kernel": _PROJECTED_WORDS,
     f"TF-IDF kernel{PERMUTED}": permuted(_WORDS),
     "fields kernel": Method(
