@@ -86,6 +86,9 @@ def test_the_text_kernel_without_its_encoder_reads_words_and_fields(cold: TaskDa
     blind = replace(cold, interactions=replace(cold.interactions, catalog=blind_catalog))
     assert abs(auc(blind, "TF-IDF kernel", 10, tmp_path) - 0.5) < 0.1
     assert auc(blind, "TF-IDF kernel, + fields", 10, tmp_path) > 0.8
+    task = cold.task.model_copy(update={"features": cold.task.features.model_copy(update={"fields": ()})})
+    bare = replace(cold, task=task)
+    assert auc(bare, "TF-IDF kernel, + fields", 10, tmp_path) == auc(bare, "TF-IDF kernel", 10, tmp_path)
     assert auc(without_block(cold, "maker"), "TF-IDF kernel, + fields", 10, tmp_path) > 0.8
 
 

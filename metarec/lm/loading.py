@@ -50,11 +50,11 @@ def load_backbone(
     _keep_freed_memory()
     if blocks_alone and (found := _blocks_alone(name, location, device, dtype)) is not None:
         return found
-    after = SentenceModules.of(location)
+    modules = SentenceModules.of(location)
     model, kind, config = open_model(name, location, dtype)
     tokenizer = open_tokenizer(name, location)
     fingerprint = weights_fingerprint(location, config)
-    pooling = after.read_as(name) if kind == "encoder" else "mean"
+    pooling = modules.read_as(name) if kind == "encoder" else "mean"
     if pooling != "mean":
         fingerprint = content_hash([fingerprint, pooling])
     return Backbone(name, kind, fingerprint, location, model.to(device), lambda: tokenizer, pooling=pooling)

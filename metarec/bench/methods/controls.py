@@ -56,13 +56,13 @@ def _words_kernel(
     from metarec.scorers.collaborative.linear_kernel import fit_linear_kernel
 
     words = _words(context)
-    vectors = side_by_side([words, _projection(context, [words])]) if projected else words
+    beside = [_projection(context, [words])] if projected else []
     if fields:
-        vectors = side_by_side([words, *context.fields.values()])
+        beside += context.fields.values()
     return fit_linear_kernel(
         context.interactions,
         context.users,
-        vectors,
+        side_by_side([words, *beside]) if beside else words,
         name=f"{'projected ' * projected}TF-IDF kernel{', + fields' * fields}",
         **_asked(context),
         **options,
